@@ -1,0 +1,108 @@
+# What every room's CMakeLists.txt uses: compiler settings, dependencies, and three functions,
+#   holdfast_library(NAME SOURCES... [DEPS ...])   a static library `holdfast_NAME`
+#   holdfast_test(NAME SOURCES... [DEPS ...] [LABELS ...] [TIMEOUT s])   a GoogleTest program
+#   holdfast_program(NAME SOURCES... [DEPS ...])   an installed executable
+# and holdfast_finish(), which fails the configuration if a *_test.cc is in no target.
+
+set(CMAKE_CXX_STANDARD 20)
+set(CMAKE_CXX_STANDARD_REQUIRED ON)
+set(CMAKE_CXX_EXTENSIONS OFF)
+set(CMAKE_POSITION_INDEPENDENT_CODE ON)
+set(CMAKE_EXPORT_COMPILE_COMMANDS ON)
+
+if(NOT CMAKE_BUILD_TYPE)
+  set(CMAKE_BUILD_TYPE RelWithDebInfo CACHE STRING "" FORCE)
+endif()
+
+option(HOLDFAST_WERROR "Warnings are errors" ON)
+set(HOLDFAST_SANITIZE "" CACHE STRING "Value of -fsanitize= for everything, or empty")
+
+find_program(HOLDFAST_CCACHE ccache)
+if(HOLDFAST_CCACHE AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
+  set(CMAKE_CXX_COMPILER_LAUNCHER ${HOLDFAST_CCACHE})
+  set(CMAKE_C_COMPILER_LAUNCHER ${HOLDFAST_CCACHE})
+endif()
+
+add_library(holdfast_options INTERFACE)
+target_include_directories(holdfast_options INTERFACE ${PROJECT_SOURCE_DIR})
+target_compile_options(holdfast_options INTERFACE -Wall -Wextra -Wpedantic -Wshadow -Wnon-virtual-dtor
+  -Wold-style-cast -Wcast-qual -Wimplicit-fallthrough -Wunused-result -Werror=unused-result
+  -fno-omit-frame-pointer -msse4.2 -mpclmul)
+if(HOLDFAST_WERROR)
+  target_compile_options(holdfast_options INTERFACE -Werror)
+endif()
+if(CMAKE_CXX_COMPILER_ID MATCHES Clang)
+  target_compile_options(holdfast_options INTERFACE -Wthread-safety)
+else()
+  # g++ 12 sees null dereferences and overflows in inlined libstdc++ code that are not there.
+  target_compile_options(holdfast_options INTERFACE -Wno-restrict -Wno-stringop-overflow
+    -Wno-maybe-uninitialized -Wno-array-bounds)
+endif()
+if(HOLDFAST_SANITIZE)
+  add_compile_options(-fsanitize=${HOLDFAST_SANITIZE} -fno-sanitize-recover=all)
+  add_link_options(-fsanitize=${HOLDFAST_SANITIZE})
+endif()
+
+find_package(Threads REQUIRED)
+find_package(PkgConfig REQUIRED)
+find_package(absl REQUIRED)
+find_package(GTest REQUIRED)
+pkg_check_modules(liburing REQUIRED IMPORTED_TARGET liburing)
+find_path(HOLDFAST_ISAL_INCLUDE isa-l.h REQUIRED)
+find_library(HOLDFAST_ISAL_LIBRARY isal REQUIRED)
+find_path(HOLDFAST_HDF5_INCLUDE hdf5.h PATHS /usr/include/hdf5/serial REQUIRED NO_DEFAULT_PATH)
+find_library(HOLDFAST_HDF5_LIBRARY hdf5 PATHS /usr/lib/${CMAKE_LIBRARY_ARCHITECTURE}/hdf5/serial
+  REQUIRED NO_DEFAULT_PATH)
+find_path(HOLDFAST_TOMLPP_INCLUDE toml++/toml.h REQUIRED)
+
+add_library(holdfast_isal INTERFACE)
+target_include_directories(holdfast_isal SYSTEM INTERFACE ${HOLDFAST_ISAL_INCLUDE})
+target_link_libraries(holdfast_isal INTERFACE ${HOLDFAST_ISAL_LIBRARY})
+add_library(holdfast_hdf5 INTERFACE)
+target_include_directories(holdfast_hdf5 SYSTEM INTERFACE ${HOLDFAST_HDF5_INCLUDE})
+target_link_libraries(holdfast_hdf5 INTERFACE ${HOLDFAST_HDF5_LIBRARY})
+
+function(holdfast_library name)
+  cmake_parse_arguments(ARG "" "" "DEPS" ${ARGN})
+  add_library(holdfast_${name} STATIC ${ARG_UNPARSED_ARGUMENTS})
+  target_link_libraries(holdfast_${name} PUBLIC ${ARG_DEPS} PRIVATE holdfast_options)
+  target_include_directories(holdfast_${name} PUBLIC ${PROJECT_SOURCE_DIR})
+endfunction()
+
+function(holdfast_program name)
+  cmake_parse_arguments(ARG "" "" "DEPS" ${ARGN})
+  add_executable(${name} ${ARG_UNPARSED_ARGUMENTS})
+  target_link_libraries(${name} PRIVATE ${ARG_DEPS} holdfast_options)
+endfunction()
+
+# Every *_test.cc that is in a target, for holdfast_finish().
+define_property(GLOBAL PROPERTY HOLDFAST_TEST_SOURCES)
+
+function(holdfast_test name)
+  cmake_parse_arguments(ARG "" "TIMEOUT" "DEPS;LABELS" ${ARGN})
+  add_executable(${name} ${ARG_UNPARSED_ARGUMENTS})
+  target_link_libraries(${name} PRIVATE ${ARG_DEPS} GTest::gmock GTest::gtest GTest::gtest_main
+    holdfast_options)
+  if(NOT ARG_TIMEOUT)
+    set(ARG_TIMEOUT 120)
+  endif()
+  add_test(NAME ${name} COMMAND ${name})
+  set_tests_properties(${name} PROPERTIES TIMEOUT ${ARG_TIMEOUT} LABELS "${ARG_LABELS}")
+  foreach(source IN LISTS ARG_UNPARSED_ARGUMENTS)
+    get_filename_component(path ${source} ABSOLUTE)
+    set_property(GLOBAL APPEND PROPERTY HOLDFAST_TEST_SOURCES ${path})
+  endforeach()
+endfunction()
+
+function(holdfast_finish)
+  file(GLOB_RECURSE on_disk ${PROJECT_SOURCE_DIR}/*_test.cc)
+  get_property(in_targets GLOBAL PROPERTY HOLDFAST_TEST_SOURCES)
+  foreach(path IN LISTS on_disk)
+    if(path MATCHES "^${PROJECT_SOURCE_DIR}/build/")
+      continue()
+    endif()
+    if(NOT path IN_LIST in_targets)
+      message(FATAL_ERROR "${path} is in no target: a test that is not built cannot fail")
+    endif()
+  endforeach()
+endfunction()
