@@ -10,17 +10,17 @@ namespace holdfast {
                               const char* detail);
 }  // namespace holdfast
 
-#define CHECK(expr)                                                  \
-  (static_cast<bool>(expr) ? static_cast<void>(0)                    \
+#define CHECK(expr)                               \
+  (static_cast<bool>(expr) ? static_cast<void>(0) \
                            : ::holdfast::CheckFailed(__FILE__, __LINE__, #expr, ""))
 
 // For an absl::Status that can only fail through a bug of ours.
-#define CHECK_OK(expr)                                                               \
-  do {                                                                               \
-    if (const auto& holdfast_check_status = (expr); !holdfast_check_status.ok()) {   \
-      ::holdfast::CheckFailed(__FILE__, __LINE__, #expr,                             \
-                              holdfast_check_status.ToString().c_str());             \
-    }                                                                                \
+#define CHECK_OK(expr)                                                             \
+  do {                                                                             \
+    if (const auto& holdfast_check_status = (expr); !holdfast_check_status.ok()) { \
+      ::holdfast::CheckFailed(__FILE__, __LINE__, #expr,                           \
+                              holdfast_check_status.ToString().c_str());           \
+    }                                                                              \
   } while (false)
 
 #endif  // HOLDFAST_BASE_CHECK_H_

@@ -40,8 +40,8 @@ uint32_t ExtendCrc32c(uint32_t crc, std::span<const std::byte> data) {
 uint32_t Crc32c(std::span<const std::byte> data) { return ExtendCrc32c(0, data); }
 
 uint32_t CombineCrc32c(uint32_t crc_a, uint32_t crc_b, uint64_t b_bytes) {
-  uint32_t shift = kOne;             // becomes x^(8 * b_bytes)
-  uint32_t power = kOne >> 8;        // x^8, then x^16, x^32, ...
+  uint32_t shift = kOne;       // becomes x^(8 * b_bytes)
+  uint32_t power = kOne >> 8;  // x^8, then x^16, x^32, ...
   for (uint64_t n = b_bytes; n != 0; n >>= 1) {
     if ((n & 1) != 0) shift = MultiplyModulo(power, shift);
     power = MultiplyModulo(power, power);

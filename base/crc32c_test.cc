@@ -27,8 +27,8 @@ uint32_t SlowCrc32c(std::span<const std::byte> data) {
 TEST(Crc32c, EqualsThePublishedVectors) {
   EXPECT_EQ(Crc32c({}), 0u);
   EXPECT_EQ(Crc32c(Bytes("123456789")), 0xE3069283u);
-  EXPECT_EQ(Crc32c(Bytes(std::string(32, '\0'))), 0x8A9136AAu);     // RFC 3720
-  EXPECT_EQ(Crc32c(Bytes(std::string(32, '\xff'))), 0x62A8AB43u);   // RFC 3720
+  EXPECT_EQ(Crc32c(Bytes(std::string(32, '\0'))), 0x8A9136AAu);    // RFC 3720
+  EXPECT_EQ(Crc32c(Bytes(std::string(32, '\xff'))), 0x62A8AB43u);  // RFC 3720
 }
 
 TEST(Crc32c, EqualsTheDefinitionAndCombinesAtEverySplit) {

@@ -11,18 +11,18 @@
 #define HOLDFAST_CONCAT_(a, b) HOLDFAST_CONCAT_INNER_(a, b)
 
 // Returns from the enclosing function if `expr` (an absl::Status) is not OK.
-#define RETURN_IF_ERROR(expr)                                               \
-  do {                                                                      \
-    if (absl::Status holdfast_status = (expr); !holdfast_status.ok()) {     \
-      return holdfast_status;                                               \
-    }                                                                       \
+#define RETURN_IF_ERROR(expr)                                           \
+  do {                                                                  \
+    if (absl::Status holdfast_status = (expr); !holdfast_status.ok()) { \
+      return holdfast_status;                                           \
+    }                                                                   \
   } while (false)
 
 // Moves the value of `expr` (an absl::StatusOr) into `lhs`, or returns its error.
 #define ASSIGN_OR_RETURN(lhs, expr) \
   HOLDFAST_ASSIGN_OR_RETURN_(HOLDFAST_CONCAT_(holdfast_statusor_, __LINE__), lhs, expr)
-#define HOLDFAST_ASSIGN_OR_RETURN_(statusor, lhs, expr) \
-  auto statusor = (expr);                               \
+#define HOLDFAST_ASSIGN_OR_RETURN_(statusor, lhs, expr)    \
+  auto statusor = (expr);                                  \
   if (!statusor.ok()) return std::move(statusor).status(); \
   lhs = std::move(statusor).value()
 
