@@ -23,7 +23,8 @@
  * hf_section_end, which any thread may call. The library runs threads of its own.
  *
  * Memory. Strings and arrays given to a call are copied before it returns, with one exception:
- * tensor memory is read until hf_wait_captured says that it was captured, and must not change before.
+ * tensor memory is read until hf_wait_captured says that it was captured, and must not change
+ * before.
  */
 #ifndef HOLDFAST_H_
 #define HOLDFAST_H_
@@ -43,18 +44,18 @@ extern "C" {
 /* Numbers are those of absl::StatusCode and gRPC. */
 typedef enum hf_code {
   HF_OK = 0,
-  HF_INVALID_ARGUMENT = 3,    /* a value of the caller's is wrong */
+  HF_INVALID_ARGUMENT = 3, /* a value of the caller's is wrong */
   HF_DEADLINE_EXCEEDED = 4,
-  HF_NOT_FOUND = 5,           /* hf_restore: there is no checkpoint; start from the beginning */
-  HF_ALREADY_EXISTS = 6,      /* that step of this attempt is there already */
+  HF_NOT_FOUND = 5,      /* hf_restore: there is no checkpoint; start from the beginning */
+  HF_ALREADY_EXISTS = 6, /* that step of this attempt is there already */
   HF_PERMISSION_DENIED = 7,
   HF_RESOURCE_EXHAUSTED = 8,  /* no free image memory, no disk space, budget too small */
   HF_FAILED_PRECONDITION = 9, /* order of calls; a forked child; fenced by a newer attempt */
   HF_ABORTED = 10,            /* the image was voided (changed under capture, cancelled) */
   HF_UNIMPLEMENTED = 12,      /* asked for a fault that is not offered */
   HF_INTERNAL = 13,
-  HF_UNAVAILABLE = 14,        /* no agent now; a retry may help */
-  HF_DATA_LOSS = 15           /* stored bytes are wrong; the text names file, tensor and offset */
+  HF_UNAVAILABLE = 14, /* no agent now; a retry may help */
+  HF_DATA_LOSS = 15    /* stored bytes are wrong; the text names file, tensor and offset */
 } hf_code;
 
 typedef struct hf_error {
@@ -76,21 +77,21 @@ typedef struct hf_open_options {
   const char* attempt_key; /* NULL: $HOLDFAST_ATTEMPT_KEY, else torchrun's run id and restart count,
                               else none */
   const char* root;        /* NULL: $HOLDFAST_ROOT, else the agent's configuration. Directory */
-  const char* socket;      /* NULL: $HOLDFAST_SOCKET, else the private agent of the job on this node */
-  int32_t private_agent;   /* -1: $HOLDFAST_PRIVATE (0 or 1), else 1. 1: start one if none listens */
-  int32_t check_source;    /* -1: $HOLDFAST_CHECK_SOURCE (none, sample, all), else sample. 0, 1, 2:
-                              compare none, a few random chunks or everything with the source once
-                              more in hf_wait_captured */
-  int32_t copy_threads;    /* 0: $HOLDFAST_COPY_THREADS, else 1. Threads that capture, 1 to 16 */
-  int64_t deadline_ns;     /* 0: 30 s. Of hf_open itself */
+  const char* socket; /* NULL: $HOLDFAST_SOCKET, else the private agent of the job on this node */
+  int32_t private_agent; /* -1: $HOLDFAST_PRIVATE (0 or 1), else 1. 1: start one if none listens */
+  int32_t check_source;  /* -1: $HOLDFAST_CHECK_SOURCE (none, sample, all), else sample. 0, 1, 2:
+                            compare none, a few random chunks or everything with the source once
+                            more in hf_wait_captured */
+  int32_t copy_threads;  /* 0: $HOLDFAST_COPY_THREADS, else 1. Threads that capture, 1 to 16 */
+  int64_t deadline_ns;   /* 0: 30 s. Of hf_open itself */
 } hf_open_options;
 
 /* All defaults: every field as "not given". */
 #define HF_OPEN_OPTIONS_INIT \
   { sizeof(hf_open_options), NULL, -1, -1, -1, NULL, NULL, NULL, -1, -1, 0, 0 }
 
-/* Joins the job's current attempt, or begins the next one (which fences the older at once). Starts a
- * private agent if none listens and that is allowed. On failure *job is NULL. */
+/* Joins the job's current attempt, or begins the next one (which fences the older at once). Starts
+ * a private agent if none listens and that is allowed. On failure *job is NULL. */
 HF_API hf_code hf_open(const hf_open_options* options, hf_job** job, hf_error* error);
 
 /* Ends this rank's part. Nothing captured is lost: the agent goes on flushing. NULL is allowed. */
@@ -101,7 +102,7 @@ typedef struct hf_buffer {
   const char* name; /* as in the layout document; "<state>/<tensor>" unless it says otherwise */
   void* data;       /* host memory; may be NULL if bytes is 0 */
   uint64_t bytes;
-  uint32_t group;   /* 0 to 63: hf_wait_captured can wait for one group; captured in this order */
+  uint32_t group; /* 0 to 63: hf_wait_captured can wait for one group; captured in this order */
 } hf_buffer;
 
 /* Bytes that are not tensors: RNG, scheduler, data loader, arguments. */
@@ -137,24 +138,27 @@ typedef struct hf_blob {
 
 typedef struct hf_save_options {
   size_t struct_bytes;
-  void* const* pointers;   /* NULL: those registered. Else one per buffer, in the order of hf_register */
-  const hf_blob* blobs;    /* those of the registered blobs that exist at this step; copied in the call */
+  void* const*
+      pointers; /* NULL: those registered. Else one per buffer, in the order of hf_register */
+  const hf_blob*
+      blobs; /* those of the registered blobs that exist at this step; copied in the call */
   size_t blob_count;
-  int64_t wait_ns;         /* 0: fail at once if no image memory is free; else wait so long at most */
+  int64_t wait_ns; /* 0: fail at once if no image memory is free; else wait so long at most */
 } hf_save_options;
 
 /* Starts capturing the state after `step`. No allocation, at most two system calls, however many
  * tensors. Errors: HF_RESOURCE_EXHAUSTED (no free image: earlier ones are still flushing),
  * HF_FAILED_PRECONDITION (the last capture has not been waited for; fenced; not registered),
- * HF_INVALID_ARGUMENT (a blob not registered or too large, named), HF_ALREADY_EXISTS, HF_UNAVAILABLE. */
+ * HF_INVALID_ARGUMENT (a blob not registered or too large, named), HF_ALREADY_EXISTS,
+ * HF_UNAVAILABLE. */
 HF_API hf_code hf_save(hf_job* job, uint64_t step, const hf_save_options* options, hf_error* error);
 
 #define HF_ALL_GROUPS (-1)
 
 /* Waits until the last save's tensors (of one group, or all) have been captured, so that they may
  * change. OK at once if nothing is being captured. Past the deadline the capture is cancelled: the
- * image is void, HF_DEADLINE_EXCEEDED, and the tensors may change all the same. HF_ABORTED: a tensor
- * changed under capture (named); the image is void. */
+ * image is void, HF_DEADLINE_EXCEEDED, and the tensors may change all the same. HF_ABORTED: a
+ * tensor changed under capture (named); the image is void. */
 HF_API hf_code hf_wait_captured(hf_job* job, int32_t group, int64_t deadline_ns, hf_error* error);
 
 /* Sets of faults that a commit can survive (DESIGN section 1). */
@@ -167,40 +171,45 @@ HF_API hf_code hf_wait_captured(hf_job* job, int32_t group, int64_t deadline_ns,
 HF_API hf_code hf_wait_committed(hf_job* job, uint64_t step, uint32_t faults, int64_t deadline_ns,
                                  hf_error* error);
 
-typedef enum hf_source { HF_SOURCE_NONE = 0, HF_SOURCE_MEMORY = 1, HF_SOURCE_STORAGE = 2 } hf_source;
+typedef enum hf_source {
+  HF_SOURCE_NONE = 0,
+  HF_SOURCE_MEMORY = 1,
+  HF_SOURCE_STORAGE = 2
+} hf_source;
 
 typedef struct hf_restore_result {
   size_t struct_bytes;
   uint64_t step;
-  uint32_t attempt;        /* that made the checkpoint */
-  uint32_t world_size;     /* it was made with */
-  uint64_t bytes;          /* copied into this rank's buffers */
+  uint32_t attempt;           /* that made the checkpoint */
+  uint32_t world_size;        /* it was made with */
+  uint64_t bytes;             /* copied into this rank's buffers */
   uint64_t bytes_from_memory; /* of them, from images in the agent's memory */
   int64_t nanoseconds;
 } hf_restore_result;
 
-/* Fills the registered buffers from the attempt's restore point, which is decided once, the same for
- * every rank: the newest committed checkpoint of the branch. Every block is verified before it
+/* Fills the registered buffers from the attempt's restore point, which is decided once, the same
+ * for every rank: the newest committed checkpoint of the branch. Every block is verified before it
  * reaches a buffer. HF_NOT_FOUND: there is none (buffers untouched): start from step 0.
  * After any other error the buffers' contents are unspecified. */
 HF_API hf_code hf_restore(hf_job* job, hf_restore_result* result, int64_t deadline_ns,
                           hf_error* error);
 
 /* A blob of the checkpoint that hf_restore read. `rank`: for HF_BLOB_RANK blobs the old rank, or -1
- * for "mine", which is an error on another world size (ask for all old ranks then); for global blobs
- * -1. *data stays valid until the next hf_restore or hf_close. HF_NOT_FOUND if there is none. */
+ * for "mine", which is an error on another world size (ask for all old ranks then); for global
+ * blobs -1. *data stays valid until the next hf_restore or hf_close. HF_NOT_FOUND if there is none.
+ */
 HF_API hf_code hf_restored_blob(hf_job* job, const char* name, int64_t rank, const void** data,
                                 uint64_t* bytes, hf_error* error);
 
 typedef struct hf_info {
   size_t struct_bytes;
   uint32_t attempt;
-  uint32_t fenced;            /* 1: a newer attempt runs; this one publishes nothing more */
-  uint32_t connected;         /* 1: an agent is there now */
-  uint32_t reconnect_count;   /* how often the agent's worker had to be found again */
+  uint32_t fenced;                 /* 1: a newer attempt runs; this one publishes nothing more */
+  uint32_t connected;              /* 1: an agent is there now */
+  uint32_t reconnect_count;        /* how often the agent's worker had to be found again */
   uint64_t committed_process_step; /* newest of this attempt; UINT64_MAX: none */
   uint64_t committed_power_step;
-  uint64_t image_bytes;       /* of this rank, 0 before hf_register */
+  uint64_t image_bytes; /* of this rank, 0 before hf_register */
   uint64_t block_bytes;
 } hf_info;
 HF_API hf_code hf_get_info(hf_job* job, hf_info* info);
@@ -211,7 +220,7 @@ typedef enum hf_save_state {
   HF_SAVE_CAPTURED = 2,          /* in the agent's memory, this rank */
   HF_SAVE_COMMITTED_PROCESS = 3, /* all ranks */
   HF_SAVE_COMMITTED_POWER = 4,
-  HF_SAVE_FAILED = 5             /* error says why */
+  HF_SAVE_FAILED = 5 /* error says why */
 } hf_save_state;
 
 typedef struct hf_save_report {
@@ -219,23 +228,25 @@ typedef struct hf_save_report {
   uint64_t step;
   hf_save_state state;
   uint64_t image_bytes;
-  uint64_t blocks;            /* of the image */
-  uint64_t blocks_captured;   /* by this rank, so far */
-  uint64_t blocks_flushed;    /* written to storage, so far */
-  int64_t call_ns;            /* hf_save itself */
-  int64_t blocked_ns;         /* in hf_wait_captured */
-  int64_t capture_ns;         /* from hf_save to the last block captured; 0 while not yet */
-  int64_t flush_ns;           /* from the first block's write to fsync done; 0 while not yet */
-  int64_t commit_ns;          /* from hf_save to the commit that survives power; 0 while not yet */
+  uint64_t blocks;          /* of the image */
+  uint64_t blocks_captured; /* by this rank, so far */
+  uint64_t blocks_flushed;  /* written to storage, so far */
+  int64_t call_ns;          /* hf_save itself */
+  int64_t blocked_ns;       /* in hf_wait_captured */
+  int64_t capture_ns;       /* from hf_save to the last block captured; 0 while not yet */
+  int64_t flush_ns;         /* from the first block's write to fsync done; 0 while not yet */
+  int64_t commit_ns;        /* from hf_save to the commit that survives power; 0 while not yet */
   hf_error error;
 } hf_save_report;
 
-/* The report of the save of `step`, or of the last save with HF_LAST_STEP. HF_NOT_FOUND if too old. */
+/* The report of the save of `step`, or of the last save with HF_LAST_STEP. HF_NOT_FOUND if too old.
+ */
 #define HF_LAST_STEP UINT64_MAX
 HF_API hf_code hf_report(hf_job* job, uint64_t step, hf_save_report* report);
 
-/* Liveness for the monitor: one store to shared memory each, no system call. A section names what the
- * loop is doing now ("forward", "evaluation"); sections nest up to 8 deep; names are cut at 31 bytes. */
+/* Liveness for the monitor: one store to shared memory each, no system call. A section names what
+ * the loop is doing now ("forward", "evaluation"); sections nest up to 8 deep; names are cut at 31
+ * bytes. */
 HF_API void hf_heartbeat(hf_job* job, uint64_t step);
 HF_API void hf_section_begin(hf_job* job, const char* name);
 HF_API void hf_section_end(hf_job* job);

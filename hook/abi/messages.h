@@ -1,0 +1,248 @@
+// The local protocol between a training process and the agent: fixed-size messages on a
+// SOCK_SEQPACKET unix socket, descriptors by SCM_RIGHTS, everything large in sealed memfds.
+//
+// Every message is a MessageHeader and one body struct, one datagram. A request carries a
+// request_id that its reply repeats; messages without a request (kImageMap, kRestoreDone) carry 0.
+// The agent validates all that it receives; the trainer trusts the agent.
+//
+// Plain data, std only: this header is shared by a process that must have no dependencies. Sizes
+// are asserted; a change of any struct is a new kProtocolVersion, and the agent refuses what it
+// does not speak with both numbers in the text.
+#ifndef HOLDFAST_HOOK_ABI_MESSAGES_H_
+#define HOLDFAST_HOOK_ABI_MESSAGES_H_
+
+#include <cstddef>
+#include <cstdint>
+
+namespace holdfast::abi {
+
+inline constexpr uint32_t kProtocolMagic = 0x31464c48;  // "HLF1" in memory
+inline constexpr uint16_t kProtocolVersion = 1;
+inline constexpr size_t kMessageBytesMax = 4096;
+inline constexpr size_t kMessageFdsMax = 4;
+
+inline constexpr size_t kJobNameBytesMax = 128;
+inline constexpr size_t kAttemptKeyBytesMax = 255;
+inline constexpr size_t kPathBytesMax = 1023;
+inline constexpr uint64_t kNoStep = UINT64_MAX;
+
+enum class MessageType : uint16_t {
+  kOpen = 1,           // trainer -> agent, fds: [doorbell eventfd]
+  kOpenReply = 2,      // fds: [rank page memfd], none when resumed
+  kRegister = 3,       // fds: [registration document, sealed memfd]
+  kRegisterReply = 4,  // fds: [rank memory, registration memory, capture plan (sealed)]
+  kRestore = 5,
+  kImageMap = 6,      // agent -> trainer, before kRestoreReply; fds: [memory, read-only]
+  kRestoreReply = 7,  // fds: [restore operations (sealed), blobs (sealed)], none on error
+  kRestoreDone = 8,   // agent -> trainer: after the last entry was consumed, or at an error
+  kClose = 9,         // trainer -> agent; the agent closes the connection in answer
+  kQuery = 10,        // any client of the same user (CLI); no kOpen needed
+  kQueryReply = 11,   // fds: [JSON text, sealed memfd]
+};
+
+struct MessageHeader {
+  uint32_t magic;
+  uint16_t version;
+  MessageType type;
+  uint32_t request_id;
+  uint32_t body_bytes;
+};
+static_assert(sizeof(MessageHeader) == 16);
+
+// The outcome in every reply. `code` as in holdfast.h (those of absl::StatusCode).
+struct ReplyStatus {
+  int32_t code;
+  char text[1020];  // NUL-terminated
+};
+static_assert(sizeof(ReplyStatus) == 1024);
+
+struct OpenRequest {
+  char job[136];          // NUL-terminated, as all texts here
+  char attempt_key[256];  // empty: none
+  char root[1024];        // empty: the agent's own; else must be one that the agent writes to
+  char node[72];          // host name, for people
+  uint32_t rank;
+  uint32_t world_size;
+  uint32_t local_rank;
+  // 0: a new open. Else this process was open already, in this attempt and session, and has lost
+  // the connection: the agent resumes the session if it still knows it (its worker was restarted),
+  // or, if the attempt is still the job's newest, makes a new session in it (the agent itself is
+  // new).
+  uint32_t resume_attempt;
+  uint64_t resume_session_id;
+  uint64_t resume_registration_id;  // 0: none
+};
+static_assert(sizeof(OpenRequest) == 1520);
+
+struct OpenReply {
+  ReplyStatus status;
+  uint64_t session_id;
+  uint32_t attempt;
+  uint32_t resumed;  // 1: rank page, registration and images are those that the process has mapped
+  uint64_t block_bytes;
+  uint64_t rank_page_bytes;
+  char job_uuid[40];
+};
+static_assert(sizeof(OpenReply) == 1096);
+
+// The registration document (a memfd sealed against every change): this header, then at the offsets
+// given the layout JSON, `buffer_count` x DocumentBuffer, `blob_count` x DocumentBlob, and names.
+struct RegistrationDocument {
+  uint32_t magic;  // kProtocolMagic
+  uint32_t version;
+  uint64_t total_bytes;
+  uint64_t layout_offset;
+  uint64_t layout_bytes;
+  uint64_t buffers_offset;  // 8-aligned
+  uint64_t buffer_count;
+  uint64_t blobs_offset;  // 8-aligned
+  uint64_t blob_count;
+};
+static_assert(sizeof(RegistrationDocument) == 64);
+
+struct DocumentBuffer {
+  uint64_t name_offset;
+  uint32_t name_bytes;
+  uint32_t group;  // 0 to 63
+  uint64_t bytes;
+};
+static_assert(sizeof(DocumentBuffer) == 24);
+
+struct DocumentBlob {
+  uint64_t name_offset;
+  uint32_t name_bytes;
+  uint32_t scope;  // 0 global, 1 rank
+  uint64_t capacity_bytes;
+};
+static_assert(sizeof(DocumentBlob) == 24);
+
+struct RegisterRequest {
+  uint64_t document_bytes;
+};
+static_assert(sizeof(RegisterRequest) == 8);
+
+struct RegisterReply {
+  ReplyStatus status;
+  uint64_t registration_id;
+  uint64_t memory_bytes;               // of the rank memory memfd
+  uint64_t registration_memory_bytes;  // of the memory described in shared_memory.h
+  uint64_t capture_plan_bytes;
+  uint64_t image_bytes;  // a multiple of block_bytes
+  uint64_t block_bytes;
+};
+static_assert(sizeof(RegisterReply) == 1072);
+
+// The capture plan (sealed memfd): header, then capture_op_count x CaptureOp sorted by image
+// offset, then blob_count x BlobArea in the order of the registration.
+struct CapturePlan {
+  uint32_t magic;
+  uint32_t version;
+  uint64_t op_count;
+  uint64_t blob_count;
+  uint64_t image_bytes;
+};
+static_assert(sizeof(CapturePlan) == 32);
+
+// Copies `count` runs of `run_bytes` from the buffer, `buffer_stride` bytes apart, to the image,
+// where they lie one behind the other.
+struct CaptureOp {
+  uint64_t image_offset;
+  uint64_t buffer_offset;
+  uint64_t run_bytes;
+  uint64_t count;
+  uint64_t buffer_stride;
+  uint32_t buffer_index;  // in the order of the registration
+  uint32_t group;
+};
+static_assert(sizeof(CaptureOp) == 48);
+
+// Where the bytes of a blob go. A global blob of another rank than 0 is not stored: capacity 0 and
+// offset UINT64_MAX.
+struct BlobArea {
+  uint64_t image_offset;
+  uint64_t capacity_bytes;
+};
+static_assert(sizeof(BlobArea) == 16);
+
+struct RestoreRequest {
+  uint64_t registration_id;
+};
+static_assert(sizeof(RestoreRequest) == 8);
+
+struct ImageMap {
+  uint32_t map_id;  // 1 and up; 0 is the rank's own memory, already mapped
+  uint32_t reserved;
+  uint64_t bytes;
+};
+static_assert(sizeof(ImageMap) == 16);
+
+struct RestoreReply {
+  ReplyStatus status;  // HF_NOT_FOUND: no checkpoint
+  uint64_t step;
+  uint32_t attempt;
+  uint32_t world_size;
+  uint64_t op_count;  // in the operations memfd: op_count x RestoreOp
+  uint64_t operations_bytes;
+  uint64_t blobs_bytes;
+  uint64_t bytes;  // that will reach this rank's buffers
+};
+static_assert(sizeof(RestoreReply) == 1072);
+
+// Copies `count` runs from a delivered piece (RestoreEntry in shared_memory.h) to a buffer.
+struct RestoreOp {
+  uint64_t source_offset;  // from the beginning of the delivered piece
+  uint64_t buffer_offset;
+  uint64_t run_bytes;
+  uint64_t count;
+  uint64_t source_stride;
+  uint64_t buffer_stride;
+  uint32_t buffer_index;
+  uint32_t reserved;
+};
+static_assert(sizeof(RestoreOp) == 56);
+
+// The blobs memfd: header, blob_count x RestoredBlob, then names and bytes.
+struct RestoredBlobs {
+  uint32_t magic;
+  uint32_t version;
+  uint64_t blob_count;
+};
+static_assert(sizeof(RestoredBlobs) == 16);
+
+struct RestoredBlob {
+  uint64_t name_offset;
+  uint64_t data_offset;
+  uint64_t data_bytes;
+  uint32_t name_bytes;
+  uint32_t scope;  // 0 global, 1 rank
+  uint32_t rank;   // that saved it
+  uint32_t reserved;
+};
+static_assert(sizeof(RestoredBlob) == 40);
+
+struct RestoreDone {
+  ReplyStatus status;
+  uint64_t bytes;
+  uint64_t bytes_from_memory;
+};
+static_assert(sizeof(RestoreDone) == 1040);
+
+enum class QueryKind : uint32_t {
+  kStatus = 1,  // jobs, sessions, images with their counters, roots, memory: docs/OPERATING.md
+};
+
+struct QueryRequest {
+  QueryKind kind;
+  uint32_t reserved;
+};
+static_assert(sizeof(QueryRequest) == 8);
+
+struct QueryReply {
+  ReplyStatus status;
+  uint64_t text_bytes;
+};
+static_assert(sizeof(QueryReply) == 1032);
+
+}  // namespace holdfast::abi
+
+#endif  // HOLDFAST_HOOK_ABI_MESSAGES_H_
