@@ -21,8 +21,9 @@
 //   kVoid       trainer -> agent: given up; void_code and void_text say why.
 //   The agent takes kCaptured and kVoid slots back to kEmpty when it has recycled the blocks.
 //
-// The agent writes the head of the image (all bytes that no CaptureOp and no BlobArea covers)
-// itself.
+// When it sees kCapturing the agent itself writes every byte of the image that neither a CaptureOp
+// nor a blob given at this step covers: the head, the gaps between datasets, the rest of a blob's
+// area and the padding at the end (zeros). The trainer writes exactly the other bytes.
 //
 // Waiting: whoever waits for the other side sleeps in futex(2) (shared, not FUTEX_PRIVATE) on the
 // word named; whoever changes what it guards increments the word (release) and wakes.
