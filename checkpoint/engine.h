@@ -1,0 +1,172 @@
+// The checkpoint engine of an agent: all jobs, sessions, images and restores of a node. The agent
+// (agent/) only translates between it and sockets.
+//
+// It is single-threaded: every call and every completion runs on the event loop's thread; work that
+// blocks or computes goes to the WorkPool, transfers to the IoRing. So a simulation drives all of
+// it from one thread (checkpoint/crash_enumeration_test.cc).
+//
+// Parts: Registration (document -> layout, template, capture plan), RankImages (slots of one
+// session), Flush (one image to one file), Job (attempts, groups, commit), Catalog (what is
+// committed in the root), Restore (plan and delivery).
+#ifndef HOLDFAST_CHECKPOINT_ENGINE_H_
+#define HOLDFAST_CHECKPOINT_ENGINE_H_
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "base/clock.h"
+#include "base/executor.h"
+#include "base/ids.h"
+#include "checkpoint/coordination_store.h"
+#include "checkpoint/descriptor_keeper.h"
+#include "checkpoint/image_events.h"
+#include "io/file_system.h"
+#include "io/io_ring.h"
+#include "io/unique_fd.h"
+
+namespace holdfast {
+
+struct EngineOptions {
+  std::string root;                          // directory of all jobs; exists
+  std::string scratch_directory;             // for building templates; exists
+  uint64_t host_memory_bytes_max = 0;        // of all rank memories together: hard
+  uint64_t block_bytes = uint64_t{4} << 20;  // power of two, 4 KiB to 64 MiB
+  uint32_t images_per_rank_max = 2;          // 1 to abi::kSlotsMax; fewer where the budget is short
+  uint64_t due_every_steps = 0;              // 0: never due by itself
+  uint32_t flush_writes_in_flight_max = 8;   // of one image
+  Caching flush_caching = Caching::kDirect;  // as probed for the root's mount
+};
+
+// The world. All outlive the engine.
+struct EngineWorld {
+  FileSystem& file_system;
+  IoRing& ring;
+  EventLoop& loop;
+  WorkPool& pool;
+  const Clock& clock;
+  CoordinationStore& store;
+  DescriptorKeeper& keeper;
+};
+
+struct OpenParameters {
+  std::string job;
+  std::string attempt_key;
+  std::string root;  // empty, or must equal EngineOptions::root
+  std::string node;
+  Rank rank{};
+  uint32_t world_size = 0;
+  uint32_t local_rank = 0;
+  Attempt resume_attempt{};  // 0: a new open
+  SessionId resume_session{};
+  uint64_t resume_registration_id = 0;
+  uint32_t process_id = 0;  // from SO_PEERCRED
+  uint32_t user_id = 0;     // from SO_PEERCRED
+  UniqueFd process_fd;      // pidfd: readable when the process is dead
+  UniqueFd doorbell_fd;     // eventfd of the trainer; the agent watches and reads it
+};
+
+struct OpenResult {
+  SessionId session{};
+  Attempt attempt{};
+  bool resumed = false;
+  std::string job_uuid;
+  int rank_page_fd = -1;  // the engine's; valid until the session ends
+  uint64_t rank_page_bytes = 0;
+};
+
+struct RegisterResult {
+  uint64_t registration_id = 0;
+  int memory_fd = -1;  // the engine's, as the next two; valid until the registration is replaced
+  int registration_memory_fd = -1;
+  int capture_plan_fd = -1;
+  uint64_t memory_bytes = 0;
+  uint64_t registration_memory_bytes = 0;
+  uint64_t capture_plan_bytes = 0;
+  uint64_t image_bytes = 0;
+};
+
+struct RestoreBegun {
+  CheckpointId checkpoint;
+  uint32_t world_size = 0;  // it was made with
+  UniqueFd operations_fd;   // sealed: abi::RestoreOp table
+  uint64_t operations_bytes = 0;
+  uint64_t op_count = 0;
+  UniqueFd blobs_fd;  // sealed: abi::RestoredBlobs
+  uint64_t blobs_bytes = 0;
+  uint64_t bytes = 0;
+  // Memories of other ranks' images that entries refer to; map_id = index + 1. Read-only
+  // descriptors.
+  struct Map {
+    UniqueFd fd;
+    uint64_t bytes = 0;
+  };
+  std::vector<Map> maps;
+};
+
+struct RestoreEnded {
+  uint64_t bytes = 0;
+  uint64_t bytes_from_memory = 0;
+};
+
+// Threads: the event loop's, all calls. Callbacks run on the loop, never inside the call that took
+//   them.
+// Lifetime: the destructor abandons what is in flight (as a crash would); call Drain() first.
+class Engine {
+ public:
+  static absl::StatusOr<std::unique_ptr<Engine>> Create(EngineOptions options, EngineWorld world);
+  virtual ~Engine() = default;
+
+  // Takes over what a dead worker left in the keeper: sessions go on where they were, sealed images
+  // are flushed and committed. What is damaged is dropped with a warning in StatusJson(). Call
+  // once, before anything else. `done` runs when trainers may resume.
+  virtual void Recover(std::vector<KeptDescriptor> kept, std::function<void()> done) = 0;
+
+  // Joins the job's current attempt or begins the next (DESIGN section 3). Errors: kInvalidArgument
+  // (names, rank, world size), kFailedPrecondition (fenced resume; other root), storage errors.
+  virtual void Open(OpenParameters parameters,
+                    std::function<void(absl::StatusOr<OpenResult>)> done) = 0;
+
+  // `document` is a sealed memfd of abi::RegistrationDocument. Errors: kInvalidArgument (layout,
+  // buffers or blobs, named; another layout than the other ranks' of this attempt, with the first
+  // difference), kResourceExhausted (budget: asked, free and the limit).
+  virtual void Register(SessionId session, UniqueFd document, uint64_t document_bytes,
+                        std::function<void(absl::StatusOr<RegisterResult>)> done) = 0;
+
+  // Decides the attempt's restore point if that is not done yet, plans for this rank's
+  // registration, and calls `begun`; after OK delivers pieces through the registration's
+  // RestoreRing (advance it at each Doorbell()) and ends with `ended`. kNotFound: there is no
+  // checkpoint.
+  virtual void Restore(SessionId session, uint64_t registration_id,
+                       std::function<void(absl::StatusOr<RestoreBegun>)> begun,
+                       std::function<void(absl::StatusOr<RestoreEnded>)> ended) = 0;
+
+  // The trainer has changed its shared memory. Cheap; may be called for nothing.
+  virtual void Doorbell(SessionId session) = 0;
+  // hf_close: the session takes no more calls; its images go on.
+  virtual void Close(SessionId session) = 0;
+  // The trainer is dead (its pidfd says so): unfinished images are void, blocks may be recycled.
+  virtual void ProcessDied(SessionId session) = 0;
+  // For the agent's watches: -1 if the session is unknown.
+  virtual int process_fd(SessionId session) const = 0;
+  virtual int doorbell_fd(SessionId session) const = 0;
+  virtual std::vector<SessionId> sessions() const = 0;
+
+  // Sessions that are open (neither closed nor dead), and images not yet durable that can become
+  // so.
+  virtual size_t open_session_count() const = 0;
+  virtual size_t pending_image_count() const = 0;
+
+  // For `holdfast` and the tests: one JSON object, keys documented in docs/OPERATING.md: jobs,
+  // attempts, sessions, images (state, blocks captured, checksummed, flushed, void reason), memory,
+  // commits, warnings.
+  virtual std::string StatusJson() const = 0;
+};
+
+}  // namespace holdfast
+
+#endif  // HOLDFAST_CHECKPOINT_ENGINE_H_
