@@ -16,8 +16,11 @@
 //               blocks, set block_done[i] (release) behind the last byte of block i, and ring the
 //               doorbell (an eventfd) now and then.
 //   kCaptured   trainer -> agent: every block is done. The memory is the agent's to read; the
-//   trainer
-//               does not write it any more.
+//               trainer does not write it any more. A trainer that compares with the source
+//               (check_source) stores it at the end of hf_wait_captured, so that nothing is
+//               committed before it was compared; until then captured_ns != 0 says that the blocks
+//               are complete. If the trainer dies in kCapturing with captured_ns != 0 and every
+//               block_done set, the agent may take the image as captured.
 //   kVoid       trainer -> agent: given up; void_code and void_text say why.
 //   The agent takes kCaptured and kVoid slots back to kEmpty when it has recycled the blocks.
 //
@@ -77,7 +80,8 @@ struct RankPage {
   uint8_t reserved0[40];
 
   // Written by the agent.
-  std::atomic<uint32_t> agent_events;  // futex word: any change of this group or of `reports`
+  std::atomic<uint32_t> agent_events;  // futex word: any change of this group or of `reports`, or
+                                       // a slot granted
   std::atomic<uint32_t> fenced_by;     // attempt that fenced this one; 0: none
   std::atomic<uint64_t> committed_process_step;  // newest of this attempt; kNoStep: none
   std::atomic<uint64_t> committed_power_step;
@@ -135,7 +139,9 @@ static_assert(sizeof(RestoreEntry) == 64);
 
 // Single producer (agent), single consumer (trainer). Entry i lies at entries[i % kRestoreEntries];
 // the agent writes it before it increments `produced` (release); the piece's memory is the agent's
-// again once `consumed` passes it. The trainer rings the doorbell whenever it has advanced.
+// again once `consumed` passes it. The trainer rings the doorbell whenever it has advanced. It
+// leaves the ring alone from its kRestore to the kRestoreReply, before which the agent sets
+// `produced` to `consumed`: a restore that was cut off by a crash begins anew.
 struct RestoreRing {
   std::atomic<uint32_t> produced;  // futex word of the trainer; also woken by kRestoreDone's sender
   uint8_t reserved0[60];
