@@ -42,18 +42,22 @@ struct SealedImage {
 class ImageObserver {
  public:
   virtual ~ImageObserver() = default;
-  // The trainer has begun to capture `checkpoint` (hf_save). The observer answers, now or later,
-  // with RankImages::StartFlush(id, path), or with RankImages::Void(id, why): fenced, step
-  // committed already, no directory, ...
+  // The trainer has begun to capture `checkpoint` (hf_save), or did so under a former worker. The
+  // observer answers, now or later, with RankImages::StartFlush(id, path), or with
+  // RankImages::Void(id, why): fenced, step committed already, no directory, ...
   virtual void OnCaptureBegun(ImageId id, Rank rank, CheckpointId checkpoint) = 0;
   // Every block is in the agent's memory and has its checksum.
   virtual void OnSealed(const SealedImage& image) = 0;
   // The file given to StartFlush holds the whole image, is durable, and was checked once more
   // against the checksums. (Its name is durable when its directory has been synced.)
   virtual void OnDurable(ImageId id, const std::string& path) = 0;
-  // The image will never be sealed or will never be durable. Its blocks are released by RankImages
-  // as soon as nobody can write them any more.
-  virtual void OnVoid(ImageId id, Rank rank, CheckpointId checkpoint, absl::Status why) = 0;
+  // The image will never be durable. kGone: it was not sealed, or its bytes changed since;
+  // RankImages releases its blocks by itself as soon as nobody can write them any more. kInMemory:
+  // it is sealed, only its storage failed; it stays readable until RankImages::Release(id), which
+  // the observer must call at some time. May come after OnSealed, never after OnDurable.
+  enum class Afterwards { kGone, kInMemory };
+  virtual void OnVoid(ImageId id, Rank rank, CheckpointId checkpoint, absl::Status why,
+                      Afterwards afterwards) = 0;
 };
 
 }  // namespace holdfast
