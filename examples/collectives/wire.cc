@@ -1,0 +1,373 @@
+#include "examples/collectives/wire.h"
+
+#include <arpa/inet.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "base/status_macros.h"
+
+namespace collectives {
+namespace {
+
+absl::Status ErrnoStatus(const std::string& what) {
+  return absl::UnavailableError(absl::StrFormat("%s: %s", what, std::strerror(errno)));
+}
+
+sockaddr_in ToSockaddr(const Endpoint& endpoint) {
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_addr.s_addr = htonl(endpoint.address);
+  address.sin_port = htons(endpoint.port);
+  return address;
+}
+
+const sockaddr* Generic(const sockaddr_in* address) {
+  return reinterpret_cast<const sockaddr*>(address);
+}
+sockaddr* Generic(sockaddr_in* address) { return reinterpret_cast<sockaddr*>(address); }
+
+absl::StatusOr<Socket> NewSocket() {
+  Socket socket(::socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
+  if (!socket.is_open()) return ErrnoStatus("socket");
+  return socket;
+}
+
+void NoDelay(const Socket& socket) {
+  const int on = 1;
+  // Only speed depends on it, so a failure is no error.
+  static_cast<void>(setsockopt(socket.fd(), IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on)));
+}
+
+absl::Status WaitFor(const Socket& socket, int16_t events, Deadline deadline) {
+  while (true) {
+    pollfd entry{socket.fd(), events, 0};
+    const int ready = poll(&entry, 1, PollMilliseconds(deadline));
+    if (ready > 0) return absl::OkStatus();
+    if (ready < 0 && errno != EINTR) return ErrnoStatus("poll");
+    if (ready == 0 && std::chrono::steady_clock::now() >= deadline) {
+      return absl::DeadlineExceededError("no answer within the deadline");
+    }
+  }
+}
+
+// Nobody may have written a 64-bit element at its natural alignment, so elements go through memcpy,
+// which compiles to plain loads and stores.
+template <typename Element, typename Sum>
+void AddTo(std::span<std::byte> into, std::span<const std::byte> from, Sum sum) {
+  for (size_t at = 0; at + sizeof(Element) <= from.size(); at += sizeof(Element)) {
+    Element a, b;
+    std::memcpy(&a, into.data() + at, sizeof(a));
+    std::memcpy(&b, from.data() + at, sizeof(b));
+    const Element result = sum(a, b);
+    std::memcpy(into.data() + at, &result, sizeof(result));
+  }
+}
+
+}  // namespace
+
+std::string ToString(const Endpoint& endpoint) {
+  return absl::StrFormat("%d.%d.%d.%d:%d", endpoint.address >> 24, endpoint.address >> 16 & 255,
+                         endpoint.address >> 8 & 255, endpoint.address & 255, endpoint.port);
+}
+
+absl::StatusOr<uint32_t> ResolveAddress(const std::string& host) {
+  addrinfo hints{};
+  hints.ai_family = AF_INET;
+  hints.ai_socktype = SOCK_STREAM;
+  addrinfo* found = nullptr;
+  const int result = getaddrinfo(host.c_str(), nullptr, &hints, &found);
+  if (result != 0 || found == nullptr) {
+    return absl::NotFoundError(
+        absl::StrFormat("no IPv4 address of '%s': %s", host, gai_strerror(result)));
+  }
+  sockaddr_in address{};
+  std::memcpy(&address, found->ai_addr, sizeof(address));
+  freeaddrinfo(found);
+  return ntohl(address.sin_addr.s_addr);
+}
+
+Socket& Socket::operator=(Socket&& other) noexcept {
+  if (this != &other) {
+    Close();
+    fd_ = other.Release();
+  }
+  return *this;
+}
+
+int Socket::Release() { return std::exchange(fd_, -1); }
+
+void Socket::Close() {
+  if (fd_ >= 0) close(fd_);
+  fd_ = -1;
+}
+
+WakeEvent::WakeEvent() : socket_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)) {}
+
+void WakeEvent::Signal() const {
+  const uint64_t one = 1;
+  // Fails only if the counter is full, and then the reader is awake anyway.
+  if (write(socket_.fd(), &one, sizeof(one)) < 0) return;
+}
+
+void WakeEvent::Drain() const {
+  uint64_t count = 0;
+  // Fails only if there is nothing to drain.
+  if (read(socket_.fd(), &count, sizeof(count)) < 0) return;
+}
+
+absl::StatusOr<Socket> Listen(const Endpoint& at) {
+  ASSIGN_OR_RETURN(Socket socket, NewSocket());
+  const int on = 1;
+  if (setsockopt(socket.fd(), SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on)) != 0) {
+    return ErrnoStatus("SO_REUSEADDR");
+  }
+  const sockaddr_in address = ToSockaddr(at);
+  if (bind(socket.fd(), Generic(&address), sizeof(address)) != 0) {
+    return ErrnoStatus(absl::StrCat("bind ", ToString(at)));
+  }
+  if (listen(socket.fd(), 128) != 0) return ErrnoStatus(absl::StrCat("listen ", ToString(at)));
+  return socket;
+}
+
+absl::StatusOr<Endpoint> LocalEndpoint(const Socket& socket) {
+  sockaddr_in address{};
+  socklen_t bytes = sizeof(address);
+  if (getsockname(socket.fd(), Generic(&address), &bytes) != 0) return ErrnoStatus("getsockname");
+  return Endpoint{ntohl(address.sin_addr.s_addr), ntohs(address.sin_port)};
+}
+
+absl::StatusOr<Socket> BeginConnect(const Endpoint& to, uint32_t from) {
+  ASSIGN_OR_RETURN(Socket socket, NewSocket());
+  NoDelay(socket);
+  const int on = 1;
+  // Leaves the choice of the port to connect(2), which can use one port for several peers. Where
+  // the kernel does not know it, bind(2) chooses the port.
+  static_cast<void>(setsockopt(socket.fd(), IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &on, sizeof(on)));
+  const sockaddr_in source = ToSockaddr({from, 0});
+  if (bind(socket.fd(), Generic(&source), sizeof(source)) != 0) {
+    return ErrnoStatus(absl::StrCat("bind ", ToString({from, 0})));
+  }
+  const sockaddr_in address = ToSockaddr(to);
+  if (connect(socket.fd(), Generic(&address), sizeof(address)) != 0 && errno != EINPROGRESS) {
+    return ErrnoStatus(absl::StrCat("connect to ", ToString(to)));
+  }
+  return socket;
+}
+
+absl::StatusOr<Socket> Accept(const Socket& listener) {
+  Socket socket(accept4(listener.fd(), nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC));
+  if (socket.is_open()) {
+    NoDelay(socket);
+    return socket;
+  }
+  if (errno == EAGAIN || errno == EINTR || errno == ECONNABORTED) return Socket();
+  return ErrnoStatus("accept");
+}
+
+absl::Status SendAll(const Socket& socket, std::span<const std::byte> bytes, Deadline deadline) {
+  while (!bytes.empty()) {
+    const ssize_t sent = send(socket.fd(), bytes.data(), bytes.size(), MSG_NOSIGNAL);
+    if (sent >= 0) {
+      bytes = bytes.subspan(static_cast<size_t>(sent));
+    } else if (errno == EAGAIN || errno == EINTR) {
+      RETURN_IF_ERROR(WaitFor(socket, POLLOUT, deadline));
+    } else {
+      return ErrnoStatus("send");
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ReceiveAll(const Socket& socket, std::span<std::byte> bytes, Deadline deadline) {
+  while (!bytes.empty()) {
+    const ssize_t received = recv(socket.fd(), bytes.data(), bytes.size(), 0);
+    if (received > 0) {
+      bytes = bytes.subspan(static_cast<size_t>(received));
+    } else if (received == 0) {
+      return absl::UnavailableError("the other end closed the connection");
+    } else if (errno == EAGAIN || errno == EINTR) {
+      RETURN_IF_ERROR(WaitFor(socket, POLLIN, deadline));
+    } else {
+      return ErrnoStatus("recv");
+    }
+  }
+  return absl::OkStatus();
+}
+
+int PollMilliseconds(Deadline deadline) {
+  const auto now = std::chrono::steady_clock::now();
+  if (deadline <= now) return 0;
+  const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline - now);
+  // An hour is as good as for ever: everybody who polls looks at the clock afterwards.
+  return static_cast<int>(std::min<int64_t>(left.count(), 3'600'000));
+}
+
+const char* Name(OperationKind kind) {
+  switch (kind) {
+    case OperationKind::kAllReduce:
+      return "all_reduce";
+    case OperationKind::kReduceScatter:
+      return "reduce_scatter";
+    case OperationKind::kAllGather:
+      return "all_gather";
+    case OperationKind::kBroadcast:
+      return "broadcast";
+    case OperationKind::kBarrier:
+      return "barrier";
+    case OperationKind::kSend:
+      return "send";
+  }
+  return "unknown operation";
+}
+
+LinkSender::LinkSender(Socket socket, const LinkHello& hello, size_t chunk_bytes)
+    : socket_(std::move(socket)), hello_(hello), chunk_bytes_(chunk_bytes) {}
+
+void LinkSender::Start(const FrameHeader& header, std::span<const std::byte> message) {
+  header_ = header;
+  header_.message_bytes = message.size();
+  message_ = message;
+  BeginFrame(0);
+  if (!hello_sent_) phase_ = Phase::kHello;
+}
+
+void LinkSender::BeginFrame(uint64_t offset_bytes) {
+  header_.offset_bytes = offset_bytes;
+  header_.payload_bytes =
+      static_cast<uint32_t>(std::min<uint64_t>(chunk_bytes_, message_.size() - offset_bytes));
+  phase_ = Phase::kHeader;
+  done_bytes_ = 0;
+}
+
+std::span<const std::byte> LinkSender::Current() const {
+  if (phase_ == Phase::kHello) return std::as_bytes(std::span(&hello_, 1));
+  if (phase_ == Phase::kHeader) return std::as_bytes(std::span(&header_, 1));
+  return message_.subspan(header_.offset_bytes, header_.payload_bytes);
+}
+
+absl::Status LinkSender::Pump() {
+  while (phase_ != Phase::kIdle) {
+    const std::span<const std::byte> rest = Current().subspan(done_bytes_);
+    if (!rest.empty()) {
+      // The hello and the header travel with what follows them, if anything does.
+      const bool last =
+          phase_ == Phase::kPayload || (phase_ == Phase::kHeader && header_.payload_bytes == 0);
+      const int more = last ? 0 : MSG_MORE;
+      const ssize_t sent = send(socket_.fd(), rest.data(), rest.size(), MSG_NOSIGNAL | more);
+      if (sent < 0) {
+        if (errno == EAGAIN || errno == EINTR) return absl::OkStatus();
+        return ErrnoStatus("send");
+      }
+      done_bytes_ += static_cast<size_t>(sent);
+      if (static_cast<size_t>(sent) < rest.size()) continue;
+    }
+    done_bytes_ = 0;
+    if (phase_ == Phase::kHello) {
+      hello_sent_ = true;
+      phase_ = Phase::kHeader;
+    } else if (phase_ == Phase::kHeader) {
+      phase_ = Phase::kPayload;
+    } else if (header_.offset_bytes + header_.payload_bytes < message_.size()) {
+      BeginFrame(header_.offset_bytes + header_.payload_bytes);
+    } else {
+      phase_ = Phase::kIdle;
+    }
+  }
+  return absl::OkStatus();
+}
+
+LinkReceiver::LinkReceiver(Socket socket, size_t chunk_bytes)
+    : socket_(std::move(socket)), chunk_bytes_(chunk_bytes) {}
+
+void LinkReceiver::Start(const FrameHeader& expected, std::span<std::byte> into, Combine combine) {
+  busy_ = true;
+  expected_ = expected;
+  into_ = into;
+  combine_ = combine;
+  if (combine != Combine::kCopy) scratch_.resize(chunk_bytes_);
+  header_done_bytes_ = payload_done_bytes_ = 0;
+  message_done_bytes_ = 0;
+}
+
+// OK and 0: nothing is there now.
+absl::StatusOr<size_t> LinkReceiver::ReceiveSome(std::span<std::byte> into) {
+  const ssize_t received = recv(socket_.fd(), into.data(), into.size(), 0);
+  if (received > 0) return static_cast<size_t>(received);
+  if (received == 0) return absl::UnavailableError("the other end closed the connection");
+  if (errno == EAGAIN || errno == EINTR) return size_t{0};
+  return ErrnoStatus("recv");
+}
+
+absl::Status LinkReceiver::CheckHeader() const {
+  if (header_.magic != kWireMagic) {
+    return absl::DataLossError(
+        absl::StrFormat("frame magic: expected %08x, found %08x", kWireMagic, header_.magic));
+  }
+  if (header_.kind != expected_.kind || header_.sequence != expected_.sequence ||
+      header_.step != expected_.step || header_.message_bytes != into_.size()) {
+    return absl::FailedPreconditionError(absl::StrFormat(
+        "ranks disagree: expected %s #%d step %d of %d bytes, found %s #%d step %d of %d bytes",
+        Name(expected_.kind), expected_.sequence, expected_.step, into_.size(), Name(header_.kind),
+        header_.sequence, header_.step, header_.message_bytes));
+  }
+  if (header_.offset_bytes != message_done_bytes_ || header_.payload_bytes > chunk_bytes_ ||
+      header_.payload_bytes > into_.size() - message_done_bytes_) {
+    return absl::DataLossError(absl::StrFormat(
+        "frame of %d bytes at %d: expected at most %d at %d", header_.payload_bytes,
+        header_.offset_bytes, std::min<uint64_t>(chunk_bytes_, into_.size()), message_done_bytes_));
+  }
+  return absl::OkStatus();
+}
+
+void LinkReceiver::FinishFrame() {
+  const std::span<std::byte> into = into_.subspan(message_done_bytes_, header_.payload_bytes);
+  const std::span<const std::byte> from =
+      std::span(scratch_).first(combine_ == Combine::kCopy ? 0 : header_.payload_bytes);
+  if (combine_ == Combine::kSumInt64) {
+    // Unsigned: an overflow wraps, so that the sum stays associative.
+    AddTo<uint64_t>(into, from, [](uint64_t a, uint64_t b) { return a + b; });
+  } else if (combine_ == Combine::kSumFloat32) {
+    AddTo<float>(into, from, [](float a, float b) { return a + b; });
+  }
+  message_done_bytes_ += header_.payload_bytes;
+  header_done_bytes_ = payload_done_bytes_ = 0;
+  busy_ = message_done_bytes_ < into_.size();
+}
+
+absl::Status LinkReceiver::Pump() {
+  while (busy_) {
+    if (header_done_bytes_ < sizeof(header_)) {
+      const std::span<std::byte> header = std::as_writable_bytes(std::span(&header_, 1));
+      ASSIGN_OR_RETURN(const size_t received, ReceiveSome(header.subspan(header_done_bytes_)));
+      if (received == 0) return absl::OkStatus();
+      header_done_bytes_ += received;
+      if (header_done_bytes_ < sizeof(header_)) continue;
+      RETURN_IF_ERROR(CheckHeader());
+    }
+    if (payload_done_bytes_ < header_.payload_bytes) {
+      const std::span<std::byte> sink =
+          combine_ == Combine::kCopy ? into_.subspan(message_done_bytes_, header_.payload_bytes)
+                                     : std::span(scratch_).first(header_.payload_bytes);
+      ASSIGN_OR_RETURN(const size_t received, ReceiveSome(sink.subspan(payload_done_bytes_)));
+      if (received == 0) return absl::OkStatus();
+      payload_done_bytes_ += received;
+      if (payload_done_bytes_ < header_.payload_bytes) continue;
+    }
+    FinishFrame();
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace collectives
