@@ -119,6 +119,19 @@ BoxView BoxTable::operator[](uint32_t index) const {
   return {values.subspan(begin, dims), values.subspan(begin + dims, dims)};
 }
 
+std::optional<uint64_t> ContiguousStart(BoxView box, std::span<const uint64_t> shape) {
+  size_t partial = 0;  // one past the last dimension that the box does not span
+  uint64_t start = 0;
+  for (size_t d = 0; d < shape.size(); ++d) {
+    if (box.size[d] != shape[d]) partial = d + 1;
+    start = start * shape[d] + box.lo[d];
+  }
+  for (size_t d = 0; d + 1 < partial; ++d) {
+    if (box.size[d] != 1) return std::nullopt;
+  }
+  return start;
+}
+
 absl::Status CheckPiece(const Piece& piece, std::span<const TensorState> tensor_states,
                         const BoxTable& boxes) {
   if (piece.tensor_state >= tensor_states.size()) {

@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -77,6 +78,10 @@ struct Piece {
 
   uint64_t ElementCount() const { return end - begin; }
 };
+
+// The element of a tensor of this shape at which the box begins, if the box's elements lie one
+// behind the other in the tensor; else nothing. The box lies in the tensor and is not empty.
+std::optional<uint64_t> ContiguousStart(BoxView box, std::span<const uint64_t> shape);
 
 // kInvalidArgument if the piece does not lie in its tensor: tensor_state or box out of range, other
 // number of dimensions, box or range outside. For pieces read from storage.

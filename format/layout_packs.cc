@@ -1,0 +1,165 @@
+#include "format/layout_packs.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "base/check.h"
+
+namespace holdfast {
+namespace {
+
+uint64_t RoundUp(uint64_t value, uint64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+}  // namespace
+
+CoordinateChoices AllCoordinates(const std::vector<MeshAxis>& mesh) {
+  CoordinateChoices choices(mesh.size());
+  for (size_t axis = 0; axis < mesh.size(); ++axis) {
+    for (uint32_t c = 0; c < mesh[axis].size; ++c) choices[axis].push_back(c);
+  }
+  return choices;
+}
+
+std::vector<uint32_t> RanksOf(const std::vector<MeshAxis>& mesh, const CoordinateChoices& choices) {
+  std::vector<uint32_t> ranks = {0};
+  for (size_t axis = 0; axis < mesh.size(); ++axis) {
+    std::vector<uint32_t> next;
+    next.reserve(ranks.size() * choices[axis].size());
+    for (uint32_t rank : ranks) {
+      for (uint32_t c : choices[axis]) next.push_back(rank * mesh[axis].size + c);
+    }
+    ranks = std::move(next);
+  }
+  return ranks;
+}
+
+PackContents FillPack(const LayoutProgram& program, const PackProgram& pack,
+                      std::span<const uint32_t> coordinates) {
+  PackContents contents;
+  contents.starts.reserve(pack.members.size());
+  uint64_t total = 0;
+  for (uint32_t member : pack.members) {
+    const LocalTensor local =
+        Evaluate(program.mesh, program.placements[program.states[member].placement],
+                 program.tensor_states[member].shape, coordinates);
+    if (!local.held) {
+      contents.starts.push_back(PackContents::kNotHeld);
+      continue;
+    }
+    const uint64_t start = RoundUp(total, pack.align_elements);
+    contents.starts.push_back(start);
+    total = start + (local.end - local.begin);
+  }
+  const uint64_t axis_size = program.mesh[pack.axis].size;
+  contents.slice_elements = RoundUp(total, pack.multiple_elements * axis_size) / axis_size;
+  return contents;
+}
+
+PackCuts::PackCuts(const LayoutProgram& program, const PackProgram& pack)
+    : program_(&program), pack_(&pack) {
+  CoordinateChoices choices(program.mesh.size(), {0});
+  const CoordinateChoices all = AllCoordinates(program.mesh);
+  for (uint32_t axis : pack.other_axes) choices[axis] = all[axis];
+  for (uint32_t rank : RanksOf(program.mesh, choices)) {
+    tuples_.push_back(program.CoordinatesOf(rank));
+    contents_.push_back(FillPack(program, pack, tuples_.back()));
+  }
+}
+
+uint64_t PackCuts::LocalKey(uint32_t member, std::span<const uint32_t> coordinates) const {
+  uint64_t key = 0;
+  for (const PlacementOp& op :
+       program_->placements[program_->states[pack_->members[member]].placement]) {
+    if (op.kind == PlacementOp::Kind::kShard || op.kind == PlacementOp::Kind::kFlat) {
+      key = key * program_->mesh[op.axis].size + coordinates[op.axis];
+    }
+  }
+  return key;
+}
+
+std::vector<PackCuts::Interval> PackCuts::IntervalsOf(uint32_t member,
+                                                      const std::vector<uint32_t>& tuples,
+                                                      uint64_t begin, uint64_t end) const {
+  std::vector<uint64_t> cuts = {begin, end};
+  for (uint32_t tuple : tuples) {
+    const PackContents& contents = contents_[tuple];
+    const uint64_t start = contents.starts[member];
+    uint64_t boundary = RoundUp(start + begin + 1, contents.slice_elements);
+    for (; boundary < start + end; boundary += contents.slice_elements) {
+      cuts.push_back(boundary - start);
+    }
+  }
+  std::sort(cuts.begin(), cuts.end());
+  cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
+  std::vector<Interval> intervals;
+  for (size_t i = 0; i + 1 < cuts.size(); ++i) {
+    Interval interval{cuts[i], cuts[i + 1], {}};
+    for (uint32_t tuple : tuples) {
+      const PackContents& contents = contents_[tuple];
+      const uint64_t slice = (contents.starts[member] + cuts[i]) / contents.slice_elements;
+      CHECK(slice < program_->mesh[pack_->axis].size);
+      interval.holders.emplace_back(tuple, static_cast<uint32_t>(slice));
+    }
+    intervals.push_back(std::move(interval));
+  }
+  return intervals;
+}
+
+std::vector<uint32_t> PackCuts::Ranks(const std::vector<Holder>& holders) const {
+  CoordinateChoices choices = AllCoordinates(program_->mesh);
+  std::vector<uint32_t> ranks;
+  for (const auto& [tuple, slice] : holders) {
+    for (uint32_t axis : pack_->other_axes) choices[axis] = {tuples_[tuple][axis]};
+    choices[pack_->axis] = {slice};
+    const std::vector<uint32_t> more = RanksOf(program_->mesh, choices);
+    ranks.insert(ranks.end(), more.begin(), more.end());
+  }
+  std::sort(ranks.begin(), ranks.end());
+  return ranks;
+}
+
+std::vector<PackCut> PackCuts::CutsOf(uint32_t member, std::span<const uint32_t> coordinates,
+                                      uint64_t begin, uint64_t end) const {
+  const uint64_t key = LocalKey(member, coordinates);
+  std::vector<uint32_t> tuples;
+  for (uint32_t tuple = 0; tuple < tuples_.size(); ++tuple) {
+    if (contents_[tuple].starts[member] != PackContents::kNotHeld &&
+        LocalKey(member, tuples_[tuple]) == key) {
+      tuples.push_back(tuple);
+    }
+  }
+  std::vector<PackCut> cuts;
+  for (const Interval& interval : IntervalsOf(member, tuples, begin, end)) {
+    cuts.push_back({interval.begin, interval.end, Ranks(interval.holders)});
+  }
+  return cuts;
+}
+
+void PackCuts::AddLoads(std::map<std::vector<uint32_t>, uint64_t>& loads) const {
+  std::map<std::vector<Holder>, uint64_t> bytes;
+  for (uint32_t member = 0; member < pack_->members.size(); ++member) {
+    const uint32_t index = pack_->members[member];
+    const TensorState& tensor_state = program_->tensor_states[index];
+    std::map<uint64_t, std::vector<uint32_t>> alike;  // tuples with equal local tensors
+    for (uint32_t tuple = 0; tuple < tuples_.size(); ++tuple) {
+      if (contents_[tuple].starts[member] != PackContents::kNotHeld) {
+        alike[LocalKey(member, tuples_[tuple])].push_back(tuple);
+      }
+    }
+    for (const auto& [key, tuples] : alike) {
+      const LocalTensor local =
+          Evaluate(program_->mesh, program_->placements[program_->states[index].placement],
+                   tensor_state.shape, tuples_[tuples[0]]);
+      if (local.begin == local.end) continue;
+      for (Interval& interval : IntervalsOf(member, tuples, 0, local.end - local.begin)) {
+        bytes[std::move(interval.holders)] +=
+            (interval.end - interval.begin) * ElementBytes(tensor_state.dtype);
+      }
+    }
+  }
+  for (const auto& [holders, count] : bytes) loads[Ranks(holders)] += count;
+}
+
+}  // namespace holdfast

@@ -1,0 +1,224 @@
+#include "format/planner_source.h"
+
+#include <algorithm>
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "base/check.h"
+#include "base/status_macros.h"
+
+namespace holdfast {
+namespace {
+
+constexpr size_t kImagesNamedMax = 8;
+
+// -1, 0 or 1: an order of pieces in which equal ones are neighbours; ranges of the whole tensor
+// come first.
+int Compare(const Piece& a, const Piece& b, const BoxTable& boxes) {
+  const auto order = [](auto x, auto y) { return x < y ? -1 : (y < x ? 1 : 0); };
+  if ((a.box == kWholeTensor) != (b.box == kWholeTensor)) return a.box == kWholeTensor ? -1 : 1;
+  if (a.box != b.box) {
+    const BoxView x = boxes[a.box];
+    const BoxView y = boxes[b.box];
+    for (size_t d = 0; d < x.lo.size(); ++d) {
+      if (const int by_lo = order(x.lo[d], y.lo[d]); by_lo != 0) return by_lo;
+      if (const int by_size = order(x.size[d], y.size[d]); by_size != 0) return by_size;
+    }
+  }
+  if (const int by_begin = order(a.begin, b.begin); by_begin != 0) return by_begin;
+  return order(a.end, b.end);
+}
+
+std::string ImagesOf(const SourcePiece& piece, std::span<const StoredPiece> stored) {
+  std::string text = piece.replicas.size() == 1 ? "image " : "images ";
+  for (size_t i = 0; i < piece.replicas.size(); ++i) {
+    if (i == kImagesNamedMax) return absl::StrCat(text, ", ...");
+    absl::StrAppend(&text, i ? ", " : "", stored[piece.replicas[i]].image);
+  }
+  return text;
+}
+
+}  // namespace
+
+absl::StatusOr<StateSource> StateSource::Create(const SourceView& source, uint32_t tensor_state,
+                                                std::span<const uint32_t> pieces, Asked asked) {
+  StateSource state(source, tensor_state);
+  RETURN_IF_ERROR(state.AddDistinct(pieces));
+  const auto first_box =
+      std::find_if(state.pieces_.begin(), state.pieces_.end(),
+                   [](const SourcePiece& piece) { return piece.piece.box != kWholeTensor; });
+  state.range_count_ = static_cast<uint32_t>(first_box - state.pieces_.begin());
+  if (asked == Asked::kBoxes || state.range_count_ < state.pieces_.size()) {
+    std::vector<ElementBox> boxes;
+    std::vector<uint32_t> numbers;
+    for (uint32_t i = 0; i < state.pieces_.size(); ++i) {
+      for (ElementBox& box : state.BoxesOf(state.pieces_[i].piece, source.boxes)) {
+        boxes.push_back(box);
+        numbers.push_back(i);
+      }
+    }
+    state.index_ = std::make_unique<BoxIndex>(std::move(boxes), std::move(numbers));
+  }
+  RETURN_IF_ERROR(state.CheckDisjoint());
+  return state;
+}
+
+absl::Status StateSource::AddDistinct(std::span<const uint32_t> pieces) {
+  std::vector<SourcePiece> all;
+  all.reserve(pieces.size());
+  for (uint32_t index : pieces) {
+    Piece piece = source_->pieces[index].piece;
+    if (absl::Status inside = CheckPiece(piece, source_->tensor_states, source_->boxes);
+        !inside.ok()) {
+      return absl::DataLossError(absl::StrFormat("%s (image %d)", std::string(inside.message()),
+                                                 source_->pieces[index].image));
+    }
+    if (piece.begin == piece.end) continue;
+    if (source_->pieces[index].image_offset_bytes > kTensorBytesMax) {
+      return absl::DataLossError(absl::StrFormat(
+          "%s: expected an offset of at most 2^62 in image %d, found %d", Describe(*tensor_state_),
+          source_->pieces[index].image, source_->pieces[index].image_offset_bytes));
+    }
+    if (piece.box != kWholeTensor) {
+      const auto start = ContiguousStart(source_->boxes[piece.box], tensor_state_->shape);
+      if (start.has_value()) {
+        piece.box = kWholeTensor;
+        piece.begin += *start;
+        piece.end += *start;
+      }
+    }
+    all.push_back({piece, {index}});
+  }
+  std::sort(all.begin(), all.end(), [this](const SourcePiece& a, const SourcePiece& b) {
+    const int order = Compare(a.piece, b.piece, source_->boxes);
+    if (order != 0) return order < 0;
+    const auto key = [this](const SourcePiece& piece) {
+      return std::pair(source_->pieces[piece.replicas[0]].image, piece.replicas[0]);
+    };
+    return key(a) < key(b);
+  });
+  for (SourcePiece& piece : all) {
+    if (!pieces_.empty() && Compare(pieces_.back().piece, piece.piece, source_->boxes) == 0) {
+      pieces_.back().replicas.push_back(piece.replicas[0]);
+    } else {
+      pieces_.push_back(std::move(piece));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status StateSource::Overlap(uint32_t a, uint32_t b) const {
+  return absl::DataLossError(absl::StrFormat(
+      "%s: expected every element once, found %s (%s) and %s (%s) overlapping",
+      Describe(*tensor_state_), Describe(pieces_[a].piece, source_->boxes),
+      ImagesOf(pieces_[a], source_->pieces), Describe(pieces_[b].piece, source_->boxes),
+      ImagesOf(pieces_[b], source_->pieces)));
+}
+
+absl::Status StateSource::CheckDisjoint() const {
+  for (uint32_t i = 1; i < range_count_; ++i) {
+    if (pieces_[i].piece.begin < pieces_[i - 1].piece.end) return Overlap(i - 1, i);
+  }
+  if (index_ == nullptr) return absl::OkStatus();
+  // Boxes of one piece are disjoint; ranges are disjoint among themselves.
+  for (uint32_t i = range_count_; i < pieces_.size(); ++i) {
+    for (const ElementBox& box : BoxesOf(pieces_[i].piece, source_->boxes)) {
+      uint32_t other = i;
+      index_->Visit(box, [&](uint32_t number, const ElementBox&) {
+        if (number != i) other = number;
+      });
+      if (other != i) return Overlap(std::min(i, other), std::max(i, other));
+    }
+  }
+  return absl::OkStatus();
+}
+
+std::vector<ElementBox> StateSource::BoxesOf(const Piece& piece, const BoxTable& boxes) const {
+  std::vector<ElementBox> out;
+  if (piece.box != kWholeTensor) {
+    CutIntoBoxes(boxes[piece.box], piece.begin, piece.end, out);
+    return out;
+  }
+  const std::vector<uint64_t> zeros(tensor_state_->shape.size(), 0);
+  CutIntoBoxes({zeros, tensor_state_->shape}, piece.begin, piece.end, out);
+  return out;
+}
+
+absl::Status StateSource::Cover(const Piece& piece, const BoxTable& boxes,
+                                const RangeVisitor& visit_range,
+                                const BoxVisitor& visit_box) const {
+  const bool is_range = piece.box == kWholeTensor;
+  uint64_t found = 0;
+  if (is_range) {
+    const auto ranges_end = pieces_.begin() + range_count_;
+    auto at = std::upper_bound(
+        pieces_.begin(), ranges_end, piece.begin,
+        [](uint64_t begin, const SourcePiece& each) { return begin < each.piece.end; });
+    uint64_t next = piece.begin;  // the first element not yet seen
+    for (; at != ranges_end && at->piece.begin < piece.end; ++at) {
+      const uint64_t begin = std::max(piece.begin, at->piece.begin);
+      const uint64_t end = std::min(piece.end, at->piece.end);
+      if (index_ == nullptr && begin > next) return Missing(next, begin);
+      visit_range(static_cast<uint32_t>(at - pieces_.begin()), begin, end);
+      found += end - begin;
+      next = end;
+    }
+    if (index_ == nullptr && next < piece.end) return Missing(next, piece.end);
+    if (found == piece.ElementCount()) return absl::OkStatus();
+  }
+  CHECK(index_ != nullptr);
+  const std::vector<ElementBox> regions = BoxesOf(piece, boxes);
+  for (const ElementBox& region : regions) {
+    index_->Visit(region, [&](uint32_t number, const ElementBox& both) {
+      if (is_range && number < range_count_) return;  // visited above
+      visit_box(number, both);
+      found += both.Volume();
+    });
+  }
+  if (found == piece.ElementCount()) return absl::OkStatus();
+  for (const ElementBox& region : regions) RETURN_IF_ERROR(MissingIn(region));
+  CHECK(false);  // a sum that is too small, and no element missing
+  return absl::OkStatus();
+}
+
+absl::Status StateSource::Missing(uint64_t begin, uint64_t end) const {
+  return absl::DataLossError(
+      absl::StrFormat("%s: expected elements [%d, %d) of %d in an image, found them in none",
+                      Describe(*tensor_state_), begin, end, tensor_state_->ElementCount()));
+}
+
+uint64_t StateSource::VolumeIn(const ElementBox& region) const {
+  uint64_t volume = 0;
+  index_->Visit(region, [&](uint32_t, const ElementBox& both) { volume += both.Volume(); });
+  return volume;
+}
+
+absl::Status StateSource::MissingIn(ElementBox region) const {
+  if (VolumeIn(region) == region.Volume()) return absl::OkStatus();
+  // Bisection, outer dimensions first, lower halves first: the first missing element.
+  for (size_t d = 0; d < region.dims; ++d) {
+    while (region.size[d] > 1) {
+      ElementBox lower = region;
+      lower.size[d] = region.size[d] / 2;
+      if (VolumeIn(lower) < lower.Volume()) {
+        region = lower;
+      } else {
+        region.lo[d] += lower.size[d];
+        region.size[d] -= lower.size[d];
+      }
+    }
+  }
+  uint64_t element = 0;
+  std::string at;
+  for (size_t d = 0; d < region.dims; ++d) {
+    element = element * tensor_state_->shape[d] + region.lo[d];
+    absl::StrAppend(&at, d ? ", " : "", region.lo[d]);
+  }
+  return absl::DataLossError(
+      absl::StrFormat("%s: expected element %d (at [%s]) in an image, found it in none",
+                      Describe(*tensor_state_), element, at));
+}
+
+}  // namespace holdfast
