@@ -64,10 +64,8 @@ inline constexpr std::string_view kKillPoints[] = {
     "restore.ended",
     // The keeper (armed there only).
     "keeper.message_received",     // read from the socket, not yet in the table
-    "keeper.worker_starting",      // before fork
-    "keeper.worker_started",       // after fork, before the hand-over
-    "keeper.handover_descriptor",  // after each descriptor handed over
-    "keeper.handed_over",
+    "keeper.worker_starting",   // before the next worker is started
+    "keeper.worker_started",    // it runs and holds everything
 };
 
 inline constexpr size_t kKillPointCount = sizeof(kKillPoints) / sizeof(kKillPoints[0]);
