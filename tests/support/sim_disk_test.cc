@@ -140,6 +140,19 @@ TEST(SimDisk, EachPrefixAndEachSingleLossAndEachSingleSurvivorIsListed) {
                                                       ".bcd", "a.cd", "ab.d"));
 }
 
+TEST(SimDisk, AllNamesMaySurviveWithoutAnyDataAndAllDataWithoutAnyName) {
+  SimDisk disk;
+  disk.PutFile("/a", "");
+  ASSERT_OK_AND_ASSIGN(const auto b, disk.CreateSized("/b", 0, Caching::kBuffered));
+  ASSERT_OK_AND_ASSIGN(const auto c, disk.CreateSized("/c", 0, Caching::kBuffered));
+  ASSERT_OK(disk.Link("/b", "/b2"));
+  ASSERT_OK(RingWrite(disk, *b, 0, "b"));
+  ASSERT_OK(RingWrite(disk, *c, 0, "c"));
+  const auto outcomes = AllOutcomes(disk);
+  EXPECT_THAT(outcomes, Contains(Files{{"/a", ""}, {"/b", ""}, {"/b2", ""}, {"/c", ""}}));
+  EXPECT_THAT(outcomes, Contains(Files{{"/a", ""}}));
+}
+
 TEST(SimDisk, EveryEffectIsListedOnceAndSaysWhatItIs) {
   SimDisk disk;
   Append(disk, "/a", "hello", false);
