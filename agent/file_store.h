@@ -8,24 +8,25 @@
 //
 // Every record is sealed JSON (last line: CRC32C of what is before it) and is published: contents,
 // sync, link under its final name (fails if the name exists: that is the compare-and-set), sync of
-// the directory. No record is ever changed or removed. Where links are not supported the final name
-// is created O_EXCL; a torn record is void then, and JOB.json says so ("publish").
+// the directory (checkpoint/publish.h). No record is ever changed or removed.
 #ifndef HOLDFAST_AGENT_FILE_STORE_H_
 #define HOLDFAST_AGENT_FILE_STORE_H_
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "base/clock.h"
 #include "checkpoint/coordination_store.h"
 #include "io/file_system.h"
 
 namespace holdfast {
 
 // Threads: one call at a time per job; calls of different jobs from any threads.
-// Lifetime: the FileSystem outlives it.
+// Lifetime: the FileSystem and the clock outlive it.
 class FileStore final : public CoordinationStore {
  public:
   struct Options {
@@ -36,8 +37,9 @@ class FileStore final : public CoordinationStore {
     // Makes a new job's uuid (RFC 4122, version 4). Called on the thread of the call.
     std::function<std::string()> make_uuid;
   };
-  FileStore(FileSystem& file_system, Options options);
+  FileStore(FileSystem& file_system, const Clock& clock, Options options);
 
+  // Also makes the directories that the calls below need: call it first.
   // kInvalidArgument: the job's name (format/manifest.h). kDataLoss: JOB.json is damaged, or is
   // that of a job of another name.
   absl::StatusOr<std::string> JobUuid(const std::string& job) override;
@@ -48,10 +50,15 @@ class FileStore final : public CoordinationStore {
   absl::StatusOr<RestorePoint> GetRestorePoint(const std::string& job, Attempt attempt) override;
 
  private:
-  absl::Status MakeDirectories(const std::string& job);
-  absl::StatusOr<uint32_t> GreatestAttempt(const std::string& job);
+  std::string JobDirectory(const std::string& job) const;
+  std::string StoreDirectory(const std::string& job) const;
+  absl::Status Publish(const std::string& directory, const std::string& name,
+                       const std::string& bytes);
+  absl::StatusOr<std::string> ReadUuid(const std::string& job);
+  absl::StatusOr<std::optional<Attempt>> GreatestAttempt(const std::string& job);
 
   FileSystem& file_system_;
+  const Clock& clock_;  // for people: when a job was created
   const Options options_;
 };
 

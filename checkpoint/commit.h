@@ -57,12 +57,6 @@ absl::Status FenceCheckpoint(FileSystem& file_system, const std::string& job_dir
 absl::StatusOr<Attempt> DecodeFence(std::string_view bytes, CheckpointId id,
                                     const std::string& where);
 
-// Writes `bytes` to `path` so that it is there whole or not at all: partial file, sync, link,
-// unlink of the partial. The name is visible, and durable only after SyncDirectory. kAlreadyExists
-// if the name exists. `between` runs after the contents are durable and before the name is made.
-absl::Status PublishFile(FileSystem& file_system, const std::string& path,
-                         const std::string& writer, std::string_view bytes);
-
 }  // namespace holdfast
 
 #endif  // HOLDFAST_CHECKPOINT_COMMIT_H_
