@@ -59,20 +59,25 @@ ByState GroupPieces(const SourceView& source) {
                  [](const StoredPiece& piece) { return piece.piece.tensor_state; });
 }
 
+using StateName = std::pair<std::string_view, std::string_view>;  // tensor and state
+
+StateName NameOf(const TensorState& tensor_state) {
+  return {tensor_state.tensor, tensor_state.state};
+}
+
 struct NameHash {
-  size_t operator()(const std::pair<std::string_view, std::string_view>& name) const {
+  size_t operator()(const StateName& name) const {
     return std::hash<std::string_view>()(name.first) * 31 +
            std::hash<std::string_view>()(name.second);
   }
 };
-using NumberOfName =
-    std::unordered_map<std::pair<std::string_view, std::string_view>, uint32_t, NameHash>;
+using NumberOfName = std::unordered_map<StateName, uint32_t, NameHash>;
 
 absl::StatusOr<NumberOfName> NumberNames(const std::vector<TensorState>& tensor_states) {
   NumberOfName numbers;
   numbers.reserve(tensor_states.size());
   for (uint32_t i = 0; i < tensor_states.size(); ++i) {
-    if (!numbers.emplace(std::pair(tensor_states[i].tensor, tensor_states[i].state), i).second) {
+    if (!numbers.emplace(NameOf(tensor_states[i]), i).second) {
       return absl::DataLossError(
           absl::StrCat(Describe(tensor_states[i]), ": expected it once, found it twice"));
     }
@@ -298,7 +303,7 @@ absl::StatusOr<CopyPlan> PlanCopy(const SourceView& source,
   for (size_t i = 0; i < target_states.size(); ++i) {
     if (segments[i].empty()) continue;
     const TensorState& wanted = target_states[i];
-    const auto number = numbers.find(std::pair(wanted.tensor, wanted.state));
+    const auto number = numbers.find(NameOf(wanted));
     if (number == numbers.end()) return NotInSource(source.tensor_states, wanted);
     RETURN_IF_ERROR(CheckSame(source.tensor_states[number->second], wanted));
     StateSource::Asked asked = StateSource::Asked::kRanges;
@@ -386,11 +391,11 @@ std::vector<uint32_t> StatesNotIn(const std::vector<TensorState>& source_states,
                                   const std::vector<TensorState>& target_states) {
   NumberOfName targets;
   for (uint32_t i = 0; i < target_states.size(); ++i) {
-    targets.emplace(std::pair(target_states[i].tensor, target_states[i].state), i);
+    targets.emplace(NameOf(target_states[i]), i);
   }
   std::vector<uint32_t> missing;
   for (uint32_t i = 0; i < source_states.size(); ++i) {
-    if (!targets.contains(std::pair(source_states[i].tensor, source_states[i].state))) {
+    if (!targets.contains(NameOf(source_states[i]))) {
       missing.push_back(i);
     }
   }
