@@ -12,8 +12,8 @@
 namespace holdfast {
 
 struct ThreadRingOptions {
-  int thread_count = 8;  // operations under way at once, 1 to 64; more wait in order
-  std::string reason;    // why not io_uring, for Describe()
+  int thread_count = 8;     // operations under way at once, 1 to 64; more wait in order
+  std::string reason = {};  // why not io_uring, for Describe()
 };
 
 // Starts the threads. Errors: kResourceExhausted (no thread, no descriptor).
