@@ -1,0 +1,327 @@
+#include "hook/capture.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <utility>
+
+#include "hook/op_pieces.h"
+
+namespace holdfast::hook {
+namespace {
+
+using abi::CaptureOp;
+using abi::ImageSlot;
+using abi::SlotState;
+
+constexpr uint64_t ClaimWord(uint32_t generation, uint64_t next) {
+  return uint64_t{generation} << 32 | next;
+}
+
+}  // namespace
+
+Result<std::unique_ptr<Capture>> Capture::Start(uint32_t thread_count, SourceReader* reader,
+                                                int doorbell_fd) {
+  std::unique_ptr<Capture> capture(new Capture(reader, doorbell_fd));
+  for (uint32_t i = 0; i < thread_count; ++i) {
+    auto thread = std::make_unique<Thread>();
+    char name[16];
+    std::snprintf(name, sizeof(name), "holdfast-copy%u", i % 100);
+    if (Error error = thread->Start(name, &Capture::Main, capture.get()); !error.ok()) return error;
+    capture->threads_.push_back(std::move(thread));
+  }
+  return capture;
+}
+
+Capture::~Capture() {
+  if (running_ && (Cancel() || running_job_.seal_by == SealBy::kTrainer)) {
+    Void(Error(HF_ABORTED, "the job was closed during the capture"));
+  }
+  {
+    MutexLock lock(mutex_);
+    stopping_ = true;
+  }
+  work_.fetch_add(1);
+  FutexWakeAll(work_, FutexScope::kPrivate);
+  for (const std::unique_ptr<Thread>& thread : threads_) thread->Join();
+}
+
+// ---- The trainer's thread
+
+void Capture::Begin(std::shared_ptr<Registration> registration, uint32_t slot_index,
+                    SealBy seal_by) {
+  const Registration& plan = *registration;
+  ImageSlot& slot = plan.slot(slot_index);
+  running_ = true;
+  running_job_.registration = std::move(registration);
+  running_job_.slot = slot_index;
+  running_job_.seal_by = seal_by;
+  running_job_.generation += 1;
+
+  for (uint32_t group = 0; group < kGroupCount; ++group) {
+    group_blocks_left_[group].store(plan.blocks_of_group(group), std::memory_order_relaxed);
+  }
+  for (const uint32_t block : plan.other_blocks()) {
+    plan.block_done(slot_index, block).store(1, std::memory_order_relaxed);
+  }
+  blocks_left_.store(static_cast<uint32_t>(plan.copied_blocks().size()), std::memory_order_relaxed);
+  blocks_done_.store(plan.other_blocks().size(), std::memory_order_relaxed);
+  bytes_since_ring_.store(0, std::memory_order_relaxed);
+  slot.captured_ns.store(0, std::memory_order_relaxed);
+  slot.blocks_done.store(plan.other_blocks().size(), std::memory_order_relaxed);
+  // Pairs with the agent's acquire: all of the slot's fields, blobs and block_done are there.
+  slot.state.store(SlotState::kCapturing, std::memory_order_release);
+  {
+    MutexLock lock(mutex_);
+    job_ = running_job_;
+    cancelled_.store(false);
+    claim_.store(ClaimWord(running_job_.generation, 0), std::memory_order_release);
+  }
+  if (plan.copied_blocks().empty()) {
+    FinishImage(running_job_);
+    return;
+  }
+  work_.fetch_add(1);
+  FutexWakeAll(work_, FutexScope::kPrivate);
+  RingEventFd(doorbell_fd_);
+}
+
+bool Capture::WaitDone(uint64_t groups, bool all_blocks, Deadline deadline) {
+  for (;;) {
+    const uint32_t progress = progress_.load();
+    bool done = !all_blocks || finished();
+    for (uint64_t rest = groups; rest != 0; rest &= rest - 1) {
+      done = done && group_blocks_left_[__builtin_ctzll(rest)].load(std::memory_order_acquire) == 0;
+    }
+    if (done) return true;
+    if (deadline.passed()) return false;
+    FutexWait(progress_, progress, deadline, FutexScope::kPrivate);
+  }
+}
+
+bool Capture::Cancel() {
+  {
+    // Under the mutex, because Join looks at it there: no thread joins after this.
+    MutexLock lock(mutex_);
+    cancelled_.store(true);
+  }
+  for (;;) {
+    const uint32_t progress = progress_.load();
+    if (participants_.load() == 0) break;
+    FutexWait(progress_, progress, Deadline::Never(), FutexScope::kPrivate);
+  }
+  return !finished();
+}
+
+void Capture::Seal() {
+  running_ = false;
+  if (running_job_.seal_by == SealBy::kCopier) return;
+  ImageSlot& slot = running_job_.registration->slot(running_job_.slot);
+  slot.state.store(SlotState::kCaptured, std::memory_order_release);
+  RingEventFd(doorbell_fd_);
+}
+
+void Capture::Void(const Error& reason) {
+  running_ = false;
+  ImageSlot& slot = running_job_.registration->slot(running_job_.slot);
+  slot.void_code.store(reason.code(), std::memory_order_relaxed);
+  const size_t kept =
+      Utf8PrefixBytes(reason.text(), std::strlen(reason.text()), sizeof(slot.void_text) - 1);
+  std::memcpy(slot.void_text, reason.text(), kept);
+  slot.void_text[kept] = '\0';
+  slot.state.store(SlotState::kVoid, std::memory_order_release);
+  RingEventFd(doorbell_fd_);
+}
+
+void Capture::Populate(std::shared_ptr<Registration> registration) {
+  {
+    MutexLock lock(mutex_);
+    if (populated_id_ != registration->id() || populated_.empty()) {
+      populated_id_ = registration->id();
+      populated_.assign(registration->memory().bytes() / registration->block_bytes(), false);
+    }
+    populate_cursor_ = 0;
+    to_populate_ = std::move(registration);
+  }
+  work_.fetch_add(1);
+  FutexWakeAll(work_, FutexScope::kPrivate);
+}
+
+void Capture::Release() {
+  MutexLock lock(mutex_);
+  to_populate_.reset();
+  populated_.clear();
+  if (running_) return;
+  job_.registration.reset();
+  running_job_.registration.reset();
+}
+
+// ---- The copier threads
+
+void Capture::Main(void* self) { static_cast<Capture*>(self)->Run(); }
+
+void Capture::Run() {
+  uint32_t seen_generation = 0;
+  for (;;) {
+    const uint32_t work = work_.load();
+    {
+      MutexLock lock(mutex_);
+      if (stopping_) return;
+    }
+    Job job;
+    if (Join(&seen_generation, &job)) {
+      uint32_t block = 0;
+      while (Claim(job, &block) && CopyBlock(job, block)) FinishBlock(job, block);
+      Leave();
+    } else if (!PopulateSome()) {
+      FutexWait(work_, work, Deadline::Never(), FutexScope::kPrivate);
+    }
+  }
+}
+
+bool Capture::Join(uint32_t* seen_generation, Job* job) {
+  MutexLock lock(mutex_);
+  if (job_.generation == *seen_generation) return false;
+  *seen_generation = job_.generation;
+  if (cancelled_.load()) return false;
+  participants_.fetch_add(1);
+  *job = job_;
+  return true;
+}
+
+void Capture::Leave() {
+  // Sequentially consistent, as in Cancel: either it sees us gone, or we see that it waits.
+  participants_.fetch_sub(1);
+  if (cancelled_.load()) NotifyProgress();
+}
+
+bool Capture::Claim(const Job& job, uint32_t* block) {
+  uint64_t claim = claim_.load(std::memory_order_acquire);
+  for (;;) {
+    const uint64_t next = claim & UINT32_MAX;
+    if (claim >> 32 != job.generation || next >= job.registration->copied_blocks().size() ||
+        cancelled_.load()) {
+      return false;
+    }
+    if (claim_.compare_exchange_weak(claim, claim + 1)) {
+      *block = job.registration->copied_blocks()[next];
+      return true;
+    }
+  }
+}
+
+// Copies what the operations put into the block. False if cancelled in between.
+bool Capture::CopyBlock(const Job& job, uint32_t block) {
+  const Registration& plan = *job.registration;
+  const uint64_t block_begin = block * plan.block_bytes();
+  const uint64_t block_end = block_begin + plan.block_bytes();
+  std::byte* const data = plan.BlockData(job.slot, block);
+  if (data == nullptr) return false;
+  for (size_t i = plan.first_op(block); i < plan.ops().size(); ++i) {
+    const CaptureOp& op = plan.ops()[i];
+    if (op.image_offset >= block_end) break;
+    const uint64_t op_end = op.image_offset + OpBytes(op);
+    const uint64_t begin = std::max(op.image_offset, block_begin);
+    const uint64_t end = std::min(op_end, block_end);
+    if (begin >= end) continue;
+    const std::byte* const source = static_cast<const std::byte*>(plan.pointers()[op.buffer_index]);
+    const bool copied = ForEachPiece(
+        op, begin - op.image_offset, end - op.image_offset, kCopyPieceBytes, [&](const Piece& p) {
+          reader_->Read(data + (op.image_offset + p.image_skip - block_begin),
+                        source + p.buffer_offset, p.run_bytes, p.count, p.stride);
+          return !cancelled_.load(std::memory_order_relaxed);
+        });
+    if (!copied) return false;
+  }
+  return true;
+}
+
+void Capture::FinishBlock(const Job& job, uint32_t block) {
+  const Registration& plan = *job.registration;
+  // Pairs with the agent's acquire: the block's bytes are there.
+  plan.block_done(job.slot, block).store(1, std::memory_order_release);
+  plan.slot(job.slot).blocks_done.fetch_add(1, std::memory_order_relaxed);
+  blocks_done_.fetch_add(1, std::memory_order_relaxed);
+  bool group_done = false;
+  for (uint64_t rest = plan.groups_of_block(block); rest != 0; rest &= rest - 1) {
+    group_done |= group_blocks_left_[__builtin_ctzll(rest)].fetch_sub(1) == 1;
+  }
+  const uint64_t since = bytes_since_ring_.fetch_add(plan.block_bytes()) + plan.block_bytes();
+  if (blocks_left_.fetch_sub(1) == 1) {
+    FinishImage(job);
+    return;
+  }
+  if (group_done) NotifyProgress();
+  if (since >= kDoorbellBytes) {
+    bytes_since_ring_.store(0, std::memory_order_relaxed);
+    RingEventFd(doorbell_fd_);
+  }
+}
+
+void Capture::FinishImage(const Job& job) {
+  ImageSlot& slot = job.registration->slot(job.slot);
+  slot.captured_ns.store(MonotonicNs(), std::memory_order_release);
+  if (job.seal_by == SealBy::kCopier) {
+    // Pairs with the agent's acquire: it may read the whole image.
+    slot.state.store(SlotState::kCaptured, std::memory_order_release);
+  }
+  finished_.store(job.generation, std::memory_order_release);
+  NotifyProgress();
+  RingEventFd(doorbell_fd_);
+}
+
+void Capture::NotifyProgress() {
+  progress_.fetch_add(1);
+  FutexWakeAll(progress_, FutexScope::kPrivate);
+}
+
+// Finds granted blocks whose pages have not been mapped yet and that lie side by side.
+bool Capture::NextToPopulate(std::byte** data, uint64_t* bytes) {
+  const Registration& plan = *to_populate_;
+  const uint64_t end = uint64_t{plan.slot_count()} * plan.block_count();
+  *bytes = 0;
+  for (; populate_cursor_ < end; ++populate_cursor_) {
+    const uint32_t slot = static_cast<uint32_t>(populate_cursor_ / plan.block_count());
+    const uint32_t block = static_cast<uint32_t>(populate_cursor_ % plan.block_count());
+    if (plan.slot(slot).state.load(std::memory_order_acquire) != SlotState::kGranted) continue;
+    std::byte* const found = plan.BlockData(slot, block);
+    if (found == nullptr) continue;
+    const uint64_t index = static_cast<uint64_t>(found - plan.memory().data()) / plan.block_bytes();
+    if (populated_[index]) continue;
+    if (*bytes > 0 && (found != *data + *bytes || *bytes >= kPopulateBytes)) break;
+    if (*bytes == 0) *data = found;
+    *bytes += plan.block_bytes();
+    populated_[index] = true;
+  }
+  return *bytes > 0;
+}
+
+// False if there is nothing to do for this thread.
+bool Capture::PopulateSome() {
+  std::shared_ptr<Registration> registration;
+  std::byte* data = nullptr;
+  uint64_t bytes = 0;
+  {
+    MutexLock lock(mutex_);
+    if (to_populate_ == nullptr || populating_) return false;
+    if (!NextToPopulate(&data, &bytes)) {
+      to_populate_.reset();
+      return false;
+    }
+    registration = to_populate_;
+    populating_ = true;
+  }
+#ifdef MADV_POPULATE_WRITE
+  // Best effort (Linux 5.14): without it the pages are mapped when they are first written.
+  for (uint64_t at = 0; at < bytes; at += kPopulateBytes) {
+    madvise(data + at, std::min(kPopulateBytes, bytes - at), MADV_POPULATE_WRITE);
+  }
+#endif
+  MutexLock lock(mutex_);
+  populating_ = false;
+  return true;
+}
+
+}  // namespace holdfast::hook

@@ -1,0 +1,145 @@
+// Capture: copier threads that copy buffers to their places in the image, behind the training loop.
+//
+// One capture at a time. Begin (in hf_save) only sets it up and wakes the threads; they claim
+// blocks in the registration's order, copy every operation's bytes of the block, set block_done and
+// ring the doorbell. The last one stores captured_ns. Whether the image is then kCaptured or void
+// is decided by the trainer's thread (Seal, or Cancel and Void), which may still compare with the
+// source; without comparison the last copier seals.
+//
+// Invariant: a copier touches buffers and image only while it holds a claim of the running capture.
+// A claim is a compare-and-swap of (generation, next block), so a thread that overslept a capture
+// cannot claim blocks of the next one with what it knew of the last. Cancel lets no new claim
+// happen and waits for those held; after it nothing of the trainer's is read any more.
+#ifndef HOLDFAST_HOOK_CAPTURE_H_
+#define HOLDFAST_HOOK_CAPTURE_H_
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "hook/annotations.h"
+#include "hook/error.h"
+#include "hook/os.h"
+#include "hook/registration.h"
+#include "hook/source_reader.h"
+
+namespace holdfast::hook {
+
+inline constexpr uint32_t kCopyThreadsMax = 16;
+// A copier looks for a cancellation at least once per so many bytes.
+inline constexpr uint64_t kCopyPieceBytes = uint64_t{1} << 20;
+// The doorbell rings once per so many bytes captured, and at the end.
+inline constexpr uint64_t kDoorbellBytes = uint64_t{1} << 20;
+// Pages of granted blocks are mapped ahead in pieces of at most so many bytes, so that a capture
+// does not wait for long behind it.
+inline constexpr uint64_t kPopulateBytes = uint64_t{4} << 20;
+
+enum class SealBy {
+  kCopier,   // as soon as the last block is done
+  kTrainer,  // Seal() is called
+};
+
+// Threads: the trainer's one (all public functions but Populate, which any may call), and its own.
+// Lifetime: `reader` must outlive it.
+class Capture {
+ public:
+  // `doorbell_fd` stays open as long as the capture lives. Errors: HF_RESOURCE_EXHAUSTED.
+  static Result<std::unique_ptr<Capture>> Start(uint32_t thread_count, SourceReader* reader,
+                                                int doorbell_fd);
+  // Cancels and voids what is unfinished; joins the threads.
+  ~Capture();
+
+  // Captures into `slot`, which the agent has granted, from registration.pointers(). Sets the
+  // slot's state to kCapturing and wakes the threads and the agent: two system calls, no
+  // allocation. The slot's step, save_ns and blob_bytes have been set, and blobs written. Only if
+  // !running().
+  void Begin(std::shared_ptr<Registration> registration, uint32_t slot, SealBy seal_by)
+      HOOK_EXCLUDES(mutex_);
+
+  // True from Begin until the image is sealed or void.
+  bool running() const { return running_; }
+  // Blocks done so far of the capture that runs, or of the last one.
+  uint64_t blocks_done() const { return blocks_done_.load(std::memory_order_relaxed); }
+
+  // True if all bytes of the groups in `groups` (bit mask), and with `all_blocks` every block, have
+  // been captured; waits for that until the deadline.
+  bool WaitDone(uint64_t groups, bool all_blocks, Deadline deadline);
+
+  // Stops copying. When it returns no thread reads buffers any more; that takes as long as copying
+  // kCopyPieceBytes. True if the image is incomplete; false if the last block was done before.
+  bool Cancel() HOOK_EXCLUDES(mutex_);
+
+  // After WaitDone(..., all blocks): the image is kCaptured.
+  void Seal();
+  // The image is void, for this reason. Only after Cancel, and not if it returned false and the
+  // copiers seal.
+  void Void(const Error& reason);
+
+  // Maps the pages of the registration's granted blocks ahead, in the background.
+  void Populate(std::shared_ptr<Registration> registration) HOOK_EXCLUDES(mutex_);
+  // Lets go of registrations that are not being captured.
+  void Release() HOOK_EXCLUDES(mutex_);
+
+ private:
+  // What a copier needs to know of one capture.
+  struct Job {
+    std::shared_ptr<Registration> registration;
+    uint32_t slot = 0;
+    uint32_t generation = 0;
+    SealBy seal_by = SealBy::kCopier;
+  };
+
+  Capture(SourceReader* reader, int doorbell_fd) : reader_(reader), doorbell_fd_(doorbell_fd) {}
+  static void Main(void* self);
+  void Run();
+  bool Join(uint32_t* seen_generation, Job* job) HOOK_EXCLUDES(mutex_);
+  void Leave();
+  bool Claim(const Job& job, uint32_t* block);
+  bool CopyBlock(const Job& job, uint32_t block);
+  void FinishBlock(const Job& job, uint32_t block);
+  void FinishImage(const Job& job);
+  void NotifyProgress();
+  bool finished() const {
+    return finished_.load(std::memory_order_acquire) == running_job_.generation;
+  }
+  bool NextToPopulate(std::byte** data, uint64_t* bytes) HOOK_REQUIRES(mutex_);
+  bool PopulateSome() HOOK_EXCLUDES(mutex_);
+
+  SourceReader* const reader_;
+  const int doorbell_fd_;
+  std::vector<std::unique_ptr<Thread>> threads_;
+
+  // The trainer's thread only.
+  bool running_ = false;
+  Job running_job_;
+
+  Mutex mutex_;
+  Job job_ HOOK_GUARDED_BY(mutex_);
+  bool stopping_ HOOK_GUARDED_BY(mutex_) = false;
+  std::shared_ptr<Registration> to_populate_ HOOK_GUARDED_BY(mutex_);
+  std::vector<bool> populated_ HOOK_GUARDED_BY(mutex_);   // per block of the rank memory
+  uint64_t populated_id_ HOOK_GUARDED_BY(mutex_) = 0;     // of the registration
+  uint64_t populate_cursor_ HOOK_GUARDED_BY(mutex_) = 0;  // slot * block_count + block
+  bool populating_ HOOK_GUARDED_BY(mutex_) = false;
+
+  // Futex word: changes when there is work, or when the threads shall stop.
+  std::atomic<uint32_t> work_{0};
+  // Generation in the upper half, index of the next of copied_blocks() in the lower.
+  std::atomic<uint64_t> claim_{0};
+  std::atomic<bool> cancelled_{false};
+  // Threads that may hold a claim.
+  std::atomic<uint32_t> participants_{0};
+  std::atomic<uint32_t> blocks_left_{0};
+  // Generation of the newest capture of which every block is done, behind captured_ns.
+  std::atomic<uint32_t> finished_{0};
+  std::atomic<uint32_t> group_blocks_left_[kGroupCount] = {};
+  std::atomic<uint64_t> blocks_done_{0};
+  std::atomic<uint64_t> bytes_since_ring_{0};
+  // Futex word: changes when a group or the image is complete, and when a thread has left.
+  std::atomic<uint32_t> progress_{0};
+};
+
+}  // namespace holdfast::hook
+
+#endif  // HOLDFAST_HOOK_CAPTURE_H_

@@ -1,0 +1,44 @@
+// What hf_open was asked for, with every default filled in: the only place where the library reads
+// the environment.
+#ifndef HOLDFAST_HOOK_SETTINGS_H_
+#define HOLDFAST_HOOK_SETTINGS_H_
+
+#include <cstdint>
+#include <string>
+
+#include "hook/check_source.h"
+#include "hook/error.h"
+
+namespace holdfast::hook {
+
+struct Settings {
+  std::string job;
+  uint32_t rank = 0;
+  uint32_t world_size = 1;
+  uint32_t local_rank = 0;
+  std::string attempt_key;  // empty: none
+  std::string root;         // empty: the agent's; absolute
+  std::string socket_path;
+  bool private_agent = false;     // start one if nobody listens there
+  std::string runtime_directory;  // of the job; only if private_agent
+  std::string daemon_path;        // $HOLDFASTD; empty: look beside the library and in PATH
+  std::string search_path;        // $PATH
+  CheckSource check_source = CheckSource::kSample;
+  uint32_t copy_threads = 1;
+  int64_t deadline_ns = 0;
+};
+
+// Errors: HF_INVALID_ARGUMENT, with the option or variable, expected and found.
+Result<Settings> ReadSettings(const hf_open_options& options);
+
+// The directory of all private agents of this user: $HOLDFAST_RUNTIME_DIR, else
+// $XDG_RUNTIME_DIR/holdfast, else /tmp/holdfast-<uid>.
+std::string RuntimeDirectory();
+
+// The name of a job's directory in it: 16 hexadecimal digits, FNV-1a-64 of the job's name. (A
+// socket's path must be short, a job's name need not be.)
+std::string JobDirectoryName(const std::string& job);
+
+}  // namespace holdfast::hook
+
+#endif  // HOLDFAST_HOOK_SETTINGS_H_
