@@ -108,8 +108,7 @@ class TestWorker {
     }
     Say(control_, {{"did", command},
                    {"keeper", link_.keeper_pid()},
-                   {"keeper_restarts", link_.keeper_restart_count()},
-                   {"open", OpenCount()}});
+                   {"keeper_restarts", link_.keeper_restart_count()}});
   }
 
   std::unique_ptr<EpollLoop> loop_;

@@ -1,0 +1,284 @@
+#include "agent/config.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <filesystem>
+#include <optional>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
+#include "agent/config_values.h"
+#include "agent/process.h"
+#include "base/status_macros.h"
+#include "base/suggestion.h"
+#include "io/errno_status.h"
+#include "io/unique_fd.h"
+#include "nlohmann/json.hpp"
+
+#define TOML_EXCEPTIONS 0
+#include "toml++/toml.h"
+
+namespace holdfast {
+namespace {
+
+constexpr size_t kFileBytesMax = 1 << 20;
+constexpr uint64_t kStepsMax = 1'000'000'000'000;
+
+using Values = std::map<std::string, ConfigValue>;
+
+std::optional<std::string> Variable(const ConfigSources& sources, const char* name) {
+  const char* const value = sources.environment ? sources.environment(name) : nullptr;
+  if (value == nullptr || *value == '\0') return std::nullopt;
+  return value;
+}
+
+// An XDG base directory: relative ones are invalid by its specification, and ignored.
+std::string XdgDirectory(const ConfigSources& sources, const char* variable, const char* in_home) {
+  const std::optional<std::string> value = Variable(sources, variable);
+  if (value.has_value() && value->front() == '/') return *value;
+  return absl::StrCat(Variable(sources, "HOME").value_or("/nonexistent"), in_home);
+}
+
+absl::StatusOr<std::string> ReadFile(const std::string& path) {
+  const UniqueFd file(open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  if (!file) return ErrnoStatus(errno, "open configuration", path);
+  return ReadAll(file.get(), kFileBytesMax);
+}
+
+// One value of the file as text; a list of one path counts as the path.
+absl::StatusOr<std::string> TextOf(const std::string& key, const toml::node& node) {
+  if (key == "roots") {
+    if (const toml::array* list = node.as_array(); list != nullptr) {
+      if (list->size() != 1) {
+        return absl::InvalidArgumentError(absl::StrFormat(
+            "roots: expected exactly one path, found %d: one root holds all checkpoints, several "
+            "tiers are not offered",
+            list->size()));
+      }
+      return TextOf("", *list->get(0));
+    }
+  }
+  if (const auto text = node.value_exact<std::string>()) return *text;
+  if (const auto number = node.value_exact<int64_t>()) return absl::StrCat(*number);
+  std::string kind = toml::impl::node_type_friendly_names[static_cast<size_t>(node.type())].data();
+  return absl::InvalidArgumentError(
+      absl::StrCat(key, ": expected a string or a whole number, found ", kind));
+}
+
+absl::Status AddFile(const std::string& path, Values& values) {
+  ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
+  const toml::parse_result parsed = toml::parse(text, path);
+  if (!parsed) {
+    return absl::InvalidArgumentError(absl::StrFormat("%s line %d: %s", path,
+                                                      parsed.error().source().begin.line,
+                                                      std::string(parsed.error().description())));
+  }
+  std::vector<std::string_view> known;
+  for (const ConfigKey& key : ConfigKeys()) known.emplace_back(key.name);
+  for (const auto& [key_node, node] : parsed.table()) {
+    const std::string key(key_node.str());
+    const std::string where = absl::StrFormat("%s line %d: ", path, key_node.source().begin.line);
+    if (std::find(known.begin(), known.end(), key) == known.end()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(where, "unknown key \"", key, "\"", DidYouMean(key, known)));
+    }
+    absl::StatusOr<std::string> value = TextOf(key, node);
+    if (!value.ok()) {
+      return absl::InvalidArgumentError(absl::StrCat(where, std::string(value.status().message())));
+    }
+    values[key] = {*std::move(value), path};
+  }
+  return absl::OkStatus();
+}
+
+// The file to read, or nothing. One that was named must exist.
+absl::StatusOr<std::string> FindFile(const ConfigSources& sources) {
+  if (!sources.config_flag.empty()) return sources.config_flag;
+  if (const auto named = Variable(sources, "HOLDFAST_CONFIG")) return *named;
+  for (const std::string& path : {absl::StrCat(XdgDirectory(sources, "XDG_CONFIG_HOME", "/.config"),
+                                               "/holdfast/holdfast.toml"),
+                                  std::string("/etc/holdfast/holdfast.toml")}) {
+    struct stat info {};
+    if (stat(path.c_str(), &info) == 0) return path;
+  }
+  return std::string();
+}
+
+// The defaults that depend on who runs the agent.
+void SetPathDefaults(const ConfigSources& sources, Values& values) {
+  const bool is_root = sources.user_id == 0;
+  if (values["state_directory"].origin == "default") {
+    values["state_directory"].text =
+        is_root && !Variable(sources, "XDG_STATE_HOME")
+            ? "/var/lib/holdfast"
+            : absl::StrCat(XdgDirectory(sources, "XDG_STATE_HOME", "/.local/state"), "/holdfast");
+  }
+  if (values["roots"].origin == "default") {
+    values["roots"].text = absl::StrCat(values["state_directory"].text, "/checkpoints");
+  }
+  if (values["socket"].origin == "default") {
+    const auto runtime = Variable(sources, "XDG_RUNTIME_DIR");
+    values["socket"].text = is_root ? "/run/holdfast/agent.sock"
+                            : runtime
+                                ? absl::StrCat(*runtime, "/holdfast/agent.sock")
+                                : absl::StrCat("/tmp/holdfast-", sources.user_id, "/agent.sock");
+  }
+}
+
+absl::StatusOr<std::string> ParsePath(const std::string& text) {
+  if (text.empty() || text.front() != '/') {
+    return absl::InvalidArgumentError(
+        absl::StrCat("expected an absolute path, found \"", text, "\""));
+  }
+  std::string path = std::filesystem::path(text).lexically_normal().string();
+  while (path.size() > 1 && path.back() == '/') path.pop_back();
+  return path;
+}
+
+// The index of `text` among `choices`.
+absl::StatusOr<size_t> ParseChoice(const std::string& text,
+                                   std::initializer_list<std::string_view> choices) {
+  const auto found = std::find(choices.begin(), choices.end(), text);
+  if (found != choices.end()) return static_cast<size_t>(found - choices.begin());
+  return absl::InvalidArgumentError(absl::StrCat(
+      "expected one of ",
+      absl::StrJoin(choices, ", ",
+                    [](std::string* out, std::string_view choice) { out->append(choice); }),
+      ", found \"", text, "\"", DidYouMean(text, {choices.begin(), choices.size()})));
+}
+
+uint32_t AutoThreads() { return std::clamp(std::thread::hardware_concurrency(), 1u, 4u); }
+
+// Fills the field of one key from its text.
+absl::Status SetField(const std::string& key, const std::string& text, AgentConfig& config) {
+  if (key == "roots") {
+    ASSIGN_OR_RETURN(config.root, ParsePath(text));
+  } else if (key == "socket") {
+    ASSIGN_OR_RETURN(config.socket, ParsePath(text));
+    // sockaddr_un holds 108 bytes with the NUL.
+    if (config.socket.size() > 107) {
+      return absl::InvalidArgumentError(
+          absl::StrFormat("expected a path of at most 107 bytes, found %d: %s",
+                          config.socket.size(), config.socket));
+    }
+  } else if (key == "state_directory") {
+    ASSIGN_OR_RETURN(config.state_directory, ParsePath(text));
+  } else if (key == "log_file") {
+    if (text.empty()) return absl::OkStatus();
+    ASSIGN_OR_RETURN(config.log_file, ParsePath(text));
+  } else if (key == "log_level") {
+    RETURN_IF_ERROR(ParseChoice(text, {"debug", "info", "warning", "error"}).status());
+    config.log_level = text;
+  } else if (key == "host_memory") {
+    ASSIGN_OR_RETURN(config.host_memory_bytes, ParseMemoryShare(text, config.memory_bytes));
+  } else if (key == "every") {
+    ASSIGN_OR_RETURN(config.due_every_steps, ParseCount(text, 0, kStepsMax));
+  } else if (key == "images_in_memory") {
+    ASSIGN_OR_RETURN(config.images_in_memory, ParseCount(text, 1, 4));
+  } else if (key == "block_bytes") {
+    ASSIGN_OR_RETURN(config.block_bytes, ParseByteCount(text));
+    const uint64_t bytes = config.block_bytes;
+    if (bytes < 4096 || bytes > uint64_t{64} << 20 || (bytes & (bytes - 1)) != 0) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("expected a power of two from 4KiB to 64MiB, found \"", text, "\""));
+    }
+  } else if (key == "flush_writes") {
+    ASSIGN_OR_RETURN(config.flush_writes_in_flight, ParseCount(text, 1, 256));
+  } else if (key == "threads") {
+    const std::string number = text == "auto" ? absl::StrCat(AutoThreads()) : text;
+    ASSIGN_OR_RETURN(config.threads, ParseCount(number, 1, 256));
+  } else if (key == "ring") {
+    ASSIGN_OR_RETURN(const size_t choice, ParseChoice(text, {"auto", "io_uring", "threads"}));
+    constexpr RingOptions::Kind kKinds[] = {RingOptions::Kind::kBest, RingOptions::Kind::kUring,
+                                            RingOptions::Kind::kThreads};
+    config.ring = kKinds[choice];
+  } else if (key == "direct") {
+    ASSIGN_OR_RETURN(const size_t choice, ParseChoice(text, {"auto", "on", "off"}));
+    constexpr DirectIo kChoices[] = {DirectIo::kAuto, DirectIo::kOn, DirectIo::kOff};
+    config.direct = kChoices[choice];
+  } else if (key == "linger") {
+    ASSIGN_OR_RETURN(config.linger, ParseDuration(text));
+  } else if (key == "drain_deadline") {
+    ASSIGN_OR_RETURN(config.drain_deadline, ParseDuration(text));
+  } else {
+    return absl::InternalError(absl::StrCat("no field for the key ", key));
+  }
+  return absl::OkStatus();
+}
+
+// Fills every field from `config.values`.
+absl::Status SetFields(AgentConfig& config) {
+  for (const auto& [key, value] : config.values) {
+    if (absl::Status set = SetField(key, value.text, config); !set.ok()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(key, " (", value.origin, "): ", std::string(set.message())));
+    }
+  }
+  return absl::OkStatus();
+}
+
+// A TOML string that needs no thought about what is in it.
+std::string Quoted(const std::string& text) { return nlohmann::json(text).dump(); }
+
+}  // namespace
+
+absl::StatusOr<AgentConfig> ResolveConfig(const ConfigSources& sources) {
+  AgentConfig config;
+  config.memory_bytes = sources.memory_bytes;
+  for (const ConfigKey& key : ConfigKeys()) config.values[key.name] = {key.default_text, "default"};
+  ASSIGN_OR_RETURN(const std::string path, FindFile(sources));
+  if (!path.empty()) RETURN_IF_ERROR(AddFile(path, config.values));
+  for (const ConfigKey& key : ConfigKeys()) {
+    if (const auto text = Variable(sources, key.variable)) {
+      config.values[key.name] = {*text, absl::StrCat("$", key.variable)};
+    }
+    if (const auto flag = sources.flags.find(key.name); flag != sources.flags.end()) {
+      config.values[key.name] = {flag->second, absl::StrCat("flag ", key.flag)};
+    }
+  }
+  SetPathDefaults(sources, config.values);
+  RETURN_IF_ERROR(SetFields(config));
+  return config;
+}
+
+std::string AgentConfig::Print() const {
+  std::string text;
+  for (const ConfigKey& key : ConfigKeys()) {
+    const ConfigValue& value = values.at(key.name);
+    std::string line = absl::StrCat(key.name, " = ", Quoted(value.text));
+    if (std::string_view(key.name) == "roots") {
+      line = absl::StrCat(key.name, " = [", Quoted(value.text), "]");
+    }
+    absl::StrAppendFormat(&text, "%-50s # %s\n", line, value.origin);
+  }
+  return text;
+}
+
+std::string AgentConfig::Serialize() const {
+  nlohmann::json object = {{"memory_bytes", memory_bytes}};
+  for (const auto& [key, value] : values) {
+    object["values"][key] = {{"text", value.text}, {"origin", value.origin}};
+  }
+  return object.dump();
+}
+
+absl::StatusOr<AgentConfig> DeserializeConfig(const std::string& text) {
+  const nlohmann::json object = nlohmann::json::parse(text, nullptr, false);
+  if (!object.is_object()) return absl::InternalError("the configuration handed over is damaged");
+  AgentConfig config;
+  config.memory_bytes = object.value("memory_bytes", uint64_t{0});
+  for (const auto& [key, value] : object["values"].items()) {
+    config.values[key] = {value["text"], value["origin"]};
+  }
+  RETURN_IF_ERROR(SetFields(config));
+  return config;
+}
+
+}  // namespace holdfast

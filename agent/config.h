@@ -1,0 +1,92 @@
+// The agent's configuration: one table of keys (config_keys.cc), four places a value may come
+// from, and where each one did come from.
+//
+//   flag  >  environment variable HOLDFAST_*  >  configuration file  >  default
+//
+// The file is the first of: --config, $HOLDFAST_CONFIG, $XDG_CONFIG_HOME/holdfast/holdfast.toml
+// (~/.config without it), /etc/holdfast/holdfast.toml. Only one file is read. A key that is not in
+// the table is refused, with the nearest one that is.
+//
+// Decided once, by the process that a person started; keeper and later workers get the result
+// (Serialize), so that an agent does not change when a file does.
+#ifndef HOLDFAST_AGENT_CONFIG_H_
+#define HOLDFAST_AGENT_CONFIG_H_
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <span>
+#include <string>
+#include <string_view>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "io/open_ring.h"
+
+namespace holdfast {
+
+// One row of the table; docs/CONFIGURATION.md repeats it and a test compares the two.
+struct ConfigKey {
+  const char* name;          // in the file
+  const char* flag;          // "--root"
+  const char* variable;      // "HOLDFAST_ROOT"
+  const char* default_text;  // as a person would write it; "auto" and paths: see the help
+  const char* help;          // one sentence
+};
+std::span<const ConfigKey> ConfigKeys();
+// The table in Markdown.
+std::string ConfigTable();
+
+struct ConfigValue {
+  std::string text;
+  std::string origin;  // "flag --root", "$HOLDFAST_ROOT", "/etc/holdfast/holdfast.toml", "default"
+};
+
+// Where values come from.
+struct ConfigSources {
+  std::map<std::string, std::string> flags;  // by name of the key
+  std::string config_flag;                   // --config; empty: not given
+  // Null if not set, as getenv(3). Read during the call only.
+  std::function<const char*(const char*)> environment;
+  uint32_t user_id = 0;  // root's defaults lie in /run and /var/lib, others' in XDG directories
+  uint64_t memory_bytes = 0;  // of which host_memory may be a share; 0: unknown
+};
+
+enum class DirectIo { kAuto, kOn, kOff };
+
+struct AgentConfig {
+  std::string root;    // absolute, no trailing slash
+  std::string socket;  // absolute
+  std::string state_directory;
+  std::string log_file;  // empty: standard error (a private agent: beside its socket)
+  std::string log_level;
+  uint64_t host_memory_bytes = 0;
+  uint64_t due_every_steps = 0;
+  uint32_t images_in_memory = 0;
+  uint64_t block_bytes = 0;
+  uint32_t flush_writes_in_flight = 0;
+  uint32_t threads = 0;
+  absl::Duration linger{};
+  absl::Duration drain_deadline{};
+  RingOptions::Kind ring{};
+  DirectIo direct{};
+
+  std::map<std::string, ConfigValue> values;  // every key
+  uint64_t memory_bytes = 0;                  // as in ConfigSources
+
+  // As a TOML file that would have the same effect, with the origin behind each value.
+  std::string Print() const;
+  // For DeserializeConfig in another process.
+  std::string Serialize() const;
+};
+
+// Errors: kInvalidArgument: the file (line), the key or the value, with what was expected;
+// kNotFound: the file that was named.
+absl::StatusOr<AgentConfig> ResolveConfig(const ConfigSources& sources);
+
+absl::StatusOr<AgentConfig> DeserializeConfig(const std::string& text);
+
+}  // namespace holdfast
+
+#endif  // HOLDFAST_AGENT_CONFIG_H_

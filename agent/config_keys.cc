@@ -1,0 +1,65 @@
+// The table of the configuration's keys. docs/CONFIGURATION.md repeats it (config_test compares).
+#include <iterator>
+
+#include "absl/strings/str_cat.h"
+#include "agent/config.h"
+
+namespace holdfast {
+namespace {
+
+constexpr ConfigKey kKeys[] = {
+    {"roots", "--root", "HOLDFAST_ROOT", "<state_directory>/checkpoints",
+     "Directory of all checkpoints: a list of exactly one path. Made if only its last part is "
+     "missing."},
+    {"socket", "--socket", "HOLDFAST_SOCKET", "/run/holdfast/agent.sock",
+     "Where the agent listens. Users other than root: $XDG_RUNTIME_DIR/holdfast/agent.sock, or "
+     "/tmp/holdfast-UID/agent.sock without it."},
+    {"state_directory", "--state-directory", "HOLDFAST_STATE_DIRECTORY", "/var/lib/holdfast",
+     "What the agent keeps for itself (results of mount trials, scratch files). Users other than "
+     "root: $XDG_STATE_HOME/holdfast, or ~/.local/state/holdfast."},
+    {"host_memory", "--host-memory", "HOLDFAST_HOST_MEMORY", "25%",
+     "Memory for images, of all jobs together: a size (64GiB) or a share of what the machine and "
+     "the control group have. A hard limit."},
+    {"every", "--every", "HOLDFAST_EVERY", "0",
+     "A save is due every so many steps (hf_due); 0: never by itself."},
+    {"images_in_memory", "--images-in-memory", "HOLDFAST_IMAGES_IN_MEMORY", "2",
+     "Images per rank that may be in memory at once, 1 to 4; fewer where host_memory is short."},
+    {"block_bytes", "--block-bytes", "HOLDFAST_BLOCK_BYTES", "4MiB",
+     "Unit of checksum and flush: a power of two from 4KiB to 64MiB."},
+    {"flush_writes", "--flush-writes", "HOLDFAST_FLUSH_WRITES", "8",
+     "Writes in flight per image, 1 to 256."},
+    {"threads", "--threads", "HOLDFAST_THREADS", "auto",
+     "Threads for checksums, copies and blocking calls, 1 to 256; auto: one per processor, at "
+     "most 4."},
+    {"ring", "--ring", "HOLDFAST_RING", "auto",
+     "How images are written and read: io_uring, threads, or auto (io_uring where it is granted)."},
+    {"direct", "--direct", "HOLDFAST_DIRECT", "auto",
+     "Past the page cache (O_DIRECT): on, off, or auto (where the mount can)."},
+    {"linger", "--linger", "HOLDFAST_LINGER", "60s",
+     "A private agent ends when everything is flushed and no rank has been open for so long."},
+    {"drain_deadline", "--drain-deadline", "HOLDFAST_DRAIN_DEADLINE", "30s",
+     "How long the agent goes on flushing after SIGTERM before it ends all the same."},
+    {"log_file", "--log-file", "HOLDFAST_LOG_FILE", "",
+     "The log; at 8 MiB it becomes FILE.1. Empty: standard error; a private agent writes agent.log "
+     "beside its socket."},
+    {"log_level", "--log-level", "HOLDFAST_LOG_LEVEL", "info",
+     "The least that is logged: debug, info, warning or error."},
+};
+
+}  // namespace
+
+std::span<const ConfigKey> ConfigKeys() { return kKeys; }
+
+std::string ConfigTable() {
+  std::string table =
+      "| key | flag | variable | default | meaning |\n"
+      "|---|---|---|---|---|\n";
+  for (const ConfigKey& key : kKeys) {
+    absl::StrAppend(&table, "| `", key.name, "` | `", key.flag, "` | `", key.variable, "` | ",
+                    *key.default_text == '\0' ? "" : absl::StrCat("`", key.default_text, "`"),
+                    " | ", key.help, " |\n");
+  }
+  return table;
+}
+
+}  // namespace holdfast
