@@ -2,68 +2,74 @@
 // what comes out is the bytes of all metadata, which lie in one run at the front, and the offset of
 // every dataset. The only code that calls libhdf5 (its header stays in the .cc file).
 //
-// It knows groups, contiguous datasets and attributes, and nothing of Holdfast: format/image.cc
+// It knows groups, contiguous datasets and attributes, and nothing of checkpoints: format/image.cc
 // says what to put into them.
 #ifndef HOLDFAST_FORMAT_HDF5_TEMPLATE_H_
 #define HOLDFAST_FORMAT_HDF5_TEMPLATE_H_
 
 #include <cstddef>
 #include <cstdint>
-#include <span>
+#include <functional>
 #include <string>
 #include <string_view>
 #include <variant>
 #include <vector>
 
-#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "format/dtype.h"
 
 namespace holdfast {
 
-// Text is a fixed-length UTF-8 string; numbers are unsigned 64-bit little-endian, a scalar or a
-// vector. Names are constants of the caller's.
+// Text is a fixed-length UTF-8 string, never empty; numbers are unsigned 64-bit little-endian, a
+// scalar or a vector.
 struct Hdf5Attribute {
   const char* name;
-  std::variant<std::string_view, uint64_t, std::span<const uint64_t>> value;
+  std::variant<std::string_view, uint64_t, std::vector<uint64_t>> value;
 };
 
 struct Hdf5Group {
-  std::string path;  // absolute; parents come first in the list; "/" is allowed for its attributes
-  std::vector<Hdf5Attribute> attributes;
+  std::string path;  // absolute, after that of its parent; the first must be "/", which exists
+  std::vector<Hdf5Attribute> attributes;  // at most 8
+  uint64_t names_bytes_hint = 0;          // of all links in it together
 };
 
 struct Hdf5Dataset {
   uint32_t group = 0;  // index into Hdf5Plan::groups
   std::string name;
+  // Not empty: the dataset is a scalar string with this value and belongs to the head.
+  std::string_view text;
+  // Else: elements whose payload somebody else will write.
   Dtype dtype = Dtype::kUint8;
-  std::vector<uint64_t> shape;  // empty: a scalar
-  std::vector<Hdf5Attribute> attributes;
+  std::vector<uint64_t> shape;            // empty: a scalar
+  std::vector<Hdf5Attribute> attributes;  // at most 8
 };
 
 struct Hdf5Plan {
   std::vector<Hdf5Group> groups;
-  // Calls back for dataset i < dataset_count, in order, so that 100,000 of them need not exist at
-  // once; what it returns is used before the next call. Must return the same at every call.
   size_t dataset_count = 0;
-  virtual Hdf5Dataset Dataset(size_t index) const = 0;
-  // The first dataset_with_contents_count datasets are part of the head, with these bytes.
-  std::vector<std::string_view> contents;
+  // Dataset i < dataset_count; those with text come first. Called several times for each, so that
+  // 100,000 need not exist at once; must give the same every time. What it views must outlive the
+  // build.
+  std::function<Hdf5Dataset(size_t)> dataset;
   uint64_t alignment_bytes = 64;
   uint64_t head_bytes_max = 0;
-  virtual ~Hdf5Plan() = default;
 };
 
 struct Hdf5Layout {
-  std::vector<std::byte> head;            // metadata and the datasets with contents
-  std::vector<uint64_t> dataset_offsets;  // UINT64_MAX: an empty dataset has no place
-  uint64_t end_bytes = 0;                 // of the file as libhdf5 leaves it
+  std::vector<std::byte> head;            // all metadata and text datasets; nothing else in front
+  std::vector<uint64_t> dataset_offsets;  // in order of the plan; head.size() for empty datasets
+  uint64_t end_bytes = 0;                 // of the last dataset
 };
 
-// Errors: kInvalidArgument (names or sizes that HDF5 refuses), kResourceExhausted (head above
-// head_bytes_max), kUnavailable (scratch file), kInternal (libhdf5, with its error text).
+// Payload lies behind the head in the order of the datasets, each at a multiple of alignment_bytes,
+// with gaps smaller than that. The same plan gives the same bytes.
+// Errors: kInvalidArgument (what HDF5 refuses), kResourceExhausted (head above head_bytes_max),
+// kUnavailable (scratch file), kInternal (libhdf5, with its error text).
 absl::StatusOr<Hdf5Layout> BuildHdf5Layout(const Hdf5Plan& plan,
                                            const std::string& scratch_directory);
+
+// The release of libhdf5 in use, "1.10.8".
+std::string Hdf5LibraryVersion();
 
 }  // namespace holdfast
 

@@ -92,13 +92,6 @@ class ImageTemplate {
   void StampHead(const ImageStamp& stamp, uint64_t begin, std::span<std::byte> out) const;
 
  private:
-  // Offset in the head of a value that each save writes: little-endian, 8 bytes.
-  struct Cells {
-    uint64_t attempt = 0;
-    uint64_t step = 0;
-    std::vector<uint64_t> blob_bytes;
-  };
-
   ImageTemplate() = default;
 
   uint64_t block_bytes_ = 0;
@@ -107,7 +100,9 @@ class ImageTemplate {
   std::vector<uint64_t> piece_offsets_;
   std::vector<uint64_t> blob_offsets_;
   std::vector<uint64_t> blob_capacities_;
-  Cells cells_;
+  // Offsets in the head of the values that each save writes, 8 bytes little-endian: attempt, step,
+  // then the length of each blob.
+  std::vector<uint64_t> cells_;
 };
 
 // `name` as it stands in a path of the image: `/`, `.`, `%` and bytes below 0x20 and 0x7f become

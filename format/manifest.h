@@ -1,6 +1,6 @@
 // The small JSON files of a checkpoint root: MANIFEST.json (commits a checkpoint), JOB.json (whose
-// directory this is), BAD.<n> (a mark against a checkpoint) and HEAD.<n> (which branch is current);
-// and the names of everything in a root. Bytes: docs/FORMAT.md. Publishing them is not done here.
+// directory this is), BAD.<n> (a mark against a checkpoint) and HEAD.<n> (which branch is current).
+// Bytes: docs/FORMAT.md. Publishing them is not done here.
 //
 // All four end in one line that is the CRC32C of all bytes before it. Decoders check that line
 // first, byte for byte, then read strictly: no unknown member, no duplicate, nothing behind the
@@ -8,9 +8,10 @@
 //
 // Lineage. A manifest names its parent: the checkpoint that its run had restored or committed last.
 // HEAD.<n> with the greatest n names the current branch: `to` and its ancestors by parent links,
-// and everything that descends from `to` (or, without `to`, from nothing) and was made by an
-// attempt greater than abandons_attempts_up_to. Without any HEAD all checkpoints are on the branch.
-// The newest checkpoint is the greatest CheckpointId on the branch.
+// and everything made by an attempt greater than abandons_attempts_up_to, unless it descends from a
+// checkpoint that is not on the branch. (Attempt numbers only grow and HEAD names the greatest at
+// its time, so later attempts began on the branch.) Without any HEAD all checkpoints are on the
+// branch. The newest checkpoint is the greatest CheckpointId on the branch.
 //
 // Threads: all functions here are pure. Errors of decoders: kDataLoss; the text names the file,
 // what was expected and what was found.
@@ -28,47 +29,14 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "base/ids.h"
+#include "format/checkpoint_names.h"
 
 namespace holdfast {
 
 inline constexpr uint32_t kFormatVersion = 1;
 inline constexpr uint64_t kManifestBytesMax = uint64_t{256} << 20;    // a million ranks
 inline constexpr uint64_t kSmallRecordBytesMax = uint64_t{64} << 10;  // JOB, BAD, HEAD
-inline constexpr size_t kJobNameBytesMax = 128;
 inline constexpr size_t kReasonBytesMax = 4096;
-
-// ---- Names ----
-
-inline constexpr char kJobFileName[] = "JOB.json";
-inline constexpr char kManifestFileName[] = "MANIFEST.json";
-inline constexpr char kIndexFileName[] = "INDEX";
-
-// "s000000001000.a0004"; wider where the numbers need it.
-std::string CheckpointDirectoryName(CheckpointId id);
-// Empty unless `name` is what CheckpointDirectoryName gives for the result.
-std::optional<CheckpointId> ParseCheckpointDirectoryName(std::string_view name);
-
-// "rank-00000.h5", and with retry > 0 (an image written again after a failed write)
-// "rank-00000.r1.h5".
-std::string ImageFileName(Rank rank, uint32_t retry = 0);
-struct ImageFile {
-  Rank rank{};
-  uint32_t retry = 0;
-};
-std::optional<ImageFile> ParseImageFileName(std::string_view name);
-
-std::string BadFileName(uint32_t number);   // "BAD.1"
-std::string HeadFileName(uint32_t number);  // "HEAD.1"
-// n of "BAD.<n>" or "HEAD.<n>" (prefix without the dot); empty for any other name.
-std::optional<uint32_t> ParseNumberedName(std::string_view prefix, std::string_view name);
-
-// kInvalidArgument unless [A-Za-z0-9._-]{1,128} without a leading dot.
-absl::Status CheckJobName(std::string_view job);
-// kInvalidArgument unless a UUID in small letters: 8-4-4-4-12 hexadecimal digits.
-absl::Status CheckJobUuid(std::string_view uuid);
-// kInvalidArgument unless fit to be opened in a checkpoint directory: 1 to 255 bytes of
-// [A-Za-z0-9._-], no leading dot.
-absl::Status CheckFileName(std::string_view file);
 
 // ---- MANIFEST.json ----
 
@@ -156,8 +124,8 @@ struct LineageEntry {
   std::optional<CheckpointId> parent;
 };
 // Which of `entries` are on the current branch (see the head of this file), ascending. A parent
-// that is not among `entries` (deleted since) ends a chain: such a checkpoint descends from `to`
-// only if its parent IS `to`. O(n log n).
+// that is not among `entries` was deleted since: it ends the chain of ancestors of `to`, and a
+// later checkpoint with such a parent counts as on the branch. O(n log n).
 std::vector<CheckpointId> CurrentBranch(std::span<const LineageEntry> entries,
                                         const std::optional<Head>& head);
 
