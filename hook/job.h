@@ -70,7 +70,7 @@ class Job {
   };
 
   Job(const Settings& settings, SourceReader* reader, uint64_t seed)
-      : settings_(settings), reader_(reader), checker_(settings.check_source, seed, reader) {}
+      : settings_(settings), checker_(settings.check_source, seed, reader) {}
 
   Error CheckMaySave(uint64_t step) const;
   Error CheckBlobs(const Registration& registration, uint64_t step,
@@ -88,7 +88,6 @@ class Job {
   std::optional<Error> Outcome(uint64_t step, bool power) const;
 
   const Settings settings_;
-  SourceReader* const reader_;
   SourceChecker checker_;
   Heartbeat heartbeat_;
   UniqueFd doorbell_;

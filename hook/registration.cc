@@ -289,9 +289,12 @@ void Registration::Prepare() {
       ++blocks_of_group_[__builtin_ctzll(rest)];
     }
   }
-  std::stable_sort(copied_blocks_.begin(), copied_blocks_.end(), [&](uint32_t a, uint32_t b) {
-    return __builtin_ctzll(groups_of_block_[a]) < __builtin_ctzll(groups_of_block_[b]);
-  });
+  const auto lowest_group_then_place = [&](uint32_t a, uint32_t b) {
+    const int group_a = __builtin_ctzll(groups_of_block_[a]);
+    const int group_b = __builtin_ctzll(groups_of_block_[b]);
+    return group_a != group_b ? group_a < group_b : a < b;
+  };
+  std::sort(copied_blocks_.begin(), copied_blocks_.end(), lowest_group_then_place);
   pointers_.resize(document_->buffers().size());
 }
 

@@ -82,7 +82,7 @@ class Registration {
 
   std::span<const abi::CaptureOp> ops() const { return ops_; }
   std::span<const abi::BlobArea> blob_areas() const { return blob_areas_; }
-  // The first operation that puts bytes into block `block` or behind it.
+  // The first operation that puts bytes into the block; only of copied_blocks().
   uint32_t first_op(uint32_t block) const { return first_op_[block]; }
 
   // The blocks that hold bytes of buffers, in the order of capture: by their lowest group, then by
@@ -148,7 +148,7 @@ class Registration {
   std::vector<const void*> pointers_;
 };
 
-// The bytes that an operation moves; 0 if the product overflows is impossible after Make.
+// The bytes that an operation moves. Registration::Make has refused products that overflow.
 inline uint64_t OpBytes(const abi::CaptureOp& op) { return op.run_bytes * op.count; }
 
 // True if `count` runs of `run_bytes`, `stride` apart, from `offset` on lie within [0, bytes), and
