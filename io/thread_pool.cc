@@ -23,13 +23,14 @@ absl::StatusOr<std::unique_ptr<ThreadPool>> ThreadPool::Create(EventLoop& loop, 
 }
 
 ThreadPool::~ThreadPool() {
-  std::deque<Job> dropped;  // destroyed without the lock
+  std::deque<Job> dropped;
   {
     MutexLock lock(mutex_);
     dropped.swap(jobs_);
     stopping_ = true;
   }
   changed_.SignalAll();
+  dropped.clear();  // without the lock: what they hold may call anything
   for (std::thread& thread : threads_) thread.join();
 }
 
