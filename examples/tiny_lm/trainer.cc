@@ -1,5 +1,6 @@
 #include "examples/tiny_lm/trainer.h"
 
+#include <sys/resource.h>
 #include <time.h>
 
 #include <algorithm>
@@ -108,8 +109,22 @@ absl::Status Trainer::Train() {
   }
   RETURN_IF_ERROR(metrics_ranks_->Barrier().Wait());
   if (options_.check_restore) PrintDigests("final_digest");
-  log_.Print("finished", absl::StrFormat("\"step\":%d", step_));
+  PrintFinished();
   return absl::OkStatus();
+}
+
+void Trainer::PrintFinished() const {
+  rusage usage{};
+  // Cannot fail with these arguments.
+  static_cast<void>(getrusage(RUSAGE_SELF, &usage));
+  const auto milliseconds = [](const timeval& time) {
+    return static_cast<double>(time.tv_sec) * 1e3 + static_cast<double>(time.tv_usec) / 1e3;
+  };
+  log_.Print("finished",
+             absl::StrFormat("\"step\":%d,\"wall_ms\":%.1f,\"cpu_ms\":%.1f,\"rss_max_bytes\":%d",
+                             step_, FloatMilliseconds(Clock::now() - began_).count(),
+                             milliseconds(usage.ru_utime) + milliseconds(usage.ru_stime),
+                             usage.ru_maxrss * 1024));
 }
 
 // What a checkpoint must agree about to go on exactly. World size and layout may differ.

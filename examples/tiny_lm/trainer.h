@@ -59,6 +59,8 @@ class Trainer {
   // All ranks must have come to the same step.
   absl::Status AgreeOn(RestoreOutcome outcome);
   void PrintDigests(const std::string& event) const;
+  // With what the process has used.
+  void PrintFinished() const;
   std::string Arguments() const;
   std::vector<Blob> Blobs() const;
 
@@ -71,6 +73,7 @@ class Trainer {
   absl::Status OptimizerStep();
   void PrintStep(uint64_t step, uint64_t first_sample, const Phases& phases) const;
 
+  const std::chrono::steady_clock::time_point began_ = std::chrono::steady_clock::now();
   const TrainerOptions options_;
   const Layout layout_;
   EventLog log_;

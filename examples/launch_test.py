@@ -1,0 +1,135 @@
+#!/usr/bin/python3
+"""What examples/launch promises, with small ranks written in Python.
+
+Usage: launch_test.py LAUNCH
+"""
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import unittest
+
+LAUNCH = sys.argv.pop(1)
+TORCHRUN = ('LOCAL_RANK RANK GROUP_RANK ROLE_RANK LOCAL_WORLD_SIZE WORLD_SIZE ROLE_WORLD_SIZE '
+            'MASTER_ADDR MASTER_PORT TORCHELASTIC_RESTART_COUNT TORCHELASTIC_MAX_RESTARTS '
+            'TORCHELASTIC_RUN_ID').split()
+PREFIX = 'import json, os, signal, sys; rank = int(os.environ["RANK"]); '
+PREFIX += 'restart = int(os.environ["TORCHELASTIC_RESTART_COUNT"])\n'
+
+
+class LaunchTest(unittest.TestCase):
+    def setUp(self):
+        self.directory = tempfile.TemporaryDirectory()
+        self.addCleanup(self.directory.cleanup)
+        self.events_path = os.path.join(self.directory.name, 'events')
+
+    def command(self, body, *flags):
+        return ['/usr/bin/python3', LAUNCH, '--events', self.events_path, *flags, '--',
+                '/usr/bin/python3', '-c', PREFIX + body]
+
+    def run_ranks(self, body, *flags):
+        return subprocess.run(self.command(body, *flags), capture_output=True, text=True,
+                              timeout=60)
+
+    def events(self):
+        with open(self.events_path) as file:
+            return [json.loads(line) for line in file]
+
+    def test_ranks_get_torchruns_variables(self):
+        result = self.run_ranks('print(json.dumps(dict(os.environ)))', '--nproc', '3')
+        self.assertEqual(result.returncode, 0, result.stderr)
+        environments = {}
+        for line in result.stdout.splitlines():
+            rank, text = line.split(' ', 1)
+            environments[rank] = json.loads(text)
+        self.assertEqual(sorted(environments), ['[0]', '[1]', '[2]'])
+        for label, environment in environments.items():
+            self.assertEqual('[%s]' % environment['RANK'], label)
+            self.assertEqual(environment['LOCAL_RANK'], environment['RANK'])
+            self.assertEqual(environment['WORLD_SIZE'], '3')
+            self.assertLessEqual(set(TORCHRUN), set(environment))
+        for name in ('MASTER_PORT', 'TORCHELASTIC_RUN_ID'):
+            self.assertEqual(len({e[name] for e in environments.values()}), 1)
+
+    def test_one_failure_restarts_all_ranks(self):
+        result = self.run_ranks(
+            'if restart < 2 and rank == 1: sys.exit(3)\n'
+            'if restart < 2: signal.pause()\n', '--nproc', '3', '--max-restarts', '2')
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertIn('rank 1 ended with status 3', result.stderr)
+        starts = [e for e in self.events() if e['event'] == 'start']
+        exits = [e for e in self.events() if e['event'] == 'exit']
+        self.assertEqual([(e['restart'], e['rank']) for e in starts],
+                         [(restart, rank) for restart in range(3) for rank in range(3)])
+        self.assertEqual(len({e['run_id'] for e in starts}), 1)
+        self.assertEqual(len(exits), 9)
+        for event in exits:
+            if event['restart'] == 2:
+                self.assertEqual(event['status'], 0)
+            elif event['rank'] == 1:
+                self.assertEqual((event['status'], event['stopped']), (3, False))
+            else:
+                self.assertEqual((event['signal'], event['stopped']), ('SIGTERM', True))
+
+    def test_without_restarts_left_it_fails_and_nobody_survives(self):
+        result = self.run_ranks(
+            'if rank == 2: os.kill(os.getpid(), signal.SIGKILL)\n'
+            'signal.signal(signal.SIGTERM, signal.SIG_IGN)\n'
+            'while True: signal.pause()\n', '--nproc', '3', '--term-timeout', '0.2')
+        self.assertEqual(result.returncode, 1)
+        self.assertIn('rank 2 ended with signal SIGKILL', result.stderr)
+        exits = {e['rank']: e for e in self.events() if e['event'] == 'exit'}
+        self.assertEqual({e['signal'] for e in exits.values()} - {'SIGTERM'}, {'SIGKILL'})
+        self.assertEqual(len(exits), 3)
+
+    def test_logs_are_kept_per_restart_and_rank(self):
+        logs = os.path.join(self.directory.name, 'logs')
+        result = self.run_ranks(
+            'print("out", rank, restart); print("err", rank, file=sys.stderr); sys.stdout.flush()\n'
+            'sys.exit(restart == 0)', '--nproc', '1', '--max-restarts', '1', '--log-dir', logs)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        for restart in range(2):
+            stem = os.path.join(logs, 'restart-%d' % restart, 'rank-0')
+            with open(stem + '.out') as out, open(stem + '.err') as err:
+                self.assertEqual(out.read(), 'out 0 %d\n' % restart)
+                self.assertEqual(err.read(), 'err 0\n')
+
+    def start_and_wait_for_ranks(self):
+        process = subprocess.Popen(
+            self.command('print(os.getpid(), flush=True)\nwhile True: signal.pause()\n',
+                         '--nproc', '2'), stdout=subprocess.PIPE, text=True)
+        self.addCleanup(process.stdout.close)
+        pids = [int(process.stdout.readline().split()[1]) for _ in range(2)]
+        return process, [os.pidfd_open(pid) for pid in pids]
+
+    def assert_ranks_end(self, pidfds):
+        for pidfd in pidfds:
+            self.assertTrue(select.select([pidfd], [], [], 30)[0], 'a rank lives on')
+            os.close(pidfd)
+
+    def test_ranks_end_with_a_launcher_that_is_killed(self):
+        process, pidfds = self.start_and_wait_for_ranks()
+        process.kill()
+        process.wait()
+        self.assert_ranks_end(pidfds)
+
+    def test_a_launcher_that_is_terminated_stops_its_ranks_and_says_so(self):
+        process, pidfds = self.start_and_wait_for_ranks()
+        process.terminate()
+        self.assertEqual(process.wait(30), 128 + signal.SIGTERM)
+        self.assert_ranks_end(pidfds)
+        exits = [e for e in self.events() if e['event'] == 'exit']
+        self.assertEqual([e['stopped'] for e in exits], [True, True])
+
+    def test_a_command_that_is_missing_is_an_error(self):
+        result = subprocess.run(['/usr/bin/python3', LAUNCH, '--nproc', '1', '--', '/nowhere/cmd'],
+                                capture_output=True, text=True, timeout=60)
+        self.assertNotEqual(result.returncode, 0)
+        self.assertIn('/nowhere/cmd', result.stderr)
+
+
+if __name__ == '__main__':
+    unittest.main()

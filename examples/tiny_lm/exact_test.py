@@ -1,0 +1,100 @@
+#!/usr/bin/python3
+"""Losses do not depend on how the job is laid out; an idle rank is small; errors name the thing.
+
+Usage: exact_test.py LAUNCH TINY_LM CORPUS [--no-limits]   (--no-limits: a build with a sanitizer)
+"""
+import json
+import subprocess
+import sys
+import unittest
+
+NO_LIMITS = '--no-limits' in sys.argv
+if NO_LIMITS:
+    sys.argv.remove('--no-limits')
+LAUNCH, TINY_LM, CORPUS = sys.argv[1:4]
+del sys.argv[1:4]
+STEPS = 6
+
+
+def train(world, *flags):
+    return subprocess.run(
+        ['/usr/bin/python3', LAUNCH, '--nproc', str(world), '--', TINY_LM, '--corpus', CORPUS,
+         '--no-holdfast', *flags], capture_output=True, text=True, timeout=100)
+
+
+def events(result, name):
+    """Events of that name, by rank."""
+    found = {}
+    for line in result.stdout.splitlines():
+        event = json.loads(line.split(' ', 1)[1])
+        if event['event'] == name:
+            found.setdefault(event['rank'], []).append(event)
+    return found
+
+
+class ExactTest(unittest.TestCase):
+    def run_ok(self, world, *flags):
+        result = train(world, *flags)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        return result
+
+    def test_losses_and_states_are_bit_equal_in_every_layout_and_world(self):
+        reference = None
+        for zero in '01':
+            for world in (1, 2, 3, 4, 5):
+                result = self.run_ok(world, '--steps', str(STEPS), '--zero', zero, '--bytes', '300K',
+                                     '--check-restore')
+                steps = events(result, 'step')
+                self.assertEqual(sorted(steps), list(range(world)))
+                losses = [[(e['step'], e['samples'], e['loss']) for e in steps[rank]]
+                          for rank in range(world)]
+                whole = {}
+                for digest in events(result, 'final_digest').values():
+                    for piece in digest[0]['pieces']:
+                        name = piece['state'], piece['tensor']
+                        if piece['replicated']:
+                            self.assertIn(whole.get(name, piece['digest']), piece['digest'])
+                            whole[name] = piece['digest']
+                        else:
+                            total = int(whole.get(name, '0'), 16) + int(piece['digest'], 16)
+                            whole[name] = '%016x' % (total % 2 ** 64)
+                if reference is None:
+                    reference = losses[0], whole
+                for rank in range(world):
+                    self.assertEqual(losses[rank], reference[0], (zero, world, rank))
+                self.assertEqual(whole, reference[1], (zero, world))
+        self.assertEqual([step for step, _, _ in reference[0]], list(range(1, STEPS + 1)))
+        self.assertEqual(len({loss for _, _, loss in reference[0]}), STEPS)
+
+    def test_it_learns(self):
+        losses = [float.fromhex(e['loss'])
+                  for e in events(self.run_ok(2, '--steps', '40', '--batch', '8'), 'step')[0]]
+        self.assertLess(losses[-1], losses[0] - 0.7)
+
+    def test_another_seed_gives_another_run(self):
+        a, b = (events(self.run_ok(1, '--steps', '2', '--seed', seed), 'step')[0][1]['loss']
+                for seed in '12')
+        self.assertNotEqual(a, b)
+
+    def test_a_rank_that_waits_is_small(self):
+        if NO_LIMITS:
+            self.skipTest('a sanitizer takes memory and time of its own')
+        # Rank 1 has no sample: it only waits, sums and updates.
+        result = self.run_ok(2, '--steps', '10', '--batch', '1', '--device-ms', '200')
+        idle = events(result, 'finished')[1][0]
+        self.assertLessEqual(idle['rss_max_bytes'], 64 << 20)
+        self.assertGreater(idle['wall_ms'], 2000)
+        self.assertLess(idle['cpu_ms'], 0.05 * idle['wall_ms'])
+
+    def test_errors_name_the_thing(self):
+        result = train(1, '--corpus', '/nowhere/text.md')
+        self.assertEqual(result.returncode, 1)
+        self.assertIn('/nowhere/text.md', result.stderr)
+        result = subprocess.run([TINY_LM, '--corpus', CORPUS, '--no-holdfast'], env={},
+                                capture_output=True, text=True, timeout=100)
+        self.assertEqual(result.returncode, 1)
+        self.assertIn('WORLD_SIZE', result.stderr)
+
+
+if __name__ == '__main__':
+    unittest.main()
