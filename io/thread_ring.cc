@@ -119,12 +119,14 @@ class ThreadRing final : public IoRing {
       : event_fd_(std::move(event_fd)), reason_(std::move(reason)) {}
 
   ~ThreadRing() override {
+    std::deque<Operation> dropped;  // nobody is told of them any more
     {
       MutexLock lock(mutex_);
-      waiting_.clear();  // nobody is told of them any more
+      dropped.swap(waiting_);
       stopping_ = true;
     }
     changed_.SignalAll();
+    dropped.clear();  // without the lock: what they hold may call anything
     for (std::thread& thread : threads_) thread.join();
   }
 
