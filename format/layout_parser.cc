@@ -256,12 +256,21 @@ class LayoutParser {
     if (count > kLayoutTensorsMax) {
       return tensors.Mismatch(absl::StrCat("at most ", kLayoutTensorsMax, " tensors"));
     }
-    std::unordered_set<std::string> names;
+    std::unordered_set<std::string_view> names;  // in the document
+    names.reserve(count);
+    if (count > 0) {
+      // As many states as the first tensor has, for each: the usual case.
+      const auto states = tensors[0].Find("states").ArraySize();
+      const size_t guess = count * std::min<size_t>(states.ok() ? *states : 1, 4);
+      program_.tensor_states.reserve(guess);
+      program_.states.reserve(guess);
+      buffers_.reserve(guess);
+    }
     for (size_t i = 0; i < count; ++i) {
       const JsonValue tensor = tensors[i];
       RETURN_IF_ERROR(tensor.ExpectKeys({"name", "shape", "states"}));
       ASSIGN_OR_RETURN(const std::string name, Name(tensor, "name"));
-      if (!names.insert(name).second) {
+      if (!names.insert(*tensor.Find("name").String()).second) {
         return Refuse(tensor, absl::StrFormat("tensor \"%s\" is there twice", name.substr(0, 200)));
       }
       absl::Status parsed = ParseTensor(tensor, name);
