@@ -32,6 +32,7 @@
 #include "checkpoint/describe.h"
 #include "checkpoint/publish.h"
 #include "checkpoint/sealed_json.h"
+#include "checkpoint/verify.h"
 #include "format/planner.h"
 
 namespace holdfast {
@@ -70,22 +71,8 @@ absl::Status CheckReadBack(FileSystem& file_system, const std::string& directory
                            const std::string& manifest_text) {
   const std::string manifest_path = absl::StrCat(directory, "/", kManifestFileName);
   ASSIGN_OR_RETURN(const Manifest manifest, DecodeManifest(manifest_text, manifest_path));
-  const std::string index_path = absl::StrCat(directory, "/", kIndexFileName);
-  ASSIGN_OR_RETURN(const std::string text,
-                   file_system.ReadSmallFile(index_path, manifest.index_bytes));
-  const std::span<const std::byte> bytes = std::as_bytes(std::span(text));
-  RETURN_IF_ERROR(CheckIndexBytes(manifest, bytes));
-  ASSIGN_OR_RETURN(const Index index, DecodeIndex(bytes));
-  RETURN_IF_ERROR(CheckConsistent(manifest, index));
-  for (const ManifestImage& image : manifest.images) {
-    const std::string path = absl::StrCat(directory, "/", image.file);
-    ASSIGN_OR_RETURN(const FileInfo info, file_system.Stat(path));
-    if (info.kind != FileInfo::Kind::kFile || info.size_bytes != image.bytes) {
-      return absl::DataLossError(absl::StrFormat("%s: expected a file of %d bytes, found %d", path,
-                                                 image.bytes, info.size_bytes));
-    }
-  }
-  return absl::OkStatus();
+  RETURN_IF_ERROR(LoadIndex(file_system, directory, manifest).status());
+  return CheckImageSizes(file_system, directory, manifest);
 }
 
 bool SameCommit(const Manifest& a, const Manifest& b) {

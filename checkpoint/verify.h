@@ -5,8 +5,7 @@
 
 #include <cstdint>
 #include <functional>
-#include <memory>
-#include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -23,7 +22,8 @@ struct Finding {
   std::string file;           // in the checkpoint's directory
   uint64_t offset_bytes = 0;  // 0 with bytes 0: the whole file
   uint64_t bytes = 0;
-  std::vector<std::string> tensors;  // that lie there, at most kFindingTensorsMax, "wte (param)"
+  std::vector<std::string> tensors =
+      {};  // that lie there, at most kFindingTensorsMax, "wte (param)"
   std::string text;
 };
 inline constexpr size_t kFindingTensorsMax = 8;
@@ -52,19 +52,25 @@ struct VerifyOptions {
 // Reads bytes [offset, offset + out.size()) of a file, blocking; kDataLoss past the end.
 using ReadAt = std::function<absl::Status(IoFile& file, uint64_t offset, std::span<std::byte> out)>;
 
+// Of a real file system: pread(2) on the descriptor.
+ReadAt PlainReadAt();
+
 // Blocking. Errors are about verifying, not about the checkpoint: kCancelled, kUnavailable,
 // kPermissionDenied; what is wrong with the checkpoint is in the report.
 absl::StatusOr<VerifyReport> VerifyCheckpoint(FileSystem& file_system, const ReadAt& read_at,
                                               const CatalogEntry& entry,
                                               const VerifyOptions& options);
 
-// MANIFEST and INDEX of a committed checkpoint, each checked and compared with each other and with
-// the directory: what restore, verify and inspect begin with. Of the images the sizes are compared.
-// kDataLoss names the file and says what was expected and found.
+// INDEX of a committed checkpoint, checked and compared with its manifest: what restore, verify and
+// inspect begin with. kDataLoss names the file and says what was expected and found.
 absl::StatusOr<Index> LoadIndex(FileSystem& file_system, const std::string& directory,
                                 const Manifest& manifest);
+// Whether every image file is there with its size: what is cheap to know of the images.
+absl::Status CheckImageSizes(FileSystem& file_system, const std::string& directory,
+                             const Manifest& manifest);
 
-// Names of the tensor states with bytes in [begin, end) of an image, as in Finding::tensors.
+// Names of the tensor states and blobs with bytes in [begin, end) of an image, as in
+// Finding::tensors; empty: no restore reads there.
 std::vector<std::string> TensorsAt(const Index& index, uint32_t image, uint64_t begin_bytes,
                                    uint64_t end_bytes, size_t count_max);
 

@@ -1,0 +1,220 @@
+#include "checkpoint/verify.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <memory>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
+#include "base/crc32c.h"
+#include "base/status_macros.h"
+#include "checkpoint/commit.h"
+#include "checkpoint/describe.h"
+#include "io/errno_status.h"
+
+namespace holdfast {
+namespace {
+
+// Errors that say something about the checkpoint; all others are about reading it now.
+bool IsAboutContents(const absl::Status& status) {
+  return status.code() == absl::StatusCode::kDataLoss ||
+         status.code() == absl::StatusCode::kNotFound ||
+         status.code() == absl::StatusCode::kResourceExhausted;
+}
+
+class Verifier {
+ public:
+  Verifier(FileSystem& file_system, const ReadAt& read_at, const CatalogEntry& entry,
+           const VerifyOptions& options)
+      : file_system_(file_system), read_at_(read_at), entry_(entry), options_(options) {}
+
+  absl::StatusOr<VerifyReport> Run() {
+    if (entry_.state == CatalogEntry::State::kIncomplete ||
+        entry_.state == CatalogEntry::State::kFenced) {
+      AddFinding({.file = "", .text = entry_.why}, Verdict::kNotFound);
+      return std::move(report_);
+    }
+    report_.verdict = Verdict::kGood;
+    if (entry_.state == CatalogEntry::State::kDamaged) {
+      AddFinding({.file = kManifestFileName, .text = entry_.why}, Verdict::kDamaged);
+      return std::move(report_);
+    }
+    absl::StatusOr<Index> index = LoadIndex(file_system_, entry_.directory, *entry_.manifest);
+    if (!index.ok()) {
+      if (!IsAboutContents(index.status())) return index.status();
+      AddFinding({.file = kIndexFileName, .text = std::string(index.status().message())},
+                 Verdict::kDamaged);
+      return std::move(report_);
+    }
+    if (absl::Status cover = CheckIndexCover(*index); !cover.ok()) {
+      AddFinding({.file = kIndexFileName, .text = std::string(cover.message())}, Verdict::kDamaged);
+    }
+    for (const IndexImage& image : index->images) bytes_total_ += image.bytes;
+    for (uint32_t image = 0; image < index->images.size(); ++image) {
+      RETURN_IF_ERROR(CheckImage(*index, image));
+    }
+    return std::move(report_);
+  }
+
+ private:
+  void AddFinding(Finding finding, Verdict verdict) {
+    // Verdicts are ordered from good to bad, but for kNotFound, which is given alone.
+    report_.verdict = std::max(report_.verdict, verdict);
+    ++report_.finding_count;
+    if (report_.findings.size() < kFindingsMax) report_.findings.push_back(std::move(finding));
+  }
+
+  absl::Status CheckImage(const Index& index, uint32_t number) {
+    const IndexImage& image = index.images[number];
+    const std::string path = absl::StrCat(entry_.directory, "/", image.file);
+    absl::StatusOr<std::unique_ptr<IoFile>> file =
+        file_system_.OpenForRead(path, Caching::kBuffered);
+    if (!file.ok()) {
+      if (!IsAboutContents(file.status())) return file.status();
+      AddFinding({.file = image.file, .text = std::string(file.status().message())},
+                 Verdict::kDamaged);
+      return absl::OkStatus();
+    }
+    if ((*file)->size_bytes() != image.bytes) {
+      AddFinding({.file = image.file,
+                  .text = absl::StrFormat("%s: expected %d bytes, found %d", image.file,
+                                          image.bytes, (*file)->size_bytes())},
+                 Verdict::kDamaged);
+    }
+    std::vector<std::byte> block(image.block_bytes);
+    const uint64_t whole_blocks =
+        std::min<uint64_t>(image.block_crc32c.size(), (*file)->size_bytes() / image.block_bytes);
+    for (uint64_t at = 0; at < whole_blocks; ++at) {
+      const uint64_t begin = at * image.block_bytes;
+      const absl::Status read = read_at_(**file, begin, block);
+      if (!read.ok() && !IsAboutContents(read)) return read;
+      ++report_.blocks_checked;
+      report_.bytes_read += block.size();
+      CheckBlock(index, number, at, read.ok() ? absl::StatusOr<uint32_t>(Crc32c(block)) : read);
+      if (options_.progress && !options_.progress(report_.bytes_read, bytes_total_)) {
+        return absl::CancelledError("verification was stopped");
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  void CheckBlock(const Index& index, uint32_t number, uint64_t block,
+                  const absl::StatusOr<uint32_t>& found) {
+    const IndexImage& image = index.images[number];
+    if (found.ok() && *found == image.block_crc32c[block]) return;
+    Finding finding;
+    finding.file = image.file;
+    finding.offset_bytes = block * image.block_bytes;
+    finding.bytes = image.block_bytes;
+    finding.tensors = TensorsAt(index, number, finding.offset_bytes,
+                                finding.offset_bytes + finding.bytes, kFindingTensorsMax);
+    const std::string what = found.ok() ? absl::StrFormat("expected CRC32C %08x, found %08x",
+                                                          image.block_crc32c[block], *found)
+                                        : std::string(found.status().message());
+    finding.text = absl::StrFormat(
+        "%s: block %d, bytes [%d, %d): %s; there lies: %s", image.file, block, finding.offset_bytes,
+        finding.offset_bytes + finding.bytes, what,
+        finding.tensors.empty() ? "no tensor" : absl::StrJoin(finding.tensors, ", "));
+    const Verdict verdict = finding.tensors.empty() ? Verdict::kDamagedUnread : Verdict::kDamaged;
+    AddFinding(std::move(finding), verdict);
+  }
+
+  FileSystem& file_system_;
+  const ReadAt& read_at_;
+  const CatalogEntry& entry_;
+  const VerifyOptions& options_;
+  VerifyReport report_;
+  uint64_t bytes_total_ = 0;
+};
+
+}  // namespace
+
+ReadAt PlainReadAt() {
+  return [](IoFile& file, uint64_t offset, std::span<std::byte> out) -> absl::Status {
+    size_t done = 0;
+    while (done < out.size()) {
+      const ssize_t got = pread(file.handle(), out.data() + done, out.size() - done,
+                                static_cast<off_t>(offset + done));
+      if (got < 0 && errno == EINTR) continue;
+      if (got < 0) return ErrnoStatus(errno, "read", absl::StrFormat("offset %d", offset + done));
+      if (got == 0) {
+        return absl::DataLossError(absl::StrFormat(
+            "truncated: expected %d bytes at offset %d, found %d", out.size(), offset, done));
+      }
+      done += static_cast<size_t>(got);
+    }
+    return absl::OkStatus();
+  };
+}
+
+absl::StatusOr<VerifyReport> VerifyCheckpoint(FileSystem& file_system, const ReadAt& read_at,
+                                              const CatalogEntry& entry,
+                                              const VerifyOptions& options) {
+  return Verifier(file_system, read_at, entry, options).Run();
+}
+
+absl::StatusOr<Index> LoadIndex(FileSystem& file_system, const std::string& directory,
+                                const Manifest& manifest) {
+  const std::string path = absl::StrCat(directory, "/", kIndexFileName);
+  ASSIGN_OR_RETURN(const FileInfo info, file_system.Stat(path));
+  // Before anything is read: the manifest is checked, so its size is a bound.
+  if (info.kind != FileInfo::Kind::kFile || info.size_bytes != manifest.index_bytes) {
+    return absl::DataLossError(absl::StrFormat("%s: expected a file of %d bytes, found %d", path,
+                                               manifest.index_bytes, info.size_bytes));
+  }
+  ASSIGN_OR_RETURN(const std::string text, file_system.ReadSmallFile(path, manifest.index_bytes));
+  const std::span<const std::byte> bytes = std::as_bytes(std::span(text));
+  const auto named = [&](const absl::Status& status) {
+    return absl::Status(status.code(), absl::StrFormat("%s: %s", path, status.message()));
+  };
+  if (absl::Status right = CheckIndexBytes(manifest, bytes); !right.ok()) return named(right);
+  absl::StatusOr<Index> index = DecodeIndex(bytes);
+  if (!index.ok()) return named(index.status());
+  if (absl::Status right = CheckConsistent(manifest, *index); !right.ok()) return named(right);
+  return index;
+}
+
+absl::Status CheckImageSizes(FileSystem& file_system, const std::string& directory,
+                             const Manifest& manifest) {
+  for (const ManifestImage& image : manifest.images) {
+    const std::string path = absl::StrCat(directory, "/", image.file);
+    ASSIGN_OR_RETURN(const FileInfo info, file_system.Stat(path));
+    if (info.kind != FileInfo::Kind::kFile || info.size_bytes != image.bytes) {
+      return absl::DataLossError(absl::StrFormat("%s: expected a file of %d bytes, found %d", path,
+                                                 image.bytes, info.size_bytes));
+    }
+  }
+  return absl::OkStatus();
+}
+
+std::vector<std::string> TensorsAt(const Index& index, uint32_t image, uint64_t begin_bytes,
+                                   uint64_t end_bytes, size_t count_max) {
+  std::vector<std::string> names;
+  // Neighbouring pieces of one tensor state count once.
+  const auto add = [&](std::string name) {
+    if (names.size() < count_max && (names.empty() || names.back() != name)) {
+      names.push_back(std::move(name));
+    }
+  };
+  for (const IndexPiece& piece : index.pieces) {
+    if (piece.image != image) continue;
+    const TensorState& state = index.tensor_states[piece.piece.tensor_state];
+    const uint64_t bytes = piece.piece.ElementCount() * ElementBytes(state.dtype);
+    if (piece.offset_bytes < end_bytes && piece.offset_bytes + bytes > begin_bytes) {
+      add(absl::StrFormat("%s (%s)", state.tensor, state.state));
+    }
+  }
+  for (const IndexBlob& blob : index.blobs) {
+    if (blob.image == image && blob.offset_bytes < end_bytes &&
+        blob.offset_bytes + blob.bytes > begin_bytes) {
+      add(absl::StrFormat("blob %s", blob.name));
+    }
+  }
+  return names;
+}
+
+}  // namespace holdfast
