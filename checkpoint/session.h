@@ -114,19 +114,22 @@ class Session {
   void Close();
   // The process is dead.
   void ProcessDied();
-  // No grants any more, what is being captured is void, the page says so: a newer attempt runs.
+  // A newer attempt runs: no grants any more, what is being captured is void, the page says so. A
+  // save that the trainer begins all the same is reported to the observer, which voids it.
   void Fence(Attempt by);
 
   // The images of a registration of this session; nullptr if unknown.
   RankImages* images(uint64_t registration_id) const;
   RankImages* images_of(ImageId id) const;
   RankImages* current_images() const;  // nullptr before Register
-  const Registration* registration(uint64_t registration_id) const;
-  const Registration* registration_of(ImageId id) const;
+  // Shared, because plans and commits read them on pool threads while the session may end.
+  std::shared_ptr<const Registration> registration(uint64_t registration_id) const;
+  std::shared_ptr<const Registration> registration_of(ImageId id) const;
   uint64_t current_registration_id() const { return current_registration_id_; }
   // For a resumed trainer, and for the restore ring.
   abi::RegistrationMemory* registration_memory(uint64_t registration_id) const;
   RankMemory* memory(uint64_t registration_id) const;
+  RankMemory* memory_of(ImageId id) const;  // nullptr if unknown
   std::vector<RankImages::Counters> counters() const;  // of all registrations
 
   const SessionIdentity& identity() const { return identity_; }
@@ -140,22 +143,34 @@ class Session {
   // Nothing is left: the process is dead and no image is held or in flight. The engine may
   // Forget() and destroy it.
   bool IsFinished() const;
+  // Called from the loop whenever blocks were freed: IsFinished() may have changed.
+  void set_on_freed(std::function<void()> on_freed) { on_freed_ = std::move(on_freed); }
   // Drops everything of this session from the keeper (its rank memory goes with its last session).
   void Forget();
 
  private:
-  struct Registered;  // session.cc: one registration
-  class Recovery;     // session_recovery.cc
+  struct Registered;
+  struct Found;
 
   Session(SessionIdentity identity, std::unique_ptr<SaveReports> reports,
           std::shared_ptr<SharedMapping> identity_memory, UniqueFd process_fd,
           const SessionWorld& world);
   std::string Name(const std::string& part) const;
   std::string Name(uint64_t registration_id, const std::string& part) const;
-  absl::StatusOr<RegisterResult> MakeRegistered();
+  absl::StatusOr<Registered*> MakeRegistered();
+  void AddRegistered(uint64_t registration_id, std::unique_ptr<Registered> registered);
+  void AnswerRegister();
+  RegisterResult ResultOf(uint64_t registration_id, const Registered& registered) const;
   void DropRegistered(uint64_t registration_id);
-  void DropFinishedRegistrations();
-  void CheckWriterGone();
+  void BlocksFreed();
+  void MarkWritersGone();
+
+  // session_recovery.cc
+  static absl::StatusOr<std::unique_ptr<Session>> Reopen(Found& found, const SessionWorld& world);
+  absl::Status ReopenRegistration(uint64_t registration_id, Found& found,
+                                  std::shared_ptr<const Registration> registration,
+                                  std::vector<std::string>& warnings);
+  friend class SessionRecovery;
 
   const SessionIdentity identity_;
   const SessionWorld world_;
@@ -163,14 +178,19 @@ class Session {
   std::shared_ptr<SharedMapping> identity_memory_;
   UniqueFd process_fd_;
   ImageObserver* observer_ = nullptr;
+  std::function<void()> on_freed_;
   bool closed_ = false;
   bool process_dead_ = false;
   bool fenced_ = false;
+  // Prepared and not registered yet.
   UniqueFd prepared_document_;
   uint64_t prepared_document_bytes_ = 0;
   std::shared_ptr<const Registration> prepared_;
+  // The registration whose memory is being made present.
+  std::function<void(absl::StatusOr<RegisterResult>)> register_done_;
   std::map<uint64_t, std::unique_ptr<Registered>> registered_;
   uint64_t current_registration_id_ = 0;
+  uint64_t last_registration_id_ = 0;
   std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
 };
 
