@@ -7,6 +7,7 @@
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -37,6 +38,17 @@ absl::StatusOr<uint64_t> NumberOf(const absl::StatusOr<std::string>& blob) {
 }
 
 uint64_t JitterSeed(uint64_t seed, uint32_t rank) { return Mix(Mix(seed) + rank); }
+
+// Of this program. (getrusage would count what the launcher used before exec.) 0 if unknown.
+uint64_t RssMaxBytes() {
+  std::ifstream status("/proc/self/status");
+  std::string word;
+  uint64_t kilobytes = 0;
+  while (status >> word) {
+    if (word == "VmHWM:" && status >> kilobytes) return kilobytes * 1024;
+  }
+  return 0;
+}
 
 uint32_t RestartCount() {
   const char* text = std::getenv("TORCHELASTIC_RESTART_COUNT");
@@ -120,11 +132,11 @@ void Trainer::PrintFinished() const {
   const auto milliseconds = [](const timeval& time) {
     return static_cast<double>(time.tv_sec) * 1e3 + static_cast<double>(time.tv_usec) / 1e3;
   };
-  log_.Print("finished",
-             absl::StrFormat("\"step\":%d,\"wall_ms\":%.1f,\"cpu_ms\":%.1f,\"rss_max_bytes\":%d",
-                             step_, FloatMilliseconds(Clock::now() - began_).count(),
-                             milliseconds(usage.ru_utime) + milliseconds(usage.ru_stime),
-                             usage.ru_maxrss * 1024));
+  log_.Print(
+      "finished",
+      absl::StrFormat("\"step\":%d,\"wall_ms\":%.1f,\"cpu_ms\":%.1f,\"rss_max_bytes\":%d", step_,
+                      FloatMilliseconds(Clock::now() - began_).count(),
+                      milliseconds(usage.ru_utime) + milliseconds(usage.ru_stime), RssMaxBytes()));
 }
 
 // What a checkpoint must agree about to go on exactly. World size and layout may differ.
