@@ -6,6 +6,7 @@
 #include <string_view>
 #include <tuple>
 
+#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "base/crc32c.h"
@@ -157,7 +158,7 @@ absl::Status CheckBlobs(const Index& index) {
       return Wrong(
           absl::StrFormat("%s: expected one greater than the one before, by scope, name "
                           "and rank; found \"%s\" of rank %d",
-                          where, blob.name, Value(blob.rank)));
+                          where, absl::CHexEscape(blob.name.substr(0, 200)), Value(blob.rank)));
     }
   }
   return absl::OkStatus();
