@@ -606,11 +606,6 @@ void TestAgent::Deliver() {
   TestRestore& script = *restore_;
   abi::RestoreRing& ring = shared().restore;
   const uint32_t consumed = ring.consumed.load(std::memory_order_acquire);
-  if (script.die_after.has_value() && consumed - first_entry_ >= *script.die_after) {
-    script.die_after.reset();
-    EndConnection();
-    return;
-  }
   uint64_t first_op = 0;
   for (size_t i = 0; i < delivered_; ++i) first_op += script.pieces[i].ops.size();
   while (delivered_ < script.pieces.size() &&
@@ -634,6 +629,12 @@ void TestAgent::Deliver() {
     ++delivered_;
   }
   FutexWakeAll(ring.produced, FutexScope::kShared);
+  if (script.die_after.has_value()) {
+    if (ring.consumed.load() - first_entry_ < *script.die_after) return;
+    script.die_after.reset();
+    EndConnection();
+    return;
+  }
   if (delivered_ == script.pieces.size() && ring.consumed.load() == ring.produced.load()) {
     delivering_ = false;
     abi::RestoreDone done = {};

@@ -135,6 +135,8 @@ class TestAgent {
   abi::RegistrationMemory& shared() const;
   abi::RankPage& page() const;
   TestMemory& memory() const { return *memory_; }
+  TestMemory& registration_memory() const { return *shared_; }
+  TestMemory& plan_memory() const { return *plan_memory_; }
   const TestPlan& plan() const { return plan_; }
   const TestDocument& document() const { return document_; }
   abi::OpenRequest last_open() const;

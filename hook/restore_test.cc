@@ -1,0 +1,302 @@
+// Restore: what the agent delivers reaches the buffers, and nothing else does.
+#include "hook/restore.h"
+
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <functional>
+#include <random>
+#include <string>
+#include <utility>
+
+#include "hook/test_agent.h"
+#include "hook/test_job.h"
+
+namespace holdfast::hook {
+namespace {
+
+class RestoreTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    Result<std::unique_ptr<Job>> job = OpenTestJob(TestSettings(agent_), &reader_);
+    ASSERT_TRUE(job.ok()) << job.error().text();
+    job_ = std::move(job.value());
+  }
+  void Register(TestBuffers& buffers) {
+    TestPlan plan;
+    plan.block_count = 64;
+    agent_.SetPlan([plan](const TestDocument&) { return plan; });
+    ASSERT_TRUE(RegisterAll(*job_, buffers).ok());
+  }
+  Error Restore() { return job_->Restore(&result_, Deadline::After(kPatienceNs)); }
+
+  TestAgent agent_;
+  HostSourceReader reader_;
+  std::unique_ptr<Job> job_;
+  hf_restore_result result_ = {};
+};
+
+std::vector<std::byte> RandomBytes(std::mt19937& random, uint64_t count) {
+  std::vector<std::byte> bytes(count);
+  for (std::byte& byte : bytes) byte = static_cast<std::byte>(random());
+  return bytes;
+}
+
+// A random strided operation from a piece of `source_bytes` to one of the buffers.
+abi::RestoreOp RandomOp(std::mt19937& random, const TestBuffers& buffers, uint64_t source_bytes) {
+  abi::RestoreOp op = {};
+  op.buffer_index = static_cast<uint32_t>(random() % buffers.count());
+  const uint64_t target_bytes = buffers.data(op.buffer_index).size();
+  const uint64_t smaller = std::min(source_bytes, target_bytes);
+  if (smaller == 0) return op;
+  op.count = 1 + random() % std::min<uint64_t>(smaller, 20);
+  op.run_bytes = 1 + random() % (smaller / op.count);
+  op.source_stride = op.run_bytes + random() % (source_bytes / op.count - op.run_bytes + 1);
+  op.buffer_stride = op.run_bytes + random() % (target_bytes / op.count - op.run_bytes + 1);
+  op.source_offset =
+      random() % (source_bytes - op.source_stride * (op.count - 1) - op.run_bytes + 1);
+  op.buffer_offset =
+      random() % (target_bytes - op.buffer_stride * (op.count - 1) - op.run_bytes + 1);
+  return op;
+}
+
+// Pieces at places of their own in the rank's memory (map 0) and two others.
+TestRestore RandomRestore(std::mt19937& random, const TestBuffers& buffers, size_t pieces) {
+  TestRestore script;
+  script.step = 77;
+  script.attempt = 3;
+  script.world_size = 4;
+  uint64_t ends[3] = {0, 0, 0};
+  for (size_t i = 0; i < pieces; ++i) {
+    TestRestore::Piece piece;
+    piece.map_id = static_cast<uint32_t>(random() % 3);
+    piece.bytes = RandomBytes(random, random() % 1500);
+    piece.offset = ends[piece.map_id];
+    ends[piece.map_id] += piece.bytes.size();
+    for (size_t op = random() % 4; op > 0; --op) {
+      piece.ops.push_back(RandomOp(random, buffers, piece.bytes.size()));
+    }
+    script.pieces.push_back(std::move(piece));
+  }
+  script.map_bytes = {ends[1] + 1, ends[2] + 1};
+  return script;
+}
+
+void Apply(const TestRestore& script, TestBuffers* buffers) {
+  for (const TestRestore::Piece& piece : script.pieces) {
+    for (const abi::RestoreOp& op : piece.ops) {
+      for (uint64_t run = 0; run < op.count; ++run) {
+        for (uint64_t i = 0; i < op.run_bytes; ++i) {
+          buffers->data(op.buffer_index)[op.buffer_offset + run * op.buffer_stride + i] =
+              piece.bytes[op.source_offset + run * op.source_stride + i];
+        }
+      }
+    }
+  }
+}
+
+void ExpectEqual(const TestBuffers& found, const TestBuffers& expected) {
+  for (size_t i = 0; i < found.count(); ++i) {
+    EXPECT_EQ(FirstDifference(found.data(i), expected.data(i)), -1) << "buffer " << i;
+  }
+}
+
+TEST_F(RestoreTest, RandomDeliveriesEqualTheOracleAlsoWhenTheWorkerDiesInBetween) {
+  const uint32_t seed = std::random_device()();
+  SCOPED_TRACE("seed " + std::to_string(seed));
+  std::mt19937 random(seed);
+  int deaths = 0;
+  for (int round = 0; round < 40; ++round) {
+    SCOPED_TRACE("round " + std::to_string(round));
+    TestBuffers buffers = RandomBuffers(random, 1 + random() % 8, 3000);
+    Register(buffers);
+    TestRestore script = RandomRestore(random, buffers, random() % 150);
+    // The rank's memory is 64 blocks of two slots.
+    if (round % 3 == 0 && !script.pieces.empty()) {
+      script.die_after = 1 + random() % script.pieces.size();
+      ++deaths;
+    }
+    agent_.SetRestore(script);
+    TestBuffers expected = buffers;
+    Apply(script, &expected);
+    const int before = agent_.messages(abi::MessageType::kRestore);
+    const Error restored = Restore();
+    ASSERT_TRUE(restored.ok()) << restored.text();
+    ExpectEqual(buffers, expected);
+    EXPECT_EQ(result_.step, 77u);
+    EXPECT_EQ(result_.attempt, 3u);
+    EXPECT_EQ(result_.world_size, 4u);
+    EXPECT_EQ(result_.bytes_from_memory, result_.bytes / 2);
+    EXPECT_EQ(agent_.messages(abi::MessageType::kRestore) - before,
+              script.die_after.has_value() ? 2 : 1);
+  }
+  EXPECT_GT(deaths, 3);
+}
+
+TEST_F(RestoreTest, NothingToRestoreIsNotFoundAndTouchesNothing) {
+  std::mt19937 random(2);
+  TestBuffers buffers = RandomBuffers(random, 3, 100);
+  const TestBuffers before = buffers;
+  Register(buffers);
+  EXPECT_EQ(Restore().code(), HF_NOT_FOUND);
+  ExpectEqual(buffers, before);
+}
+
+TEST_F(RestoreTest, BeforeARegistrationOrDuringACaptureItIsRefused) {
+  EXPECT_EQ(Restore().code(), HF_FAILED_PRECONDITION);
+}
+
+TEST_F(RestoreTest, ErrorsOfTheAgentAreReturnedWithTheirText) {
+  std::mt19937 random(3);
+  TestBuffers buffers = RandomBuffers(random, 2, 100);
+  Register(buffers);
+  TestRestore script;
+  script.done_code = HF_DATA_LOSS;
+  agent_.SetRestore(script);
+  const Error lost = Restore();
+  EXPECT_EQ(lost.code(), HF_DATA_LOSS);
+  EXPECT_STREQ(lost.text(), "the script's end of the restore");
+  script.reply_code = HF_DATA_LOSS;
+  agent_.SetRestore(script);
+  EXPECT_EQ(Restore().code(), HF_DATA_LOSS);
+  // A code with a meaning of its own inside the library does not make it go on for ever.
+  script.reply_code = HF_ABORTED;
+  agent_.SetRestore(script);
+  EXPECT_EQ(Restore().code(), HF_INTERNAL);
+  script.reply_code = HF_OK;
+  script.done_code = HF_ABORTED;
+  agent_.SetRestore(script);
+  EXPECT_EQ(Restore().code(), HF_INTERNAL);
+  script.done_code = HF_OK;
+  agent_.SetRestore(script);
+  EXPECT_TRUE(Restore().ok());
+}
+
+// Whatever the agent says, no byte outside the buffers and the maps is touched: every field that is
+// used as an offset or index is wrong once.
+TEST_F(RestoreTest, WrongOffsetsOfTheAgentAreRefused) {
+  std::mt19937 random(4);
+  TestBuffers buffers;
+  buffers.Add("b", 100, 0, random);
+  Register(buffers);
+  const auto make = [&] {
+    TestRestore script;
+    script.map_bytes = {500};
+    TestRestore::Piece piece;
+    piece.map_id = 1;
+    piece.bytes = std::vector<std::byte>(50);
+    piece.ops.push_back({10, 20, 5, 4, 10, 20, 0, 0});
+    script.pieces.push_back(piece);
+    return script;
+  };
+  agent_.SetRestore(make());
+  ASSERT_TRUE(Restore().ok());
+  using Change = std::function<void(TestRestore::Piece&)>;
+  const std::vector<Change> changes = {
+      [](auto& piece) { piece.map_id = 2; },
+      [](auto& piece) { piece.map_id = UINT32_MAX; },
+      [](auto& piece) { piece.offset = 451; },
+      [](auto& piece) { piece.offset = UINT64_MAX - 10; },
+      [](auto& piece) { piece.ops[0].buffer_index = 1; },
+      [](auto& piece) { piece.ops[0].source_offset = 16; },
+      [](auto& piece) { piece.ops[0].source_offset = UINT64_MAX; },
+      [](auto& piece) { piece.ops[0].source_stride = 12; },
+      [](auto& piece) { piece.ops[0].source_stride = UINT64_MAX / 2; },
+      [](auto& piece) { piece.ops[0].buffer_offset = 36; },
+      [](auto& piece) { piece.ops[0].buffer_stride = 26; },
+      [](auto& piece) { piece.ops[0].run_bytes = 21; },
+      [](auto& piece) { piece.ops[0].run_bytes = UINT64_MAX; },
+      [](auto& piece) { piece.ops[0].count = 6; },
+      [](auto& piece) { piece.ops[0].count = UINT64_MAX; },
+  };
+  for (size_t i = 0; i < changes.size(); ++i) {
+    TestRestore script = make();
+    changes[i](script.pieces[0]);
+    agent_.SetRestore(script);
+    const Error error = Restore();
+    EXPECT_EQ(error.code(), HF_INTERNAL) << "change " << i << ": " << error.text();
+  }
+  agent_.SetRestore(make());
+  EXPECT_TRUE(Restore().ok());
+}
+
+TEST_F(RestoreTest, ARestoreThatDoesNotEndIsLeftAtTheDeadlineAndCanBeRepeated) {
+  std::mt19937 random(5);
+  TestBuffers buffers;
+  buffers.Add("b", 100, 0, random);
+  Register(buffers);
+  TestRestore script;
+  agent_.SetRestore(script);
+  agent_.FailNext(abi::MessageType::kRestore, TestAgent::Fault::kSilence);
+  EXPECT_EQ(job_->Restore(&result_, Deadline::After(0)).code(), HF_DEADLINE_EXCEEDED);
+  // One that reached the agent.
+  while (agent_.messages(abi::MessageType::kRestore) == 0) {
+    EXPECT_EQ(job_->Restore(&result_, Deadline::After(kNsPerMs)).code(), HF_DEADLINE_EXCEEDED);
+  }
+  EXPECT_TRUE(Restore().ok());
+}
+
+TEST_F(RestoreTest, BlobsAreFoundByNameScopeAndRank) {
+  TestBuffers none;
+  Register(none);
+  TestRestore script;
+  script.world_size = 4;
+  script.blobs = {{"args", HF_BLOB_GLOBAL, 0, "seen"},
+                  {"rng", HF_BLOB_RANK, 0, "r0"},
+                  {"rng", HF_BLOB_RANK, 2, "r2"},
+                  {"empty", HF_BLOB_RANK, 2, ""}};
+  const auto find = [&](const char* name, int64_t rank) -> std::pair<int, std::string> {
+    Result<std::span<const std::byte>> blob = job_->RestoredBlob(name, rank);
+    if (!blob.ok()) return {blob.error().code(), blob.error().text()};
+    return {HF_OK,
+            std::string(reinterpret_cast<const char*>(blob.value().data()), blob.value().size())};
+  };
+  EXPECT_EQ(find("args", -1).first, HF_FAILED_PRECONDITION);
+  agent_.SetRestore(script);
+  ASSERT_TRUE(Restore().ok());
+  EXPECT_EQ(find("args", -1), (std::pair<int, std::string>(HF_OK, "seen")));
+  EXPECT_EQ(find("rng", -1), (std::pair<int, std::string>(HF_OK, "r2")));  // this rank is 2
+  EXPECT_EQ(find("rng", 0), (std::pair<int, std::string>(HF_OK, "r0")));
+  EXPECT_EQ(find("rng", 1).first, HF_NOT_FOUND);
+  EXPECT_EQ(find("empty", -1), (std::pair<int, std::string>(HF_OK, "")));
+  EXPECT_EQ(find("ar", -1).first, HF_NOT_FOUND);
+  EXPECT_EQ(find("args", 0).first, HF_NOT_FOUND);
+
+  script.world_size = 3;
+  agent_.SetRestore(script);
+  ASSERT_TRUE(Restore().ok());
+  EXPECT_EQ(find("rng", -1).first, HF_INVALID_ARGUMENT);
+  EXPECT_EQ(find("rng", 2), (std::pair<int, std::string>(HF_OK, "r2")));
+  EXPECT_EQ(find("args", -1).first, HF_OK);
+}
+
+TEST(RestoredBlobSetTest, WrongMemoriesAreRefused) {
+  const auto make = [](auto change) {
+    struct Contents {
+      abi::RestoredBlobs header;
+      abi::RestoredBlob blob;
+      char text[8];
+    } contents = {{abi::kProtocolMagic, abi::kProtocolVersion, 1},
+                  {sizeof(abi::RestoredBlobs) + sizeof(abi::RestoredBlob), 56, 8, 4, 0, 0, 0},
+                  "name"};
+    change(contents);
+    auto memory = TestMemory::Make(sizeof(contents));
+    std::memcpy(memory->data(), &contents, sizeof(contents));
+    Result<Mapping> mapping =
+        Mapping::Map(memory->fd(), sizeof(contents), Mapping::Access::kRead, "test");
+    return RestoredBlobSet::Make(std::move(mapping.value()), 1).ok();
+  };
+  EXPECT_TRUE(make([](auto&) {}));
+  EXPECT_FALSE(make([](auto& c) { c.header.magic = 0; }));
+  EXPECT_FALSE(make([](auto& c) { c.header.version = 9; }));
+  EXPECT_FALSE(make([](auto& c) { c.header.blob_count = 2; }));
+  EXPECT_FALSE(make([](auto& c) { c.header.blob_count = UINT64_MAX; }));
+  EXPECT_FALSE(make([](auto& c) { c.blob.name_offset = 61; }));
+  EXPECT_FALSE(make([](auto& c) { c.blob.name_bytes = 9; }));
+  EXPECT_FALSE(make([](auto& c) { c.blob.data_offset = UINT64_MAX; }));
+  EXPECT_FALSE(make([](auto& c) { c.blob.data_bytes = UINT64_MAX; }));
+  EXPECT_FALSE(RestoredBlobSet::Make(Mapping(), 1).ok());
+}
+
+}  // namespace
+}  // namespace holdfast::hook
