@@ -113,7 +113,8 @@ TEST(WriterAssignment, PiecesFollowGroupsThenTheDocument) {
   const WriterAssignment writers = WriterAssignment::Create(**layout);
   const auto order = [&](std::vector<uint32_t> groups) {
     std::string names;
-    for (const Segment& segment : writers.ForRank(Rank{0}, groups)->segments) {
+    const auto stored = writers.ForRank(Rank{0}, groups);
+    for (const Segment& segment : stored->segments) {
       names += (*layout)->tensor_states()[segment.piece.tensor_state].tensor;
     }
     return names;
