@@ -108,10 +108,11 @@ absl::Status Decoder::CheckFrame() {
   RETURN_IF_ERROR(
       Expect("bytes of the file", LoadLittleEndian(file_.subspan(16, 8)), file_.size()));
   const std::span<const std::byte> sealed = file_.first(file_.size() - kTrailerBytes);
-  const uint64_t expected = Crc32c(sealed);
+  const uint32_t crc = Crc32c(sealed);
+  const uint64_t expected = uint64_t{~crc} << 32 | crc;
   const uint64_t found = LoadLittleEndian(file_.subspan(sealed.size()));
   if (expected != found) {
-    return Wrong(absl::StrFormat("checksum of the first %d bytes: expected %08x, found %08x",
+    return Wrong(absl::StrFormat("checksum of the first %d bytes: expected %016x, found %016x",
                                  sealed.size(), expected, found));
   }
   return absl::OkStatus();

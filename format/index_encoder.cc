@@ -187,8 +187,9 @@ std::vector<std::byte> Encoder::Encode() {
     file.PadTo8();
     section = Bytes();  // hundreds of megabytes in a large index
   }
-  file.Put32(Crc32c(file.bytes()));
-  file.Put32(0);
+  const uint32_t crc = Crc32c(file.bytes());
+  file.Put32(crc);
+  file.Put32(~crc);
   CHECK(file.size() == file_bytes);
   return std::move(file.bytes());
 }

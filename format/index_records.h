@@ -1,7 +1,7 @@
 // The frame of INDEX that its encoder and its decoder share: sections and sizes of records. Private
 // to them; docs/FORMAT.md says the same for everybody else.
 //
-//   header, section table, sections (each from a multiple of 8 on, zeros between), CRC32C
+//   header, section table, sections (each from a multiple of 8 on, zeros between), trailer
 #ifndef HOLDFAST_FORMAT_INDEX_RECORDS_H_
 #define HOLDFAST_FORMAT_INDEX_RECORDS_H_
 
@@ -15,6 +15,9 @@ namespace holdfast::index_records {
 inline constexpr std::string_view kMagic = "HFINDEX\n";
 inline constexpr uint64_t kHeaderBytes = 64;
 inline constexpr uint64_t kSectionEntryBytes = 24;
+// CRC32C of all before it, then the same with all bits inverted. Not the CRC alone: the CRC32C of
+// any bytes followed by their CRC32C is one constant, so the manifest's checksum of the whole file
+// would fit every INDEX.
 inline constexpr uint64_t kTrailerBytes = 8;
 
 struct SectionKind {

@@ -139,7 +139,8 @@ void Store(std::vector<std::byte>& bytes, size_t at, uint64_t value, size_t coun
 
 // Makes the checksum fit again, as somebody would who wants to hurt us.
 void Reseal(std::vector<std::byte>& bytes) {
-  Store(bytes, bytes.size() - 8, Crc32c(std::span(bytes).first(bytes.size() - 8)), 4);
+  const uint32_t crc = Crc32c(std::span(bytes).first(bytes.size() - 8));
+  Store(bytes, bytes.size() - 8, uint64_t{~crc} << 32 | crc, 8);
 }
 
 TEST(IndexTest, ReadsBackWhatWasWritten) {
@@ -177,6 +178,14 @@ TEST(IndexTest, EveryTruncationAndEveryFlippedBitIsFound) {
   std::vector<std::byte> longer = bytes;
   longer.resize(bytes.size() + 8);
   EXPECT_THAT(DecodeIndex(longer).status(), StatusIs(absl::StatusCode::kDataLoss));
+}
+
+// The CRC32C of bytes that end in their own CRC32C is a constant: the manifest could not tell one
+// INDEX from another.
+TEST(IndexTest, TheChecksumOfTheWholeFileDependsOnItsContents) {
+  Index other = Example();
+  other.pieces[0].offset_bytes += 64;
+  EXPECT_NE(Crc32c(Encode(other)), Crc32c(Encode(Example())));
 }
 
 // What a decoder may do with bytes of a good checksum: refuse them, or read something that could
