@@ -372,6 +372,7 @@ bool TestAgent::ApplyFault(Fault fault, abi::MessageType reply_type, uint32_t re
     }
     case Fault::kNoFds:
     case Fault::kRefuse:
+    case Fault::kFence:
       return false;
   }
   return false;
@@ -389,9 +390,10 @@ void TestAgent::Serve(Message message) {
     if (ApplyFault(*fault, reply_type, message.header.request_id)) return;
   }
   const bool no_fds = fault == Fault::kNoFds;
-  if (fault == Fault::kRefuse || no_fds) {
+  if (fault == Fault::kRefuse || fault == Fault::kFence || no_fds) {
     const uint32_t id = message.header.request_id;
-    const hf_code code = no_fds ? HF_OK : HF_INVALID_ARGUMENT;
+    hf_code code = no_fds ? HF_OK : HF_INVALID_ARGUMENT;
+    if (fault == Fault::kFence) code = HF_FAILED_PRECONDITION;
     if (type == abi::MessageType::kOpen) {
       abi::OpenReply reply = {};
       SetStatus(&reply.status, code, "refused by the script");

@@ -102,6 +102,7 @@ class TestAgent {
     kWrongVersion,   // a reply of another protocol version
     kNoFds,          // a reply without its descriptors
     kRefuse,         // an error
+    kFence,          // the error that ends a session for good
   };
 
   TestAgent();
