@@ -244,6 +244,7 @@ TEST(Collectives, SendsAndReceivesOfAllPairsAtOnceDoNotBlockEachOther) {
 TEST(Collectives, RanksThatDisagreeAboutAnOperationAreToldBothSides) {
   World world(2);
   std::latch both_failed(2);
+  std::atomic<int> told = 0;
   RunRanks(world, [&](Context& context, uint32_t rank) {
     auto communicator = *context.CreateCommunicator("world");
     std::vector<int64_t> data(rank == 0 ? 16 : 24);
@@ -251,6 +252,7 @@ TEST(Collectives, RanksThatDisagreeAboutAnOperationAreToldBothSides) {
     EXPECT_FALSE(status.ok());
     // One of the two may see the other's end first.
     if (absl::IsFailedPrecondition(status)) {
+      ++told;
       EXPECT_THAT(std::string(status.message()),
                   HasSubstr(rank == 0 ? "of 64 bytes, found" : "of 96 bytes, found"));
       EXPECT_THAT(std::string(status.message()), HasSubstr(absl::StrCat("rank ", 1 - rank)));
@@ -258,6 +260,25 @@ TEST(Collectives, RanksThatDisagreeAboutAnOperationAreToldBothSides) {
     EXPECT_EQ(communicator->Barrier().Wait(), status) << "a broken communicator stays broken";
     both_failed.arrive_and_wait();
   });
+  EXPECT_GE(told, 1);
+}
+
+TEST(Collectives, RanksThatDisagreeAboutTheListOfRanksAreTold) {
+  World world(2);
+  std::latch both_failed(2);
+  std::atomic<int> told = 0;
+  RunRanks(world, [&](Context& context, uint32_t rank) {
+    auto communicator = rank == 0 ? *context.CreateCommunicator("pair", {0, 1})
+                                  : *context.CreateCommunicator("pair", {1, 0});
+    const absl::Status status = communicator->Barrier().Wait();
+    EXPECT_FALSE(status.ok());
+    if (absl::IsFailedPrecondition(status)) {
+      ++told;
+      EXPECT_THAT(std::string(status.message()), HasSubstr("another list of ranks"));
+    }
+    both_failed.arrive_and_wait();
+  });
+  EXPECT_GE(told, 1);
 }
 
 TEST(Collectives, ADeadlineNamesWhomTheOperationWaitedFor) {
