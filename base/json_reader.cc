@@ -13,6 +13,7 @@
 #include "base/check.h"
 #include "base/status_macros.h"
 #include "base/suggestion.h"
+#include "base/utf8.h"
 
 namespace holdfast {
 namespace {
@@ -32,29 +33,6 @@ std::string Quote(std::string_view text) {
   size_t shown = kQuotedBytesMax;
   while (shown > 0 && (static_cast<unsigned char>(text[shown]) & 0xC0) == 0x80) --shown;
   return absl::StrCat("\"", absl::Utf8SafeCHexEscape(std::string(text.substr(0, shown))), "...\"");
-}
-
-// Bytes of the well-formed UTF-8 sequence at `p`, or 0 (Unicode 15, table 3-7). `p` is followed by
-// at least one byte that continues no sequence.
-size_t Utf8SequenceBytes(const char* p) {
-  const auto byte = [p](int i) { return static_cast<unsigned char>(p[i]); };
-  const auto continues = [&byte](int i) { return (byte(i) & 0xC0) == 0x80; };
-  const unsigned char lead = byte(0);
-  if (lead < 0x80) return 1;
-  if (lead >= 0xC2 && lead <= 0xDF) return continues(1) ? 2 : 0;
-  if (lead >= 0xE0 && lead <= 0xEF) {
-    if (!continues(1) || !continues(2)) return 0;
-    if (lead == 0xE0 && byte(1) < 0xA0) return 0;  // overlong
-    if (lead == 0xED && byte(1) > 0x9F) return 0;  // surrogate
-    return 3;
-  }
-  if (lead >= 0xF0 && lead <= 0xF4) {
-    if (!continues(1) || !continues(2) || !continues(3)) return 0;
-    if (lead == 0xF0 && byte(1) < 0x90) return 0;  // overlong
-    if (lead == 0xF4 && byte(1) > 0x8F) return 0;  // above U+10FFFF
-    return 4;
-  }
-  return 0;
 }
 
 char* AppendUtf8(uint32_t code_point, char* out) {
@@ -277,7 +255,7 @@ class JsonParser {
       } else if (c < 0x80) {
         *out++ = text_[at_++];
       } else {
-        const size_t bytes = Utf8SequenceBytes(text_ + at_);
+        const size_t bytes = Utf8SequenceBytes(std::string_view(document_.text_).substr(at_, 4));
         if (bytes == 0) return Error(at_, "valid UTF-8");
         for (size_t i = 0; i < bytes; ++i) *out++ = text_[at_++];
       }

@@ -8,6 +8,7 @@
 #include "absl/strings/str_format.h"
 #include "base/check.h"
 #include "base/status_macros.h"
+#include "base/utf8.h"
 
 namespace holdfast {
 namespace {
@@ -20,33 +21,6 @@ std::string Shown(const std::string& name) {
   while (end > 0 && (static_cast<unsigned char>(name[end]) & 0xC0) == 0x80) --end;
   return absl::StrCat(absl::Utf8SafeCHexEscape(name.substr(0, end)), "... (", name.size(),
                       " bytes)");
-}
-
-// Well-formed UTF-8 without NUL (Unicode 15, table 3-7).
-bool IsUtf8Text(std::string_view text) {
-  const auto byte = [text](size_t i) -> unsigned {
-    return i < text.size() ? static_cast<unsigned char>(text[i]) : 0;
-  };
-  for (size_t i = 0; i < text.size();) {
-    const unsigned lead = byte(i);
-    if (lead == 0) return false;
-    if (lead < 0x80) {
-      ++i;
-      continue;
-    }
-    const size_t bytes = lead >= 0xF0 ? 4 : lead >= 0xE0 ? 3 : 2;
-    if (lead < 0xC2 || lead > 0xF4) return false;
-    for (size_t k = 1; k < bytes; ++k) {
-      if ((byte(i + k) & 0xC0) != 0x80) return false;
-    }
-    const unsigned second = byte(i + 1);
-    if (lead == 0xE0 && second < 0xA0) return false;  // overlong
-    if (lead == 0xED && second > 0x9F) return false;  // surrogate
-    if (lead == 0xF0 && second < 0x90) return false;  // overlong
-    if (lead == 0xF4 && second > 0x8F) return false;  // above U+10FFFF
-    i += bytes;
-  }
-  return true;
 }
 
 // Product of sizes, saturating above `limit`; 0 if any is 0.
@@ -78,7 +52,7 @@ absl::Status CheckName(const std::string& what, const std::string& name) {
         absl::StrFormat("%s \"%s\": expected a name of at most %d bytes, found %d", what,
                         Shown(name), kNameBytesMax, name.size()));
   }
-  if (!IsUtf8Text(name)) {
+  if (!IsUtf8(name) || name.find('\0') != std::string::npos) {
     return absl::InvalidArgumentError(absl::StrFormat(
         "%s \"%s\": expected a name in UTF-8 without NUL", what, absl::CHexEscape(name)));
   }
