@@ -86,7 +86,7 @@ std::vector<PackCuts::Interval> PackCuts::IntervalsOf(uint32_t member,
   for (uint32_t tuple : tuples) {
     const PackContents& contents = contents_[tuple];
     const uint64_t start = contents.starts[member];
-    uint64_t boundary = RoundUp(start + begin + 1, contents.slice_elements);
+    uint64_t boundary = RoundUp(start + begin, contents.slice_elements);
     for (; boundary < start + end; boundary += contents.slice_elements) {
       cuts.push_back(boundary - start);
     }

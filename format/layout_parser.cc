@@ -61,13 +61,14 @@ class LayoutParser {
     ASSIGN_OR_RETURN(const JsonValue mesh, root.Get("mesh"));
     RETURN_IF_ERROR(ParseMesh(mesh));
     if (root.Find("packs").present()) RETURN_IF_ERROR(ParsePacks(root.Find("packs")));
-    RETURN_IF_ERROR(InternPlacement({}, root).status());  // number 0: replicated
+    InternPlacement({});  // number 0: replicated
     if (root.Find("placements").present()) {
       RETURN_IF_ERROR(ParsePlacements(root.Find("placements")));
     }
     ASSIGN_OR_RETURN(const JsonValue tensors, root.Get("tensors"));
     RETURN_IF_ERROR(ParseTensors(tensors));
-    return FinishPacks();
+    FinishPacks();
+    return absl::OkStatus();
   }
 
  private:
@@ -151,7 +152,7 @@ class LayoutParser {
       }
       placement.push_back(std::move(op));
     }
-    return InternPlacement(std::move(placement), ops);
+    return InternPlacement(std::move(placement));
   }
 
   absl::StatusOr<PlacementOp> ParseOp(const JsonValue& value) {
@@ -499,7 +500,7 @@ class LayoutParser {
     return products;
   }
 
-  absl::Status FinishPacks() {
+  void FinishPacks() {
     for (PackProgram& pack : program_.packs) {
       std::set<uint32_t> axes;
       std::unordered_set<uint32_t> seen;
@@ -512,10 +513,9 @@ class LayoutParser {
       }
       pack.other_axes.assign(axes.begin(), axes.end());
     }
-    return absl::OkStatus();
   }
 
-  absl::StatusOr<uint32_t> InternPlacement(Placement placement, const JsonValue& where) {
+  uint32_t InternPlacement(Placement placement) {
     std::string key;
     for (const PlacementOp& op : placement) {
       absl::StrAppend(&key, static_cast<int>(op.kind), ",", op.axis, ",", op.dim, ",", op.pack, ",",
@@ -524,7 +524,6 @@ class LayoutParser {
       for (uint32_t coordinate : op.coordinates) absl::StrAppend(&key, "@", coordinate);
       key += ';';
     }
-    if (program_.placements.size() == UINT32_MAX) return where.Mismatch("fewer placements");
     const auto [found, is_new] =
         placements_.emplace(std::move(key), static_cast<uint32_t>(program_.placements.size()));
     if (is_new) program_.placements.push_back(std::move(placement));
