@@ -1,0 +1,130 @@
+#!/usr/bin/python3
+"""The command as a user meets it: output and exit code of every verb on a good checkpoint and on every
+way of spoiling one. Usage: cli_test.py HOLDFAST GOLDEN_ROOT"""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import unittest
+
+HOLDFAST, GOLDEN = sys.argv[1], pathlib.Path(sys.argv[2])
+JOB = "golden.job-1"
+
+
+def run(*arguments):
+    result = subprocess.run([HOLDFAST, *map(str, arguments)], capture_output=True, text=True,
+                            check=False, timeout=60)
+    return result.returncode, result.stdout, result.stderr
+
+
+class Cli(unittest.TestCase):
+    def setUp(self):
+        self.temporary = tempfile.TemporaryDirectory()
+        self.root = pathlib.Path(self.temporary.name) / "root"
+        shutil.copytree(GOLDEN, self.root)
+        self.job = self.root / JOB
+        self.checkpoint = next(self.job.glob("s*.a*"))
+
+    def tearDown(self):
+        self.temporary.cleanup()
+
+    def image(self):
+        return next(self.checkpoint.glob("rank-00000*.h5"))
+
+    def test_ls_lists_a_root_and_a_job_alike(self):
+        for path in (self.root, self.job):
+            code, text, _ = run("ls", path)
+            self.assertEqual(code, 0)
+            self.assertIn("committed", text)
+            self.assertIn("more saves fit", text)
+        code, text, _ = run("ls", "--json", self.root)
+        self.assertEqual(code, 0)
+        job = json.loads(text)["jobs"][0]
+        self.assertEqual(job["newest"], {"step": 42, "attempt": 3})
+        on_disk = sum(path.stat().st_size for path in self.checkpoint.iterdir())
+        self.assertEqual(job["bytes"], on_disk)
+        self.assertGreater(job["saves_that_fit"], 0)
+
+    def test_ls_of_nothing_is_not_found(self):
+        code, _, error = run("ls", self.root / "nothing")
+        self.assertEqual(code, 5)
+        self.assertIn("nothing", error)
+
+    def test_inspect_names_every_tensor(self):
+        for path in (self.job, self.checkpoint):
+            code, text, _ = run("inspect", path, "--tensors", "--blobs", "--json")
+            self.assertEqual(code, 0)
+            found = json.loads(text)
+            self.assertEqual((found["step"], found["attempt"], found["world_size"]), (42, 3, 2))
+            self.assertTrue(found["tensors"])
+            for tensor in found["tensors"]:
+                for piece in tensor["pieces"]:
+                    self.assertTrue((self.checkpoint / piece["file"]).exists())
+        self.assertIn(found["tensors"][0]["name"], run("inspect", self.job, "--tensors")[1])
+
+    def test_verify_of_a_good_checkpoint_reads_every_block(self):
+        code, text, _ = run("verify", self.job, "--json")
+        self.assertEqual(code, 0)
+        report = json.loads(text)
+        images = sum(path.stat().st_size for path in self.checkpoint.glob("*.h5"))
+        self.assertEqual(report["verdict"], "good")
+        self.assertEqual(report["blocks_checked"] * 4096, images)
+
+    def test_verify_names_the_file_of_a_flipped_byte(self):
+        image = self.image()
+        data = bytearray(image.read_bytes())
+        data[100] ^= 1  # in the head
+        image.write_bytes(data)
+        code, text, _ = run("verify", self.checkpoint)
+        self.assertEqual(code, 4)
+        self.assertIn(image.name, text)
+
+    def test_verify_names_a_truncated_and_a_missing_image(self):
+        image = self.image()
+        image.write_bytes(image.read_bytes()[:-4096])
+        code, text, _ = run("verify", self.checkpoint)
+        self.assertEqual((code, image.name in text), (4, True))
+        image.unlink()
+        code, text, _ = run("verify", self.checkpoint)
+        self.assertEqual((code, image.name in text), (4, True))
+
+    def test_verify_sees_swapped_images(self):
+        first, second = sorted(self.checkpoint.glob("rank-*.h5"))
+        a, b = first.read_bytes(), second.read_bytes()
+        first.write_bytes(b)
+        second.write_bytes(a)
+        self.assertEqual(run("verify", self.checkpoint)[0], 4)
+
+    def test_a_manifest_of_another_step_is_damage(self):
+        other = self.job / "s000000000043.a0003"
+        shutil.copytree(self.checkpoint, other)
+        for verb in ("verify", "inspect"):
+            code, text, error = run(verb, other)
+            self.assertEqual(code, 4, verb)
+            self.assertIn("43", text + error)
+
+    def test_without_a_manifest_there_is_no_checkpoint(self):
+        (self.checkpoint / "MANIFEST.json").unlink()
+        for verb in ("verify", "inspect"):
+            self.assertEqual(run(verb, self.checkpoint)[0], 5, verb)
+            self.assertEqual(run(verb, self.job)[0], 5, verb)
+        code, text, _ = run("ls", self.job)
+        self.assertEqual((code, "incomplete" in text), (0, True))
+
+    def test_usage_errors_are_two(self):
+        for arguments in ((), ("frobnicate",), ("inspect",), ("ls", "--nonsense")):
+            self.assertEqual(run(*arguments)[0], 2, arguments)
+        self.assertEqual(run("--help")[0], 0)
+        self.assertEqual(run("--version")[0], 0)
+
+    def test_status_without_an_agent_may_be_retried(self):
+        code, _, error = run("status", "--socket", self.root / "agent.sock")
+        self.assertEqual(code, 75)
+        self.assertIn("agent.sock", error)
+
+
+if __name__ == "__main__":
+    unittest.main(argv=sys.argv[:1])

@@ -1,0 +1,137 @@
+// holdfast verify: reads a checkpoint back completely and names what is wrong.
+
+#include "checkpoint/verify.h"
+
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <span>
+#include <string>
+
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
+#include "base/status_macros.h"
+#include "cli/progress.h"
+#include "cli/verb.h"
+
+namespace holdfast::cli {
+namespace {
+
+absl::Status ReadFully(IoFile& file, uint64_t offset, std::span<std::byte> out) {
+  size_t done = 0;
+  while (done < out.size()) {
+    const ssize_t got = pread(file.handle(), out.data() + done, out.size() - done,
+                              static_cast<off_t>(offset + done));
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) {
+      return errno == EIO
+                 ? absl::DataLossError("read: the device refused (EIO)")
+                 : absl::UnavailableError(absl::StrFormat("read: %s", std::strerror(errno)));
+    }
+    if (got == 0) {
+      return absl::DataLossError(absl::StrFormat(
+          "truncated: expected %d bytes at offset %d, found %d", out.size(), offset, done));
+    }
+    done += static_cast<size_t>(got);
+  }
+  return absl::OkStatus();
+}
+
+const char* VerdictText(Verdict verdict) {
+  switch (verdict) {
+    case Verdict::kGood:
+      return "good";
+    case Verdict::kDamagedUnread:
+      return "damaged only where nothing is read";
+    case Verdict::kDamaged:
+      return "damaged";
+    case Verdict::kNotFound:
+      return "not committed";
+  }
+  return "";
+}
+
+ExitCode VerdictExitCode(Verdict verdict) {
+  switch (verdict) {
+    case Verdict::kGood:
+      return kExitOk;
+    case Verdict::kDamagedUnread:
+      return kExitRecoverable;
+    case Verdict::kDamaged:
+      return kExitDamaged;
+    case Verdict::kNotFound:
+      return kExitNotFound;
+  }
+  return kExitFailure;
+}
+
+void Print(const CatalogEntry& entry, const VerifyReport& report, bool json) {
+  if (json) {
+    nlohmann::ordered_json output = {{"schema_version", 1},
+                                     {"directory", entry.directory},
+                                     {"verdict", VerdictText(report.verdict)},
+                                     {"bytes_read", report.bytes_read},
+                                     {"blocks_checked", report.blocks_checked},
+                                     {"finding_count", report.finding_count},
+                                     {"findings", nlohmann::ordered_json::array()}};
+    for (const Finding& finding : report.findings) {
+      output["findings"].push_back({{"file", finding.file},
+                                    {"offset", finding.offset_bytes},
+                                    {"bytes", finding.bytes},
+                                    {"tensors", finding.tensors},
+                                    {"text", finding.text}});
+    }
+    std::printf("%s\n", output.dump(1).c_str());
+    return;
+  }
+  std::printf("%s: %s (%llu blocks, %s read)\n", entry.directory.c_str(),
+              VerdictText(report.verdict), static_cast<unsigned long long>(report.blocks_checked),
+              HumanBytes(report.bytes_read).c_str());
+  for (const Finding& finding : report.findings) {
+    std::printf("  %s%s%s\n", finding.text.c_str(), finding.tensors.empty() ? "" : "; tensors: ",
+                absl::StrJoin(finding.tensors, ", ").c_str());
+  }
+  if (report.finding_count > report.findings.size()) {
+    std::printf("  and %llu more\n",
+                static_cast<unsigned long long>(report.finding_count - report.findings.size()));
+  }
+}
+
+ExitCode Run(Invocation& invocation, const std::string& path) {
+  const absl::StatusOr<CatalogEntry> entry = Locate(invocation.file_system, path);
+  if (!entry.ok()) return Report(entry.status());
+  absl::StatusOr<VerifyReport> report;
+  {
+    Progress progress(
+        "verify",
+        invocation.no_progress ? Progress::Display::kNever : Progress::Display::kAutomatic,
+        RealClock());
+    report = VerifyCheckpoint(invocation.file_system, ReadFully, *entry,
+                              {.progress = [&progress](uint64_t done, uint64_t total) {
+                                progress.Update(done, total);
+                                return true;
+                              }});
+  }
+  if (!report.ok()) return Report(report.status());
+  Print(*entry, *report, invocation.json);
+  return VerdictExitCode(report->verdict);
+}
+
+}  // namespace
+
+void AddVerify(CLI::App& app, Invocation& invocation) {
+  CLI::App* verb = app.add_subcommand("verify", "Read a checkpoint back and name what is wrong");
+  auto path = std::make_shared<std::string>();
+  verb->add_option("checkpoint", *path, "Its directory, or ROOT/JOB for the newest")->required();
+  verb->footer(kExitCodesHelp);
+  verb->callback([&invocation, path] {
+    invocation.run = [&invocation, path] { return Run(invocation, *path); };
+  });
+}
+
+}  // namespace holdfast::cli
