@@ -66,8 +66,8 @@ class RankImages {
                                             std::vector<std::string>& warnings);
   virtual ~RankImages() = default;
 
-  // Begins: reports recovered images to `observer` as they stand and grants slots. Call once.
-  // `trainer_alive` false: the process is known to be dead already.
+  // Begins: reports recovered images to `observer` as they stand (OnCaptureBegun, then OnSealed,
+  // OnDurable or OnVoid) and grants slots. Call once. kDead: the process is known to be dead.
   enum class Trainer { kAlive, kDead };
   virtual void Start(ImageObserver& observer, Trainer trainer) = 0;
 
@@ -87,14 +87,21 @@ class RankImages {
 
   // The image is not needed any more (superseded, or durable and room is needed): its blocks are
   // free once nothing in flight and no living trainer can touch them. An image that is not durable
-  // yet is voided without a report. Ignored if it is released already.
+  // yet is voided without a report, and its file is removed. What was on its way to the observer
+  // may still arrive. Ignored if it is released already.
   virtual void Release(ImageId id) = 0;
 
   // No trainer will write any more (dead): voids what is unfinished; sealed images go on.
   virtual void TrainerGone() = 0;
 
-  // No new image: takes back unused grants. (Closed, fenced, or another registration is current.)
-  virtual void StopGranting() = 0;
+  // No new image (closed, fenced, or another registration is current). kTakeBack: the trainer is
+  // known not to begin a save now, so a grant that it has not used is taken back. kLeave: it may
+  // begin one; that is reported as ever, and the observer voids it.
+  enum class UnusedGrant { kTakeBack, kLeave };
+  virtual void StopGranting(UnusedGrant unused) = 0;
+  virtual void ResumeGranting() = 0;
+  // Nothing can be granted for want of blocks: releasing an image would help.
+  virtual bool IsStarved() const = 0;
 
   // For restore from memory. kNotFound if it is not sealed (any more). The bytes are those that
   // were checksummed unless a living trainer has written since: the reader verifies.
@@ -105,9 +112,10 @@ class RankImages {
   };
   virtual absl::StatusOr<BlockView> Block(ImageId id, uint64_t block_index) const = 0;
 
-  // Free blocks of this rank's memory for staging a restore: takes up to `count` (an unused grant
-  // is taken back for it if nothing else is free), returns their offsets in the rank memory; give
-  // them back with ReturnStaging. Nothing is granted while less than an image is free.
+  // Free blocks of this rank's memory for staging a restore, during which the trainer begins no
+  // save: takes up to `count` (an unused grant is taken back for it if nothing else is free),
+  // returns their offsets in the rank memory; give them back with ReturnStaging. Nothing is granted
+  // while less than an image is free.
   virtual std::vector<uint64_t> TakeStaging(size_t count) = 0;
   virtual void ReturnStaging(std::span<const uint64_t> memory_offsets) = 0;
   virtual std::span<std::byte> memory() const = 0;

@@ -57,8 +57,8 @@ class RankMemory {
   static absl::StatusOr<std::shared_ptr<RankMemory>> Create(MemoryId id, uint64_t block_bytes,
                                                             uint32_t block_count,
                                                             const MemoryWorld& world);
-  // Takes over a memfd that a former worker made. Blocks whose images are not claimed become free
-  // by FinishRecovery(). Errors: kDataLoss (seals or size are not what Create makes).
+  // Takes over a memfd that a former worker made. All blocks are kAbsent: claim those of images,
+  // then Prefault() frees the others. Errors: kDataLoss (seals or size are not what Create makes).
   static absl::StatusOr<std::shared_ptr<RankMemory>> Reopen(MemoryId id, UniqueFd fd,
                                                             uint64_t block_bytes,
                                                             const MemoryWorld& world);
@@ -72,11 +72,9 @@ class RankMemory {
   void Prefault();
   const absl::Status& prefault_status() const { return prefault_status_; }
   bool prefault_running() const { return prefault_running_; }
-  // What is left kAbsent after Reopen and all claims is handed to Prefault.
-  void FinishRecovery() { Prefault(); }
 
-  // Called whenever blocks have become free or pre-faulting has ended: waiting slots may be
-  // granted.
+  // Called from the loop after blocks have become free or pre-faulting has ended: waiting slots may
+  // be granted.
   using ListenerId = uint64_t;
   ListenerId AddListener(std::function<void()> blocks_free);
   void RemoveListener(ListenerId id);
@@ -85,8 +83,16 @@ class RankMemory {
   // Processes that may write into it. A memory is reused for a new session only when there are
   // none.
   void AddWriter() { ++writer_count_; }
-  void RemoveWriter() { --writer_count_; }
+  void RemoveWriter();
   uint32_t writer_count() const { return writer_count_; }
+
+  // Nothing of it is granted again: what was lost of the record may still be written.
+  void Distrust(const absl::Status& why);
+
+  // Registrations that use it. When the last one is gone it is dropped from the keeper.
+  void AddUser() { ++user_count_; }
+  void RemoveUser();
+  uint32_t user_count() const { return user_count_; }
 
   // A descriptor of the same memory through which nothing can be written or mapped writable.
   absl::StatusOr<UniqueFd> OpenReadOnly() const;
@@ -115,9 +121,13 @@ class RankMemory {
   BlockPool pool_;
   absl::Status prefault_status_;
   bool prefault_running_ = false;
+  bool is_distrusted_ = false;
+  bool registered_with_ring_ = false;
+  bool notification_posted_ = false;
   std::map<ListenerId, std::function<void()>> listeners_;
   ListenerId next_listener_ = 1;
   uint32_t writer_count_ = 0;
+  uint32_t user_count_ = 0;
   std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);  // for completions that outlive us
 };
 
@@ -128,13 +138,15 @@ class RankMemories {
  public:
   explicit RankMemories(const MemoryWorld& world) : world_(world) {}
 
-  // The rank's memory, if nobody writes into it any more and it can hold an image of
-  // `image_blocks`; else a new one for up to `images_max` images and a few blocks for staging,
-  // fewer images where the budget is short, at least one. Errors: kResourceExhausted, with asked,
-  // free and the limit: releasing durable images of ended sessions and asking again may help.
+  // The rank's memory, if nobody writes into it any more (but the asking process: `own`, or
+  // nullptr) and it can hold an image of `image_blocks`; else a new one for up to `images_max`
+  // images and a few blocks for staging, fewer images where the budget is short, at least one.
+  // Errors: kResourceExhausted, with asked, free and the limit: releasing durable images of ended
+  // sessions and asking again may help.
   absl::StatusOr<std::shared_ptr<RankMemory>> Obtain(const std::string& job_uuid, Rank rank,
                                                      uint64_t block_bytes, uint32_t image_blocks,
-                                                     uint32_t images_max);
+                                                     uint32_t images_max, const RankMemory* own,
+                                                     uint32_t own_writer_count);
 
   // After a restart: `memory` (RankMemory::Reopen) serves this rank.
   void Adopt(const std::string& job_uuid, Rank rank, const std::shared_ptr<RankMemory>& memory);
@@ -142,6 +154,8 @@ class RankMemories {
   const MemoryWorld& world() const { return world_; }
 
  private:
+  MemoryId NextId() { return MemoryId{++last_id_}; }
+
   MemoryWorld world_;
   // All that live; the newest last.
   std::map<std::pair<std::string, Rank>, std::vector<std::weak_ptr<RankMemory>>> by_rank_;

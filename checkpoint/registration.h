@@ -102,8 +102,9 @@ class Registration {
   std::span<const std::byte> capture_plan() const { return capture_plan_; }
   std::span<const abi::CaptureOp> capture_ops() const;
 
-  // Whether any capture op writes into the block.
-  bool trainer_writes(uint32_t block) const { return trainer_writes_[block]; }
+  // Who writes into a block: capture ops; blobs but no ops; the agent alone.
+  enum class Writer : uint8_t { kAgent, kBlobs, kOps };
+  Writer writer_of(uint32_t block) const { return writers_[block]; }
 
   // Zeros that the agent writes, ascending and disjoint: everything but head, ops and blob areas.
   std::span<const ImageRange> gaps() const { return gaps_; }
@@ -125,7 +126,7 @@ class Registration {
   BoxTable stored_boxes_;
   std::optional<ImageTemplate> image_;
   std::vector<std::byte> capture_plan_;
-  std::vector<bool> trainer_writes_;
+  std::vector<Writer> writers_;
   std::vector<ImageRange> gaps_;
 };
 

@@ -38,8 +38,8 @@ class SaveReports {
   // A new page. Errors: kResourceExhausted.
   static absl::StatusOr<std::unique_ptr<SaveReports>> Create(uint64_t session_id,
                                                              uint64_t due_every_steps);
-  // The page of a session that a former worker served. Constant fields are written anew; of the
-  // entries nothing is believed but the newest commits, which can only mislead their own trainer.
+  // The page of a session that a former worker served. Constant fields are written anew; what the
+  // entries say is kept, because it is only ever told to the trainer that could have changed it.
   static absl::StatusOr<std::unique_ptr<SaveReports>> Reopen(uint64_t session_id,
                                                              uint64_t due_every_steps, UniqueFd fd);
 
@@ -86,6 +86,7 @@ class SaveReports {
   SaveReports(std::shared_ptr<SharedMapping> mapping, uint64_t session_id,
               uint64_t due_every_steps);
   abi::RankPage& page();
+  void LoadEntries();
   Entry* Find(Step step);
   void Publish(const Entry& entry);
 

@@ -104,9 +104,14 @@ class Session {
                std::function<void(absl::StatusOr<std::shared_ptr<const Registration>>)> done);
   // Makes `registration` (the last one Prepared) the current one: memory, record, grants. The
   // former one's images go on; its unused grants are taken back. `done` when at least one image's
-  // memory is there. After kResourceExhausted the former registration still holds, and the call
-  // may be repeated when memory was released.
+  // memory is there. Errors: kResourceExhausted: over the budget (the former registration still
+  // holds, and the call may be repeated when memory was released), or the machine could not give
+  // what the budget allows (then no registration is current).
   void Register(std::function<void(absl::StatusOr<RegisterResult>)> done);
+
+  // A trainer that has reconnected uses this registration: a newer one, whose reply it never got,
+  // is not the current one any more. False if it is unknown (or 0).
+  bool Resume(uint64_t registration_id);
 
   // The trainer rang.
   void Advance();
@@ -129,7 +134,7 @@ class Session {
   // For a resumed trainer, and for the restore ring.
   abi::RegistrationMemory* registration_memory(uint64_t registration_id) const;
   RankMemory* memory(uint64_t registration_id) const;
-  RankMemory* memory_of(ImageId id) const;  // nullptr if unknown
+  RankMemory* memory_of(ImageId id) const;             // nullptr if unknown
   std::vector<RankImages::Counters> counters() const;  // of all registrations
 
   const SessionIdentity& identity() const { return identity_; }
@@ -167,9 +172,6 @@ class Session {
 
   // session_recovery.cc
   static absl::StatusOr<std::unique_ptr<Session>> Reopen(Found& found, const SessionWorld& world);
-  absl::Status ReopenRegistration(uint64_t registration_id, Found& found,
-                                  std::shared_ptr<const Registration> registration,
-                                  std::vector<std::string>& warnings);
   friend class SessionRecovery;
 
   const SessionIdentity identity_;

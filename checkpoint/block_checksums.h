@@ -1,0 +1,60 @@
+// Computes checksums of blocks on the pool: a queue, and a few jobs that take what has gathered.
+#ifndef HOLDFAST_CHECKPOINT_BLOCK_CHECKSUMS_H_
+#define HOLDFAST_CHECKPOINT_BLOCK_CHECKSUMS_H_
+
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "base/executor.h"
+#include "checkpoint/shared_mapping.h"
+
+namespace holdfast {
+
+// Threads: the event loop's. Lifetime: completions of jobs in flight are dropped when it is
+//   destroyed; jobs keep the memory.
+class BlockChecksums {
+ public:
+  struct Request {
+    uint32_t slot = 0;          // whose, for pending() and Cancel()
+    uint32_t block = 0;         // of the image; for the caller
+    uint32_t memory_block = 0;  // where it lies
+    uint32_t purpose = 0;       // for the caller
+  };
+  using Done = std::function<void(const Request& request, uint32_t crc32c)>;
+  using Idle = std::function<void(uint32_t slot)>;
+
+  // On the loop, `done` is called for every request that was not cancelled, `idle` when the last
+  // one of a slot, cancelled or not, is over.
+  BlockChecksums(std::shared_ptr<SharedMapping> memory, uint64_t block_bytes, uint32_t slot_count,
+                 WorkPool& pool, Done done, Idle idle);
+
+  void Add(const Request& request);
+  // Takes back the slot's requests that are not in a job yet; what is in one is dropped when it
+  // ends (see pending()).
+  void Cancel(uint32_t slot);
+  // Requests of this slot that may still read its blocks.
+  uint32_t pending(uint32_t slot) const { return pending_[slot]; }
+
+ private:
+  struct Job;
+  void StartJobs();
+  void Finish(const Job& job);
+
+  const std::shared_ptr<SharedMapping> memory_;
+  const uint64_t block_bytes_;
+  WorkPool& pool_;
+  const Done done_;
+  const Idle idle_;
+  std::deque<Request> queue_;
+  std::vector<uint32_t> pending_;
+  std::vector<uint64_t> epoch_;  // of each slot; a cancelled request is of an older one
+  uint32_t jobs_in_flight_ = 0;
+  std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
+};
+
+}  // namespace holdfast
+
+#endif  // HOLDFAST_CHECKPOINT_BLOCK_CHECKSUMS_H_
