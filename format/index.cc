@@ -223,11 +223,16 @@ void SortIndex(Index& index) {
       piece.piece.tensor_state = place[piece.piece.tensor_state];
     }
   }
-  std::stable_sort(
+  // Beyond the order asked for, so that equal indexes have equal bytes.
+  const auto full_order = [](const IndexPiece& entry) {
+    return std::tie(entry.piece.tensor_state, entry.image, entry.offset_bytes, entry.piece.box,
+                    entry.piece.begin, entry.piece.end);
+  };
+  std::sort(
       index.pieces.begin(), index.pieces.end(),
-      [](const IndexPiece& a, const IndexPiece& b) { return OrderOf(a) < OrderOf(b); });
-  std::stable_sort(index.blobs.begin(), index.blobs.end(),
-                   [](const IndexBlob& a, const IndexBlob& b) { return OrderOf(a) < OrderOf(b); });
+      [&](const IndexPiece& a, const IndexPiece& b) { return full_order(a) < full_order(b); });
+  std::sort(index.blobs.begin(), index.blobs.end(),
+            [](const IndexBlob& a, const IndexBlob& b) { return OrderOf(a) < OrderOf(b); });
 }
 
 absl::Status CheckIndex(const Index& index) {
