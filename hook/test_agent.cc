@@ -215,6 +215,11 @@ void TestAgent::Report(uint64_t step, hf_save_state state, hf_code code, const c
   WakeTrainer();
 }
 
+void TestAgent::Hold(const std::function<void()>& body) {
+  std::lock_guard lock(mutex_);
+  body();
+}
+
 // ---- Looking
 
 bool TestAgent::Await(const std::function<bool()>& condition) {

@@ -128,6 +128,9 @@ class TestAgent {
   // Writes a save's report, and commits if the state says so.
   void Report(uint64_t step, hf_save_state state, hf_code code = HF_OK, const char* text = "");
 
+  // Runs `body` while the agent's thread can do nothing.
+  void Hold(const std::function<void()>& body);
+
   // ---- Looking. All wait for at most 30 s, and say whether it came true.
   bool Await(const std::function<bool()>& condition);
   bool AwaitSlot(uint32_t slot, abi::SlotState state);
