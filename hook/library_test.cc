@@ -163,6 +163,10 @@ struct Library {
     HOLDFAST_TEST_EACH(HOLDFAST_TEST_FIND)
 #undef HOLDFAST_TEST_FIND
   }
+  ~Library() { EXPECT_EQ(dlclose(handle), 0); }
+  Library(const Library&) = delete;
+  Library& operator=(const Library&) = delete;
+
   void* handle;
 #define HOLDFAST_TEST_DECLARE(name) decltype(&::name) name;
   HOLDFAST_TEST_EACH(HOLDFAST_TEST_DECLARE)
@@ -181,7 +185,8 @@ hf_open_options OpenOptions(const TestAgent& agent) {
 TEST(LibraryTest, LoadsWorksAndUnloads) {
   for (int round = 0; round < 3; ++round) {
     TestAgent agent;
-    Library library;
+    auto loaded = std::make_unique<Library>();
+    Library& library = *loaded;
     EXPECT_STREQ(library.hf_version(), "0.1.0");
     const hf_open_options options = OpenOptions(agent);
     hf_job* job = nullptr;
@@ -191,7 +196,7 @@ TEST(LibraryTest, LoadsWorksAndUnloads) {
     library.hf_heartbeat(job, 3);
     EXPECT_EQ(agent.page().heartbeat_step.load(), 3u);
     library.hf_close(job);
-    EXPECT_EQ(dlclose(library.handle), 0);
+    loaded.reset();
 #ifndef HOLDFAST_TEST_SANITIZED
     EXPECT_EQ(dlopen(HOLDFAST_TEST_LIBRARY, RTLD_NOW | RTLD_NOLOAD), nullptr) << "still loaded";
 #endif
