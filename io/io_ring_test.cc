@@ -101,6 +101,11 @@ struct WorldKind {
 const WorldKind kWorlds[] = {
     {"Uring",
      [] { return std::unique_ptr<World>(new RealWorld(NewUringRing({.entry_count = 8}))); }},
+    {"UringOf256EntriesAndSmallPieces",
+     [] {
+       return std::unique_ptr<World>(
+           new RealWorld(NewUringRing({.entry_count = 256, .registered_piece_bytes = 3 * kPage})));
+     }},
     {"UringPlain",
      [] {
        return std::unique_ptr<World>(
@@ -175,7 +180,7 @@ INSTANTIATE_TEST_SUITE_P(, IoRingContract,
                          });
 
 TEST_P(IoRingContract, WhatIsWrittenInAnyOrderIsReadBack) {
-  constexpr size_t kPageCount = 64;
+  constexpr size_t kPageCount = 300;
   constexpr uint64_t kSeed = 20261125;
   std::mt19937_64 random(kSeed);
   const Pages source(kPageCount);

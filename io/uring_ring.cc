@@ -38,8 +38,8 @@ namespace {
 // alignment; longer transfers are continued like short ones.
 constexpr uint64_t kPieceBytesMax = uint64_t{1} << 30;
 // The kernel's limit for one registered buffer.
-constexpr uint64_t kRegisteredBytesMax = uint64_t{1} << 30;
-// Registered buffers at once: 4 TiB of memory. Beyond, transfers go unregistered.
+constexpr uint64_t kRegisteredPieceBytesMax = uint64_t{1} << 30;
+// Registered pieces at once: 4 TiB of memory. Beyond, transfers go unregistered.
 constexpr unsigned kRegisteredSlotCount = 4096;
 // A transfer that the kernel puts off this often without progress is given up.
 constexpr int kRetriesMax = 64;
@@ -77,8 +77,10 @@ const char* VerbOf(Operation::Kind kind) {
 
 class UringRing final : public IoRing {
  public:
-  UringRing(unsigned entry_count, UniqueFd event_fd)
-      : entry_count_(entry_count), event_fd_(std::move(event_fd)) {}
+  UringRing(const UringOptions& options, UniqueFd event_fd)
+      : entry_count_(options.entry_count),
+        piece_bytes_(options.registered_piece_bytes),
+        event_fd_(std::move(event_fd)) {}
   ~UringRing() override;
 
   // Once, before anything else; after an error only the destructor may be called.
@@ -133,6 +135,7 @@ class UringRing final : public IoRing {
   void SignalSelf() const;
 
   const unsigned entry_count_;
+  const uint64_t piece_bytes_;  // of registered memory
   const UniqueFd event_fd_;
   io_uring ring_{};
   bool ring_is_open_ = false;
@@ -372,12 +375,12 @@ bool UringRing::UpdateSlot(unsigned slot, std::byte* memory, uint64_t length_byt
 }
 
 bool UringRing::RegisterMemory(std::span<std::byte> memory) {
-  if (free_slots_.size() * kRegisteredBytesMax < memory.size()) {
+  if (free_slots_.size() * piece_bytes_ < memory.size()) {
     if (registration_refusal_.empty()) registration_refusal_ = "the table is full";
     return false;
   }
-  for (uint64_t begin = 0; begin < memory.size(); begin += kRegisteredBytesMax) {
-    const uint64_t length = std::min<uint64_t>(memory.size() - begin, kRegisteredBytesMax);
+  for (uint64_t begin = 0; begin < memory.size(); begin += piece_bytes_) {
+    const uint64_t length = std::min<uint64_t>(memory.size() - begin, piece_bytes_);
     if (!UpdateSlot(free_slots_.back(), memory.data() + begin, length)) {
       UnregisterMemory(memory);  // what came before: all or nothing
       return false;
@@ -416,9 +419,11 @@ std::string UringRing::Describe() const {
 absl::StatusOr<std::unique_ptr<IoRing>> NewUringRing(const UringOptions& options) {
   CHECK(options.entry_count >= 1 && options.entry_count <= 4096 &&
         (options.entry_count & (options.entry_count - 1)) == 0);
+  CHECK(options.registered_piece_bytes > 0 &&
+        options.registered_piece_bytes <= kRegisteredPieceBytesMax);
   UniqueFd event_fd(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
   if (!event_fd) return ErrnoStatus(errno, "create", "eventfd of io_uring");
-  auto ring = std::make_unique<UringRing>(options.entry_count, std::move(event_fd));
+  auto ring = std::make_unique<UringRing>(options, std::move(event_fd));
   RETURN_IF_ERROR(ring->Start(options.defer_task_run));
   return ring;
 }

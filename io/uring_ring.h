@@ -2,6 +2,7 @@
 #ifndef HOLDFAST_IO_URING_RING_H_
 #define HOLDFAST_IO_URING_RING_H_
 
+#include <cstdint>
 #include <memory>
 
 #include "absl/status/statusor.h"
@@ -14,6 +15,9 @@ struct UringOptions {
   unsigned entry_count = 64;
   // False: without SINGLE_ISSUER and DEFER_TASKRUN, as a kernel before 6.1 does it.
   bool defer_task_run = true;
+  // Registered memory is cut into pieces of this size, the kernel's limit for one; tests cut finer.
+  // A transfer across two pieces goes unregistered.
+  uint64_t registered_piece_bytes = uint64_t{1} << 30;
 };
 
 // Must be called on the thread that will use the ring, because the kernel binds a SINGLE_ISSUER
