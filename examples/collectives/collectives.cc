@@ -7,10 +7,10 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "base/status_macros.h"
 #include "examples/collectives/fabric.h"
 #include "examples/collectives/proxy.h"
 #include "examples/collectives/ring.h"
+#include "examples/collectives/status_macros.h"
 
 namespace collectives {
 namespace {

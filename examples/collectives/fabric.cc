@@ -11,7 +11,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "base/status_macros.h"
+#include "examples/collectives/status_macros.h"
 
 namespace collectives {
 namespace {
@@ -73,7 +73,7 @@ absl::StatusOr<std::unique_ptr<Fabric>> Fabric::Create(Options options) {
 
 Fabric::~Fabric() {
   {
-    holdfast::MutexLock lock(mutex_);
+    MutexLock lock(mutex_);
     stop_ = true;
   }
   wake_.Signal();
@@ -242,7 +242,7 @@ absl::Status Fabric::ReceivePeers(const Socket& socket, Deadline deadline) {
 }
 
 absl::StatusOr<uint32_t> Fabric::Attach(const std::string& name, const WakeEvent* wake) {
-  holdfast::MutexLock lock(mutex_);
+  MutexLock lock(mutex_);
   if (!attached_.emplace(name, wake).second) {
     return absl::AlreadyExistsError(absl::StrFormat("communicator '%s' exists", name));
   }
@@ -250,7 +250,7 @@ absl::StatusOr<uint32_t> Fabric::Attach(const std::string& name, const WakeEvent
 }
 
 void Fabric::Detach(const std::string& name) {
-  holdfast::MutexLock lock(mutex_);
+  MutexLock lock(mutex_);
   attached_.erase(name);
   const uint32_t next_generation = generations_[name];
   std::erase_if(arrived_, [&](const auto& entry) {
@@ -259,7 +259,7 @@ void Fabric::Detach(const std::string& name) {
 }
 
 std::optional<Fabric::Link> Fabric::TakeLink(const LinkKey& key) {
-  holdfast::MutexLock lock(mutex_);
+  MutexLock lock(mutex_);
   const auto found = arrived_.find(key);
   if (found == arrived_.end()) return std::nullopt;
   Link link = std::move(found->second);
@@ -268,12 +268,12 @@ std::optional<Fabric::Link> Fabric::TakeLink(const LinkKey& key) {
 }
 
 std::vector<uint32_t> Fabric::Lost() const {
-  holdfast::MutexLock lock(mutex_);
+  MutexLock lock(mutex_);
   return lost_;
 }
 
 bool Fabric::HasLeft(uint32_t rank) const {
-  holdfast::MutexLock lock(mutex_);
+  MutexLock lock(mutex_);
   return left_.contains(rank);
 }
 
@@ -292,7 +292,7 @@ void Fabric::Run() {
     if (poll(entries.data(), entries.size(), PollMilliseconds(deadline)) < 0) continue;  // EINTR
     wake_.Drain();
     {
-      holdfast::MutexLock lock(mutex_);
+      MutexLock lock(mutex_);
       if (stop_) break;
     }
     const Deadline now = Clock::now();
@@ -326,7 +326,7 @@ bool Fabric::ReadPending(PendingLink& pending) {
       hello.name[kCommunicatorNameBytesMax] != '\0') {
     return false;
   }
-  holdfast::MutexLock lock(mutex_);
+  MutexLock lock(mutex_);
   const LinkKey key{hello.name, hello.generation, hello.kind, hello.from_rank};
   arrived_.insert_or_assign(key, Link{std::move(pending.socket), hello.ranks_hash});
   if (const auto found = attached_.find(key.name); found != attached_.end()) {
@@ -355,7 +355,7 @@ void Fabric::HandleControl(const Control& control) {
 
 void Fabric::RecordLoss(uint32_t rank) {
   {
-    holdfast::MutexLock lock(mutex_);
+    MutexLock lock(mutex_);
     if (std::find(lost_.begin(), lost_.end(), rank) != lost_.end()) return;
     lost_.push_back(rank);
   }
@@ -365,7 +365,7 @@ void Fabric::RecordLoss(uint32_t rank) {
 
 void Fabric::RecordLeft(uint32_t rank) {
   {
-    holdfast::MutexLock lock(mutex_);
+    MutexLock lock(mutex_);
     left_.insert(rank);
   }
   WakeAll();
@@ -383,7 +383,7 @@ void Fabric::TellOthers(ControlMessage::Kind kind, uint32_t rank) {
 }
 
 void Fabric::WakeAll() {
-  holdfast::MutexLock lock(mutex_);
+  MutexLock lock(mutex_);
   for (const auto& [name, wake] : attached_) wake->Signal();
 }
 

@@ -28,8 +28,8 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "base/mutex.h"
 #include "examples/collectives/collectives.h"
+#include "examples/collectives/mutex.h"
 #include "examples/collectives/wire.h"
 
 namespace collectives {
@@ -136,7 +136,7 @@ class Fabric {
   std::vector<Control> controls_;
   std::vector<PendingLink> pending_;
 
-  mutable holdfast::Mutex mutex_;
+  mutable Mutex mutex_;
   bool stop_ ABSL_GUARDED_BY(mutex_) = false;
   std::map<std::string, const WakeEvent*> attached_ ABSL_GUARDED_BY(mutex_);
   std::map<std::string, uint32_t> generations_ ABSL_GUARDED_BY(mutex_);

@@ -6,7 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "base/status_macros.h"
+#include "examples/collectives/status_macros.h"
 
 namespace collectives {
 namespace {
@@ -19,19 +19,19 @@ constexpr std::chrono::seconds kLossGrace{2};
 }  // namespace
 
 void Operation::Finish(absl::Status status) {
-  holdfast::MutexLock lock(mutex_);
+  MutexLock lock(mutex_);
   done_ = true;
   status_ = std::move(status);
   finished_.SignalAll();
 }
 
 bool Operation::Done() const {
-  holdfast::MutexLock lock(mutex_);
+  MutexLock lock(mutex_);
   return done_;
 }
 
 absl::Status Operation::Wait() const {
-  holdfast::MutexLock lock(mutex_);
+  MutexLock lock(mutex_);
   while (!done_) finished_.Wait(mutex_);
   return status_;
 }
@@ -69,7 +69,7 @@ absl::StatusOr<std::unique_ptr<Proxy>> Proxy::Create(Fabric& fabric, const std::
 Proxy::~Proxy() {
   if (!thread_.joinable()) return;  // Attach() refused it
   {
-    holdfast::MutexLock lock(mutex_);
+    MutexLock lock(mutex_);
     stop_ = true;
   }
   wake_.Signal();
@@ -80,7 +80,7 @@ Proxy::~Proxy() {
 Handle Proxy::SubmitCollective(std::shared_ptr<Operation> operation, OperationKind kind,
                                RingProgram program) {
   {
-    holdfast::MutexLock lock(mutex_);
+    MutexLock lock(mutex_);
     submitted_collectives_.push_back(
         {operation, kind, std::move(program), OperationDeadline(), 0, false, false});
   }
@@ -91,7 +91,7 @@ Handle Proxy::SubmitCollective(std::shared_ptr<Operation> operation, OperationKi
 Handle Proxy::SubmitSend(uint32_t peer, std::span<const std::byte> data) {
   auto operation = std::make_shared<Operation>();
   {
-    holdfast::MutexLock lock(mutex_);
+    MutexLock lock(mutex_);
     submitted_transfers_.push_back({operation, peer, true, data, {}, OperationDeadline(), false});
   }
   wake_.Signal();
@@ -101,7 +101,7 @@ Handle Proxy::SubmitSend(uint32_t peer, std::span<const std::byte> data) {
 Handle Proxy::SubmitReceive(uint32_t peer, std::span<std::byte> data) {
   auto operation = std::make_shared<Operation>();
   {
-    holdfast::MutexLock lock(mutex_);
+    MutexLock lock(mutex_);
     submitted_transfers_.push_back({operation, peer, false, {}, data, OperationDeadline(), false});
   }
   wake_.Signal();
@@ -158,7 +158,7 @@ void Proxy::Run() {
 }
 
 bool Proxy::TakeSubmissions() {
-  holdfast::MutexLock lock(mutex_);
+  MutexLock lock(mutex_);
   for (Collective& collective : submitted_collectives_) {
     collectives_.push_back(std::move(collective));
   }

@@ -24,9 +24,9 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "base/mutex.h"
 #include "examples/collectives/collectives.h"
 #include "examples/collectives/fabric.h"
+#include "examples/collectives/mutex.h"
 #include "examples/collectives/ring.h"
 #include "examples/collectives/wire.h"
 
@@ -46,8 +46,8 @@ class Operation {
 
  private:
   std::array<std::byte, 2> token_ = {};
-  mutable holdfast::Mutex mutex_;
-  mutable holdfast::CondVar finished_;
+  mutable Mutex mutex_;
+  mutable CondVar finished_;
   bool done_ ABSL_GUARDED_BY(mutex_) = false;
   absl::Status status_ ABSL_GUARDED_BY(mutex_);
 };
@@ -152,7 +152,7 @@ class Proxy {
   std::optional<Suspect> suspect_;
   absl::Status broken_;
 
-  holdfast::Mutex mutex_;
+  Mutex mutex_;
   bool stop_ ABSL_GUARDED_BY(mutex_) = false;
   std::vector<Collective> submitted_collectives_ ABSL_GUARDED_BY(mutex_);
   std::vector<Transfer> submitted_transfers_ ABSL_GUARDED_BY(mutex_);

@@ -16,7 +16,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "base/status_macros.h"
+#include "examples/collectives/status_macros.h"
 
 namespace collectives {
 namespace {

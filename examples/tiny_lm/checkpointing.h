@@ -14,6 +14,7 @@
 
 #include "absl/status/statusor.h"
 #include "examples/tiny_lm/events.h"
+#include "examples/tiny_lm/options.h"
 #include "examples/tiny_lm/state.h"
 #include "hook/holdfast.h"
 
@@ -35,13 +36,6 @@ enum class RestoreOutcome : int64_t {
   kNothing = 1,     // there is no checkpoint: train from the beginning
   kRestored = 2,
   kFailed = 3,  // the buffers' contents are unspecified
-};
-
-struct CheckpointingOptions {
-  int64_t capture_deadline_ns = 0;
-  int64_t commit_deadline_ns = 0;
-  int64_t restore_deadline_ns = 0;
-  int64_t save_wait_ns = 0;  // for image memory
 };
 
 // Threads: one at a time.

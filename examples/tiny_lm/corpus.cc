@@ -8,7 +8,7 @@
 #include <utility>
 
 #include "absl/strings/str_format.h"
-#include "base/status_macros.h"
+#include "examples/collectives/status_macros.h"
 #include "examples/tiny_lm/random.h"
 
 namespace tiny_lm {

@@ -13,7 +13,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
-#include "base/status_macros.h"
+#include "examples/collectives/status_macros.h"
 #include "examples/tiny_lm/exact.h"
 
 namespace tiny_lm {

@@ -16,26 +16,11 @@
 #include "examples/tiny_lm/events.h"
 #include "examples/tiny_lm/model.h"
 #include "examples/tiny_lm/optimizer.h"
+#include "examples/tiny_lm/options.h"
 #include "examples/tiny_lm/random.h"
 #include "examples/tiny_lm/state.h"
 
 namespace tiny_lm {
-
-struct TrainerOptions {
-  std::vector<std::string> corpus_paths;
-  Zero zero = Zero::kOptimizer;
-  uint64_t seed = 1;
-  uint64_t batch = 24;  // samples of a step, of all ranks together
-  uint64_t steps = 20;
-  uint64_t save_every = 0;  // 0: when hf_due says so
-  uint64_t ballast_bytes = 0;
-  double device_ms = 0;              // what forward and backward would take on a device
-  double device_jitter_percent = 5;  // up to so much longer, from the rank's own generator
-  bool use_holdfast = true;
-  bool check_restore = false;
-  bool wait_committed_at_end = true;
-  CheckpointingOptions checkpointing;
-};
 
 // Threads: one at a time.
 class Trainer {

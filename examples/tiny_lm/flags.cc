@@ -1,0 +1,187 @@
+#include "examples/tiny_lm/flags.h"
+
+#include <algorithm>
+#include <functional>
+#include <limits>
+#include <utility>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "examples/collectives/status_macros.h"
+
+namespace tiny_lm {
+namespace {
+
+// Sets an option from the flag's value, which is empty for a flag without one.
+using Setter = std::function<absl::Status(TrainerOptions&, const std::string&)>;
+
+struct Flag {
+  const char* name;
+  const char* value_name;  // or null: the flag takes no value
+  const char* help;
+  Setter set;
+};
+
+absl::Status Expected(const char* what, const std::string& found) {
+  return absl::InvalidArgumentError(absl::StrFormat("expected %s, found '%s'", what, found));
+}
+
+Setter Count(uint64_t TrainerOptions::*member, uint64_t min, uint64_t max) {
+  return [=](TrainerOptions& options, const std::string& text) -> absl::Status {
+    uint64_t value = 0;
+    if (!absl::SimpleAtoi(text, &value) || value < min || value > max) {
+      return Expected(absl::StrFormat("a number from %d to %d", min, max).c_str(), text);
+    }
+    options.*member = value;
+    return absl::OkStatus();
+  };
+}
+
+Setter Real(double TrainerOptions::*member) {
+  return [=](TrainerOptions& options, const std::string& text) -> absl::Status {
+    double value = 0;
+    if (!absl::SimpleAtod(text, &value) || !(value >= 0 && value <= 1e9)) {
+      return Expected("a number from 0 to 1e9", text);
+    }
+    options.*member = value;
+    return absl::OkStatus();
+  };
+}
+
+Setter Milliseconds(int64_t CheckpointingOptions::*nanoseconds) {
+  return [=](TrainerOptions& options, const std::string& text) -> absl::Status {
+    double value = 0;
+    if (!absl::SimpleAtod(text, &value) || !(value >= 0 && value <= 1e9)) {
+      return Expected("milliseconds from 0 to 1e9", text);
+    }
+    options.checkpointing.*nanoseconds = static_cast<int64_t>(value * 1e6);
+    return absl::OkStatus();
+  };
+}
+
+Setter Switch(bool TrainerOptions::*member, bool value) {
+  return [=](TrainerOptions& options, const std::string&) {
+    options.*member = value;
+    return absl::OkStatus();
+  };
+}
+
+absl::Status SetZero(TrainerOptions& options, const std::string& text) {
+  if (text != "0" && text != "1") return Expected("0 or 1", text);
+  options.zero = text == "0" ? Zero::kReplicated : Zero::kOptimizer;
+  return absl::OkStatus();
+}
+
+const std::vector<Flag>& Flags() {
+  constexpr uint64_t kMax = std::numeric_limits<uint32_t>::max();
+  static const std::vector<Flag> flags = {
+      {"corpus", "PATH", "a text file, or a directory of *.md and *.h; may be repeated",
+       [](TrainerOptions& options, const std::string& text) {
+         options.corpus_paths.push_back(text);
+         return absl::OkStatus();
+       }},
+      {"steps", "N", "train to this step", Count(&TrainerOptions::steps, 1, kMax)},
+      {"save-every", "K", "save every K steps; 0 (the default): when a save is due",
+       Count(&TrainerOptions::save_every, 0, kMax)},
+      {"zero", "0|1",
+       "0: replicate all; 1 (the default): cut optimizer states and ballast over ranks", SetZero},
+      {"batch", "N", "samples of a step, of all ranks together",
+       Count(&TrainerOptions::batch, 1, 4096)},
+      {"seed", "N", "of the data's order and the first parameters",
+       Count(&TrainerOptions::seed, 0, std::numeric_limits<uint64_t>::max())},
+      {"device-ms", "MS", "what forward and backward shall take; the rest is waited",
+       Real(&TrainerOptions::device_ms)},
+      {"device-jitter", "PERCENT", "up to so much longer",
+       Real(&TrainerOptions::device_jitter_percent)},
+      {"bytes", "SIZE",
+       "ballast of the whole job, as 512M: cut over the ranks with --zero 1, on every rank with "
+       "--zero 0",
+       [](TrainerOptions& options, const std::string& text) -> absl::Status {
+         ASSIGN_OR_RETURN(options.ballast_bytes, ParseSize(text));
+         return absl::OkStatus();
+       }},
+      {"no-holdfast", nullptr, "train without checkpoints",
+       Switch(&TrainerOptions::use_holdfast, false)},
+      {"check-restore", nullptr, "print digests of all states after a restore, and at the end",
+       Switch(&TrainerOptions::check_restore, true)},
+      {"no-wait-committed-at-end", nullptr, "leave without saving and committing the last step",
+       Switch(&TrainerOptions::wait_committed_at_end, false)},
+      {"save-wait-ms", "MS", "how long a save may wait for image memory (default 0)",
+       Milliseconds(&CheckpointingOptions::save_wait_ns)},
+      {"capture-deadline-ms", "MS", "of hf_wait_captured",
+       Milliseconds(&CheckpointingOptions::capture_deadline_ns)},
+      {"commit-deadline-ms", "MS", "of the commit at the end",
+       Milliseconds(&CheckpointingOptions::commit_deadline_ns)},
+      {"restore-deadline-ms", "MS", "of hf_register and of hf_restore",
+       Milliseconds(&CheckpointingOptions::restore_deadline_ns)},
+  };
+  return flags;
+}
+
+}  // namespace
+
+std::string Usage() {
+  std::string text =
+      "Usage: tiny_lm --corpus PATH [flags]\n"
+      "Trains a small character-level language model with Holdfast; one process per rank, started "
+      "by\n"
+      "torchrun or examples/launch. Prints one JSON object per line.\n\n";
+  for (const Flag& flag : Flags()) {
+    const std::string left =
+        flag.value_name == nullptr ? flag.name : absl::StrCat(flag.name, " ", flag.value_name);
+    absl::StrAppendFormat(&text, "  --%-26s %s\n", left, flag.help);
+  }
+  return text;
+}
+
+absl::StatusOr<uint64_t> ParseSize(const std::string& text) {
+  const size_t digits = std::min(text.find_first_not_of("0123456789"), text.size());
+  std::string unit = text.substr(digits);
+  uint64_t value = 0;
+  if (unit.ends_with("B")) unit.pop_back();
+  if (unit.ends_with("i") && unit.size() == 2) unit.pop_back();
+  const std::string units = "KMG";
+  const size_t power = unit.empty() ? 0 : units.find(unit[0]) + 1;  // npos + 1 == 0
+  const uint64_t factor = uint64_t{1} << (10 * power);
+  if (unit.size() > 1 || (unit.size() == 1 && power == 0) ||
+      !absl::SimpleAtoi(text.substr(0, digits), &value) || value > (uint64_t{1} << 50) / factor) {
+    return Expected("a size up to 1048576G, as 4096, 512M or 2G", text);
+  }
+  return value * factor;
+}
+
+absl::StatusOr<TrainerOptions> ParseFlags(const std::vector<std::string>& arguments) {
+  TrainerOptions options;
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    const std::string& argument = arguments[i];
+    const size_t equals = argument.find('=');
+    const std::string name = argument.substr(0, equals);
+    const auto flag = std::find_if(Flags().begin(), Flags().end(), [&](const Flag& candidate) {
+      return name == absl::StrCat("--", candidate.name);
+    });
+    if (flag == Flags().end()) {
+      return absl::InvalidArgumentError(
+          absl::StrFormat("unknown argument '%s'; --help lists the flags", argument));
+    }
+    std::string value;
+    if (equals != std::string::npos) {
+      value = argument.substr(equals + 1);
+    } else if (flag->value_name != nullptr && i + 1 < arguments.size()) {
+      value = arguments[++i];
+    }
+    if (value.empty() != (flag->value_name == nullptr)) {
+      return absl::InvalidArgumentError(absl::StrFormat(
+          "%s: expected %s", name, flag->value_name == nullptr ? "no value" : flag->value_name));
+    }
+    if (const absl::Status status = flag->set(options, value); !status.ok()) {
+      return absl::InvalidArgumentError(absl::StrCat(name, ": ", std::string(status.message())));
+    }
+  }
+  if (options.corpus_paths.empty()) {
+    return absl::InvalidArgumentError("--corpus: expected at least one");
+  }
+  return options;
+}
+
+}  // namespace tiny_lm

@@ -1,0 +1,103 @@
+// Goal: every flag sets its option, and everything else is refused by name.
+#include "examples/tiny_lm/flags.h"
+
+#include <string>
+#include <vector>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace tiny_lm {
+namespace {
+
+using testing::HasSubstr;
+
+TEST(Flags, EveryFlagSetsItsOption) {
+  const absl::StatusOr<TrainerOptions> parsed = ParseFlags({"--corpus",
+                                                            "a",
+                                                            "--corpus=b",
+                                                            "--steps",
+                                                            "7",
+                                                            "--save-every=3",
+                                                            "--zero",
+                                                            "0",
+                                                            "--batch",
+                                                            "12",
+                                                            "--seed",
+                                                            "5",
+                                                            "--device-ms",
+                                                            "1.5",
+                                                            "--device-jitter=0",
+                                                            "--bytes",
+                                                            "3M",
+                                                            "--no-holdfast",
+                                                            "--check-restore",
+                                                            "--no-wait-committed-at-end",
+                                                            "--save-wait-ms",
+                                                            "1",
+                                                            "--capture-deadline-ms",
+                                                            "2",
+                                                            "--commit-deadline-ms",
+                                                            "3",
+                                                            "--restore-deadline-ms",
+                                                            "4"});
+  ASSERT_TRUE(parsed.ok()) << parsed.status();
+  EXPECT_THAT(parsed->corpus_paths, testing::ElementsAre("a", "b"));
+  EXPECT_EQ(parsed->steps, 7U);
+  EXPECT_EQ(parsed->save_every, 3U);
+  EXPECT_EQ(parsed->zero, Zero::kReplicated);
+  EXPECT_EQ(parsed->batch, 12U);
+  EXPECT_EQ(parsed->seed, 5U);
+  EXPECT_EQ(parsed->device_ms, 1.5);
+  EXPECT_EQ(parsed->device_jitter_percent, 0);
+  EXPECT_EQ(parsed->ballast_bytes, 3U << 20);
+  EXPECT_FALSE(parsed->use_holdfast);
+  EXPECT_TRUE(parsed->check_restore);
+  EXPECT_FALSE(parsed->wait_committed_at_end);
+  EXPECT_EQ(parsed->checkpointing.save_wait_ns, 1'000'000);
+  EXPECT_EQ(parsed->checkpointing.capture_deadline_ns, 2'000'000);
+  EXPECT_EQ(parsed->checkpointing.commit_deadline_ns, 3'000'000);
+  EXPECT_EQ(parsed->checkpointing.restore_deadline_ns, 4'000'000);
+}
+
+TEST(Flags, WhatIsWrongIsNamed) {
+  const std::pair<std::vector<std::string>, const char*> cases[] = {
+      {{}, "--corpus"},
+      {{"--corpus", "a", "--stepps", "3"}, "'--stepps'"},
+      {{"--corpus", "a", "extra"}, "'extra'"},
+      {{"--corpus", "a", "--steps"}, "--steps: expected N"},
+      {{"--corpus", "a", "--steps", "-1"}, "found '-1'"},
+      {{"--corpus", "a", "--steps", "3x"}, "found '3x'"},
+      {{"--corpus", "a", "--zero", "2"}, "--zero: expected 0 or 1, found '2'"},
+      {{"--corpus", "a", "--batch", "0"}, "from 1 to 4096"},
+      {{"--corpus", "a", "--device-ms", "nan"}, "--device-ms"},
+      {{"--corpus", "a", "--no-holdfast=1"}, "--no-holdfast: expected no value"},
+      {{"--corpus", "a", "--bytes", "1T"}, "found '1T'"},
+  };
+  for (const auto& [arguments, text] : cases) {
+    const absl::Status status = ParseFlags(arguments).status();
+    EXPECT_TRUE(absl::IsInvalidArgument(status)) << status;
+    EXPECT_THAT(std::string(status.message()), HasSubstr(text));
+  }
+}
+
+TEST(Flags, SizesHaveUnitsAndALimit) {
+  EXPECT_EQ(*ParseSize("0"), 0U);
+  EXPECT_EQ(*ParseSize("4096"), 4096U);
+  EXPECT_EQ(*ParseSize("4K"), 4096U);
+  EXPECT_EQ(*ParseSize("1MiB"), 1048576U);
+  EXPECT_EQ(*ParseSize("2GB"), uint64_t{2} << 30);
+  EXPECT_EQ(*ParseSize("1048576G"), uint64_t{1} << 50);
+  for (const char* text :
+       {"", "M", "1048577G", "-1", "1KM", "1Bi", "1.5M", "99999999999999999999"}) {
+    EXPECT_FALSE(ParseSize(text).ok()) << text;
+  }
+}
+
+TEST(Flags, TheUsageNamesThem) {
+  EXPECT_THAT(Usage(), HasSubstr("--bytes SIZE"));
+  EXPECT_THAT(Usage(), HasSubstr("--check-restore"));
+}
+
+}  // namespace
+}  // namespace tiny_lm

@@ -1,0 +1,38 @@
+// What a run of tiny_lm can be told (flags.h reads it from the command line).
+#ifndef HOLDFAST_EXAMPLES_TINY_LM_OPTIONS_H_
+#define HOLDFAST_EXAMPLES_TINY_LM_OPTIONS_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "examples/tiny_lm/state.h"
+
+namespace tiny_lm {
+
+struct CheckpointingOptions {
+  int64_t capture_deadline_ns = 60'000'000'000;
+  int64_t commit_deadline_ns = 300'000'000'000;   // at the end
+  int64_t restore_deadline_ns = 300'000'000'000;  // of hf_register, and of hf_restore
+  int64_t save_wait_ns = 0;                       // for image memory
+};
+
+struct TrainerOptions {
+  std::vector<std::string> corpus_paths;
+  Zero zero = Zero::kOptimizer;
+  uint64_t seed = 1;
+  uint64_t batch = 24;  // samples of a step, of all ranks together
+  uint64_t steps = 20;
+  uint64_t save_every = 0;  // 0: when hf_due says so
+  uint64_t ballast_bytes = 0;
+  double device_ms = 0;              // what forward and backward would take on a device
+  double device_jitter_percent = 5;  // up to so much longer, from the rank's own generator
+  bool use_holdfast = true;
+  bool check_restore = false;
+  bool wait_committed_at_end = true;
+  CheckpointingOptions checkpointing;
+};
+
+}  // namespace tiny_lm
+
+#endif  // HOLDFAST_EXAMPLES_TINY_LM_OPTIONS_H_
