@@ -119,6 +119,10 @@ absl::StatusOr<std::string> Checkpointing::RestoredBlob(const std::string& name,
   return std::string(static_cast<const char*>(data), bytes);
 }
 
+void Checkpointing::Heartbeat(uint64_t step) const {
+  if (job_ != nullptr) hf_heartbeat(job_, step);
+}
+
 bool Checkpointing::Due(uint64_t step) { return registered_ && hf_due(job_, step) != 0; }
 
 bool Checkpointing::Save(uint64_t step, const std::vector<Blob>& blobs) {

@@ -59,6 +59,8 @@ class Checkpointing {
   absl::StatusOr<std::string> RestoredBlob(const std::string& name, int64_t old_rank);
   uint32_t restored_world_size() const { return restored_world_size_; }
 
+  // Tells the monitor that this rank lives and begins `step`.
+  void Heartbeat(uint64_t step) const;
   bool Due(uint64_t step);
   // After the optimizer step. True: a save of `step` has begun.
   bool Save(uint64_t step, const std::vector<Blob>& blobs);

@@ -301,6 +301,7 @@ absl::Status Trainer::OptimizerStep() {
 }
 
 absl::Status Trainer::Step(uint64_t step) {
+  if (checkpointing_ != nullptr) checkpointing_->Heartbeat(step);
   Phases phases;
   const uint64_t first_sample = sampler_.state().samples_consumed;
   const std::vector<size_t> windows = NextWindows();
