@@ -65,8 +65,6 @@ Restore::Restore(std::shared_ptr<RestoreSource> source, std::shared_ptr<const Re
   Plan();
 }
 
-Restore::~Restore() { CHECK(idle()); }
-
 // ---- Before the first piece ----
 
 void Restore::Plan() {

@@ -77,8 +77,8 @@ class StagingMemory {
 absl::StatusOr<UniqueFd> OpenReadOnly(const SharedMapping& mapping);
 
 // Threads: the event loop's. Callbacks run on the loop, never inside the call that took them.
-// Lifetime: the world outlives it. May be destroyed when idle() (CHECKed): until then fetches write
-//   into staging blocks.
+// Lifetime: the world outlives it. Destroy it when idle(): until then fetches write into staging
+//   blocks, which a destroyed one never gives back.
 class Restore {
  public:
   struct Options {
@@ -90,7 +90,6 @@ class Restore {
   Restore(std::shared_ptr<RestoreSource> source, std::shared_ptr<const Registration> target,
           std::shared_ptr<StagingMemory> staging, abi::RestoreRing& ring, EventLoop& loop,
           WorkPool& pool, const Options& options, Begun begun, Ended ended);
-  ~Restore();
   Restore(const Restore&) = delete;
   Restore& operator=(const Restore&) = delete;
 

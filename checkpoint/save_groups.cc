@@ -73,6 +73,19 @@ const SaveGroup* SaveGroups::Find(CheckpointId id) const {
   return found == groups_.end() ? nullptr : &found->second;
 }
 
+size_t SaveGroups::pending_image_count() const {
+  size_t count = 0;
+  for (const auto& [id, group] : groups_) {
+    if (IsFinal(group)) continue;
+    for (const auto& [rank, member] : group.members) {
+      // A durable image whose group waits for another rank needs nothing from this agent.
+      const bool is_waiting = !member.durable_path.empty() && !AllDurable(group);
+      if (!member.gone && !is_waiting) ++count;
+    }
+  }
+  return count;
+}
+
 SaveGroup* SaveGroups::FindMember(ImageId image, SaveGroup::Member** member) {
   // Few groups hold memory at a time; newest first.
   for (auto group = groups_.rbegin(); group != groups_.rend(); ++group) {
@@ -270,8 +283,11 @@ void SaveGroups::FenceOlder(Attempt newest) {
 
 void SaveGroups::SettleFence(Attempt newest, std::optional<CheckpointId> restore_point) {
   for (auto& [id, group] : groups_) {
-    if (id.attempt >= newest || id == restore_point || IsFinal(group)) continue;
-    CHECK(group.phase != SaveGroup::Phase::kCommitting);  // both are in the Job's serial queue
+    // One that is committing waits in the host's queue, and is judged there.
+    if (id.attempt >= newest || id == restore_point || IsFinal(group) ||
+        group.phase == SaveGroup::Phase::kCommitting) {
+      continue;
+    }
     Fail(group,
          absl::FailedPreconditionError(
              absl::StrFormat("%s is fenced: attempt %d has begun from another checkpoint",

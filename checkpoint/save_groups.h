@@ -117,6 +117,9 @@ class SaveGroups final : public ImageObserver {
   void Pin(CheckpointId id);
   void Unpin(CheckpointId id);
 
+  // Images whose group is not committed yet and can be.
+  size_t pending_image_count() const;
+
   const SaveGroup* Find(CheckpointId id) const;  // nullptr if unknown
   const std::map<CheckpointId, SaveGroup>& groups() const { return groups_; }
 

@@ -1,0 +1,569 @@
+#include "checkpoint/engine_impl.h"
+
+#include <algorithm>
+#include <random>
+#include <span>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/time/time.h"
+#include "base/check.h"
+#include "base/crc32c.h"
+#include "base/status_macros.h"
+#include "checkpoint/describe.h"
+#include "format/image.h"
+#include "format/layout.h"
+#include "format/manifest.h"
+#include "hook/abi/messages.h"
+#include "hook/abi/shared_memory.h"
+
+namespace holdfast {
+namespace {
+
+constexpr absl::Duration kReapRetry = absl::Milliseconds(50);
+// Releases take effect in the turns of the loop that follow.
+constexpr int kRegisterTries = 3;
+
+// Free blocks of a session's current registration.
+class SessionStaging final : public StagingMemory {
+ public:
+  SessionStaging(RankImages& images, RankMemory& memory)
+      : images_(images), memory_(memory), mapping_(memory.mapping()) {}
+  std::vector<uint64_t> Take(size_t count) override { return images_.TakeStaging(count); }
+  void Return(std::span<const uint64_t> offsets) override {
+    if (!offsets.empty()) images_.ReturnStaging(offsets);
+  }
+  std::span<std::byte> memory() const override { return mapping_->bytes(); }
+  uint64_t block_bytes() const override { return memory_.block_bytes(); }
+  const SharedMapping* mapping() const override { return mapping_.get(); }
+
+ private:
+  RankImages& images_;
+  RankMemory& memory_;
+  const std::shared_ptr<SharedMapping> mapping_;  // fetches in flight write into it
+};
+
+bool IsWriterName(const std::string& writer) {
+  return !writer.empty() && writer.size() <= 32 &&
+         std::all_of(writer.begin(), writer.end(),
+                     [](char c) { return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9'); });
+}
+
+std::string RandomWriter() {
+  std::random_device device;
+  return absl::StrFormat("%08x%08x", device(), device());
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(EngineOptions options, EngineWorld world) {
+  if (options.root.empty() || options.scratch_directory.empty()) {
+    return absl::InvalidArgumentError("the engine needs a root and a scratch directory");
+  }
+  RETURN_IF_ERROR(CheckBlockBytes(options.block_bytes));
+  if (options.images_per_rank_max < 1 || options.images_per_rank_max > abi::kSlotsMax) {
+    return absl::InvalidArgumentError(absl::StrFormat("images per rank: expected 1 to %d, found %d",
+                                                      abi::kSlotsMax, options.images_per_rank_max));
+  }
+  if (options.flush_writes_in_flight_max < 1) {
+    return absl::InvalidArgumentError("writes in flight: expected at least 1, found 0");
+  }
+  if (options.writer.empty()) options.writer = RandomWriter();
+  if (!IsWriterName(options.writer)) {
+    return absl::InvalidArgumentError(
+        absl::StrFormat("writer: expected [a-z0-9]{1,32}, found \"%s\"", options.writer));
+  }
+  return std::make_unique<EngineImpl>(std::move(options), world);
+}
+
+EngineImpl::EngineImpl(EngineOptions options, const EngineWorld& world)
+    : options_(std::move(options)),
+      world_(world),
+      budget_(options_.host_memory_bytes_max),
+      memories_({world.ring, world.loop, world.pool, world.keeper, budget_}),
+      session_world_{.image = {.file_system = world.file_system,
+                               .ring = world.ring,
+                               .loop = world.loop,
+                               .pool = world.pool,
+                               .clock = world.clock,
+                               .flush_writes_in_flight_max = options_.flush_writes_in_flight_max,
+                               .flush_caching = options_.flush_caching},
+                     .keeper = world.keeper,
+                     .memories = memories_,
+                     .scratch_directory = options_.scratch_directory,
+                     .block_bytes = options_.block_bytes,
+                     .images_per_rank_max = options_.images_per_rank_max,
+                     .due_every_steps = options_.due_every_steps},
+      // Unlike those of an agent before this one, so that a trainer that outlived it is recognised.
+      next_session_id_((uint64_t{Crc32c(std::as_bytes(std::span(options_.writer)))} << 24) + 1) {}
+
+EngineImpl::~EngineImpl() = default;
+
+EngineImpl::Entry* EngineImpl::Find(SessionId id) {
+  const auto found = sessions_.find(id);
+  return found == sessions_.end() ? nullptr : &found->second;
+}
+
+const EngineImpl::Entry* EngineImpl::Find(SessionId id) const {
+  const auto found = sessions_.find(id);
+  return found == sessions_.end() ? nullptr : &found->second;
+}
+
+Job& EngineImpl::JobOf(const std::string& name) {
+  std::unique_ptr<Job>& job = jobs_[name];
+  if (job == nullptr) {
+    job = std::make_unique<Job>(Job::Options{.root = options_.root,
+                                             .name = name,
+                                             .writer = options_.writer,
+                                             .caching = options_.flush_caching},
+                                world_);
+  }
+  return *job;
+}
+
+EngineImpl::Entry& EngineImpl::AddSession(std::unique_ptr<Session> session, Job& job) {
+  const SessionId id = session->identity().session;
+  session->set_on_freed([this, id] {
+    const Entry* entry = Find(id);
+    if (entry == nullptr) return;
+    entry->job->groups().Recycle();
+    ReapLater(id);
+  });
+  Entry& entry = sessions_[id];
+  entry.session = std::move(session);
+  entry.job = &job;
+  return entry;
+}
+
+// ---- After a restart ----
+
+void EngineImpl::Recover(std::vector<KeptDescriptor> kept, std::function<void()> done) {
+  CHECK(sessions_.empty() && jobs_.empty());
+  Session::Recover(std::move(kept), session_world_,
+                   [this, alive = std::weak_ptr<bool>(alive_),
+                    done = std::move(done)](Session::Recovered recovered) {
+                     if (alive.expired()) return;
+                     warnings_ = std::move(recovered.warnings);
+                     for (const KeptDescriptor& other : recovered.others) {
+                       warnings_.push_back(absl::StrFormat(
+                           "kept descriptor %s is none of the engine's", other.name));
+                     }
+                     std::map<Job*, std::vector<Session*>> sessions_of;
+                     for (std::unique_ptr<Session>& session : recovered.sessions) {
+                       const SessionIdentity& identity = session->identity();
+                       next_session_id_ =
+                           std::max(next_session_id_, static_cast<uint64_t>(identity.session) + 1);
+                       if (absl::Status name = CheckJobName(identity.job); !name.ok()) {
+                         warnings_.push_back(std::string(name.message()));
+                         session->Forget();
+                         continue;
+                       }
+                       Job& job = JobOf(identity.job);
+                       Session* const raw = session.get();
+                       AddSession(std::move(session), job);
+                       sessions_of[&job].push_back(raw);
+                     }
+                     if (sessions_of.empty()) {
+                       done();
+                       return;
+                     }
+                     const auto jobs_left = std::make_shared<size_t>(sessions_of.size());
+                     for (const auto& [job, sessions] : sessions_of) {
+                       job->Recover(sessions, [this, jobs_left, done] {
+                         if (--*jobs_left > 0) return;
+                         for (const auto& [id, entry] : sessions_) ReapLater(id);
+                         done();
+                       });
+                     }
+                   });
+}
+
+// ---- Open ----
+
+absl::Status EngineImpl::CheckOpen(const OpenParameters& parameters) const {
+  RETURN_IF_ERROR(CheckJobName(parameters.job));
+  if (parameters.world_size < 1 || parameters.world_size > kWorldSizeMax) {
+    return absl::InvalidArgumentError(absl::StrFormat("world size: expected 1 to %d, found %d",
+                                                      kWorldSizeMax, parameters.world_size));
+  }
+  if (Value(parameters.rank) >= parameters.world_size) {
+    return absl::InvalidArgumentError(absl::StrFormat(
+        "rank: expected 0 to %d, found %d", parameters.world_size - 1, Value(parameters.rank)));
+  }
+  if (parameters.attempt_key.size() > abi::kAttemptKeyBytesMax) {
+    return absl::InvalidArgumentError(
+        absl::StrFormat("attempt key: expected at most %d bytes, found %d",
+                        abi::kAttemptKeyBytesMax, parameters.attempt_key.size()));
+  }
+  if (!parameters.root.empty() && parameters.root != options_.root) {
+    return absl::FailedPreconditionError(absl::StrFormat("root: this agent writes to %s, not to %s",
+                                                         options_.root, parameters.root));
+  }
+  return absl::OkStatus();
+}
+
+OpenResult EngineImpl::ResultOf(Session& session, bool resumed) const {
+  OpenResult result;
+  result.session = session.identity().session;
+  result.attempt = session.identity().attempt;
+  result.resumed = resumed;
+  result.job_uuid = session.identity().job_uuid;
+  result.rank_page_fd = session.reports().fd();
+  result.rank_page_bytes = session.reports().bytes();
+  return result;
+}
+
+void EngineImpl::Open(OpenParameters parameters,
+                      std::function<void(absl::StatusOr<OpenResult>)> done) {
+  if (absl::Status right = CheckOpen(parameters); !right.ok()) {
+    world_.loop.Post([done = std::move(done), right] { done(right); });
+    return;
+  }
+  if (Resume(parameters, done)) return;
+  OpenNew(std::move(parameters), std::move(done));
+}
+
+bool EngineImpl::Resume(OpenParameters& parameters,
+                        const std::function<void(absl::StatusOr<OpenResult>)>& done) {
+  if (parameters.resume_attempt == Attempt{0}) return false;
+  Entry* entry = Find(parameters.resume_session);
+  if (entry == nullptr) return false;
+  Session& session = *entry->session;
+  const SessionIdentity& identity = session.identity();
+  if (identity.job != parameters.job || identity.rank != parameters.rank ||
+      identity.attempt != parameters.resume_attempt ||
+      identity.process_id != parameters.process_id || !session.is_open()) {
+    return false;
+  }
+  if (session.is_fenced()) {
+    world_.loop.Post([done, attempt = identity.attempt, job = identity.job] {
+      done(absl::FailedPreconditionError(absl::StrFormat(
+          "attempt %d of job %s is fenced: a newer one has begun", Value(attempt), job)));
+    });
+    return true;
+  }
+  // The trainer maps memory of a registration that is not here any more: it must begin anew.
+  if (parameters.resume_registration_id != 0 &&
+      !session.Resume(parameters.resume_registration_id)) {
+    return false;
+  }
+  entry->doorbell_fd = std::move(parameters.doorbell_fd);
+  // What it was restoring when the connection ended begins anew when it asks again.
+  CancelRestores(*entry, absl::AbortedError("the connection was lost"),
+                 holdfast::Restore::Report::kNo);
+  world_.loop.Post([this, alive = std::weak_ptr<bool>(alive_), id = identity.session, done] {
+    if (alive.expired()) return;
+    Entry* resumed = Find(id);
+    if (resumed == nullptr) {
+      done(absl::UnavailableError("the session has ended"));
+      return;
+    }
+    done(ResultOf(*resumed->session, /*resumed=*/true));
+    Doorbell(id);  // it may have rung while nobody listened
+  });
+  return true;
+}
+
+void EngineImpl::OpenNew(OpenParameters parameters,
+                         std::function<void(absl::StatusOr<OpenResult>)> done) {
+  // std::function wants a copyable closure.
+  Admit(std::make_shared<OpenParameters>(std::move(parameters)), std::move(done));
+}
+
+void EngineImpl::Admit(const std::shared_ptr<OpenParameters>& parameters,
+                       std::function<void(absl::StatusOr<OpenResult>)> done) {
+  Job& job = JobOf(parameters->job);
+  const Job::Applicant applicant{.rank = parameters->rank,
+                                 .world_size = parameters->world_size,
+                                 .attempt_key = parameters->attempt_key,
+                                 .resume_attempt = parameters->resume_attempt};
+  job.Admit(applicant, [this, &job, parameters,
+                        done = std::move(done)](absl::StatusOr<Job::Admission> admission) {
+    if (admission.ok()) {
+      done(MakeSession(*parameters, job, *admission));
+      return;
+    }
+    const auto current = jobs_.find(parameters->job);
+    if (admission.status().code() == absl::StatusCode::kAborted && current != jobs_.end() &&
+        current->second.get() == &job) {
+      // It stays until its sessions are gone.
+      warnings_.push_back(std::string(admission.status().message()));
+      orphaned_jobs_.push_back(std::move(current->second));
+      jobs_.erase(current);
+    }
+    if (admission.status().code() == absl::StatusCode::kAborted) {
+      Admit(parameters, done);
+    } else {
+      done(admission.status());
+    }
+  });
+}
+
+absl::StatusOr<OpenResult> EngineImpl::MakeSession(OpenParameters& parameters, Job& job,
+                                                   const Job::Admission& admission) {
+  SessionIdentity identity;
+  identity.session = SessionId{next_session_id_++};
+  identity.job = parameters.job;
+  identity.job_uuid = admission.job_uuid;
+  identity.attempt_key = parameters.attempt_key;
+  identity.node = parameters.node;
+  identity.attempt = admission.attempt;
+  identity.rank = parameters.rank;
+  identity.world_size = parameters.world_size;
+  identity.local_rank = parameters.local_rank;
+  identity.process_id = parameters.process_id;
+  identity.user_id = parameters.user_id;
+  ASSIGN_OR_RETURN(
+      std::unique_ptr<Session> session,
+      Session::Create(std::move(identity), std::move(parameters.process_fd), session_world_));
+  Entry& entry = AddSession(std::move(session), job);
+  entry.doorbell_fd = std::move(parameters.doorbell_fd);
+  job.AddSession(*entry.session);
+  return ResultOf(*entry.session, /*resumed=*/false);
+}
+
+// ---- Register ----
+
+void EngineImpl::Register(SessionId id, UniqueFd document, uint64_t document_bytes,
+                          std::function<void(absl::StatusOr<RegisterResult>)> done) {
+  Entry* entry = Find(id);
+  if (entry == nullptr || !entry->session->is_open()) {
+    world_.loop.Post(
+        [done = std::move(done)] { done(absl::FailedPreconditionError("the session has ended")); });
+    return;
+  }
+  // Its staging blocks belong to the registration that will be replaced.
+  CancelRestores(*entry, absl::AbortedError("replaced by a new registration"),
+                 holdfast::Restore::Report::kYes);
+  entry->session->Prepare(
+      std::move(document), document_bytes,
+      [this, alive = std::weak_ptr<bool>(alive_), id,
+       done = std::move(done)](absl::StatusOr<std::shared_ptr<const Registration>> registration) {
+        if (alive.expired()) return;
+        if (!registration.ok()) {
+          done(registration.status());
+          return;
+        }
+        Entry& prepared = *Find(id);  // or Prepare would not have answered
+        if (absl::Status same = prepared.job->CheckLayout(id, *registration); !same.ok()) {
+          done(same);
+          return;
+        }
+        MakeRegistration(id, kRegisterTries, done);
+      });
+}
+
+void EngineImpl::MakeRegistration(SessionId id, int tries_left,
+                                  std::function<void(absl::StatusOr<RegisterResult>)> done) {
+  Find(id)->session->Register([this, alive = std::weak_ptr<bool>(alive_), id, tries_left,
+                               done = std::move(done)](absl::StatusOr<RegisterResult> result) {
+    if (alive.expired()) return;
+    if (result.status().code() != absl::StatusCode::kResourceExhausted || tries_left <= 1) {
+      done(std::move(result));
+      return;
+    }
+    // Room is what durable images of any job hold that nobody reads.
+    bool released = false;
+    for (const auto& [name, job] : jobs_) released = job->groups().ReleaseForRoom() || released;
+    if (!released && tries_left == kRegisterTries) {
+      done(std::move(result));
+      return;
+    }
+    world_.loop.RunAfter(kReapRetry, [this, alive, id, tries_left, done] {
+      if (alive.expired()) return;
+      for (auto next = sessions_.begin(); next != sessions_.end();) {
+        const SessionId other = (next++)->first;
+        Reap(other);
+      }
+      const Entry* entry = Find(id);
+      if (entry == nullptr || !entry->session->is_open()) {
+        done(absl::FailedPreconditionError("the session has ended"));
+        return;
+      }
+      MakeRegistration(id, tries_left - 1, done);
+    });
+  });
+}
+
+// ---- Restore ----
+
+void EngineImpl::Restore(SessionId id, uint64_t registration_id, Begun begun, Ended ended) {
+  Entry* entry = Find(id);
+  absl::Status refused;
+  if (entry == nullptr || !entry->session->is_open()) {
+    refused = absl::FailedPreconditionError("the session has ended");
+  } else if (registration_id == 0 || registration_id != entry->session->current_registration_id()) {
+    refused = absl::FailedPreconditionError(
+        absl::StrFormat("registration: expected %d, the current one, found %d",
+                        entry->session->current_registration_id(), registration_id));
+  } else if (entry->restore_is_opening) {
+    refused = absl::FailedPreconditionError("another restore of this rank is being prepared");
+  }
+  if (!refused.ok()) {
+    world_.loop.Post([begun = std::move(begun), refused] { begun(refused); });
+    return;
+  }
+  CancelRestores(*entry, absl::AbortedError("replaced by a newer restore"),
+                 holdfast::Restore::Report::kYes);
+  entry->restore_is_opening = true;
+  entry->job->DecideRestorePoint(
+      entry->session->identity().attempt,
+      [this, id, registration_id, begun = std::move(begun),
+       ended = std::move(ended)](absl::StatusOr<RestorePoint> point) mutable {
+        Entry* decided = Find(id);
+        if (decided == nullptr) return;  // reaped: nobody waits for the answer any more
+        if (point.ok() && point->checkpoint.has_value()) {
+          OpenSource(id, registration_id, *point->checkpoint, std::move(begun), std::move(ended));
+          return;
+        }
+        decided->restore_is_opening = false;
+        if (point.ok()) {
+          begun(absl::NotFoundError(
+              absl::StrFormat("job %s has no checkpoint to start from", decided->job->name())));
+        } else {
+          begun(point.status());
+        }
+      });
+}
+
+void EngineImpl::OpenSource(SessionId id, uint64_t registration_id, CheckpointId checkpoint,
+                            Begun begun, Ended ended) {
+  Find(id)->job->OpenSource(
+      checkpoint, [this, id, registration_id, begun = std::move(begun), ended = std::move(ended)](
+                      absl::StatusOr<std::shared_ptr<RestoreSource>> source) mutable {
+        StartRestore(id, registration_id, std::move(source), std::move(begun), std::move(ended));
+      });
+}
+
+void EngineImpl::StartRestore(SessionId id, uint64_t registration_id,
+                              absl::StatusOr<std::shared_ptr<RestoreSource>> source, Begun begun,
+                              Ended ended) {
+  Entry* entry = Find(id);
+  if (entry == nullptr) return;
+  entry->restore_is_opening = false;
+  if (!source.ok()) {
+    begun(source.status());
+    return;
+  }
+  Session& session = *entry->session;
+  if (!session.is_open() || session.current_registration_id() != registration_id) {
+    begun(absl::AbortedError("the registration was replaced, or the session has ended"));
+    return;
+  }
+  auto staging = std::make_shared<SessionStaging>(*session.images(registration_id),
+                                                  *session.memory(registration_id));
+  entry->restores.push_back(std::make_unique<holdfast::Restore>(
+      *std::move(source), session.registration(registration_id), std::move(staging),
+      session.registration_memory(registration_id)->restore, world_.loop, world_.pool,
+      holdfast::Restore::Options{}, std::move(begun),
+      [this, alive = std::weak_ptr<bool>(alive_), id,
+       ended = std::move(ended)](absl::StatusOr<RestoreEnded> result) {
+        ended(std::move(result));
+        if (!alive.expired()) ReapLater(id);
+      }));
+}
+
+void EngineImpl::CancelRestores(Entry& entry, const absl::Status& why,
+                                holdfast::Restore::Report report) {
+  for (const std::unique_ptr<holdfast::Restore>& restore : entry.restores) {
+    restore->Cancel(why, report);
+  }
+  std::erase_if(entry.restores, [](const auto& restore) { return restore->idle(); });
+}
+
+// ---- What trainers do ----
+
+void EngineImpl::Doorbell(SessionId id) {
+  Entry* entry = Find(id);
+  if (entry == nullptr) return;
+  entry->session->Advance();
+  if (!entry->restores.empty()) entry->restores.back()->Advance();
+}
+
+void EngineImpl::Close(SessionId id) {
+  Entry* entry = Find(id);
+  if (entry == nullptr) return;
+  CancelRestores(*entry, absl::AbortedError("the session was closed"),
+                 holdfast::Restore::Report::kNo);
+  entry->session->Close();
+  SessionEnded(id);
+}
+
+void EngineImpl::ProcessDied(SessionId id) {
+  Entry* entry = Find(id);
+  if (entry == nullptr) return;
+  CancelRestores(*entry, absl::AbortedError("the training process died"),
+                 holdfast::Restore::Report::kNo);
+  entry->session->ProcessDied();
+  SessionEnded(id);
+}
+
+void EngineImpl::SessionEnded(SessionId id) {
+  // After the reports of what it had begun.
+  world_.loop.Post([this, alive = std::weak_ptr<bool>(alive_), id] {
+    if (alive.expired()) return;
+    Entry* entry = Find(id);
+    if (entry == nullptr) return;
+    entry->job->SessionEnded(id);
+    Reap(id);
+  });
+}
+
+void EngineImpl::ReapLater(SessionId id) {
+  world_.loop.Post([this, alive = std::weak_ptr<bool>(alive_), id] {
+    if (!alive.expired()) Reap(id);
+  });
+}
+
+void EngineImpl::Reap(SessionId id) {
+  Entry* entry = Find(id);
+  if (entry == nullptr) return;
+  if (entry->restores.size() > 1 ||
+      (!entry->restores.empty() && entry->restores.back()->is_over())) {
+    std::erase_if(entry->restores, [](const auto& restore) { return restore->idle(); });
+  }
+  if (!entry->session->IsFinished()) return;
+  if (!entry->restores.empty()) {
+    // Reads into its memory are in flight.
+    world_.loop.RunAfter(kReapRetry, [this, alive = std::weak_ptr<bool>(alive_), id] {
+      if (!alive.expired()) Reap(id);
+    });
+    return;
+  }
+  entry->job->RemoveSession(id);
+  entry->session->Forget();
+  sessions_.erase(id);
+}
+
+// ---- For the agent ----
+
+int EngineImpl::process_fd(SessionId id) const {
+  const Entry* entry = Find(id);
+  return entry == nullptr ? -1 : entry->session->process_fd();
+}
+
+int EngineImpl::doorbell_fd(SessionId id) const {
+  const Entry* entry = Find(id);
+  return entry == nullptr ? -1 : entry->doorbell_fd.get();
+}
+
+std::vector<SessionId> EngineImpl::sessions() const {
+  std::vector<SessionId> ids;
+  for (const auto& [id, entry] : sessions_) ids.push_back(id);
+  return ids;
+}
+
+size_t EngineImpl::open_session_count() const {
+  return static_cast<size_t>(
+      std::count_if(sessions_.begin(), sessions_.end(),
+                    [](const auto& entry) { return entry.second.session->is_open(); }));
+}
+
+size_t EngineImpl::pending_image_count() const {
+  size_t count = 0;
+  for (const auto& [name, job] : jobs_) count += job->groups().pending_image_count();
+  return count;
+}
+
+}  // namespace holdfast

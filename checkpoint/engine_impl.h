@@ -1,0 +1,103 @@
+// The engine as a whole: sessions, jobs, restores, and who owns what. Decides little itself: Job
+// decides about attempts and groups, Session about one process.
+#ifndef HOLDFAST_CHECKPOINT_ENGINE_IMPL_H_
+#define HOLDFAST_CHECKPOINT_ENGINE_IMPL_H_
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "checkpoint/engine.h"
+#include "checkpoint/job.h"
+#include "checkpoint/memory_budget.h"
+#include "checkpoint/rank_memory.h"
+#include "checkpoint/restore.h"
+#include "checkpoint/session.h"
+#include "io/unique_fd.h"
+
+namespace holdfast {
+
+class EngineImpl final : public Engine {
+ public:
+  // `options` are checked and complete.
+  EngineImpl(EngineOptions options, const EngineWorld& world);
+  ~EngineImpl() override;
+
+  void Recover(std::vector<KeptDescriptor> kept, std::function<void()> done) override;
+  void Open(OpenParameters parameters,
+            std::function<void(absl::StatusOr<OpenResult>)> done) override;
+  void Register(SessionId session, UniqueFd document, uint64_t document_bytes,
+                std::function<void(absl::StatusOr<RegisterResult>)> done) override;
+  void Restore(SessionId session, uint64_t registration_id,
+               std::function<void(absl::StatusOr<RestoreBegun>)> begun,
+               std::function<void(absl::StatusOr<RestoreEnded>)> ended) override;
+  void Doorbell(SessionId session) override;
+  void Close(SessionId session) override;
+  void ProcessDied(SessionId session) override;
+  int process_fd(SessionId session) const override;
+  int doorbell_fd(SessionId session) const override;
+  std::vector<SessionId> sessions() const override;
+  size_t open_session_count() const override;
+  size_t pending_image_count() const override;
+  std::string StatusJson() const override;
+
+ private:
+  struct Entry {
+    std::unique_ptr<Session> session;
+    Job* job = nullptr;
+    UniqueFd doorbell_fd;
+    // The last one is the current one; the others are over, and wait for what is in flight.
+    std::vector<std::unique_ptr<holdfast::Restore>> restores;
+    bool restore_is_opening = false;
+  };
+  using Begun = holdfast::Restore::Begun;
+  using Ended = holdfast::Restore::Ended;
+
+  absl::Status CheckOpen(const OpenParameters& parameters) const;
+  // Goes on with a session that this engine knows. False: it does not.
+  bool Resume(OpenParameters& parameters,
+              const std::function<void(absl::StatusOr<OpenResult>)>& done);
+  void OpenNew(OpenParameters parameters, std::function<void(absl::StatusOr<OpenResult>)> done);
+  void Admit(const std::shared_ptr<OpenParameters>& parameters,
+             std::function<void(absl::StatusOr<OpenResult>)> done);
+  absl::StatusOr<OpenResult> MakeSession(OpenParameters& parameters, Job& job,
+                                         const Job::Admission& admission);
+  OpenResult ResultOf(Session& session, bool resumed) const;
+  Job& JobOf(const std::string& name);
+  Entry& AddSession(std::unique_ptr<Session> session, Job& job);
+  void MakeRegistration(SessionId id, int tries_left,
+                        std::function<void(absl::StatusOr<RegisterResult>)> done);
+  void OpenSource(SessionId id, uint64_t registration_id, CheckpointId checkpoint, Begun begun,
+                  Ended ended);
+  void StartRestore(SessionId id, uint64_t registration_id,
+                    absl::StatusOr<std::shared_ptr<RestoreSource>> source, Begun begun,
+                    Ended ended);
+  void CancelRestores(Entry& entry, const absl::Status& why, holdfast::Restore::Report report);
+  void SessionEnded(SessionId id);
+  // Destroys the session if nothing of it is left; looks again later if something is in flight.
+  void ReapLater(SessionId id);
+  void Reap(SessionId id);
+  Entry* Find(SessionId id);
+  const Entry* Find(SessionId id) const;
+
+  const EngineOptions options_;
+  const EngineWorld world_;
+  MemoryBudget budget_;
+  RankMemories memories_;
+  const SessionWorld session_world_;
+  uint64_t next_session_id_;
+  std::vector<std::string> warnings_;
+  std::map<std::string, std::unique_ptr<Job>> jobs_;  // outlive their sessions
+  std::vector<std::unique_ptr<Job>> orphaned_jobs_;   // their directories were replaced
+  std::map<SessionId, Entry> sessions_;
+  std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
+};
+
+}  // namespace holdfast
+
+#endif  // HOLDFAST_CHECKPOINT_ENGINE_IMPL_H_

@@ -1,0 +1,34 @@
+// The Index of a group of sealed images, out of what their ranks have registered: what a commit
+// writes to INDEX, and what a restore from memory plans with.
+#ifndef HOLDFAST_CHECKPOINT_GROUP_INDEX_H_
+#define HOLDFAST_CHECKPOINT_GROUP_INDEX_H_
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "checkpoint/image_events.h"
+#include "checkpoint/registration.h"
+#include "format/index.h"
+
+namespace holdfast {
+
+// One rank's part.
+struct GroupPart {
+  std::shared_ptr<const Registration> registration;
+  SealedImage image;
+  std::string file;  // name in the checkpoint's directory
+};
+
+// OK if all parts have the same layout document; else kInvalidArgument that names the ranks and the
+// first difference.
+absl::Status CheckSameLayout(const Registration& a, const Registration& b);
+
+// `parts` in order of the ranks, all of them. Pure, may take long: for a WorkPool. Errors:
+// CheckIndex, CheckSameLayout.
+absl::StatusOr<Index> BuildIndex(CheckpointId checkpoint, const std::vector<GroupPart>& parts);
+
+}  // namespace holdfast
+
+#endif  // HOLDFAST_CHECKPOINT_GROUP_INDEX_H_

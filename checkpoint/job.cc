@@ -1,0 +1,398 @@
+// Sessions, admission and fencing.
+#include "checkpoint/job.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/time/time.h"
+#include "base/check.h"
+#include "base/kill_point.h"
+#include "base/status_macros.h"
+#include "checkpoint/describe.h"
+#include "checkpoint/job_impl.h"
+
+namespace holdfast {
+namespace {
+
+// Another agent may begin attempts at the same time; each try loses to one of them.
+constexpr int kAdmissionTries = 16;
+constexpr absl::Duration kRecoverRetry = absl::Seconds(1);
+constexpr size_t kWarningsKept = 100;
+
+// What an admission reads before it decides.
+struct StoreView {
+  absl::Status status;
+  std::string uuid;
+  std::optional<AttemptRecord> newest;
+};
+
+StoreView ReadStore(CoordinationStore& store, const std::string& job) {
+  StoreView view;
+  absl::StatusOr<std::string> uuid = store.JobUuid(job);
+  if (!uuid.ok()) {
+    view.status = uuid.status();
+    return view;
+  }
+  view.uuid = *std::move(uuid);
+  absl::StatusOr<AttemptRecord> newest = store.NewestAttempt(job);
+  if (newest.ok()) {
+    view.newest = *std::move(newest);
+  } else if (newest.status().code() != absl::StatusCode::kNotFound) {
+    view.status = newest.status();
+  }
+  return view;
+}
+
+// kAlreadyExists: another agent was faster.
+absl::StatusOr<AttemptRecord> BeginInStore(CoordinationStore& store, const std::string& job,
+                                           Attempt after, const std::string& key,
+                                           uint32_t world_size) {
+  if (Value(after) == UINT32_MAX) {
+    return absl::ResourceExhaustedError(absl::StrFormat("job %s has no attempt numbers left", job));
+  }
+  const AttemptRecord record{Attempt{Value(after) + 1}, key, world_size};
+  RETURN_IF_ERROR(store.BeginAttempt(job, record));
+  return record;
+}
+
+}  // namespace
+
+Job::Job(Options options, const EngineWorld& world)
+    : options_(std::move(options)),
+      world_(world),
+      directory_(absl::StrCat(options_.root, "/", options_.name)),
+      groups_(directory_, *this) {}
+
+Job::~Job() = default;
+
+// ---- The serial queue ----
+
+void Job::Enqueue(std::function<void(Finish)> operation) {
+  queue_.push_back(std::move(operation));
+  StartNext();
+}
+
+void Job::StartNext() {
+  if (running_ || queue_.empty()) return;
+  running_ = true;
+  // From the loop, never inside the call that enqueued.
+  world_.loop.Post([this, alive = std::weak_ptr<bool>(alive_)] {
+    if (alive.expired()) return;
+    const std::function<void(Finish)> operation = std::move(queue_.front());
+    queue_.pop_front();
+    operation([this] {
+      CHECK(running_);
+      running_ = false;
+      StartNext();
+    });
+  });
+}
+
+void Job::Warn(std::string text) {
+  warnings_.push_back(std::move(text));
+  if (warnings_.size() > kWarningsKept) warnings_.pop_front();
+}
+
+// ---- Admission ----
+
+void Job::Admit(Applicant applicant, std::function<void(absl::StatusOr<Admission>)> done) {
+  Enqueue([this, applicant = std::move(applicant), done = std::move(done)](Finish finish) {
+    TryAdmit(applicant, kAdmissionTries,
+             [done, finish = std::move(finish)](absl::StatusOr<Admission> admission) {
+               done(std::move(admission));
+               finish();
+             });
+  });
+}
+
+bool Job::HasOpenRank(const AttemptState& attempt) const {
+  return std::any_of(attempt.sessions.begin(), attempt.sessions.end(), [this](const auto& entry) {
+    const Session* session = FindSession(entry.second);
+    return session != nullptr && session->is_open();
+  });
+}
+
+// Whether the applicant belongs to the newest attempt; false: a next one must begin.
+absl::StatusOr<bool> Job::MayJoin(const std::optional<AttemptRecord>& newest,
+                                  const Applicant& applicant) const {
+  if (applicant.resume_attempt != Attempt{0}) {
+    if (!newest.has_value() || newest->attempt != applicant.resume_attempt) {
+      return absl::FailedPreconditionError(
+          absl::StrFormat("attempt %d of job %s is fenced: the newest is attempt %d",
+                          Value(applicant.resume_attempt), options_.name,
+                          newest.has_value() ? Value(newest->attempt) : 0));
+    }
+    if (newest->world_size != applicant.world_size) {
+      return absl::InvalidArgumentError(absl::StrFormat("attempt %d of job %s has %d ranks, not %d",
+                                                        Value(newest->attempt), options_.name,
+                                                        newest->world_size, applicant.world_size));
+    }
+    return true;
+  }
+  if (!newest.has_value()) return false;
+  const auto same_run = [&](const AttemptState& attempt) {
+    return attempt.record.key == applicant.attempt_key &&
+           attempt.record.world_size == applicant.world_size && HasOpenRank(attempt) &&
+           !attempt.sessions.contains(applicant.rank);
+  };
+  const auto known = attempts_.find(newest->attempt);
+  if (known != attempts_.end() && same_run(known->second)) return true;
+  // A late rank of a run that a newer one has replaced must not fence that in its turn.
+  if (applicant.attempt_key.empty()) return false;
+  for (const auto& [number, attempt] : attempts_) {
+    if (number < newest->attempt && same_run(attempt)) {
+      return absl::FailedPreconditionError(absl::StrFormat(
+          "attempt %d of job %s (key \"%s\") is fenced: attempt %d has begun", Value(number),
+          options_.name, applicant.attempt_key, Value(newest->attempt)));
+    }
+  }
+  return false;
+}
+
+void Job::TryAdmit(Applicant applicant, int tries_left,
+                   std::function<void(absl::StatusOr<Admission>)> then) {
+  OnPool<StoreView>([store = &world_.store, job = options_.name] { return ReadStore(*store, job); },
+                    [this, applicant = std::move(applicant), tries_left,
+                     then = std::move(then)](StoreView view) mutable {
+                      if (!view.status.ok()) {
+                        then(view.status);
+                        return;
+                      }
+                      uuid_ = view.uuid;
+                      const absl::StatusOr<bool> may_join = MayJoin(view.newest, applicant);
+                      if (!may_join.ok()) {
+                        then(may_join.status());
+                      } else if (*may_join) {
+                        AddAttempt(*view.newest);
+                        then(Admission{view.newest->attempt, uuid_});
+                      } else {
+                        BeginNext(view.newest, std::move(applicant), tries_left, std::move(then));
+                      }
+                    });
+}
+
+void Job::BeginNext(const std::optional<AttemptRecord>& newest, Applicant applicant, int tries_left,
+                    std::function<void(absl::StatusOr<Admission>)> then) {
+  struct Begun {
+    absl::StatusOr<Catalog> catalog;
+    absl::StatusOr<AttemptRecord> record = absl::UnknownError("not begun");
+  };
+  const Attempt in_store = newest.has_value() ? newest->attempt : Attempt{0};
+  OnPool<Begun>(
+      [this_store = &world_.store, file_system = &world_.file_system, root = options_.root,
+       job = options_.name, in_store, key = applicant.attempt_key,
+       world_size = applicant.world_size] {
+        Begun begun{ReadCatalog(*file_system, root, job)};
+        if (!begun.catalog.ok()) return begun;
+        // A lost store cannot go back: the root knows attempts too.
+        begun.record = BeginInStore(
+            *this_store, job, std::max(in_store, begun.catalog->greatest_attempt), key, world_size);
+        return begun;
+      },
+      [this, applicant, tries_left, then = std::move(then)](Begun begun) {
+        if (!begun.catalog.ok()) {
+          then(begun.catalog.status());
+        } else if (begun.record.status().code() == absl::StatusCode::kAlreadyExists &&
+                   tries_left > 1) {
+          TryAdmit(applicant, tries_left - 1, then);
+        } else if (!begun.record.ok()) {
+          then(begun.record.status());
+        } else {
+          KillPoint("open.attempt_begun");
+          RememberCommitted(*begun.catalog);
+          AddAttempt(*begun.record);
+          Fence(begun.record->attempt);
+          then(Admission{begun.record->attempt, uuid_});
+        }
+      });
+}
+
+Job::AttemptState& Job::AddAttempt(const AttemptRecord& record) {
+  AttemptState& attempt = attempts_[record.attempt];
+  attempt.record = record;
+  groups_.AddAttempt(record.attempt, record.world_size);
+  return attempt;
+}
+
+void Job::Fence(Attempt newest) {
+  for (const auto& [id, session] : sessions_) {
+    if (session->identity().attempt < newest) session->Fence(newest);
+  }
+  groups_.FenceOlder(newest);
+}
+
+void Job::Abandon() {
+  orphaned_ = true;
+  Fence(Attempt{UINT32_MAX});
+  groups_.SettleFence(Attempt{UINT32_MAX}, std::nullopt);
+  groups_.ReleaseForRoom();
+}
+
+void Job::RememberCommitted(const Catalog& catalog) {
+  for (const CatalogEntry& entry : catalog.entries) {
+    if (entry.state == CatalogEntry::State::kCommitted) committed_.insert(entry.id);
+  }
+}
+
+// ---- Sessions ----
+
+Session* Job::FindSession(SessionId id) const {
+  const auto found = sessions_.find(id);
+  return found == sessions_.end() ? nullptr : found->second;
+}
+
+RankImages* Job::FindImages(ImageId id) const {
+  const Session* session = FindSession(id.session);
+  return session == nullptr ? nullptr : session->images_of(id);
+}
+
+void Job::RaiseCommitted(Session& session) const {
+  // The newest of this attempt.
+  auto newest = committed_.upper_bound({session.identity().attempt, Step{UINT64_MAX}});
+  if (newest == committed_.begin()) return;
+  --newest;
+  if (newest->attempt != session.identity().attempt) return;
+  session.reports().RaiseCommitted(newest->step, Survives::kProcess);
+  session.reports().RaiseCommitted(newest->step, Survives::kPower);
+}
+
+void Job::AddSession(Session& session) {
+  const SessionIdentity& identity = session.identity();
+  sessions_[identity.session] = &session;
+  attempts_.at(identity.attempt).sessions[identity.rank] = identity.session;
+  groups_.RankJoined(identity.attempt, identity.rank);
+  RaiseCommitted(session);
+  session.Start(groups_);
+}
+
+void Job::SessionEnded(SessionId id) {
+  const Session* session = FindSession(id);
+  if (session == nullptr || session->is_open()) return;
+  const SessionIdentity& identity = session->identity();
+  if (attempts_.at(identity.attempt).sessions.at(identity.rank) != id) return;  // replaced
+  groups_.RankEnded(identity.attempt, identity.rank,
+                    absl::StrFormat("rank %d %s", Value(identity.rank),
+                                    session->is_process_dead() ? "is dead" : "has closed"));
+}
+
+void Job::RemoveSession(SessionId id) {
+  groups_.SessionGone(id);
+  sessions_.erase(id);
+}
+
+absl::Status Job::CheckLayout(SessionId id, std::shared_ptr<const Registration> registration) {
+  const Session* session = FindSession(id);
+  CHECK(session != nullptr);
+  AttemptState& attempt = attempts_.at(session->identity().attempt);
+  size_t& round = attempt.registration_count[session->identity().rank];
+  if (round < attempt.layouts.size()) {
+    RETURN_IF_ERROR(CheckSameLayout(*attempt.layouts[round], *registration));
+  } else {
+    attempt.layouts.push_back(std::move(registration));
+  }
+  ++round;
+  return absl::OkStatus();
+}
+
+// ---- After a restart ----
+
+void Job::Recover(const std::vector<Session*>& sessions, std::function<void()> done) {
+  for (Session* session : sessions) {
+    const SessionIdentity& identity = session->identity();
+    sessions_[identity.session] = session;
+    AttemptState& attempt =
+        AddAttempt({identity.attempt, identity.attempt_key, identity.world_size});
+    // In the order of their ids: the newest of a rank stays.
+    SessionId& newest = attempt.sessions[identity.rank];
+    newest = std::max(newest, identity.session);
+    uuid_ = identity.job_uuid;
+  }
+  Enqueue([this, sessions, done = std::move(done)](Finish finish) {
+    TryRecover(sessions, [done, finish = std::move(finish)] {
+      finish();
+      done();
+    });
+  });
+}
+
+void Job::TryRecover(std::vector<Session*> sessions, std::function<void()> then) {
+  OnPool<absl::StatusOr<Loaded>>(
+      [store = &world_.store, file_system = &world_.file_system, root = options_.root,
+       job = options_.name]() -> absl::StatusOr<Loaded> {
+        Loaded loaded;
+        const StoreView view = ReadStore(*store, job);
+        RETURN_IF_ERROR(view.status);
+        loaded.uuid = view.uuid;
+        loaded.newest = view.newest;
+        ASSIGN_OR_RETURN(loaded.catalog, ReadCatalog(*file_system, root, job));
+        if (!loaded.newest.has_value()) return loaded;
+        absl::StatusOr<RestorePoint> point = store->GetRestorePoint(job, loaded.newest->attempt);
+        if (point.ok()) {
+          loaded.restore_point = *std::move(point);
+        } else if (point.status().code() != absl::StatusCode::kNotFound) {
+          return point.status();
+        }
+        return loaded;
+      },
+      [this, sessions = std::move(sessions),
+       then = std::move(then)](absl::StatusOr<Loaded> loaded) mutable {
+        if (loaded.ok()) {
+          StartRecovered(sessions, *loaded, std::move(then));
+          return;
+        }
+        Warn(absl::StrFormat("job %s is not recovered yet: %s", options_.name,
+                             loaded.status().message()));
+        world_.loop.RunAfter(kRecoverRetry,
+                             [this, alive = std::weak_ptr<bool>(alive_),
+                              sessions = std::move(sessions), then = std::move(then)] {
+                               if (!alive.expired()) TryRecover(sessions, then);
+                             });
+      });
+}
+
+void Job::StartRecovered(const std::vector<Session*>& sessions, const Loaded& loaded,
+                         std::function<void()> then) {
+  Attempt newest{UINT32_MAX};
+  if (loaded.uuid != uuid_) {
+    Warn(
+        absl::StrFormat("job %s: the root holds a job of uuid %s, the images in memory are of %s: "
+                        "they will not be published",
+                        options_.name, loaded.uuid, uuid_));
+    orphaned_ = true;
+  } else if (loaded.newest.has_value()) {
+    newest = loaded.newest->attempt;
+    RememberCommitted(loaded.catalog);
+    AddAttempt(*loaded.newest).restore_point = loaded.restore_point;
+  }
+  groups_.BeginRecovery();
+  for (Session* session : sessions) {
+    RaiseCommitted(*session);
+    session->Start(groups_);
+  }
+  // What the sessions report now comes before this.
+  world_.loop.Post([this, alive = std::weak_ptr<bool>(alive_), sessions, newest,
+                    point = loaded.restore_point, then = std::move(then)] {
+    if (alive.expired()) return;
+    groups_.EndRecovery({committed_.begin(), committed_.end()}, newest, point);
+    for (Session* session : sessions) {
+      if (session->identity().attempt < newest && !session->is_fenced()) session->Fence(newest);
+      SessionEnded(session->identity().session);
+    }
+    then();
+  });
+}
+
+std::vector<Job::AttemptView> Job::attempts() const {
+  std::vector<AttemptView> views;
+  for (const auto& [number, attempt] : attempts_) {
+    views.push_back({.record = attempt.record,
+                     .newest = number == attempts_.rbegin()->first,
+                     .restore_point = attempt.restore_point,
+                     .sessions = attempt.sessions});
+  }
+  return views;
+}
+
+}  // namespace holdfast

@@ -1,0 +1,205 @@
+// One job on this node: its attempts, who may join which, what each starts from, and fencing. What
+// becomes of the saves is decided by its SaveGroups; the Job carries it out.
+//
+// Everything that touches the store or the directory of the job runs in one serial queue: one
+// operation at a time, its blocking parts on the WorkPool. So in this agent a commit never races
+// with the decision of a restore point. Between agents the link of MANIFEST.json decides
+// (commit.h), by this order, which is Dekker's:
+//   the old attempt   makes a checkpoint directory, THEN looks whether a newer attempt has begun
+//   the new attempt   begins (in the store), THEN fences all unpublished directories that it finds
+// so at least one of the two sees the other.
+//
+// Deciding the restore point of attempt n, once (job_restore.cc):
+//   1. The catalog is read; the candidate is the newest of its branch, or a newer checkpoint that
+//      all ranks of an older attempt have sealed in this agent's memory.
+//   2. Every directory of an older attempt without a manifest is fenced, but the candidate's.
+//   3. The catalog is read again; another newest: from 1.
+//   4. The point is recorded in the store; what was recorded before wins.
+//   5. Images of older attempts that are not the point are void.
+#ifndef HOLDFAST_CHECKPOINT_JOB_H_
+#define HOLDFAST_CHECKPOINT_JOB_H_
+
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "base/ids.h"
+#include "checkpoint/catalog.h"
+#include "checkpoint/coordination_store.h"
+#include "checkpoint/engine.h"
+#include "checkpoint/group_index.h"
+#include "checkpoint/restore_source.h"
+#include "checkpoint/save_groups.h"
+#include "checkpoint/session.h"
+
+namespace holdfast {
+
+// Threads: the event loop's; callbacks run there, never inside the call that took them.
+// Lifetime: the world outlives it; sessions are the engine's and announce their end.
+class Job final : private SaveGroups::Host {
+ public:
+  struct Options {
+    std::string root;
+    std::string name;    // checked
+    std::string writer;  // as PublishOptions::writer
+    Caching caching = Caching::kDirect;
+  };
+  Job(Options options, const EngineWorld& world);
+  ~Job() override;
+  Job(const Job&) = delete;
+  Job& operator=(const Job&) = delete;
+
+  struct Applicant {
+    Rank rank{};
+    uint32_t world_size = 0;
+    std::string attempt_key;
+    Attempt resume_attempt{};  // 0: a new open
+  };
+  struct Admission {
+    Attempt attempt{};
+    std::string job_uuid;
+  };
+  // Joins the newest attempt or begins the next one (then the older ones are fenced when `done`
+  // runs). It begins one unless the newest has this key and world size, has an open rank, and was
+  // never joined by this rank. A resume joins the attempt that it names if that is still the
+  // newest. Errors: kFailedPrecondition (fenced), kInvalidArgument (world size), the store's and
+  // the file system's.
+  void Admit(Applicant applicant, std::function<void(absl::StatusOr<Admission>)> done);
+
+  // In `done` of Admit: the rank's session. Starts it.
+  void AddSession(Session& session);
+  // Sessions that a former worker left, once, before anything else; `done` when they are started
+  // and what they hold is known. Storage that cannot be read is tried again until it can.
+  void Recover(const std::vector<Session*>& sessions, std::function<void()> done);
+  // Closed or dead: it saves nothing more. Call it in a later turn of the loop than the session's
+  // own Close or ProcessDied, which may report captures that began before.
+  void SessionEnded(SessionId session);
+  // It is about to be destroyed.
+  void RemoveSession(SessionId session);
+
+  // OK if the ranks of the session's attempt that have registered as often agree with this
+  // document; else kInvalidArgument with both ranks and the first difference.
+  absl::Status CheckLayout(SessionId session, std::shared_ptr<const Registration> registration);
+
+  // The attempt's restore point, deciding it if it is not yet. Errors: kDataLoss (the newest
+  // checkpoint is damaged, or the branch cannot be told), kFailedPrecondition (all are marked bad;
+  // fenced), the store's.
+  void DecideRestorePoint(Attempt attempt, std::function<void(absl::StatusOr<RestorePoint>)> done);
+  // kDataLoss: it is neither in memory nor on storage any more, or not readable.
+  void OpenSource(CheckpointId id,
+                  std::function<void(absl::StatusOr<std::shared_ptr<RestoreSource>>)> done);
+
+  SaveGroups& groups() { return groups_; }
+  const SaveGroups& groups() const { return groups_; }
+  const std::string& name() const { return options_.name; }
+  const std::string& uuid() const { return uuid_; }  // empty before the first admission
+
+  // For StatusJson.
+  struct AttemptView {
+    AttemptRecord record;
+    bool newest = false;
+    std::optional<RestorePoint> restore_point;
+    std::map<Rank, SessionId> sessions;
+  };
+  std::vector<AttemptView> attempts() const;
+  const std::set<CheckpointId>& committed() const { return committed_; }
+  const std::deque<std::string>& warnings() const { return warnings_; }
+
+ private:
+  struct AttemptState {
+    AttemptRecord record;
+    std::map<Rank, SessionId> sessions;  // the newest of each rank that ever joined
+    std::optional<RestorePoint> restore_point;
+    // The first registration of each round, and how many rounds each rank has done.
+    std::vector<std::shared_ptr<const Registration>> layouts;
+    std::map<Rank, size_t> registration_count;
+  };
+  struct Loaded;  // what the store and the root know
+
+  // ---- The serial queue ----
+  using Finish = std::function<void()>;
+  void Enqueue(std::function<void(Finish finish)> operation);
+  void StartNext();
+  // Runs `work` on the pool, then `then` with its result on the loop, if this still lives.
+  template <typename T>
+  void OnPool(std::function<T()> work, std::function<void(T)> then);
+  void Warn(std::string text);
+
+  // ---- Admission (job.cc) ----
+  void TryAdmit(Applicant applicant, int tries_left,
+                std::function<void(absl::StatusOr<Admission>)> then);
+  absl::StatusOr<bool> MayJoin(const std::optional<AttemptRecord>& newest,
+                               const Applicant& applicant) const;
+  bool HasOpenRank(const AttemptState& attempt) const;
+  void BeginNext(const std::optional<AttemptRecord>& newest, Applicant applicant, int tries_left,
+                 std::function<void(absl::StatusOr<Admission>)> then);
+  void Fence(Attempt newest);
+  void Abandon();
+  AttemptState& AddAttempt(const AttemptRecord& record);
+  void TryRecover(std::vector<Session*> sessions, std::function<void()> then);
+  void StartRecovered(const std::vector<Session*>& sessions, const Loaded& loaded,
+                      std::function<void()> then);
+  Session* FindSession(SessionId id) const;
+  RankImages* FindImages(ImageId id) const;
+  void RaiseCommitted(Session& session) const;
+  void RememberCommitted(const Catalog& catalog);
+
+  // ---- Restore points (job_restore.cc) ----
+  void RunDecision(Attempt attempt, bool from_nothing,
+                   std::function<void(absl::StatusOr<RestorePoint>)> then);
+  void Propose(Attempt attempt, bool from_nothing, int tries_left,
+               std::function<void(absl::StatusOr<RestorePoint>)> then);
+  absl::StatusOr<RestorePoint> Choose(const Catalog& catalog, Attempt attempt) const;
+  void FenceAndRecord(Attempt attempt, bool from_nothing, int tries_left, const Catalog& catalog,
+                      const RestorePoint& candidate,
+                      std::function<void(absl::StatusOr<RestorePoint>)> then);
+  void SetRestorePoint(Attempt attempt, const RestorePoint& point);
+  std::vector<GroupPart> PartsOf(const SaveGroup& group) const;
+  std::vector<std::optional<MemoryImage>> MemoryOf(const SaveGroup& group) const;
+  void MakeSource(CheckpointId id, bool in_memory, absl::StatusOr<Index> index,
+                  std::string directory,
+                  std::function<void(absl::StatusOr<std::shared_ptr<RestoreSource>>)> done);
+
+  // ---- SaveGroups::Host (job_commit.cc) ----
+  void StartFlush(ImageId image, const std::string& path) override;
+  void Void(ImageId image, const absl::Status& why) override;
+  void Release(ImageId image) override;
+  void MakeDirectory(CheckpointId id) override;
+  void Commit(CheckpointId id) override;
+  absl::Status CheckMembers(const SaveGroup& group) override;
+  void ReportSealed(CheckpointId id) override;
+  void ReportCommitted(CheckpointId id) override;
+  void ReportFailed(CheckpointId id, const absl::Status& why) override;
+  bool NeedsRoom() override;
+  void ForEachSession(Attempt attempt, const std::function<void(Session&)>& action) const;
+  void RunCommit(CheckpointId id, Finish finish);
+  absl::Status CheckMayCommit(CheckpointId id) const;
+
+  const Options options_;
+  const EngineWorld world_;
+  const std::string directory_;  // <root>/<name>
+  std::string uuid_;
+  bool orphaned_ = false;  // the directory is another job's now
+  std::map<SessionId, Session*> sessions_;
+  std::map<Attempt, AttemptState> attempts_;
+  std::set<CheckpointId> committed_;  // on storage, as far as known here
+  // Registrations whose pieces were proven to cover their layout: those of the last commit.
+  std::vector<std::shared_ptr<const Registration>> covered_;
+  std::deque<std::string> warnings_;
+  std::deque<std::function<void(Finish)>> queue_;
+  bool running_ = false;
+  SaveGroups groups_;
+  std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
+};
+
+}  // namespace holdfast
+
+#endif  // HOLDFAST_CHECKPOINT_JOB_H_

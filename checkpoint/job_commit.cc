@@ -1,0 +1,220 @@
+// What SaveGroups asks of its Job: flushes, directories, commits, reports.
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "base/check.h"
+#include "base/kill_point.h"
+#include "base/status_macros.h"
+#include "checkpoint/commit.h"
+#include "checkpoint/describe.h"
+#include "checkpoint/job_impl.h"
+#include "checkpoint/publish.h"
+
+namespace holdfast {
+namespace {
+
+// More than any chain of attempts that each committed nothing.
+constexpr int kAncestorsMax = 1'000'000;
+
+// The checkpoint before `id` on its branch that is committed on storage: of its own attempt, or
+// what that attempt started from, or, if that was only ever in memory, what comes before it in
+// turn.
+absl::StatusOr<std::optional<CheckpointId>> FindParent(CoordinationStore& store,
+                                                       const std::string& job,
+                                                       const std::set<CheckpointId>& committed,
+                                                       CheckpointId id) {
+  for (int i = 0; i < kAncestorsMax; ++i) {
+    auto before = committed.lower_bound(id);
+    if (before != committed.begin() && (--before)->attempt == id.attempt) {
+      return std::optional<CheckpointId>(*before);
+    }
+    const absl::StatusOr<RestorePoint> point = store.GetRestorePoint(job, id.attempt);
+    if (point.status().code() == absl::StatusCode::kNotFound) return std::optional<CheckpointId>();
+    RETURN_IF_ERROR(point.status());
+    if (!point->checkpoint.has_value()) return std::optional<CheckpointId>();
+    if (committed.contains(*point->checkpoint)) return point->checkpoint;
+    if (point->checkpoint->attempt >= id.attempt) {
+      return absl::DataLossError(absl::StrFormat("attempt %d of job %s has started from %s",
+                                                 Value(id.attempt), job,
+                                                 Describe(*point->checkpoint)));
+    }
+    id = *point->checkpoint;
+  }
+  return absl::DataLossError(
+      absl::StrFormat("job %s: the chain of restore points has no end", job));
+}
+
+}  // namespace
+
+void Job::StartFlush(ImageId image, const std::string& path) {
+  if (RankImages* images = FindImages(image)) images->StartFlush(image, path);
+}
+
+void Job::Void(ImageId image, const absl::Status& why) {
+  if (RankImages* images = FindImages(image)) images->Void(image, why);
+}
+
+void Job::Release(ImageId image) {
+  if (RankImages* images = FindImages(image)) images->Release(image);
+}
+
+void Job::MakeDirectory(CheckpointId id) {
+  struct Made {
+    absl::Status status;
+    Attempt newest{};
+  };
+  Enqueue([this, id](Finish finish) {
+    OnPool<Made>(
+        [file_system = &world_.file_system, store = &world_.store, job = options_.name,
+         directory = directory_, id] {
+          Made made;
+          made.status = EnsureDirectory(*file_system, directory, CheckpointDirectoryName(id));
+          if (!made.status.ok()) return made;
+          // After the directory is there: see the order in job.h.
+          const absl::StatusOr<AttemptRecord> newest = store->NewestAttempt(job);
+          made.status = newest.status();
+          if (newest.ok()) made.newest = newest->attempt;
+          return made;
+        },
+        [this, id, finish = std::move(finish)](Made made) {
+          if (made.status.ok() && made.newest > attempts_.rbegin()->first) {
+            made.status = absl::FailedPreconditionError(absl::StrFormat(
+                "%s is fenced: attempt %d has begun elsewhere", Describe(id), Value(made.newest)));
+          }
+          if (made.status.ok()) KillPoint("commit.directory_created");
+          groups_.DirectoryMade(id, made.status);
+          finish();
+        });
+  });
+}
+
+absl::Status Job::CheckMembers(const SaveGroup& group) {
+  std::shared_ptr<const Registration> first;
+  for (const auto& [rank, member] : group.members) {
+    const Session* session = FindSession(member.image.session);
+    const std::shared_ptr<const Registration> registration =
+        session == nullptr ? nullptr : session->registration_of(member.image);
+    if (registration == nullptr) {
+      return absl::InternalError(
+          absl::StrFormat("%s: rank %d has no registration", Describe(group.id), Value(rank)));
+    }
+    if (first == nullptr) first = registration;
+    RETURN_IF_ERROR(CheckSameLayout(*first, *registration));
+  }
+  return absl::OkStatus();
+}
+
+// ---- Commit ----
+
+absl::Status Job::CheckMayCommit(CheckpointId id) const {
+  if (orphaned_) return absl::FailedPreconditionError("the directory is another job's now");
+  const auto& [newest, attempt] = *attempts_.rbegin();
+  // Until the newest attempt has decided where it starts, what the older ones have sealed may
+  // still become that.
+  if (id.attempt == newest || !attempt.restore_point.has_value() ||
+      attempt.restore_point->checkpoint == id) {
+    return absl::OkStatus();
+  }
+  return absl::FailedPreconditionError(
+      absl::StrFormat("attempt %d has begun from another checkpoint", Value(newest)));
+}
+
+void Job::Commit(CheckpointId id) {
+  Enqueue([this, id](Finish finish) {
+    if (absl::Status may = CheckMayCommit(id); !may.ok()) {
+      groups_.CommitEnded(id, may);
+      finish();
+      return;
+    }
+    const auto& [newest, attempt] = *attempts_.rbegin();
+    if (id.attempt != newest || attempt.restore_point.has_value()) {
+      RunCommit(id, std::move(finish));
+      return;
+    }
+    // Its ranks have saved without ever having asked for a checkpoint: it began from nothing.
+    RunDecision(newest, /*from_nothing=*/true,
+                [this, id, finish = std::move(finish)](absl::StatusOr<RestorePoint> point) {
+                  if (point.ok()) {
+                    RunCommit(id, finish);
+                    return;
+                  }
+                  groups_.CommitEnded(id, point.status());
+                  finish();
+                });
+  });
+}
+
+void Job::RunCommit(CheckpointId id, Finish finish) {
+  const std::vector<GroupPart> parts = PartsOf(*groups_.Find(id));
+  std::vector<std::shared_ptr<const Registration>> registrations;
+  for (const GroupPart& part : parts) registrations.push_back(part.registration);
+  const bool is_covered = registrations == covered_;
+  CommitRequest request;
+  request.job_directory = directory_;
+  request.writer = options_.writer;
+  request.created_at = absl::FromUnixSeconds(absl::ToUnixSeconds(world_.clock.WallTime()));
+  OnPool<absl::Status>(
+      [file_system = &world_.file_system, store = &world_.store, job = options_.name,
+       committed = committed_, id, parts, is_covered, request]() mutable -> absl::Status {
+        ASSIGN_OR_RETURN(request.parent, FindParent(*store, job, committed, id));
+        ASSIGN_OR_RETURN(const Index index, BuildIndex(id, parts));
+        if (!is_covered) RETURN_IF_ERROR(CheckIndexCover(index));
+        return CommitCheckpoint(*file_system, request, index);
+      },
+      [this, id, registrations = std::move(registrations),
+       finish = std::move(finish)](absl::Status status) {
+        if (status.ok()) {
+          covered_ = registrations;
+          committed_.insert(id);
+        }
+        groups_.CommitEnded(id, status);
+        finish();
+      });
+}
+
+// ---- Reports ----
+
+void Job::ForEachSession(Attempt attempt, const std::function<void(Session&)>& action) const {
+  for (const auto& [rank, id] : attempts_.at(attempt).sessions) {
+    Session* session = FindSession(id);
+    if (session != nullptr) action(*session);
+  }
+}
+
+void Job::ReportSealed(CheckpointId id) {
+  ForEachSession(id.attempt, [&](Session& session) {
+    session.reports().SetCommitted(id.step, Survives::kProcess, world_.clock.Elapsed());
+  });
+}
+
+void Job::ReportCommitted(CheckpointId id) {
+  ForEachSession(id.attempt, [&](Session& session) {
+    session.reports().SetCommitted(id.step, Survives::kProcess, world_.clock.Elapsed());
+    session.reports().SetCommitted(id.step, Survives::kPower, world_.clock.Elapsed());
+  });
+}
+
+void Job::ReportFailed(CheckpointId id, const absl::Status& why) {
+  Warn(std::string(why.message()));
+  ForEachSession(id.attempt, [&](Session& session) { session.reports().SetFailed(id.step, why); });
+}
+
+bool Job::NeedsRoom() {
+  if (attempts_.empty()) return false;
+  bool needs_room = false;
+  ForEachSession(attempts_.rbegin()->first, [&](Session& session) {
+    const RankImages* images = session.current_images();
+    if (!session.is_open() || images == nullptr || !images->IsStarved()) return;
+    for (const RankImages::Counters& image : images->counters()) {
+      if (image.state == "granted" || image.state == "capturing") return;
+    }
+    // Blocks that are lent to a restore come back.
+    const RankMemory* memory = session.memory(session.current_registration_id());
+    if (memory->pool().count(BlockState::kStaging) == 0) needs_room = true;
+  });
+  return needs_room;
+}
+
+}  // namespace holdfast
