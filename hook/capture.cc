@@ -16,8 +16,8 @@ using abi::CaptureOp;
 using abi::ImageSlot;
 using abi::SlotState;
 
-constexpr uint64_t ClaimWord(uint32_t generation, uint64_t next) {
-  return uint64_t{generation} << 32 | next;
+constexpr uint64_t ClaimWord(uint32_t generation, uint32_t left) {
+  return uint64_t{generation} << 32 | left;
 }
 
 }  // namespace
@@ -36,13 +36,10 @@ Result<std::unique_ptr<Capture>> Capture::Start(uint32_t thread_count, SourceRea
 }
 
 Capture::~Capture() {
-  if (running_ && (Cancel() || running_job_.seal_by == SealBy::kTrainer)) {
+  if (running_ && (Cancel() || seal_by_ == SealBy::kTrainer)) {
     Void(Error(HF_ABORTED, "the job was closed during the capture"));
   }
-  {
-    MutexLock lock(mutex_);
-    stopping_ = true;
-  }
+  stopping_.store(true);
   work_.fetch_add(1);
   FutexWakeAll(work_, FutexScope::kPrivate);
   for (const std::unique_ptr<Thread>& thread : threads_) thread->Join();
@@ -52,37 +49,34 @@ Capture::~Capture() {
 
 void Capture::Begin(std::shared_ptr<Registration> registration, uint32_t slot_index,
                     SealBy seal_by) {
-  const Registration& plan = *registration;
-  ImageSlot& slot = plan.slot(slot_index);
   running_ = true;
-  running_job_.registration = std::move(registration);
-  running_job_.slot = slot_index;
-  running_job_.seal_by = seal_by;
-  running_job_.generation += 1;
-
+  registration_ = std::move(registration);
+  slot_ = slot_index;
+  generation_ += 1;
+  seal_by_ = seal_by;
+  const Registration& plan = *registration_;
+  const uint32_t copied_count = static_cast<uint32_t>(plan.copied_blocks().size());
   for (uint32_t group = 0; group < kGroupCount; ++group) {
     group_blocks_left_[group].store(plan.blocks_of_group(group), std::memory_order_relaxed);
   }
   for (const uint32_t block : plan.other_blocks()) {
-    plan.block_done(slot_index, block).store(1, std::memory_order_relaxed);
+    plan.block_done(slot_, block).store(1, std::memory_order_relaxed);
   }
-  blocks_left_.store(static_cast<uint32_t>(plan.copied_blocks().size()), std::memory_order_relaxed);
+  blocks_left_.store(copied_count, std::memory_order_relaxed);
   blocks_done_.store(plan.other_blocks().size(), std::memory_order_relaxed);
   bytes_since_ring_.store(0, std::memory_order_relaxed);
+  cancelled_.store(false, std::memory_order_relaxed);
+  ImageSlot& slot = plan.slot(slot_);
   slot.captured_ns.store(0, std::memory_order_relaxed);
   slot.blocks_done.store(plan.other_blocks().size(), std::memory_order_relaxed);
   // Pairs with the agent's acquire: all of the slot's fields, blobs and block_done are there.
   slot.state.store(SlotState::kCapturing, std::memory_order_release);
-  {
-    MutexLock lock(mutex_);
-    job_ = running_job_;
-    cancelled_.store(false);
-    claim_.store(ClaimWord(running_job_.generation, 0), std::memory_order_release);
-  }
-  if (plan.copied_blocks().empty()) {
-    FinishImage(running_job_);
+  if (copied_count == 0) {
+    FinishImage();
     return;
   }
+  // Pairs with Claim's acquire: all of the capture's members are there.
+  claim_.store(ClaimWord(generation_, copied_count), std::memory_order_release);
   work_.fetch_add(1);
   FutexWakeAll(work_, FutexScope::kPrivate);
   RingEventFd(doorbell_fd_);
@@ -102,11 +96,10 @@ bool Capture::WaitDone(uint64_t groups, bool all_blocks, Deadline deadline) {
 }
 
 bool Capture::Cancel() {
-  {
-    // Under the mutex, because Join looks at it there: no thread joins after this.
-    MutexLock lock(mutex_);
-    cancelled_.store(true);
-  }
+  cancelled_.store(true);
+  claim_.store(ClaimWord(generation_, 0));
+  // Sequentially consistent with Run: a thread that counted itself before this look is waited for;
+  // one that does so after it finds nothing left to claim.
   for (;;) {
     const uint32_t progress = progress_.load();
     if (participants_.load() == 0) break;
@@ -117,15 +110,15 @@ bool Capture::Cancel() {
 
 void Capture::Seal() {
   running_ = false;
-  if (running_job_.seal_by == SealBy::kCopier) return;
-  ImageSlot& slot = running_job_.registration->slot(running_job_.slot);
+  if (seal_by_ == SealBy::kCopier) return;
+  ImageSlot& slot = registration_->slot(slot_);
   slot.state.store(SlotState::kCaptured, std::memory_order_release);
   RingEventFd(doorbell_fd_);
 }
 
 void Capture::Void(const Error& reason) {
   running_ = false;
-  ImageSlot& slot = running_job_.registration->slot(running_job_.slot);
+  ImageSlot& slot = registration_->slot(slot_);
   slot.void_code.store(reason.code(), std::memory_order_relaxed);
   const size_t kept =
       Utf8PrefixBytes(reason.text(), std::strlen(reason.text()), sizeof(slot.void_text) - 1);
@@ -137,7 +130,7 @@ void Capture::Void(const Error& reason) {
 
 void Capture::Populate(std::shared_ptr<Registration> registration) {
   {
-    MutexLock lock(mutex_);
+    MutexLock lock(populate_mutex_);
     if (populated_id_ != registration->id() || populated_.empty()) {
       populated_id_ = registration->id();
       populated_.assign(registration->memory().bytes() / registration->block_bytes(), false);
@@ -150,12 +143,10 @@ void Capture::Populate(std::shared_ptr<Registration> registration) {
 }
 
 void Capture::Release() {
-  MutexLock lock(mutex_);
+  MutexLock lock(populate_mutex_);
   to_populate_.reset();
   populated_.clear();
-  if (running_) return;
-  job_.registration.reset();
-  running_job_.registration.reset();
+  if (!running_) registration_.reset();
 }
 
 // ---- The copier threads
@@ -163,32 +154,15 @@ void Capture::Release() {
 void Capture::Main(void* self) { static_cast<Capture*>(self)->Run(); }
 
 void Capture::Run() {
-  uint32_t seen_generation = 0;
   for (;;) {
     const uint32_t work = work_.load();
-    {
-      MutexLock lock(mutex_);
-      if (stopping_) return;
-    }
-    Job job;
-    if (Join(&seen_generation, &job)) {
-      uint32_t block = 0;
-      while (Claim(job, &block) && CopyBlock(job, block)) FinishBlock(job, block);
-      Leave();
-    } else if (!PopulateSome()) {
-      FutexWait(work_, work, Deadline::Never(), FutexScope::kPrivate);
-    }
+    if (stopping_.load()) return;
+    participants_.fetch_add(1);
+    uint32_t block = 0;
+    while (Claim(&block) && CopyBlock(block)) FinishBlock(block);
+    Leave();
+    if (!PopulateSome()) FutexWait(work_, work, Deadline::Never(), FutexScope::kPrivate);
   }
-}
-
-bool Capture::Join(uint32_t* seen_generation, Job* job) {
-  MutexLock lock(mutex_);
-  if (job_.generation == *seen_generation) return false;
-  *seen_generation = job_.generation;
-  if (cancelled_.load()) return false;
-  participants_.fetch_add(1);
-  *job = job_;
-  return true;
 }
 
 void Capture::Leave() {
@@ -197,27 +171,22 @@ void Capture::Leave() {
   if (cancelled_.load()) NotifyProgress();
 }
 
-bool Capture::Claim(const Job& job, uint32_t* block) {
-  uint64_t claim = claim_.load(std::memory_order_acquire);
-  for (;;) {
-    const uint64_t next = claim & UINT32_MAX;
-    if (claim >> 32 != job.generation || next >= job.registration->copied_blocks().size() ||
-        cancelled_.load()) {
-      return false;
-    }
-    if (claim_.compare_exchange_weak(claim, claim + 1)) {
-      *block = job.registration->copied_blocks()[next];
-      return true;
-    }
-  }
+bool Capture::Claim(uint32_t* block) {
+  uint64_t claim = claim_.load();
+  do {
+    if ((claim & UINT32_MAX) == 0) return false;
+  } while (!claim_.compare_exchange_weak(claim, claim - 1));
+  const std::span<const uint32_t> blocks = registration_->copied_blocks();
+  *block = blocks[blocks.size() - (claim & UINT32_MAX)];
+  return true;
 }
 
 // Copies what the operations put into the block. False if cancelled in between.
-bool Capture::CopyBlock(const Job& job, uint32_t block) {
-  const Registration& plan = *job.registration;
+bool Capture::CopyBlock(uint32_t block) {
+  const Registration& plan = *registration_;
   const uint64_t block_begin = block * plan.block_bytes();
   const uint64_t block_end = block_begin + plan.block_bytes();
-  std::byte* const data = plan.BlockData(job.slot, block);
+  std::byte* const data = plan.BlockData(slot_, block);
   if (data == nullptr) return false;
   for (size_t i = plan.first_op(block); i < plan.ops().size(); ++i) {
     const CaptureOp& op = plan.ops()[i];
@@ -238,11 +207,11 @@ bool Capture::CopyBlock(const Job& job, uint32_t block) {
   return true;
 }
 
-void Capture::FinishBlock(const Job& job, uint32_t block) {
-  const Registration& plan = *job.registration;
+void Capture::FinishBlock(uint32_t block) {
+  const Registration& plan = *registration_;
   // Pairs with the agent's acquire: the block's bytes are there.
-  plan.block_done(job.slot, block).store(1, std::memory_order_release);
-  plan.slot(job.slot).blocks_done.fetch_add(1, std::memory_order_relaxed);
+  plan.block_done(slot_, block).store(1, std::memory_order_release);
+  plan.slot(slot_).blocks_done.fetch_add(1, std::memory_order_relaxed);
   blocks_done_.fetch_add(1, std::memory_order_relaxed);
   bool group_done = false;
   for (uint64_t rest = plan.groups_of_block(block); rest != 0; rest &= rest - 1) {
@@ -250,7 +219,7 @@ void Capture::FinishBlock(const Job& job, uint32_t block) {
   }
   const uint64_t since = bytes_since_ring_.fetch_add(plan.block_bytes()) + plan.block_bytes();
   if (blocks_left_.fetch_sub(1) == 1) {
-    FinishImage(job);
+    FinishImage();
     return;
   }
   if (group_done) NotifyProgress();
@@ -260,14 +229,14 @@ void Capture::FinishBlock(const Job& job, uint32_t block) {
   }
 }
 
-void Capture::FinishImage(const Job& job) {
-  ImageSlot& slot = job.registration->slot(job.slot);
+void Capture::FinishImage() {
+  ImageSlot& slot = registration_->slot(slot_);
   slot.captured_ns.store(MonotonicNs(), std::memory_order_release);
-  if (job.seal_by == SealBy::kCopier) {
+  if (seal_by_ == SealBy::kCopier) {
     // Pairs with the agent's acquire: it may read the whole image.
     slot.state.store(SlotState::kCaptured, std::memory_order_release);
   }
-  finished_.store(job.generation, std::memory_order_release);
+  finished_.store(generation_, std::memory_order_release);
   NotifyProgress();
   RingEventFd(doorbell_fd_);
 }
@@ -304,7 +273,7 @@ bool Capture::PopulateSome() {
   std::byte* data = nullptr;
   uint64_t bytes = 0;
   {
-    MutexLock lock(mutex_);
+    MutexLock lock(populate_mutex_);
     if (to_populate_ == nullptr || populating_) return false;
     if (!NextToPopulate(&data, &bytes)) {
       to_populate_.reset();
@@ -319,7 +288,7 @@ bool Capture::PopulateSome() {
     madvise(data + at, std::min(kPopulateBytes, bytes - at), MADV_POPULATE_WRITE);
   }
 #endif
-  MutexLock lock(mutex_);
+  MutexLock lock(populate_mutex_);
   populating_ = false;
   return true;
 }

@@ -6,10 +6,13 @@
 // is decided by the trainer's thread (Seal, or Cancel and Void), which may still compare with the
 // source; without comparison the last copier seals.
 //
-// Invariant: a copier touches buffers and image only while it holds a claim of the running capture.
-// A claim is a compare-and-swap of (generation, next block), so a thread that overslept a capture
-// cannot claim blocks of the next one with what it knew of the last. Cancel lets no new claim
-// happen and waits for those held; after it nothing of the trainer's is read any more.
+// Invariant: a copier touches buffers, image and what belongs to the capture only while it holds a
+// claim. A claim is a compare-and-swap of the word (generation, blocks left to claim); what it
+// claims is in the members that Begin wrote before it stored the word, and they stay until every
+// claim is finished. A thread that overslept a capture finds nothing left, or another generation.
+// Cancel leaves nothing to claim and waits for the claims held; after it nothing of the trainer's
+// is read any more. No lock is shared between Begin and the copiers: hf_save makes two system
+// calls.
 #ifndef HOLDFAST_HOOK_CAPTURE_H_
 #define HOLDFAST_HOOK_CAPTURE_H_
 
@@ -54,8 +57,7 @@ class Capture {
   // slot's state to kCapturing and wakes the threads and the agent: two system calls, no
   // allocation. The slot's step, save_ns and blob_bytes have been set, and blobs written. Only if
   // !running().
-  void Begin(std::shared_ptr<Registration> registration, uint32_t slot, SealBy seal_by)
-      HOOK_EXCLUDES(mutex_);
+  void Begin(std::shared_ptr<Registration> registration, uint32_t slot, SealBy seal_by);
 
   // True from Begin until the image is sealed or void.
   bool running() const { return running_; }
@@ -68,7 +70,7 @@ class Capture {
 
   // Stops copying. When it returns no thread reads buffers any more; that takes as long as copying
   // kCopyPieceBytes. True if the image is incomplete; false if the last block was done before.
-  bool Cancel() HOOK_EXCLUDES(mutex_);
+  bool Cancel();
 
   // After WaitDone(..., all blocks): the image is kCaptured.
   void Seal();
@@ -77,34 +79,23 @@ class Capture {
   void Void(const Error& reason);
 
   // Maps the pages of the registration's granted blocks ahead, in the background.
-  void Populate(std::shared_ptr<Registration> registration) HOOK_EXCLUDES(mutex_);
+  void Populate(std::shared_ptr<Registration> registration) HOOK_EXCLUDES(populate_mutex_);
   // Lets go of registrations that are not being captured.
-  void Release() HOOK_EXCLUDES(mutex_);
+  void Release() HOOK_EXCLUDES(populate_mutex_);
 
  private:
-  // What a copier needs to know of one capture.
-  struct Job {
-    std::shared_ptr<Registration> registration;
-    uint32_t slot = 0;
-    uint32_t generation = 0;
-    SealBy seal_by = SealBy::kCopier;
-  };
-
   Capture(SourceReader* reader, int doorbell_fd) : reader_(reader), doorbell_fd_(doorbell_fd) {}
   static void Main(void* self);
   void Run();
-  bool Join(uint32_t* seen_generation, Job* job) HOOK_EXCLUDES(mutex_);
+  bool Claim(uint32_t* block);
+  bool CopyBlock(uint32_t block);
+  void FinishBlock(uint32_t block);
+  void FinishImage();
   void Leave();
-  bool Claim(const Job& job, uint32_t* block);
-  bool CopyBlock(const Job& job, uint32_t block);
-  void FinishBlock(const Job& job, uint32_t block);
-  void FinishImage(const Job& job);
   void NotifyProgress();
-  bool finished() const {
-    return finished_.load(std::memory_order_acquire) == running_job_.generation;
-  }
-  bool NextToPopulate(std::byte** data, uint64_t* bytes) HOOK_REQUIRES(mutex_);
-  bool PopulateSome() HOOK_EXCLUDES(mutex_);
+  bool finished() const { return finished_.load(std::memory_order_acquire) == generation_; }
+  bool NextToPopulate(std::byte** data, uint64_t* bytes) HOOK_REQUIRES(populate_mutex_);
+  bool PopulateSome() HOOK_EXCLUDES(populate_mutex_);
 
   SourceReader* const reader_;
   const int doorbell_fd_;
@@ -112,20 +103,15 @@ class Capture {
 
   // The trainer's thread only.
   bool running_ = false;
-  Job running_job_;
 
-  Mutex mutex_;
-  Job job_ HOOK_GUARDED_BY(mutex_);
-  bool stopping_ HOOK_GUARDED_BY(mutex_) = false;
-  std::shared_ptr<Registration> to_populate_ HOOK_GUARDED_BY(mutex_);
-  std::vector<bool> populated_ HOOK_GUARDED_BY(mutex_);   // per block of the rank memory
-  uint64_t populated_id_ HOOK_GUARDED_BY(mutex_) = 0;     // of the registration
-  uint64_t populate_cursor_ HOOK_GUARDED_BY(mutex_) = 0;  // slot * block_count + block
-  bool populating_ HOOK_GUARDED_BY(mutex_) = false;
+  // The capture: written by the trainer's thread while nothing can be claimed, read by it and by
+  // who holds a claim.
+  std::shared_ptr<Registration> registration_;
+  uint32_t slot_ = 0;
+  uint32_t generation_ = 0;
+  SealBy seal_by_ = SealBy::kCopier;
 
-  // Futex word: changes when there is work, or when the threads shall stop.
-  std::atomic<uint32_t> work_{0};
-  // Generation in the upper half, index of the next of copied_blocks() in the lower.
+  // Generation in the upper half, copied_blocks() left to claim in the lower.
   std::atomic<uint64_t> claim_{0};
   std::atomic<bool> cancelled_{false};
   // Threads that may hold a claim.
@@ -136,8 +122,19 @@ class Capture {
   std::atomic<uint32_t> group_blocks_left_[kGroupCount] = {};
   std::atomic<uint64_t> blocks_done_{0};
   std::atomic<uint64_t> bytes_since_ring_{0};
+  // Futex word: changes when there is work, or when the threads shall stop.
+  std::atomic<uint32_t> work_{0};
+  std::atomic<bool> stopping_{false};
   // Futex word: changes when a group or the image is complete, and when a thread has left.
   std::atomic<uint32_t> progress_{0};
+
+  Mutex populate_mutex_;
+  std::shared_ptr<Registration> to_populate_ HOOK_GUARDED_BY(populate_mutex_);
+  // Per block of the rank memory of the registration `populated_id_`.
+  std::vector<bool> populated_ HOOK_GUARDED_BY(populate_mutex_);
+  uint64_t populated_id_ HOOK_GUARDED_BY(populate_mutex_) = 0;
+  uint64_t populate_cursor_ HOOK_GUARDED_BY(populate_mutex_) = 0;  // slot * block_count + block
+  bool populating_ HOOK_GUARDED_BY(populate_mutex_) = false;
 };
 
 }  // namespace holdfast::hook

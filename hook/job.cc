@@ -111,12 +111,13 @@ Error Job::Register(const char* layout_json, std::span<const hf_buffer> buffers,
   Result<std::shared_ptr<const Document>> document = Document::Make(layout_json, buffers, blobs);
   if (!document.ok()) return document.error();
   captured_registration_.reset();
+  snapshot_ = Link::Snapshot();
   capture_->Release();
   if (Error error = link_->Register(std::move(document.value()), deadline); !error.ok()) {
     return error;
   }
-  Result<std::shared_ptr<Registration>> registration = link_->registration();
-  if (registration.ok()) capture_->Populate(std::move(registration.value()));
+  // Here, so that hf_save need not.
+  if (Fresh().registration != nullptr) capture_->Populate(snapshot_.registration);
   return Error();
 }
 
@@ -129,7 +130,12 @@ bool Job::Due(uint64_t step) const {
 
 // ---- Save
 
-Error Job::CheckMaySave(uint64_t step) const {
+const Link::Snapshot& Job::Fresh() {
+  if (snapshot_.version != link_->version()) snapshot_ = link_->snapshot();
+  return snapshot_;
+}
+
+Error Job::CheckMaySave(uint64_t step) {
   if (capture_->running()) {
     return Error(HF_FAILED_PRECONDITION,
                  "save of step %llu: the last capture has not been waited for (hf_wait_captured)",
@@ -138,14 +144,17 @@ Error Job::CheckMaySave(uint64_t step) const {
   if (step == abi::kNoStep) {
     return Error(HF_INVALID_ARGUMENT, "save: UINT64_MAX is not a step");
   }
-  if (Error error = link_->Reachable(); !error.ok()) return error;
+  if (!Fresh().ready) {
+    if (Error error = link_->Reachable(); !error.ok()) return error;
+  }
+  if (snapshot_.registration == nullptr) return snapshot_.registration_error;
   const abi::RankPage& page = link_->page();
   const uint32_t fenced_by = page.fenced_by.load(std::memory_order_acquire);
   if (fenced_by != 0) return Fenced(fenced_by);
   const std::optional<AgentReport> report = FindReport(page, step);
   const SaveRecord* record = FindRecord(step);
   const bool saved_here = record != nullptr && record->state != HF_SAVE_FAILED &&
-                          record->session_id == link_->session().id;
+                          record->session_id == snapshot_.session.id;
   if (report.has_value() ? report->state != HF_SAVE_FAILED : saved_here) {
     return Error(HF_ALREADY_EXISTS, "step %llu has been saved by this attempt", Print(step));
   }
@@ -249,9 +258,7 @@ Error Job::WriteBlobs(const Registration& registration, uint32_t slot,
 Error Job::Save(uint64_t step, const hf_save_options& options) {
   const int64_t called_ns = MonotonicNs();
   if (Error error = CheckMaySave(step); !error.ok()) return error;
-  Result<std::shared_ptr<Registration>> found = link_->registration();
-  if (!found.ok()) return found.error();
-  std::shared_ptr<Registration>& registration = found.value();
+  const std::shared_ptr<Registration> registration = snapshot_.registration;
   const std::span<const hf_blob> blobs(options.blobs, options.blob_count);
   if (Error error = CheckBlobs(*registration, step, blobs); !error.ok()) return error;
   if (Error error = SetPointers(*registration, options.pointers); !error.ok()) return error;
@@ -266,7 +273,7 @@ Error Job::Save(uint64_t step, const hf_save_options& options) {
   SaveRecord& record = current();
   record = SaveRecord();
   record.step = step;
-  record.session_id = link_->session().id;
+  record.session_id = snapshot_.session.id;
   record.state = HF_SAVE_CAPTURING;
   record.image_bytes = registration->image_bytes();
   record.blocks = registration->block_count();

@@ -72,7 +72,9 @@ class Job {
   Job(const Settings& settings, SourceReader* reader, uint64_t seed)
       : settings_(settings), checker_(settings.check_source, seed, reader) {}
 
-  Error CheckMaySave(uint64_t step) const;
+  // The link's snapshot, taken anew if it has changed.
+  const Link::Snapshot& Fresh();
+  Error CheckMaySave(uint64_t step);
   Error CheckBlobs(const Registration& registration, uint64_t step,
                    std::span<const hf_blob> blobs) const;
   Error SetPointers(Registration& registration, void* const* pointers) const;
@@ -94,6 +96,8 @@ class Job {
   // The link's thread calls the capture's Populate: destroyed in reverse order.
   std::unique_ptr<Capture> capture_;
   std::unique_ptr<Link> link_;
+
+  Link::Snapshot snapshot_;
 
   // Of the capture that runs.
   std::shared_ptr<Registration> captured_registration_;

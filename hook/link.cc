@@ -90,6 +90,23 @@ Link::Session Link::session() const {
   return session_;
 }
 
+Link::Snapshot Link::snapshot() const {
+  MutexLock lock(mutex_);
+  Snapshot snapshot;
+  snapshot.version = version_.load(std::memory_order_relaxed);
+  snapshot.ready = phase_ == Phase::kReady;
+  snapshot.session = session_;
+  snapshot.registration = registration_;
+  snapshot.registration_error = registration_error_.ok() ? NotRegistered() : registration_error_;
+  return snapshot;
+}
+
+// Behind every change of what a Snapshot holds, or of what a call waits for.
+void Link::ChangedLocked() {
+  version_.fetch_add(1, std::memory_order_release);
+  changed_.SignalAll();
+}
+
 bool Link::connected() const {
   MutexLock lock(mutex_);
   return phase_ == Phase::kReady;
@@ -166,6 +183,7 @@ Error Link::Register(std::shared_ptr<const Document> document, Deadline deadline
     document_.reset();
     registration_.reset();
     registration_error_ = NotRegistered();
+    ChangedLocked();
   }
   for (;;) {
     auto call = std::make_shared<PendingCall>();
@@ -182,6 +200,7 @@ Error Link::Register(std::shared_ptr<const Document> document, Deadline deadline
     registration_ = std::move(made.value());
     document_ = std::move(document);
     registration_error_ = Error();
+    ChangedLocked();
     return Error();
   }
 }
@@ -247,7 +266,7 @@ bool Link::refused() const {
 void Link::SetPhase(Phase phase) {
   MutexLock lock(mutex_);
   phase_ = phase;
-  changed_.SignalAll();
+  ChangedLocked();
 }
 
 void Link::Run() {
@@ -356,7 +375,7 @@ Error Link::DeliverReply(abi::MessageType request, Message message) {
     pending_->image_maps = std::move(image_maps);
     restore_done_.reset();
   }
-  changed_.SignalAll();
+  ChangedLocked();
   return Error();
 }
 
@@ -372,7 +391,7 @@ void Link::LoseConnection() {
     restore_done_.reset();
     if (pending_ != nullptr) pending_->lost = true;
     registration = registration_;
-    changed_.SignalAll();
+    ChangedLocked();
   }
   WakeRestore(registration.get());
   FutexWakeAll(page().agent_events, FutexScope::kShared);
@@ -413,7 +432,7 @@ void Link::Refuse(const Error& error) {
   MutexLock lock(mutex_);
   phase_ = Phase::kRefused;
   refusal_ = error;
-  changed_.SignalAll();
+  ChangedLocked();
 }
 
 // HF_FAILED_PRECONDITION: the agent refuses for good. Any other error: try again.
@@ -432,7 +451,7 @@ Error Link::EstablishSession(Deadline deadline) {
   MutexLock lock(mutex_);
   phase_ = Phase::kReady;
   ++reconnect_count_;
-  changed_.SignalAll();
+  ChangedLocked();
   return Error();
 }
 
@@ -488,6 +507,7 @@ Error Link::AdoptSession(const abi::OpenReply& reply, Mapping page) {
   session_ = {reply.session_id, reply.attempt, reply.block_bytes};
   registration_.reset();
   registration_error_ = NotRegistered();
+  ChangedLocked();
   return Error();
 }
 
@@ -522,6 +542,7 @@ Error Link::RegisterAgain(Deadline deadline) {
   } else {
     registration_error_ = made.error();
   }
+  ChangedLocked();
   return Error();
 }
 

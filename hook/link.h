@@ -81,6 +81,18 @@ class Link {
     uint64_t block_bytes;
   };
   Session session() const HOOK_EXCLUDES(mutex_);
+
+  // Everything that hf_save needs, and a number that changes when any of it does: so hf_save looks
+  // at the number only, and never meets the link's thread at a lock.
+  struct Snapshot {
+    uint64_t version = 0;
+    bool ready = false;  // connected
+    Session session = {};
+    std::shared_ptr<Registration> registration;  // nullptr: none, for this reason
+    Error registration_error;
+  };
+  uint64_t version() const { return version_.load(std::memory_order_acquire); }
+  Snapshot snapshot() const HOOK_EXCLUDES(mutex_);
   bool connected() const HOOK_EXCLUDES(mutex_);
   uint32_t reconnect_count() const HOOK_EXCLUDES(mutex_);
   // Counts the connections that were lost.
@@ -150,6 +162,7 @@ class Link {
   bool closing() const HOOK_EXCLUDES(mutex_);
   bool refused() const HOOK_EXCLUDES(mutex_);
 
+  void ChangedLocked() HOOK_REQUIRES(mutex_);
   Error WorthWaitingLocked(int64_t absent_grace_ns) const HOOK_REQUIRES(mutex_);
   Error Call(std::shared_ptr<PendingCall> call, Deadline deadline) HOOK_EXCLUDES(mutex_);
   Error WaitReadyLocked(Deadline deadline) HOOK_REQUIRES(mutex_);
@@ -161,6 +174,7 @@ class Link {
   uint32_t last_request_id_ = 0;          // the thread's, after Open
   int64_t backoff_ns_ = kBackoffFirstNs;  // the thread's
   std::atomic<abi::RankPage*> page_{nullptr};
+  std::atomic<uint64_t> version_{1};
 
   mutable Mutex mutex_;
   CondVar changed_;
