@@ -262,7 +262,8 @@ std::string AgentConfig::Print() const {
 }
 
 std::string AgentConfig::Serialize() const {
-  nlohmann::json object = {{"memory_bytes", memory_bytes}};
+  nlohmann::json object = {
+      {"memory_bytes", memory_bytes}, {"is_private", is_private}, {"job", job}};
   for (const auto& [key, value] : values) {
     object["values"][key] = {{"text", value.text}, {"origin", value.origin}};
   }
@@ -274,6 +275,8 @@ absl::StatusOr<AgentConfig> DeserializeConfig(const std::string& text) {
   if (!object.is_object()) return absl::InternalError("the configuration handed over is damaged");
   AgentConfig config;
   config.memory_bytes = object.value("memory_bytes", uint64_t{0});
+  config.is_private = object.value("is_private", false);
+  config.job = object.value("job", "");
   for (const auto& [key, value] : object["values"].items()) {
     config.values[key] = {value["text"], value["origin"]};
   }

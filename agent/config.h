@@ -56,6 +56,10 @@ struct ConfigSources {
 enum class DirectIo { kAuto, kOn, kOff };
 
 struct AgentConfig {
+  // Not keys: how the agent was started.
+  bool is_private = false;  // --private: ends by itself (linger)
+  std::string job;          // --job of a private agent, for people
+
   std::string root;    // absolute, no trailing slash
   std::string socket;  // absolute
   std::string state_directory;

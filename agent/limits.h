@@ -1,0 +1,19 @@
+// Limits that the agent raises for itself, once, before anything else runs.
+#ifndef HOLDFAST_AGENT_LIMITS_H_
+#define HOLDFAST_AGENT_LIMITS_H_
+
+#include <cstdint>
+
+namespace holdfast {
+
+// RLIMIT_NOFILE and RLIMIT_MEMLOCK to their hard limits (the ring registers images with the
+// kernel), no core dump (it would hold tensors; see docs/OPERATING.md), files and sockets for this
+// user only (umask 077). What is refused stays as it was.
+void RaiseLimits();
+
+// The soft RLIMIT_NOFILE now.
+uint64_t OpenFilesLimit();
+
+}  // namespace holdfast
+
+#endif  // HOLDFAST_AGENT_LIMITS_H_

@@ -1,0 +1,637 @@
+// The server against real sockets, with an engine that only notes what it is asked. Client and
+// server share one thread: Pump() runs the loop until nothing is left to do for it.
+#include "agent/local_server.h"
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <memory>
+#include <random>
+#include <set>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "agent/process.h"
+#include "agent/runtime_directory.h"
+#include "base/check.h"
+#include "base/clock.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "io/epoll_loop.h"
+
+namespace holdfast {
+namespace {
+
+using ::testing::HasSubstr;
+
+// Model: sessions 1, 2, ... each with a rank page of one memfd; calls are answered when the test
+// says so (or at once, `immediate`), from the loop. Not modelled: everything behind.
+class NotingEngine final : public Engine {
+ public:
+  explicit NotingEngine(EventLoop& loop) : loop_(loop), page_(*SealedMemfd("page", "page")) {}
+
+  void Recover(std::vector<KeptDescriptor>, std::function<void()> done) override {
+    loop_.Post(std::move(done));
+  }
+
+  void Open(OpenParameters parameters,
+            std::function<void(absl::StatusOr<OpenResult>)> done) override {
+    opened.push_back(std::move(parameters));
+    OpenParameters& last = opened.back();
+    OpenResult result;
+    result.resumed = last.resume_session != SessionId{};
+    result.session = result.resumed ? last.resume_session : SessionId{next_session_++};
+    result.attempt = Attempt{4};
+    result.job_uuid = "00000000-0000-4000-8000-000000000000";
+    result.rank_page_fd = page_.get();
+    result.rank_page_bytes = 4;
+    Session& session = sessions_[result.session];
+    session.process = Duplicate(last.process_fd.get());
+    session.doorbell = Duplicate(last.doorbell_fd.get());
+    Answer([done = std::move(done), result] { done(result); });
+  }
+
+  void Register(SessionId, UniqueFd document, uint64_t document_bytes,
+                std::function<void(absl::StatusOr<RegisterResult>)> done) override {
+    const absl::StatusOr<std::string> text = ReadAll(document.get(), 1 << 20);
+    documents.push_back(text.ok() ? *text : text.status().ToString());
+    if (document_bytes == 0) {
+      Answer([done = std::move(done)] { done(absl::InvalidArgumentError("an empty document")); });
+      return;
+    }
+    RegisterResult result;
+    result.registration_id = 7;
+    result.memory_fd = page_.get();
+    result.registration_memory_fd = page_.get();
+    result.capture_plan_fd = page_.get();
+    Answer([done = std::move(done), result] { done(result); });
+  }
+
+  void Restore(SessionId, uint64_t, std::function<void(absl::StatusOr<RestoreBegun>)> begun,
+               std::function<void(absl::StatusOr<RestoreEnded>)> ended) override {
+    restore_ended = std::move(ended);
+    Answer([this, begun = std::move(begun)] {
+      RestoreBegun result;
+      result.checkpoint = {Attempt{3}, Step{100}};
+      result.operations_fd = *SealedMemfd("operations", "ops");
+      result.blobs_fd = *SealedMemfd("blobs", "");
+      for (size_t i = 0; i < map_count; ++i) {
+        result.maps.push_back({*SealedMemfd("map", absl::StrCat("map ", i + 1)), i});
+      }
+      begun(std::move(result));
+    });
+  }
+
+  void Doorbell(SessionId session) override { rung.insert(session); }
+  void Close(SessionId session) override { closed.insert(session); }
+  void ProcessDied(SessionId session) override {
+    died.insert(session);
+    sessions_.erase(session);
+  }
+  int process_fd(SessionId session) const override {
+    return sessions_.contains(session) ? sessions_.at(session).process.get() : -1;
+  }
+  int doorbell_fd(SessionId session) const override {
+    return sessions_.contains(session) ? sessions_.at(session).doorbell.get() : -1;
+  }
+  std::vector<SessionId> sessions() const override {
+    std::vector<SessionId> ids;
+    for (const auto& [id, session] : sessions_) ids.push_back(id);
+    return ids;
+  }
+  size_t open_session_count() const override { return sessions_.size(); }
+  size_t pending_image_count() const override { return 0; }
+  std::string StatusJson() const override { return "{}"; }
+
+  bool immediate = true;
+  size_t map_count = 2;
+  std::vector<std::function<void()>> answers;  // not immediate: the test runs them
+  std::vector<OpenParameters> opened;
+  std::vector<std::string> documents;
+  std::function<void(absl::StatusOr<RestoreEnded>)> restore_ended;
+  std::set<SessionId> rung;
+  std::set<SessionId> closed;
+  std::set<SessionId> died;
+
+ private:
+  struct Session {
+    UniqueFd process;
+    UniqueFd doorbell;
+  };
+  void Answer(std::function<void()> answer) {
+    if (immediate) {
+      loop_.Post(std::move(answer));
+    } else {
+      answers.push_back(std::move(answer));
+    }
+  }
+
+  EventLoop& loop_;
+  UniqueFd page_;
+  uint64_t next_session_ = 1;
+  std::map<SessionId, Session> sessions_;
+};
+
+size_t OpenDescriptorCount() {
+  size_t count = 0;
+  DIR* const directory = opendir("/proc/self/fd");
+  while (readdir(directory) != nullptr) ++count;
+  closedir(directory);
+  return count;
+}
+
+abi::OpenRequest GoodOpen() {
+  abi::OpenRequest request{};
+  std::strcpy(request.job, "job-1");
+  std::strcpy(request.attempt_key, "key");
+  std::strcpy(request.node, "node");
+  request.rank = 1;
+  request.world_size = 2;
+  return request;
+}
+
+class LocalServerTest : public ::testing::Test {
+ protected:
+  LocalServerTest() { MakeServer({}); }
+  ~LocalServerTest() override {
+    server_.reset();
+    unlink(path_.c_str());
+    unlink((path_ + ".lock").c_str());
+  }
+
+  void MakeServer(std::function<void(LocalServer::Options&)> change) {
+    server_.reset();
+    path_ = absl::StrCat("/tmp/holdfast-server-test-", getpid(), ".sock");
+    listener_ = *Listen(path_);
+    LocalServer::Options options;
+    options.user_id = geteuid();
+    options.root = "/root-of-test";
+    options.block_bytes = 4096;
+    if (change) change(options);
+    engine_ = std::make_unique<NotingEngine>(*loop_);
+    server_ = std::make_unique<LocalServer>(options, listener_.get(), *engine_, *loop_,
+                                            [] { return std::string("{\"a\": 1}"); });
+    server_->Start();
+  }
+
+  // Runs the loop until it had nothing to do for a while of its own.
+  void Pump(int rounds = 6) {
+    for (int i = 0; i < rounds; ++i) {
+      loop_->Post([this] { loop_->Stop(); });  // behind what is posted already
+      loop_->Run();
+    }
+  }
+
+  // Runs the loop until `holds`; false after 20 s.
+  bool PumpUntil(const std::function<bool()>& holds) {
+    const absl::Duration end = RealClock().Elapsed() + absl::Seconds(20);
+    while (!holds()) {
+      if (RealClock().Elapsed() > end) return false;
+      Pump(1);
+    }
+    return true;
+  }
+
+  UniqueFd Connect() {
+    UniqueFd socket(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
+    sockaddr_un address{};
+    address.sun_family = AF_UNIX;
+    std::strcpy(address.sun_path, path_.c_str());
+    CHECK(connect(socket.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address)) == 0);
+    return socket;
+  }
+
+  template <typename Body>
+  void Request(const UniqueFd& socket, abi::MessageType type, const Body& body,
+               std::vector<UniqueFd> fds = {}, uint32_t request_id = 5) {
+    ASSERT_EQ(SendPacket(socket.get(), Packet{type, request_id, BodyBytes(body), std::move(fds)}),
+              Sent::kYes);
+  }
+
+  static std::vector<UniqueFd> Fds(UniqueFd fd) {
+    std::vector<UniqueFd> fds;
+    fds.push_back(std::move(fd));
+    return fds;
+  }
+  static UniqueFd Bell() { return UniqueFd(eventfd(0, EFD_CLOEXEC)); }
+
+  Received Hear(const UniqueFd& socket) {
+    Pump();
+    return ReceivePacket(socket.get());
+  }
+
+  template <typename Reply>
+  Reply HearReply(const UniqueFd& socket, abi::MessageType type, size_t fd_count) {
+    Received received = Hear(socket);
+    EXPECT_EQ(received.kind, Received::Kind::kPacket) << received.problem;
+    EXPECT_EQ(received.packet.type, type);
+    absl::StatusOr<Reply> reply = BodyAs<Reply>(received.packet, fd_count);
+    EXPECT_TRUE(reply.ok()) << reply.status();
+    last_fds_ = std::move(received.packet.fds);
+    return reply.ok() ? *reply : Reply{};
+  }
+
+  // Opens a session on a new connection.
+  UniqueFd OpenSession() {
+    UniqueFd socket = Connect();
+    Request(socket, abi::MessageType::kOpen, GoodOpen(), Fds(Bell()));
+    const auto reply = HearReply<abi::OpenReply>(socket, abi::MessageType::kOpenReply, 1);
+    EXPECT_EQ(reply.status.code, 0) << reply.status.text;
+    return socket;
+  }
+
+  bool IsClosed(const UniqueFd& socket) {
+    return PumpUntil([&] {
+      pollfd entry{socket.get(), POLLRDHUP, 0};
+      return poll(&entry, 1, 0) > 0;
+    });
+  }
+
+  std::unique_ptr<EpollLoop> loop_ = *EpollLoop::Create(RealClock());
+  std::string path_;
+  UniqueFd listener_;
+  std::unique_ptr<NotingEngine> engine_;
+  std::unique_ptr<LocalServer> server_;
+  std::vector<UniqueFd> last_fds_;
+};
+
+TEST_F(LocalServerTest, OpenTellsTheEngineWhoTheKernelSaysTheCallerIs) {
+  const UniqueFd socket = Connect();
+  Request(socket, abi::MessageType::kOpen, GoodOpen(), Fds(Bell()), 77);
+  Pump();
+  Received received = ReceivePacket(socket.get());
+  ASSERT_EQ(received.kind, Received::Kind::kPacket);
+  EXPECT_EQ(received.packet.request_id, 77u);
+  const abi::OpenReply reply = *BodyAs<abi::OpenReply>(received.packet, 1);
+  EXPECT_EQ(reply.status.code, 0);
+  EXPECT_EQ(reply.session_id, 1u);
+  EXPECT_EQ(reply.attempt, 4u);
+  EXPECT_EQ(reply.resumed, 0u);
+  EXPECT_EQ(reply.block_bytes, 4096u);
+  EXPECT_STREQ(reply.job_uuid, "00000000-0000-4000-8000-000000000000");
+  EXPECT_EQ(*ReadAll(received.packet.fds[0].get(), 100), "page");
+  ASSERT_EQ(engine_->opened.size(), 1u);
+  const OpenParameters& seen = engine_->opened[0];
+  EXPECT_EQ(seen.job, "job-1");
+  EXPECT_EQ(seen.rank, Rank{1});
+  EXPECT_EQ(seen.process_id, static_cast<uint32_t>(getpid()));
+  EXPECT_EQ(seen.user_id, geteuid());
+  EXPECT_EQ(PidOf(seen.process_fd.get()), getpid());
+}
+
+TEST_F(LocalServerTest, AnotherVersionIsAnsweredWithBothNumbers) {
+  const UniqueFd socket = Connect();
+  struct {
+    abi::MessageHeader header;
+    char body[3];
+  } message{};
+  message.header = {abi::kProtocolMagic, 99, abi::MessageType::kOpen, 5, 3};
+  ASSERT_GT(send(socket.get(), &message, sizeof(message), 0), 0);
+  const auto reply = HearReply<abi::OpenReply>(socket, abi::MessageType::kOpenReply, 0);
+  EXPECT_EQ(reply.status.code, static_cast<int>(absl::StatusCode::kFailedPrecondition));
+  EXPECT_THAT(reply.status.text, HasSubstr("protocol 1, the caller protocol 99"));
+  EXPECT_TRUE(IsClosed(socket));
+}
+
+TEST_F(LocalServerTest, WrongRequestsAreNamedAndNeverReachTheEngine) {
+  const auto refused = [&](const abi::OpenRequest& request, std::vector<UniqueFd> fds) {
+    const UniqueFd socket = Connect();
+    Request(socket, abi::MessageType::kOpen, request, std::move(fds));
+    const auto reply = HearReply<abi::OpenReply>(socket, abi::MessageType::kOpenReply, 0);
+    EXPECT_NE(reply.status.code, 0);
+    return std::string(reply.status.text);
+  };
+  abi::OpenRequest request = GoodOpen();
+  std::memset(request.job, 'x', sizeof(request.job));
+  EXPECT_THAT(refused(request, Fds(Bell())), HasSubstr("job: expected a NUL within 136 bytes"));
+  request = GoodOpen();
+  std::strcpy(request.root, "/elsewhere");
+  EXPECT_THAT(refused(request, Fds(Bell())), HasSubstr("writes to /root-of-test, asked for /else"));
+  EXPECT_THAT(refused(GoodOpen(), {}), HasSubstr("1 descriptors, found 1520 and 0"));
+  EXPECT_THAT(refused(GoodOpen(), Fds(UniqueFd(open("/dev/null", O_RDONLY)))),
+              HasSubstr("expected an eventfd, found /dev/null"));
+  EXPECT_TRUE(engine_->opened.empty());
+
+  const UniqueFd socket = Connect();
+  Request(socket, abi::MessageType::kRestore, abi::RestoreRequest{7});
+  const auto reply = HearReply<abi::RestoreReply>(socket, abi::MessageType::kRestoreReply, 0);
+  EXPECT_THAT(reply.status.text, HasSubstr("kOpen must have succeeded"));
+  // The connection is still good.
+  Request(socket, abi::MessageType::kOpen, GoodOpen(), Fds(Bell()));
+  EXPECT_EQ(HearReply<abi::OpenReply>(socket, abi::MessageType::kOpenReply, 1).status.code, 0);
+  Request(socket, abi::MessageType::kOpen, GoodOpen(), Fds(Bell()));
+  EXPECT_THAT(HearReply<abi::OpenReply>(socket, abi::MessageType::kOpenReply, 0).status.text,
+              HasSubstr("open on this connection already"));
+}
+
+TEST_F(LocalServerTest, ProcessesOfAnotherUserAreRefused) {
+  MakeServer([](LocalServer::Options& options) { options.user_id = geteuid() + 1; });
+  const UniqueFd socket = Connect();
+  Request(socket, abi::MessageType::kQuery, abi::QueryRequest{abi::QueryKind::kStatus, 0});
+  const auto reply = HearReply<abi::QueryReply>(socket, abi::MessageType::kQueryReply, 0);
+  EXPECT_EQ(reply.status.code, static_cast<int>(absl::StatusCode::kPermissionDenied));
+  EXPECT_THAT(reply.status.text, HasSubstr(absl::StrFormat("serves user %d, the caller is user %d",
+                                                           geteuid() + 1, geteuid())));
+  EXPECT_TRUE(IsClosed(socket));
+}
+
+TEST_F(LocalServerTest, TheNextRequestWaitsForThePendingOne) {
+  engine_->immediate = false;
+  const UniqueFd socket = Connect();
+  Request(socket, abi::MessageType::kOpen, GoodOpen(), Fds(Bell()), 1);
+  Request(socket, abi::MessageType::kQuery, abi::QueryRequest{abi::QueryKind::kStatus, 0}, {}, 2);
+  Pump();
+  EXPECT_EQ(ReceivePacket(socket.get()).kind, Received::Kind::kNothing);
+  ASSERT_EQ(engine_->answers.size(), 1u);
+  engine_->answers[0]();
+  HearReply<abi::OpenReply>(socket, abi::MessageType::kOpenReply, 1);
+  const auto reply = HearReply<abi::QueryReply>(socket, abi::MessageType::kQueryReply, 1);
+  EXPECT_EQ(*ReadAll(last_fds_[0].get(), 100), "{\"a\": 1}");
+  EXPECT_EQ(reply.text_bytes, 8u);
+}
+
+TEST_F(LocalServerTest, RegisterPassesTheDocumentAndThreeDescriptors) {
+  const UniqueFd socket = OpenSession();
+  Request(socket, abi::MessageType::kRegister, abi::RegisterRequest{8},
+          Fds(*SealedMemfd("document", "document")));
+  const auto reply = HearReply<abi::RegisterReply>(socket, abi::MessageType::kRegisterReply, 3);
+  EXPECT_EQ(reply.registration_id, 7u);
+  EXPECT_EQ(engine_->documents, std::vector<std::string>{"document"});
+  Request(socket, abi::MessageType::kRegister, abi::RegisterRequest{0},
+          Fds(*SealedMemfd("document", "")));
+  EXPECT_THAT(
+      HearReply<abi::RegisterReply>(socket, abi::MessageType::kRegisterReply, 0).status.text,
+      HasSubstr("an empty document"));
+}
+
+TEST_F(LocalServerTest, TheDoorbellRingsWhateverItsFlagsAre) {
+  const UniqueFd bell = Bell();  // a blocking one
+  const UniqueFd socket = Connect();
+  Request(socket, abi::MessageType::kOpen, GoodOpen(), Fds(Duplicate(bell.get())));
+  HearReply<abi::OpenReply>(socket, abi::MessageType::kOpenReply, 1);
+  engine_->rung.clear();
+  Pump();
+  EXPECT_TRUE(engine_->rung.empty());
+  for (int i = 0; i < 3; ++i) {
+    ASSERT_EQ(eventfd_write(bell.get(), 3), 0);
+    Pump();
+    EXPECT_TRUE(engine_->rung.contains(SessionId{1}));
+    engine_->rung.clear();
+    Pump();
+    EXPECT_TRUE(engine_->rung.empty());  // it was taken
+  }
+}
+
+TEST_F(LocalServerTest, AConnectionsEndIsNotADeathAndTheSessionCanBeResumed) {
+  UniqueFd socket = OpenSession();
+  socket.Reset();
+  ASSERT_TRUE(PumpUntil([&] { return server_->connection_count() == 0; }));
+  EXPECT_TRUE(engine_->died.empty());
+  EXPECT_TRUE(engine_->closed.empty());
+  EXPECT_EQ(server_->session_count(), 1u);
+  socket = Connect();
+  abi::OpenRequest request = GoodOpen();
+  request.resume_attempt = 4;
+  request.resume_session_id = 1;
+  const UniqueFd bell = Bell();
+  Request(socket, abi::MessageType::kOpen, request, Fds(Duplicate(bell.get())));
+  const auto reply = HearReply<abi::OpenReply>(socket, abi::MessageType::kOpenReply, 0);
+  EXPECT_EQ(reply.resumed, 1u);
+  EXPECT_EQ(server_->session_count(), 1u);
+  engine_->rung.clear();
+  eventfd_write(bell.get(), 1);
+  Pump();
+  EXPECT_TRUE(engine_->rung.contains(SessionId{1}));
+  // A close is a close.
+  ASSERT_EQ(SendPacket(socket.get(), Packet{abi::MessageType::kClose, 6, {}, {}}), Sent::kYes);
+  EXPECT_TRUE(IsClosed(socket));
+  EXPECT_TRUE(engine_->closed.contains(SessionId{1}));
+}
+
+TEST_F(LocalServerTest, TheProcessesEndIsADeathEvenIfItsConnectionLivesOn) {
+  int ends[2];
+  ASSERT_EQ(socketpair(AF_UNIX, SOCK_STREAM, 0, ends), 0);
+  const pid_t child = fork();
+  if (child == 0) {
+    close(ends[0]);
+    const UniqueFd socket = Connect();
+    Request(socket, abi::MessageType::kOpen, GoodOpen(), Fds(Bell()));
+    // A data loader that inherits everything, and ends with the test.
+    if (fork() == 0) {
+      char wait = 0;
+      [[maybe_unused]] const ssize_t got = read(ends[1], &wait, 1);
+      _exit(0);
+    }
+    pause();
+    _exit(0);
+  }
+  close(ends[1]);
+  ASSERT_TRUE(PumpUntil([&] { return server_->session_count() == 1; }));
+  Pump();
+  EXPECT_TRUE(engine_->died.empty());
+  kill(child, SIGKILL);
+  ASSERT_TRUE(PumpUntil([&] { return !engine_->died.empty(); }));
+  EXPECT_EQ(server_->session_count(), 0u);
+  EXPECT_EQ(server_->connection_count(), 0u);
+  close(ends[0]);
+  waitpid(child, nullptr, 0);
+}
+
+TEST_F(LocalServerTest, RestoreSendsMapsThenTheReplyThenTheEnd) {
+  const UniqueFd socket = OpenSession();
+  Request(socket, abi::MessageType::kRestore, abi::RestoreRequest{7});
+  for (uint32_t map = 1; map <= 2; ++map) {
+    const auto body = HearReply<abi::ImageMap>(socket, abi::MessageType::kImageMap, 1);
+    EXPECT_EQ(body.map_id, map);
+    EXPECT_EQ(*ReadAll(last_fds_[0].get(), 100), absl::StrCat("map ", map));
+  }
+  const auto reply = HearReply<abi::RestoreReply>(socket, abi::MessageType::kRestoreReply, 2);
+  EXPECT_EQ(reply.step, 100u);
+  EXPECT_EQ(reply.attempt, 3u);
+  engine_->restore_ended(RestoreEnded{10, 4});
+  const auto done = HearReply<abi::RestoreDone>(socket, abi::MessageType::kRestoreDone, 0);
+  EXPECT_EQ(done.bytes, 10u);
+  EXPECT_EQ(done.bytes_from_memory, 4u);
+}
+
+TEST_F(LocalServerTest, AClientThatDoesNotReadHoldsUpNobodyElse) {
+  engine_->map_count = 2000;  // more than a socket's buffer holds
+  const UniqueFd slow = OpenSession();
+  Request(slow, abi::MessageType::kRestore, abi::RestoreRequest{7});
+  Pump();
+  const UniqueFd other = Connect();
+  Request(other, abi::MessageType::kQuery, abi::QueryRequest{abi::QueryKind::kStatus, 0});
+  EXPECT_EQ(HearReply<abi::QueryReply>(other, abi::MessageType::kQueryReply, 1).status.code, 0);
+  for (uint32_t map = 1; map <= 2000; ++map) {
+    const auto body = HearReply<abi::ImageMap>(slow, abi::MessageType::kImageMap, 1);
+    ASSERT_EQ(body.map_id, map);
+  }
+  HearReply<abi::RestoreReply>(slow, abi::MessageType::kRestoreReply, 2);
+}
+
+TEST_F(LocalServerTest, AClientThatNeverReadsIsClosedAtTheLimit) {
+  engine_->map_count = 12000;
+  const UniqueFd slow = OpenSession();
+  Request(slow, abi::MessageType::kRestore, abi::RestoreRequest{7});
+  EXPECT_TRUE(PumpUntil([&] { return server_->connection_count() == 0; }));
+  EXPECT_EQ(server_->session_count(), 1u);  // it may come back
+}
+
+TEST_F(LocalServerTest, ConnectionsAndSessionsAreBounded) {
+  MakeServer([](LocalServer::Options& options) {
+    options.connections_max = 3;
+    options.sessions_max = 2;
+  });
+  std::vector<UniqueFd> sockets;
+  sockets.push_back(OpenSession());
+  sockets.push_back(OpenSession());
+  sockets.push_back(Connect());
+  Request(sockets[2], abi::MessageType::kOpen, GoodOpen(), Fds(Bell()));
+  EXPECT_THAT(HearReply<abi::OpenReply>(sockets[2], abi::MessageType::kOpenReply, 0).status.text,
+              HasSubstr("2 sessions are there already, the limit is 2"));
+  const UniqueFd one_more = Connect();
+  EXPECT_TRUE(IsClosed(one_more));
+  sockets.pop_back();
+  ASSERT_TRUE(PumpUntil([&] { return server_->connection_count() == 2; }));
+  const UniqueFd again = Connect();
+  Request(again, abi::MessageType::kQuery, abi::QueryRequest{abi::QueryKind::kStatus, 0});
+  EXPECT_EQ(HearReply<abi::QueryReply>(again, abi::MessageType::kQueryReply, 1).status.code, 0);
+}
+
+TEST_F(LocalServerTest, WatchesTheSessionsThatTheEngineRecovered) {
+  UniqueFd socket = OpenSession();
+  // Another server on the same engine is what a restarted worker is.
+  server_ = std::make_unique<LocalServer>(
+      LocalServer::Options{.user_id = geteuid(), .root = "/root-of-test", .block_bytes = 4096},
+      listener_.get(), *engine_, *loop_, [] { return std::string("{}"); });
+  server_->Start();
+  EXPECT_EQ(server_->session_count(), 1u);
+  engine_->rung.clear();
+  eventfd_write(engine_->doorbell_fd(SessionId{1}), 1);
+  Pump();
+  EXPECT_TRUE(engine_->rung.contains(SessionId{1}));
+}
+
+TEST_F(LocalServerTest, WhileEndingOpensAreRefusedAndQueriesAreNot) {
+  server_->RefuseOpens("the agent is ending");
+  const UniqueFd socket = Connect();
+  Request(socket, abi::MessageType::kOpen, GoodOpen(), Fds(Bell()));
+  const auto reply = HearReply<abi::OpenReply>(socket, abi::MessageType::kOpenReply, 0);
+  EXPECT_EQ(reply.status.code, static_cast<int>(absl::StatusCode::kUnavailable));
+  Request(socket, abi::MessageType::kQuery, abi::QueryRequest{abi::QueryKind::kStatus, 0});
+  EXPECT_EQ(HearReply<abi::QueryReply>(socket, abi::MessageType::kQueryReply, 1).status.code, 0);
+}
+
+// Sends one random datagram: often nearly a good message, with any number of descriptors.
+void SendRandom(int socket, std::minstd_rand& random) {
+  std::vector<std::byte> bytes(sizeof(abi::MessageHeader));
+  abi::MessageHeader header{abi::kProtocolMagic, abi::kProtocolVersion,
+                            static_cast<abi::MessageType>(random() % 13),
+                            static_cast<uint32_t>(random()), 0};
+  const auto append = [&bytes](const auto& body) {
+    const std::vector<std::byte> more = BodyBytes(body);
+    bytes.insert(bytes.end(), more.begin(), more.end());
+  };
+  const uint64_t kind = random() % 6;
+  constexpr abi::MessageType kMatching[] = {abi::MessageType::kOpen,    abi::MessageType::kRegister,
+                                            abi::MessageType::kRestore, abi::MessageType::kQuery,
+                                            abi::MessageType::kClose,   abi::MessageType::kClose};
+  if (random() % 3 != 0) header.type = kMatching[kind];
+  switch (kind) {
+    case 0:
+      append(GoodOpen());
+      break;
+    case 1:
+      append(abi::RegisterRequest{random() % 3});
+      break;
+    case 2:
+      append(abi::RestoreRequest{random() % 9});
+      break;
+    case 3:
+      append(abi::QueryRequest{static_cast<abi::QueryKind>(random() % 3), 0});
+      break;
+    case 4:
+      bytes.resize(bytes.size() + random() % 5000);
+      break;
+    default:
+      break;
+  }
+  header.body_bytes = static_cast<uint32_t>(bytes.size() - sizeof(header));
+  std::memcpy(bytes.data(), &header, sizeof(header));
+  // Damage: nothing, some bytes anywhere, or the length.
+  for (uint64_t left = random() % 3 == 0 ? random() % 8 : 0; left > 0; --left) {
+    bytes[random() % bytes.size()] = static_cast<std::byte>(random());
+  }
+  if (random() % 8 == 0) bytes.resize(random() % (bytes.size() + 1));
+  std::vector<int> fds;
+  UniqueFd bell(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+  for (uint64_t i = random() % 3 == 0 ? random() % 9 : random() % 2; i > 0; --i) {
+    fds.push_back(random() % 4 == 0 ? STDERR_FILENO : bell.get());
+  }
+  iovec part{bytes.data(), bytes.size()};
+  alignas(cmsghdr) char control[CMSG_SPACE(9 * sizeof(int))] = {};
+  msghdr message{};
+  message.msg_iov = &part;
+  message.msg_iovlen = 1;
+  if (!fds.empty()) {
+    message.msg_control = control;
+    message.msg_controllen = CMSG_SPACE(fds.size() * sizeof(int));
+    cmsghdr* const rights = CMSG_FIRSTHDR(&message);
+    rights->cmsg_level = SOL_SOCKET;
+    rights->cmsg_type = SCM_RIGHTS;
+    rights->cmsg_len = CMSG_LEN(fds.size() * sizeof(int));
+    std::memcpy(CMSG_DATA(rights), fds.data(), fds.size() * sizeof(int));
+  }
+  // Dropped: the server may have closed this connection.
+  [[maybe_unused]] const ssize_t sent = sendmsg(socket, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+}
+
+TEST_F(LocalServerTest, SurvivesRandomMessagesAndLeaksNothing) {
+  const unsigned seed = std::random_device{}();
+  SCOPED_TRACE(absl::StrCat("seed ", seed));
+  std::minstd_rand random(seed);
+  const UniqueFd good = OpenSession();
+  last_fds_.clear();
+  engine_->opened.clear();
+  const size_t open_before = OpenDescriptorCount();
+  uint64_t replies = 0;
+  {
+    std::vector<UniqueFd> sockets(8);
+    for (int i = 0; i < 4000; ++i) {
+      UniqueFd& socket = sockets[random() % sockets.size()];
+      if (!socket || random() % 50 == 0) socket = Connect();
+      SendRandom(socket.get(), random);
+      if (random() % 4 == 0) Pump(2);
+      const Received received = ReceivePacket(socket.get());
+      if (received.kind == Received::Kind::kPacket) ++replies;
+      if (received.kind == Received::Kind::kEnd) socket.Reset();
+    }
+  }
+  Pump();
+  // Not vacuous: much was refused, and much was good.
+  EXPECT_GT(server_->garbage_count(), 100u);
+  EXPECT_GT(replies, 100u);
+  EXPECT_GT(engine_->opened.size(), 10u);
+  // The good client has noticed nothing.
+  Request(good, abi::MessageType::kQuery, abi::QueryRequest{abi::QueryKind::kStatus, 0});
+  EXPECT_EQ(HearReply<abi::QueryReply>(good, abi::MessageType::kQueryReply, 1).status.code, 0);
+  EXPECT_EQ(server_->connection_count(), 1u);
+  // Sessions live as long as this process; each holds the server's two descriptors and the
+  // engine's, which are of the test.
+  last_fds_.clear();
+  engine_->opened.clear();
+  engine_->restore_ended = nullptr;
+  const size_t sessions = server_->session_count() - 1;
+  EXPECT_EQ(OpenDescriptorCount(), open_before + sessions * 4);
+}
+
+}  // namespace
+}  // namespace holdfast

@@ -1,0 +1,85 @@
+#include "agent/runtime_directory.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/file.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <filesystem>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "base/check.h"
+#include "io/errno_status.h"
+
+namespace holdfast {
+namespace {
+
+// Connections that wait while a worker is being restarted.
+constexpr int kBacklog = 512;
+
+sockaddr_un AddressOf(const std::string& socket) {
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  CHECK(socket.size() < sizeof(address.sun_path));  // AgentConfig has checked it
+  std::memcpy(address.sun_path, socket.c_str(), socket.size() + 1);
+  return address;
+}
+
+}  // namespace
+
+absl::Status PrepareDirectoryOf(const std::string& path) {
+  const std::string directory = std::filesystem::path(path).parent_path().string();
+  if (mkdir(directory.c_str(), 0700) != 0 && errno != EEXIST) {
+    return ErrnoStatus(errno, "create directory", directory);
+  }
+  struct stat info {};
+  if (stat(directory.c_str(), &info) != 0) return ErrnoStatus(errno, "stat", directory);
+  const bool sticky = (info.st_mode & S_ISVTX) != 0;  // /tmp: others cannot replace our file
+  if (!S_ISDIR(info.st_mode) || info.st_uid != geteuid() ||
+      ((info.st_mode & 0022) != 0 && !sticky)) {
+    return absl::PermissionDeniedError(
+        absl::StrFormat("%s: expected a directory of user %d that nobody else may write to, found "
+                        "user %d, mode %04o",
+                        directory, geteuid(), info.st_uid, info.st_mode & 07777));
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::optional<UniqueFd>> TryLockSocket(const std::string& socket) {
+  const std::string path = absl::StrCat(socket, ".lock");
+  UniqueFd lock(open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600));
+  if (!lock) return ErrnoStatus(errno, "open", path);
+  if (flock(lock.get(), LOCK_EX | LOCK_NB) == 0) return std::optional<UniqueFd>(std::move(lock));
+  if (errno == EWOULDBLOCK || errno == EINTR) return std::optional<UniqueFd>();
+  return ErrnoStatus(errno, "lock", path);
+}
+
+absl::StatusOr<UniqueFd> Listen(const std::string& socket) {
+  UniqueFd listener(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  if (!listener) return ErrnoStatus(errno, "socket", socket);
+  if (unlink(socket.c_str()) != 0 && errno != ENOENT) return ErrnoStatus(errno, "remove", socket);
+  const sockaddr_un address = AddressOf(socket);
+  // The umask is 077 (main), so the socket is 0600 from the first moment.
+  if (bind(listener.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address)) != 0) {
+    return ErrnoStatus(errno, "bind", socket);
+  }
+  if (chmod(socket.c_str(), 0600) != 0) return ErrnoStatus(errno, "chmod", socket);
+  if (listen(listener.get(), kBacklog) != 0) return ErrnoStatus(errno, "listen", socket);
+  return listener;
+}
+
+bool SomebodyListens(const std::string& socket) {
+  const UniqueFd probe(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  const sockaddr_un address = AddressOf(socket);
+  // EAGAIN: its queue is full, so it is there.
+  return probe &&
+         (connect(probe.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address)) == 0 ||
+          errno == EAGAIN);
+}
+
+}  // namespace holdfast

@@ -1,0 +1,278 @@
+#include "agent/worker.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <sys/random.h>
+#include <sys/signalfd.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "agent/limits.h"
+#include "agent/log.h"
+#include "agent/process.h"
+#include "agent/version.h"
+#include "base/check.h"
+#include "base/kill_point.h"
+#include "base/status_macros.h"
+#include "io/errno_status.h"
+#include "io/open_ring.h"
+#include "io/posix_file_system.h"
+#include "nlohmann/json.hpp"
+
+namespace holdfast {
+namespace {
+
+// How often a draining worker looks whether it is done.
+constexpr absl::Duration kDrainLook = absl::Milliseconds(20);
+
+uint64_t RandomBits() {
+  uint64_t bits = 0;
+  // Cannot fail for 8 bytes once the kernel's pool is seeded, and waits until it is.
+  CHECK(getrandom(&bits, sizeof(bits), 0) == sizeof(bits));
+  return bits;
+}
+
+// RFC 4122, version 4.
+std::string MakeUuid() {
+  const uint64_t high = (RandomBits() & ~uint64_t{0xf000}) | 0x4000;
+  const uint64_t low = (RandomBits() & ~(uint64_t{3} << 62)) | (uint64_t{2} << 62);
+  return absl::StrFormat("%08x-%04x-%04x-%04x-%012x", high >> 32, (high >> 16) & 0xffff,
+                         high & 0xffff, low >> 48, low & 0xffffffffffff);
+}
+
+// Makes the last component of `path` if only that is missing: a root on a file system that is not
+// mounted must not be made in the empty mount point's parent.
+absl::Status MakeLastComponent(const std::string& path) {
+  if (mkdir(path.c_str(), 0700) == 0 || errno == EEXIST) {
+    struct stat info {};
+    if (stat(path.c_str(), &info) != 0) return ErrnoStatus(errno, "stat", path);
+    if (!S_ISDIR(info.st_mode)) {
+      return absl::InvalidArgumentError(absl::StrCat(path, ": expected a directory"));
+    }
+    return absl::OkStatus();
+  }
+  return ErrnoStatus(errno, "create directory", path);
+}
+
+absl::Status MakeAll(const std::string& path) {
+  std::error_code error;
+  std::filesystem::create_directories(path, error);
+  if (error) return ErrnoStatus(error.value(), "create directory", path);
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+Worker::Worker(AgentConfig config, Handover handover, const Clock& clock)
+    : config_(std::move(config)),
+      restart_count_(handover.restart_count),
+      handover_(std::move(handover)),
+      clock_(clock) {}
+
+Worker::~Worker() {
+  if (loop_ != nullptr && signal_fd_) loop_->Unwatch(signal_fd_.get());
+}
+
+int Worker::Run() {
+  KillPoint("worker.started");
+  if (absl::Status built = BuildWorld(); !built.ok()) {
+    End(1, absl::StrCat("cannot start: ", std::string(built.message())));
+    return exit_code_;
+  }
+  WatchSignals();
+  KillPoint("recover.begun");
+  engine_->Recover(keeper_->EngineDescriptors(), [this] { Recovered(); });
+  loop_->Run();
+  return exit_code_;
+}
+
+absl::Status Worker::BuildWorld() {
+  ASSIGN_OR_RETURN(loop_, EpollLoop::Create(clock_));
+  keeper_ =
+      std::make_unique<KeeperLink>(std::move(handover_), KeeperLink::Limits{}, *loop_, clock_);
+  if (keeper_->Find(kListenerName) < 0) {
+    return absl::InternalError("no listening socket was handed over");
+  }
+  file_system_ = NewPosixFileSystem();
+  RETURN_IF_ERROR(MakeDirectories());
+  mount_probe_ = std::make_unique<MountProbe>(*file_system_, config_.state_directory);
+  ASSIGN_OR_RETURN(mount_, mount_probe_->Probe(config_.root));
+  RingOptions ring_options;
+  ring_options.kind = config_.ring;
+  ASSIGN_OR_RETURN(ring_, OpenRing(ring_options));
+  loop_->Watch(ring_->event_fd(), EventLoop::FdEvents::kReadable,
+               [this] { ring_->RunCompletions(); });
+  ASSIGN_OR_RETURN(pool_, ThreadPool::Create(*loop_, static_cast<int>(config_.threads)));
+  return BuildEngine();
+}
+
+absl::Status Worker::MakeDirectories() {
+  RETURN_IF_ERROR(MakeAll(config_.state_directory));
+  RETURN_IF_ERROR(MakeAll(absl::StrCat(config_.state_directory, "/scratch")));
+  if (config_.values.at("roots").origin == "default") {
+    RETURN_IF_ERROR(MakeAll(config_.root));
+  } else {
+    RETURN_IF_ERROR(MakeLastComponent(config_.root));
+  }
+  // One spelling of the root, whatever links lead to it.
+  std::error_code error;
+  const std::filesystem::path real = std::filesystem::canonical(config_.root, error);
+  if (error) return ErrnoStatus(error.value(), "resolve", config_.root);
+  config_.root = real.string();
+  return absl::OkStatus();
+}
+
+absl::Status Worker::BuildEngine() {
+  if (config_.direct == DirectIo::kOn && !mount_.direct_supported) {
+    return absl::FailedPreconditionError(absl::StrFormat(
+        "direct = on, but %s refuses direct transfers: %s", config_.root, mount_.direct_refusal));
+  }
+  FileStore::Options store_options;
+  store_options.root = config_.root;
+  store_options.writer = absl::StrFormat("%016x", RandomBits());
+  store_options.make_uuid = MakeUuid;
+  store_ = std::make_unique<FileStore>(*file_system_, clock_, std::move(store_options));
+
+  EngineOptions options;
+  options.root = config_.root;
+  options.scratch_directory = absl::StrCat(config_.state_directory, "/scratch");
+  options.host_memory_bytes_max = config_.host_memory_bytes;
+  options.block_bytes = config_.block_bytes;
+  options.images_per_rank_max = config_.images_in_memory;
+  options.due_every_steps = config_.due_every_steps;
+  options.flush_writes_in_flight_max = config_.flush_writes_in_flight;
+  options.flush_caching = config_.direct == DirectIo::kOff ? Caching::kBuffered : mount_.caching();
+  const EngineWorld world{*file_system_, *ring_, *loop_, *pool_, clock_, *store_, *keeper_};
+  ASSIGN_OR_RETURN(engine_, Engine::Create(std::move(options), world));
+
+  LocalServer::Options server_options;
+  server_options.user_id = geteuid();
+  server_options.root = config_.root;
+  server_options.block_bytes = config_.block_bytes;
+  server_options.sessions_max = LocalServer::SessionsFor(OpenFilesLimit());
+  server_ = std::make_unique<LocalServer>(std::move(server_options), keeper_->Find(kListenerName),
+                                          *engine_, *loop_, [this] { return StatusText(); });
+  return absl::OkStatus();
+}
+
+void Worker::Recovered() {
+  KillPoint("worker.recovered");
+  server_->Start();
+  idle_since_ = clock_.Elapsed();
+  LogInfo(absl::StrFormat("serving %s on %s (start %d; %d sessions taken over); %s; %s",
+                          config_.root, config_.socket, restart_count_ + 1,
+                          engine_->sessions().size(), ring_->Describe(), mount_.Describe()));
+  TellStarter(kReadyText);
+  if (config_.is_private) CheckIdle();
+}
+
+void Worker::WatchSignals() {
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGTERM);
+  sigaddset(&signals, SIGINT);
+  CHECK(sigprocmask(SIG_BLOCK, &signals, nullptr) == 0);
+  signal_fd_.Reset(signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK));
+  CHECK(signal_fd_);
+  loop_->Watch(signal_fd_.get(), EventLoop::FdEvents::kReadable, [this] { OnSignal(); });
+}
+
+void Worker::OnSignal() {
+  signalfd_siginfo info{};
+  if (read(signal_fd_.get(), &info, sizeof(info)) != static_cast<ssize_t>(sizeof(info))) return;
+  if (draining_) return;
+  draining_ = true;
+  server_->RefuseOpens("the agent is ending");
+  LogInfo(absl::StrFormat("signal %d: ending; %d images are still to be flushed", info.ssi_signo,
+                          engine_->pending_image_count()));
+  CheckDrained(clock_.Elapsed() + config_.drain_deadline);
+}
+
+void Worker::CheckDrained(absl::Duration deadline) {
+  const size_t pending = engine_->pending_image_count();
+  if (pending == 0) return End(0, "everything is flushed");
+  if (clock_.Elapsed() >= deadline) {
+    return End(0, absl::StrFormat("%d images are not flushed within %s and are lost", pending,
+                                  absl::FormatDuration(config_.drain_deadline)));
+  }
+  loop_->RunAfter(kDrainLook, [this, deadline] { CheckDrained(deadline); });
+}
+
+void Worker::CheckIdle() {
+  const absl::Duration now = clock_.Elapsed();
+  const bool busy = engine_->open_session_count() > 0 || engine_->pending_image_count() > 0;
+  if (busy) idle_since_ = now;
+  const absl::Duration left = idle_since_ + config_.linger - now;
+  if (!busy && left <= absl::ZeroDuration()) {
+    if (!draining_) End(0, "nobody has needed this agent for its linger time");
+    return;
+  }
+  // Soon enough to notice within a tenth of the linger time, and once a second at most.
+  const absl::Duration look =
+      std::clamp(config_.linger / 10, absl::Milliseconds(5), absl::Seconds(1));
+  loop_->RunAfter(busy ? look : std::min(left, absl::Seconds(1)), [this] { CheckIdle(); });
+}
+
+void Worker::End(int exit_code, const std::string& why) {
+  if (exit_code == 0) {
+    LogInfo(absl::StrCat("ending: ", why));
+  } else {
+    LogError(why);
+    TellStarter(absl::StrCat(why, "\n"));
+  }
+  exit_code_ = exit_code;
+  // The name first: a trainer that comes now finds nobody and starts another agent, which waits
+  // for our lock. What has connected already sees its connection end and tries again.
+  if (unlink(config_.socket.c_str()) != 0 && errno != ENOENT) {
+    LogWarning(absl::StrCat("cannot remove ", config_.socket, ": ", ErrnoName(errno)));
+  }
+  if (keeper_ != nullptr) keeper_->Finish(exit_code);
+  if (loop_ != nullptr) loop_->Stop();
+}
+
+void Worker::TellStarter(const std::string& text) {
+  if (keeper_ == nullptr) return;
+  const int ready = keeper_->Find(kReadyName);
+  if (ready < 0) return;
+  // Dropped: it may not wait any more.
+  [[maybe_unused]] const ssize_t written = write(ready, text.data(), text.size());
+  keeper_->Drop(kReadyName);
+}
+
+std::string Worker::StatusText() const {
+  nlohmann::json status = nlohmann::json::parse(engine_->StatusJson(), nullptr, false);
+  if (!status.is_object()) status = {{"engine_status", "damaged"}};
+  nlohmann::json& agent = status["agent"];
+  agent = {{"version", kVersion},
+           {"protocol", abi::kProtocolVersion},
+           {"mode", config_.is_private ? "private" : "system"},
+           {"job", config_.job},
+           {"keeper_pid", keeper_->keeper_pid()},
+           {"worker_pid", getpid()},
+           {"worker_restarts", restart_count_},
+           {"keeper_restarts", keeper_->keeper_restart_count()},
+           {"draining", draining_},
+           {"root", config_.root},
+           {"socket", config_.socket},
+           {"ring", ring_->Describe()},
+           {"mount", mount_.Describe()},
+           {"open_sessions", engine_->open_session_count()},
+           {"pending_images", engine_->pending_image_count()},
+           {"connections", server_->connection_count()},
+           {"garbage_messages", server_->garbage_count()},
+           {"open_files_max", OpenFilesLimit()}};
+  for (const auto& [key, value] : config_.values) {
+    agent["config"][key] = {{"value", value.text}, {"origin", value.origin}};
+  }
+  return status.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+}
+
+}  // namespace holdfast

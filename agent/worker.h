@@ -1,0 +1,80 @@
+// The worker: everything that the agent does, on one event loop. It builds the world, lets the
+// engine take over what the last worker held, and serves until it is told to end or, as a private
+// agent, until nobody needs it.
+#ifndef HOLDFAST_AGENT_WORKER_H_
+#define HOLDFAST_AGENT_WORKER_H_
+
+#include <memory>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "agent/config.h"
+#include "agent/file_store.h"
+#include "agent/handover.h"
+#include "agent/keeper_link.h"
+#include "agent/local_server.h"
+#include "base/clock.h"
+#include "checkpoint/engine.h"
+#include "io/epoll_loop.h"
+#include "io/file_system.h"
+#include "io/io_ring.h"
+#include "io/mount_probe.h"
+#include "io/thread_pool.h"
+#include "io/unique_fd.h"
+
+namespace holdfast {
+
+// What the process that started the agent wants to hear: sent once over the descriptor kReadyName.
+inline constexpr char kReadyText[] = "ready\n";
+
+// Threads: one; it starts the pool's and the ring's.
+class Worker {
+ public:
+  Worker(AgentConfig config, Handover handover, const Clock& clock);
+  ~Worker();
+
+  // Until the end. The exit code of the agent: 0, or 1 if it could not start (then the reason was
+  // logged and sent to the process that waits for it).
+  int Run();
+
+ private:
+  absl::Status BuildWorld();
+  absl::Status MakeDirectories();
+  absl::Status BuildEngine();
+  void Recovered();
+  void WatchSignals();
+  void OnSignal();
+  void CheckIdle();
+  void CheckDrained(absl::Duration deadline);
+  void End(int exit_code, const std::string& why);
+  void TellStarter(const std::string& text);
+  std::string StatusText() const;
+
+  AgentConfig config_;
+  const uint32_t restart_count_;
+  Handover handover_;
+  const Clock& clock_;
+
+  // In the order in which they depend on one another.
+  std::unique_ptr<EpollLoop> loop_;
+  std::unique_ptr<KeeperLink> keeper_;
+  std::unique_ptr<FileSystem> file_system_;
+  std::unique_ptr<MountProbe> mount_probe_;
+  MountFacts mount_;
+  std::unique_ptr<IoRing> ring_;
+  std::unique_ptr<ThreadPool> pool_;
+  std::unique_ptr<FileStore> store_;
+  std::unique_ptr<Engine> engine_;
+  std::unique_ptr<LocalServer> server_;
+
+  UniqueFd signal_fd_;
+  bool draining_ = false;
+  absl::Duration idle_since_{};  // meaningful in private mode
+  int exit_code_ = 0;
+};
+
+}  // namespace holdfast
+
+#endif  // HOLDFAST_AGENT_WORKER_H_
