@@ -159,7 +159,7 @@ TEST(SealedFilesTest, HostileBytesWithAGoodChecksumAreReadStrictly) {
   size_t refused = 0;
   size_t read = 0;
   for (const Sealed& file : AllSealed()) {
-    for (int i = 0; i < 20'000; ++i) {
+    for (int i = 0; i < 5'000; ++i) {
       std::string bytes = file.bytes;
       for (uint32_t edits = 1 + random() % 3; edits > 0; --edits) {
         const size_t at = random() % (bytes.size() - kSealBytes);
@@ -186,7 +186,7 @@ TEST(SealedFilesTest, HostileBytesWithAGoodChecksumAreReadStrictly) {
       }
     }
   }
-  EXPECT_GT(refused, 50'000u);
+  EXPECT_GT(refused, 10'000u);
   EXPECT_GT(read, 100u);  // e.g. another digit in a number
 }
 
