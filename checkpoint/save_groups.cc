@@ -398,7 +398,6 @@ void SaveGroups::Recycle() {
   for (auto& [id, group] : groups_) {
     if (!MayRelease(group, needs_room)) continue;
     ReleaseMembers(group);
-    KillPoint("release.blocks");
   }
   Forget();
 }
