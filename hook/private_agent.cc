@@ -25,6 +25,8 @@ namespace {
 
 // Between looks at a lock that another rank holds, and at a child without a pidfd.
 constexpr int64_t kLookNs = 5 * kNsPerMs;
+// A process that was killed has ended after this long, unless a device holds it.
+constexpr int64_t kReapNs = 100 * kNsPerMs;
 constexpr size_t kStderrBytesMax = 700;
 
 Error CheckDirectory(const std::string& directory, mode_t forbidden) {
@@ -219,8 +221,9 @@ Error StartDaemon(const Settings& settings, const std::string& daemon, Deadline 
   std::string text;
   int status = 0;
   if (!AwaitExit(child, read_end.get(), deadline, &text, &status)) {
-    // It goes on by itself: a later open finds it, or starts another one. Its end is ours to reap,
-    // but there is nobody to wait for it: a zombie until the trainer ends.
+    // Only the foreground process, which is ours to end and to reap.
+    kill(child, SIGKILL);
+    AwaitExit(child, read_end.get(), Deadline::After(kReapNs), &text, &status);
     return Error(HF_DEADLINE_EXCEEDED, "%s did not listen in time: %s", ShortName(daemon).text(),
                  FirstLine(text).c_str());
   }
