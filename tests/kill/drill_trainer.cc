@@ -1,0 +1,235 @@
+// A training process for drills: real hook library, tiny state, and every value of the state is a
+// function of (step, global element), so that it can check a restored state bit for bit, also on
+// another number of ranks.
+//
+//   drill_trainer ROOT JOB RANK WORLD_SIZE STEPS EVERY [MILLISECONDS_PER_STEP]
+//
+// It runs STEPS steps from where it restored, saves every EVERY-th, and prints one line per event:
+//   opened <attempt>
+//   restored <step> <attempt>   or   restored none
+//   committed <step>            newest step known to survive power
+//   reconnected <count>
+//   trouble <what> <code> <text>        a call failed; training goes on
+//   finished <step>             the last step is committed
+// Exit code: 0 finished; 3 a restored value is wrong (printed); 1 anything else.
+#include <time.h>
+#include <unistd.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "holdfast.h"
+
+namespace {
+
+constexpr uint64_t kShardedElements = 48 * 1024;  // uint32; divides by 1, 2, 3, 4
+constexpr uint64_t kReplicatedElements = 5000;    // uint64
+constexpr int64_t kSecond = 1'000'000'000;
+
+uint64_t Mix(uint64_t step, uint64_t element) {
+  uint64_t x = step * 0x9e3779b97f4a7c15u ^ element * 0xbf58476d1ce4e5b9u;
+  x ^= x >> 29;
+  x *= 0x94d049bb133111ebu;
+  return x ^ (x >> 32);
+}
+
+struct State {
+  uint64_t first = 0;  // global index of sharded[0]
+  std::vector<uint32_t> sharded;
+  std::vector<uint64_t> replicated;
+
+  void Fill(uint64_t step) {
+    for (uint64_t i = 0; i < sharded.size(); ++i) {
+      sharded[i] = static_cast<uint32_t>(Mix(step, first + i));
+    }
+    for (uint64_t i = 0; i < replicated.size(); ++i) replicated[i] = Mix(step + 1, i);
+  }
+  bool Is(uint64_t step) const {
+    State expected = *this;
+    expected.Fill(step);
+    return expected.sharded == sharded && expected.replicated == replicated;
+  }
+};
+
+void Say(const std::string& line) {
+  std::printf("%s\n", line.c_str());
+  std::fflush(stdout);
+}
+
+// True if the call succeeded.
+bool Check(const char* what, hf_code code, const hf_error& error) {
+  if (code == HF_OK) return true;
+  Say(std::string("trouble ") + what + " " + std::to_string(code) + " " + error.text);
+  return false;
+}
+
+std::string LayoutDocument(uint64_t world_size) {
+  return R"({"holdfast_layout": 1, "mesh": [{"axis": "dp", "size": )" + std::to_string(world_size) +
+         R"(}],
+ "tensors": [
+  {"name": "sharded", "shape": [)" +
+         std::to_string(kShardedElements) + R"(], "states": [{"state": "param", "dtype": "uint32",
+    "place": [{"op": "shard", "dim": 0, "axis": "dp", "rule": "even"}]}]},
+  {"name": "replicated", "shape": [)" +
+         std::to_string(kReplicatedElements) +
+         R"(], "states": [{"state": "param", "dtype": "uint64"}]}]})";
+}
+
+class Trainer {
+ public:
+  explicit Trainer(char** arguments)
+      : rank_(std::atoi(arguments[3])),
+        world_size_(std::atoi(arguments[4])),
+        steps_(std::strtoull(arguments[5], nullptr, 10)),
+        every_(std::strtoull(arguments[6], nullptr, 10)) {
+    options_.root = arguments[1];
+    options_.job = arguments[2];
+    options_.rank = rank_;
+    options_.world_size = world_size_;
+    options_.local_rank = rank_;
+    state_.sharded.resize(kShardedElements / static_cast<uint64_t>(world_size_));
+    state_.first = state_.sharded.size() * static_cast<uint64_t>(rank_);
+    state_.replicated.resize(kReplicatedElements);
+  }
+  ~Trainer() { hf_close(job_); }
+  Trainer(const Trainer&) = delete;
+  Trainer& operator=(const Trainer&) = delete;
+
+  int Run(int64_t step_ms) {
+    if (!Begin()) return 1;
+    if (int failed = Restore(); failed != 0) return failed;
+    const uint64_t last = step_ + steps_;
+    while (step_ < last) {
+      // What the device would compute meanwhile.
+      const timespec device = {step_ms / 1000, step_ms % 1000 * 1'000'000};
+      nanosleep(&device, nullptr);
+      Check("wait_captured", hf_wait_captured(job_, HF_ALL_GROUPS, 10 * kSecond, &error_), error_);
+      state_.Fill(++step_);
+      if (step_ % every_ == 0) Save();
+      Observe();
+    }
+    return Finish(last / every_ * every_);
+  }
+
+ private:
+  bool Begin() {
+    hf_error error;
+    if (!Check("open", hf_open(&options_, &job_, &error), error)) return false;
+    hf_info info = {};
+    info.struct_bytes = sizeof(info);
+    hf_get_info(job_, &info);
+    Say("opened " + std::to_string(info.attempt));
+    const hf_buffer buffers[] = {
+        {"param/sharded", state_.sharded.data(), state_.sharded.size() * 4, 0},
+        {"param/replicated", state_.replicated.data(), state_.replicated.size() * 8, 1}};
+    const hf_blob_slot blobs[] = {{"loader", HF_BLOB_GLOBAL, 64}, {"rng", HF_BLOB_RANK, 64}};
+    return Check("register",
+                 hf_register(job_, LayoutDocument(static_cast<uint64_t>(world_size_)).c_str(),
+                             buffers, 2, blobs, 2, 30 * kSecond, &error),
+                 error);
+  }
+
+  int Restore() {
+    hf_restore_result result = {};
+    result.struct_bytes = sizeof(result);
+    const hf_code code = hf_restore(job_, &result, 60 * kSecond, &error_);
+    if (code == HF_NOT_FOUND) {
+      state_.Fill(0);
+      Say("restored none");
+      return 0;
+    }
+    if (!Check("restore", code, error_)) return 1;
+    step_ = result.step;
+    Say("restored " + std::to_string(step_) + " " + std::to_string(result.attempt));
+    if (!state_.Is(step_)) {
+      Say("wrong tensors");
+      return 3;
+    }
+    const void* data = nullptr;
+    uint64_t bytes = 0;
+    uint64_t value = 0;
+    if (!Check("blob", hf_restored_blob(job_, "loader", -1, &data, &bytes, &error_), error_)) {
+      return 3;
+    }
+    std::memcpy(&value, data, sizeof(value));
+    if (bytes != 8 || value != Mix(step_, 7)) {
+      Say("wrong loader blob");
+      return 3;
+    }
+    for (uint32_t old_rank = 0; old_rank < result.world_size; ++old_rank) {
+      if (!Check("blob", hf_restored_blob(job_, "rng", old_rank, &data, &bytes, &error_), error_)) {
+        return 3;
+      }
+      std::memcpy(&value, data, sizeof(value));
+      if (bytes != 8 || value != Mix(step_, 100 + old_rank)) {
+        Say("wrong rng blob");
+        return 3;
+      }
+    }
+    return 0;
+  }
+
+  void Save() {
+    const uint64_t loader = Mix(step_, 7);
+    const uint64_t rng = Mix(step_, 100 + static_cast<uint64_t>(rank_));
+    const hf_blob blobs[] = {{"loader", &loader, 8}, {"rng", &rng, 8}};
+    hf_save_options options = {};
+    options.struct_bytes = sizeof(options);
+    options.blobs = blobs;
+    options.blob_count = 2;
+    options.wait_ns = 20 * kSecond;
+    Check("save", hf_save(job_, step_, &options, &error_), error_);
+  }
+
+  void Observe() {
+    hf_info info = {};
+    info.struct_bytes = sizeof(info);
+    if (hf_get_info(job_, &info) != HF_OK) return;
+    if (info.committed_power_step != UINT64_MAX && info.committed_power_step != committed_) {
+      committed_ = info.committed_power_step;
+      Say("committed " + std::to_string(committed_));
+    }
+    if (info.reconnect_count != reconnect_count_) {
+      reconnect_count_ = info.reconnect_count;
+      Say("reconnected " + std::to_string(reconnect_count_));
+    }
+  }
+
+  int Finish(uint64_t last_saved) {
+    Check("wait_captured", hf_wait_captured(job_, HF_ALL_GROUPS, 10 * kSecond, &error_), error_);
+    const bool committed =
+        Check("wait_committed",
+              hf_wait_committed(job_, last_saved, HF_SURVIVE_POWER, 60 * kSecond, &error_), error_);
+    Observe();
+    if (!committed) return 1;
+    Say("committed " + std::to_string(last_saved));
+    Say("finished " + std::to_string(last_saved));
+    return 0;
+  }
+
+  const int rank_;
+  const int world_size_;
+  const uint64_t steps_;
+  const uint64_t every_;
+  hf_open_options options_ = HF_OPEN_OPTIONS_INIT;
+  hf_job* job_ = nullptr;
+  hf_error error_ = {};
+  State state_;
+  uint64_t step_ = 0;
+  uint64_t committed_ = UINT64_MAX;
+  uint32_t reconnect_count_ = 0;
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 7) {
+    std::fprintf(stderr, "usage: drill_trainer ROOT JOB RANK WORLD_SIZE STEPS EVERY [MS]\n");
+    return 2;
+  }
+  return Trainer(argv).Run(argc > 7 ? std::atoi(argv[7]) : 0);
+}

@@ -1,0 +1,141 @@
+// Trainer to agent to storage and back, with the real library, the real daemon and a real file
+// system. Every trainer checks what it restored bit for bit itself (exit code 3 if it differs).
+#include <signal.h>
+
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "tests/kill/drill.h"
+
+namespace holdfast {
+namespace {
+
+using Trainers = std::vector<std::unique_ptr<Trainer>>;
+constexpr absl::Duration kDeadline = absl::Seconds(60);
+
+// All end with code 0.
+void ExpectFinished(const Drill& drill, Trainers& trainers) {
+  for (const auto& trainer : trainers) {
+    EXPECT_EQ(trainer->Wait(kDeadline), 0) << trainer->output() << "\n" << drill.Log();
+  }
+}
+
+size_t Count(const std::string& all, const std::string& text) {
+  size_t count = 0;
+  for (size_t at = all.find(text); at != std::string::npos; at = all.find(text, at + 1)) ++count;
+  return count;
+}
+
+TEST(EndToEnd, WhatTwoRanksCommitIsRestoredFromStorageOnOneTwoAndThreeRanks) {
+  Drill drill;
+  Trainers first = drill.StartTrainers(2, 6, 2);
+  ExpectFinished(drill, first);
+  EXPECT_TRUE(first[0]->HasSaid("restored none"));
+  EXPECT_EQ(first[0]->LastNumber("committed"), 6u);
+  uint64_t step = 6;
+  uint64_t attempt = 1;
+  for (const int world_size : {2, 1, 3}) {
+    ASSERT_TRUE(drill.WaitAgentGone(kDeadline)) << drill.Log();
+    Trainers next = drill.StartTrainers(world_size, 2, 2);
+    ExpectFinished(drill, next);
+    for (const auto& trainer : next) {
+      EXPECT_TRUE(trainer->HasSaid(absl::StrCat("restored ", step, " ", attempt)))
+          << trainer->output();
+    }
+    step += 2;
+    attempt += 1;
+    EXPECT_EQ(next[0]->LastNumber("committed"), step);
+  }
+}
+
+TEST(EndToEnd, AnAgentThatLingersRestoresFromMemoryAndStaysOne) {
+  Drill drill({{"HOLDFAST_LINGER", "60s"}});
+  Trainers first = drill.StartTrainers(2, 4, 2);
+  ExpectFinished(drill, first);
+  const pid_t worker = drill.WorkerPid();
+  Trainers second = drill.StartTrainers(2, 2, 2);
+  ExpectFinished(drill, second);
+  EXPECT_TRUE(second[0]->HasSaid("restored 4 1")) << second[0]->output();
+  EXPECT_EQ(drill.WorkerPid(), worker);
+}
+
+TEST(EndToEnd, RanksThatStartAtOnceShareOneAgentWhichEndsAfterItsLinger) {
+  Drill drill;
+  Trainers trainers = drill.StartTrainers(4, 4, 2);
+  ExpectFinished(drill, trainers);
+  ASSERT_TRUE(drill.WaitAgentGone(kDeadline));
+  EXPECT_EQ(Count(drill.Log(), "started worker "), 1u) << drill.Log();
+  EXPECT_EQ(Count(drill.Log(), "nobody has needed this agent"), 1u) << drill.Log();
+}
+
+TEST(EndToEnd, AWorkerThatIsKilledWhileTrainingGoesOnLosesNothing) {
+  Drill drill;
+  Trainers trainers = drill.StartTrainers(2, 60, 2, /*step_ms=*/5);
+  int kills = 0;
+  for (uint64_t committed = 4; committed <= 40; committed += 12) {
+    ASSERT_TRUE(WaitUntil(
+        [&] {
+          trainers[0]->ReadOutput();
+          return trainers[0]->LastNumber("committed").value_or(0) >= committed;
+        },
+        kDeadline))
+        << trainers[0]->output() << drill.Log();
+    kill(drill.WorkerPid(), SIGKILL);
+    ++kills;
+  }
+  ExpectFinished(drill, trainers);
+  EXPECT_EQ(trainers[0]->LastNumber("finished"), 60u);
+  EXPECT_GE(Count(drill.Log(), "the worker died (signal 9)"), static_cast<size_t>(kills));
+  EXPECT_FALSE(trainers[0]->HasSaid("trouble")) << trainers[0]->output();
+  ASSERT_TRUE(drill.WaitAgentGone(kDeadline));
+  Trainers next = drill.StartTrainers(2, 2, 2);
+  ExpectFinished(drill, next);
+  EXPECT_TRUE(next[0]->HasSaid("restored 60 1")) << next[0]->output();
+}
+
+TEST(EndToEnd, AKeeperThatIsKilledIsReplacedAndNobodyNotices) {
+  Drill drill;
+  Trainers trainers = drill.StartTrainers(2, 40, 2, /*step_ms=*/5);
+  ASSERT_TRUE(WaitUntil(
+      [&] {
+        trainers[0]->ReadOutput();
+        return trainers[0]->LastNumber("committed").value_or(0) >= 4;
+      },
+      kDeadline));
+  const pid_t keeper = drill.KeeperPid();
+  kill(keeper, SIGKILL);
+  ASSERT_TRUE(drill.WaitForLog("started keeper ", kDeadline)) << drill.Log();
+  // The new keeper does its work: the worker may die now.
+  kill(drill.WorkerPid(), SIGKILL);
+  ExpectFinished(drill, trainers);
+  EXPECT_FALSE(trainers[0]->HasSaid("trouble")) << trainers[0]->output();
+}
+
+TEST(EndToEnd, AfterTheWholeAgentIsKilledTrainingGoesOnAndNothingCommittedIsLost) {
+  Drill drill;
+  Trainers trainers = drill.StartTrainers(2, 30, 2, /*step_ms=*/5);
+  ASSERT_TRUE(WaitUntil(
+      [&] {
+        trainers[0]->ReadOutput();
+        return trainers[0]->LastNumber("committed").value_or(0) >= 4;
+      },
+      kDeadline));
+  const uint64_t committed = *trainers[0]->LastNumber("committed");
+  drill.KillAgent();
+  // Nobody restarts it for them; training goes on to its end without saves, and says so.
+  for (const auto& trainer : trainers) {
+    EXPECT_EQ(trainer->Wait(kDeadline), 1) << trainer->output();
+    EXPECT_TRUE(trainer->HasSaid("trouble save")) << trainer->output();
+  }
+  Trainers next = drill.StartTrainers(2, 2, 2);
+  ExpectFinished(drill, next);
+  EXPECT_GE(*next[0]->LastNumber("restored"), committed) << next[0]->output();
+}
+
+}  // namespace
+}  // namespace holdfast
