@@ -104,7 +104,7 @@ const WorldKind kWorlds[] = {
     {"UringOf256EntriesAndSmallPieces",
      [] {
        return std::unique_ptr<World>(
-           new RealWorld(NewUringRing({.entry_count = 256, .registered_piece_bytes = 3 * kPage})));
+           new RealWorld(NewUringRing({.entry_count = 256, .piece_bytes = 3 * kPage})));
      }},
     {"UringPlain",
      [] {
@@ -115,6 +115,11 @@ const WorldKind kWorlds[] = {
      [] { return std::unique_ptr<World>(new RealWorld(NewUringRing({.entry_count = 1}))); }},
     {"Threads",
      [] { return std::unique_ptr<World>(new RealWorld(NewThreadRing({.thread_count = 3}))); }},
+    {"ThreadsInSmallPieces",
+     [] {
+       return std::unique_ptr<World>(
+           new RealWorld(NewThreadRing({.thread_count = 1, .piece_bytes = 3 * kPage})));
+     }},
     {"Simulated", [] { return std::unique_ptr<World>(new SimWorld(0)); }},
     {"SimulatedInAnyOrder", [] { return std::unique_ptr<World>(new SimWorld(7)); }},
 };

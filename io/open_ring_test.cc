@@ -167,7 +167,7 @@ TEST_F(OpenRingTest, ARegistrationThatFailsHalfWayLeavesNothingLocked) {
     CHECK(setrlimit(RLIMIT_MEMLOCK, &small) == 0);
     BecomeUnprivileged();
     // Of 8 MiB in pieces of 16 KiB the limit takes the first few and no more.
-    const auto ring = NewUringRing({.registered_piece_bytes = 16 << 10});
+    const auto ring = NewUringRing({.piece_bytes = 16 << 10});
     CHECK_OK(ring.status());
     const std::span<std::byte> memory = Map(kMemoryBytes);
     const std::span<std::byte> first = memory.first(48 << 10);

@@ -22,8 +22,6 @@
 namespace holdfast {
 namespace {
 
-// Below the kernel's limit of about 2 GiB per call, and a multiple of every alignment.
-constexpr size_t kPieceBytesMax = size_t{1} << 30;
 // A transfer that makes no progress this often is given up.
 constexpr int kRetriesMax = 64;
 
@@ -57,14 +55,13 @@ absl::Status TransferAll(const char* verb, int fd, size_t length, Transfer trans
   return absl::OkStatus();
 }
 
-absl::Status WriteAll(const Operation& operation) {
+absl::Status WriteAll(const Operation& operation, size_t piece_bytes) {
   const std::span<const std::byte> data = operation.source;
   size_t done_bytes = 0;
   RETURN_IF_ERROR(TransferAll(
       "write", operation.fd, data.size(),
       [&](size_t begin) {
-        return pwrite(operation.fd, data.data() + begin,
-                      std::min(data.size() - begin, kPieceBytesMax),
+        return pwrite(operation.fd, data.data() + begin, std::min(data.size() - begin, piece_bytes),
                       static_cast<off_t>(operation.offset_bytes + begin));
       },
       done_bytes));
@@ -74,7 +71,7 @@ absl::Status WriteAll(const Operation& operation) {
                                                 data.size()));
 }
 
-absl::Status ReadAll(const Operation& operation) {
+absl::Status ReadAll(const Operation& operation, size_t piece_bytes) {
   const std::span<std::byte> data = operation.target;
   size_t done_bytes = 0;
   absl::Status truncated;
@@ -86,8 +83,7 @@ absl::Status ReadAll(const Operation& operation) {
           truncated = CheckNotTruncated(operation.fd, {operation.offset_bytes, data.size(), begin});
           if (!truncated.ok()) return 0;
         }
-        return pread(operation.fd, data.data() + begin,
-                     std::min(data.size() - begin, kPieceBytesMax),
+        return pread(operation.fd, data.data() + begin, std::min(data.size() - begin, piece_bytes),
                      static_cast<off_t>(operation.offset_bytes + begin));
       },
       done_bytes));
@@ -100,12 +96,12 @@ absl::Status ReadAll(const Operation& operation) {
                                                 data.size()));
 }
 
-absl::Status Carry(const Operation& operation) {
+absl::Status Carry(const Operation& operation, size_t piece_bytes) {
   switch (operation.kind) {
     case Operation::Kind::kWrite:
-      return WriteAll(operation);
+      return WriteAll(operation, piece_bytes);
     case Operation::Kind::kRead:
-      return ReadAll(operation);
+      return ReadAll(operation, piece_bytes);
     case Operation::Kind::kSync:
       if (fsync(operation.fd) == 0) return absl::OkStatus();
       return TransferError(errno, "sync", operation.fd);
@@ -115,8 +111,10 @@ absl::Status Carry(const Operation& operation) {
 
 class ThreadRing final : public IoRing {
  public:
-  ThreadRing(UniqueFd event_fd, std::string reason)
-      : event_fd_(std::move(event_fd)), reason_(std::move(reason)) {}
+  ThreadRing(UniqueFd event_fd, const ThreadRingOptions& options)
+      : event_fd_(std::move(event_fd)), piece_bytes_(options.piece_bytes), reason_(options.reason) {
+    CHECK(piece_bytes_ > 0);
+  }
 
   ~ThreadRing() override {
     std::deque<Operation> dropped;  // nobody is told of them any more
@@ -211,7 +209,7 @@ class ThreadRing final : public IoRing {
         operation = std::move(waiting_.front());
         waiting_.pop_front();
       }
-      operation.status = Carry(operation);
+      operation.status = Carry(operation, piece_bytes_);
       {
         MutexLock lock(mutex_);
         finished_.push_back(std::move(operation));
@@ -222,6 +220,7 @@ class ThreadRing final : public IoRing {
   }
 
   const UniqueFd event_fd_;
+  const size_t piece_bytes_;
   const std::string reason_;
   std::vector<std::thread> threads_;
   size_t in_flight_count_ = 0;  // the loop's thread only
@@ -238,7 +237,7 @@ class ThreadRing final : public IoRing {
 absl::StatusOr<std::unique_ptr<IoRing>> NewThreadRing(const ThreadRingOptions& options) {
   UniqueFd event_fd(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
   if (!event_fd) return ErrnoStatus(errno, "create", "eventfd of the I/O threads");
-  auto ring = std::make_unique<ThreadRing>(std::move(event_fd), options.reason);
+  auto ring = std::make_unique<ThreadRing>(std::move(event_fd), options);
   RETURN_IF_ERROR(ring->Start(options.thread_count));
   return ring;
 }

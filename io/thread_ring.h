@@ -3,6 +3,7 @@
 #ifndef HOLDFAST_IO_THREAD_RING_H_
 #define HOLDFAST_IO_THREAD_RING_H_
 
+#include <cstddef>
 #include <memory>
 #include <string>
 
@@ -12,7 +13,9 @@
 namespace holdfast {
 
 struct ThreadRingOptions {
-  int thread_count = 8;     // operations under way at once, 1 to 64; more wait in order
+  int thread_count = 8;  // operations under way at once, 1 to 64; more wait in order
+  // The most of one system call, a multiple of every alignment; tests cut finer.
+  size_t piece_bytes = size_t{1} << 30;
   std::string reason = {};  // why not io_uring, for Describe()
 };
 

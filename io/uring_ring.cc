@@ -34,17 +34,15 @@
 namespace holdfast {
 namespace {
 
-// Of one kernel operation. Below the kernel's limit of about 2 GiB and a multiple of every
-// alignment; longer transfers are continued like short ones.
+// The kernel's limit for one registered buffer; for one operation it is about 2 GiB.
 constexpr uint64_t kPieceBytesMax = uint64_t{1} << 30;
-// The kernel's limit for one registered buffer.
-constexpr uint64_t kRegisteredPieceBytesMax = uint64_t{1} << 30;
 // Registered pieces at once: 4 TiB of memory. Beyond, transfers go unregistered.
 constexpr unsigned kRegisteredSlotCount = 4096;
 // A transfer that the kernel puts off this often without progress is given up.
 constexpr int kRetriesMax = 64;
-// Rounds of RunCompletions(), so that other events of the loop get their turn.
-constexpr int kRoundsMax = 16;
+// Rounds of RunCompletions(), of up to 64 completions each, so that other events of the loop get
+// their turn.
+constexpr int kRoundsMax = 2;
 
 // The setup of a kernel since 6.1 and of an older one.
 constexpr unsigned kDeferFlags =
@@ -79,7 +77,7 @@ class UringRing final : public IoRing {
  public:
   UringRing(const UringOptions& options, UniqueFd event_fd)
       : entry_count_(options.entry_count),
-        piece_bytes_(options.registered_piece_bytes),
+        piece_bytes_(options.piece_bytes),
         event_fd_(std::move(event_fd)) {}
   ~UringRing() override;
 
@@ -135,7 +133,7 @@ class UringRing final : public IoRing {
   void SignalSelf() const;
 
   const unsigned entry_count_;
-  const uint64_t piece_bytes_;  // of registered memory
+  const uint64_t piece_bytes_;
   const UniqueFd event_fd_;
   io_uring ring_{};
   bool ring_is_open_ = false;
@@ -236,8 +234,8 @@ void UringRing::FillKernelQueue() {
 void UringRing::Prepare(io_uring_sqe* entry, OperationId id, const Operation& operation) const {
   std::byte* memory = operation.memory + operation.done_bytes;
   const uint64_t offset = operation.offset_bytes + operation.done_bytes;
-  const auto length = static_cast<unsigned>(
-      std::min(operation.length_bytes - operation.done_bytes, kPieceBytesMax));
+  const auto length =
+      static_cast<unsigned>(std::min(operation.length_bytes - operation.done_bytes, piece_bytes_));
   const std::optional<unsigned> slot = RegisteredSlot(memory, length);
   switch (operation.kind) {
     case Operation::Kind::kWrite:
@@ -419,8 +417,7 @@ std::string UringRing::Describe() const {
 absl::StatusOr<std::unique_ptr<IoRing>> NewUringRing(const UringOptions& options) {
   CHECK(options.entry_count >= 1 && options.entry_count <= 4096 &&
         (options.entry_count & (options.entry_count - 1)) == 0);
-  CHECK(options.registered_piece_bytes > 0 &&
-        options.registered_piece_bytes <= kRegisteredPieceBytesMax);
+  CHECK(options.piece_bytes > 0 && options.piece_bytes <= kPieceBytesMax);
   UniqueFd event_fd(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
   if (!event_fd) return ErrnoStatus(errno, "create", "eventfd of io_uring");
   auto ring = std::make_unique<UringRing>(options, std::move(event_fd));

@@ -15,9 +15,10 @@ struct UringOptions {
   unsigned entry_count = 64;
   // False: without SINGLE_ISSUER and DEFER_TASKRUN, as a kernel before 6.1 does it.
   bool defer_task_run = true;
-  // Registered memory is cut into pieces of this size, the kernel's limit for one; tests cut finer.
-  // A transfer across two pieces goes unregistered.
-  uint64_t registered_piece_bytes = uint64_t{1} << 30;
+  // The most of one kernel operation and of one registered buffer, a multiple of every alignment;
+  // the kernel's limit for the latter is 1 GiB. Longer ones are done in pieces; tests cut finer. A
+  // piece across two registered buffers goes unregistered.
+  uint64_t piece_bytes = uint64_t{1} << 30;
 };
 
 // Must be called on the thread that will use the ring, because the kernel binds a SINGLE_ISSUER
