@@ -6,6 +6,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/file.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -99,7 +100,7 @@ int Trainer::Wait(absl::Duration deadline) {
 
 void Trainer::Kill() { SendSignal(pidfd_.get(), SIGKILL); }
 
-Drill::Drill(std::map<std::string, std::string> environment) {
+Drill::Drill() {
   // A real file system: /tmp is often memory, which refuses O_DIRECT.
   std::string name = absl::StrCat(HOLDFAST_TEST_DIRECTORY, "/drill-XXXXXX");
   CHECK(mkdtemp(name.data()) != nullptr);
@@ -119,7 +120,6 @@ Drill::Drill(std::map<std::string, std::string> environment) {
       {"HOME", directory_},
       {"XDG_STATE_HOME", absl::StrCat(directory_, "/state")},
   };
-  for (const auto& [variable, value] : environment) environment_[variable] = value;
 }
 
 Drill::~Drill() {

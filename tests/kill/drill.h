@@ -49,12 +49,13 @@ class Trainer {
 
 class Drill {
  public:
-  // In a new directory; `environment` is added to every process started.
-  explicit Drill(std::map<std::string, std::string> environment = {});
+  // In a new directory.
+  Drill();
   ~Drill();  // ends the agent, removes the directory
   Drill(const Drill&) = delete;
   Drill& operator=(const Drill&) = delete;
 
+  // In the environment of every process started from now on.
   void Set(const std::string& variable, const std::string& value);
 
   struct TrainerOptions {

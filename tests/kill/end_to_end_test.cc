@@ -54,7 +54,8 @@ TEST(EndToEnd, WhatTwoRanksCommitIsRestoredFromStorageOnOneTwoAndThreeRanks) {
 }
 
 TEST(EndToEnd, AnAgentThatLingersRestoresFromMemoryAndStaysOne) {
-  Drill drill({{"HOLDFAST_LINGER", "60s"}});
+  Drill drill;
+  drill.Set("HOLDFAST_LINGER", "60s");
   Trainers first = drill.StartTrainers(2, 4, 2);
   ExpectFinished(drill, first);
   const pid_t worker = drill.WorkerPid();
