@@ -208,7 +208,9 @@ void Worker::CheckDrained(absl::Duration deadline) {
 
 void Worker::CheckIdle() {
   const absl::Duration now = clock_.Elapsed();
-  const bool busy = engine_->open_session_count() > 0 || engine_->pending_image_count() > 0;
+  // A connection counts too: its client may be about to open, or its kOpen be pending.
+  const bool busy = engine_->open_session_count() > 0 || engine_->pending_image_count() > 0 ||
+                    server_->connection_count() > 0;
   if (busy) idle_since_ = now;
   const absl::Duration left = idle_since_ + config_.linger - now;
   if (!busy && left <= absl::ZeroDuration()) {
