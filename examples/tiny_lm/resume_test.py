@@ -1,0 +1,177 @@
+#!/usr/bin/python3
+"""tiny_lm with Holdfast: whatever dies, and in whatever layout it goes on, the losses are those of an
+undisturbed run bit for bit, and the restored state is the one that was committed.
+
+Usage: resume_test.py LAUNCH TINY_LM HOLDFASTD CORPUS
+"""
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+
+LAUNCH, TINY_LM, HOLDFASTD, CORPUS = sys.argv[1:5]
+del sys.argv[1:5]
+TIMEOUT_SECONDS = 100
+
+
+class Run:
+    """One job run by examples/launch, with a log directory of its own."""
+
+    def __init__(self, place, name, world, *flags, restarts=0, **environment):
+        self.logs = pathlib.Path(place, name)
+        self.launch_log = pathlib.Path(place, name + '.events')
+        variables = {key: value for key, value in os.environ.items()
+                     if not key.startswith('HOLDFAST')}
+        variables.update(HOLDFAST_JOB='test', HOLDFAST_ROOT=os.path.join(place, 'root'),
+                         HOLDFAST_RUNTIME_DIR=os.path.join(place, 'run'), HOLDFASTD=HOLDFASTD,
+                         HOLDFAST_HOST_MEMORY='256MiB', HOLDFAST_LINGER='1s', **environment)
+        self.process = subprocess.Popen(
+            ['/usr/bin/python3', LAUNCH, '--nproc', str(world), '--max-restarts', str(restarts),
+             '--log-dir', self.logs, '--events', self.launch_log, '--', TINY_LM, '--corpus',
+             CORPUS, '--check-restore', '--save-wait-ms', '20000', *flags],
+            env=variables, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, text=True)
+
+    def finish(self):
+        _, errors = self.process.communicate(timeout=TIMEOUT_SECONDS)
+        return self.process.returncode, errors + self.standard_errors()
+
+    def standard_errors(self):
+        return ''.join(path.read_text() for path in sorted(self.logs.rglob('*.err')))
+
+    def events(self, name, restart=0):
+        """Events of that name of one start, by rank. Lines that are being written are left out."""
+        found = {}
+        for path in sorted(self.logs.glob('restart-%d/*.out' % restart)):
+            for line in path.read_text().split('\n')[:-1]:
+                event = json.loads(line)
+                if event['event'] == name:
+                    found.setdefault(event['rank'], []).append(event)
+        return found
+
+    def starts(self):
+        return [event for event in map(json.loads, self.launch_log.read_text().splitlines())
+                if event['event'] == 'start']
+
+    def losses(self, restart=0):
+        """step: loss. All ranks must agree."""
+        losses = {}
+        for events in self.events('step', restart).values():
+            for event in events:
+                assert losses.setdefault(event['step'], event['loss']) == event['loss'], event
+        return losses
+
+    def digests(self, name, restart=0):
+        """(state, tensor): digest of the whole tensor, out of all ranks' pieces."""
+        whole = {}
+        for events in self.events(name, restart).values():
+            for piece in events[0]['pieces']:
+                key, digest = (piece['state'], piece['tensor']), int(piece['digest'], 16)
+                if piece['replicated']:
+                    assert whole.setdefault(key, digest) == digest, key
+                else:
+                    whole[key] = (whole.get(key, 0) + digest) % 2 ** 64
+        return whole
+
+    def pid(self, rank):
+        return [event['pid'] for event in self.starts() if event['rank'] == rank][-1]
+
+
+class ResumeTest(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        with tempfile.TemporaryDirectory() as place:
+            reference = Run(place, 'reference', 1, '--no-holdfast', '--steps', '20')
+            status, errors = reference.finish()
+            assert status == 0, errors
+            cls.reference = reference.losses()
+            assert sorted(cls.reference) == list(range(1, 21))
+
+    def setUp(self):
+        directory = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        self.addCleanup(directory.cleanup)
+        self.place = directory.name
+
+    def finish_ok(self, run, restart=0, errors_allowed=False):
+        status, errors = run.finish()
+        self.assertEqual(status, 0, errors)
+        if not errors_allowed:
+            self.assertEqual(run.events('holdfast_error', restart), {})
+
+    def check_losses(self, run, first, last, restart=0):
+        losses = run.losses(restart)
+        self.assertEqual(sorted(losses), list(range(first, last + 1)))
+        for step, loss in losses.items():
+            self.assertEqual(loss, self.reference[step], 'step %d' % step)
+
+    def test_a_job_goes_on_in_any_world_and_layout_bit_for_bit(self):
+        before = None
+        last = 0
+        for i, (world, zero) in enumerate(((4, 1), (2, 1), (3, 1), (1, 0), (3, 0), (2, 1))):
+            with self.subTest(world=world, zero=zero, after=last):
+                steps = last + 3
+                run = Run(self.place, 'run-%d' % i, world, '--zero', str(zero), '--steps',
+                          str(steps), '--save-every', '2', '--bytes', '3M')
+                self.finish_ok(run)
+                self.check_losses(run, last + 1, steps)
+                committed = run.events('committed')
+                self.assertEqual(sorted(committed), list(range(world)))
+                restored = run.events('restored')
+                if before is None:
+                    self.assertEqual(restored, {})
+                else:
+                    self.assertEqual({e[0]['step'] for e in restored.values()}, {last})
+                    self.assertEqual(run.digests('restore_digest'), before)
+                    self.assertEqual(len(run.events('ballast_verified')), world)
+                after = run.digests('final_digest')
+                self.assertNotEqual(after, before)
+                before, last = after, steps
+
+    def kill_and_go_on(self, kill):
+        run = Run(self.place, 'run', 3, '--steps', '20', '--save-every', '2', '--bytes', '3M',
+                  '--device-ms', '100', restarts=1)
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while not any(event['state'] == 'committed_power'
+                      for event in run.events('save_ended').get(0, ())):
+            self.assertLess(time.monotonic(), deadline)
+            self.assertIsNone(run.process.poll(), run.standard_errors())
+            time.sleep(0.005)
+        kill(run)
+        return run
+
+    def test_a_killed_rank_costs_the_steps_since_the_last_commit_and_no_bit(self):
+        run = self.kill_and_go_on(lambda run: os.kill(run.pid(1), signal.SIGKILL))
+        self.finish_ok(run, restart=1)
+        self.assertEqual(len(run.starts()), 6, 'the kill missed')
+        restored = {event[0]['step'] for event in run.events('restored', restart=1).values()}
+        self.assertEqual(len(restored), 1)
+        step = restored.pop()
+        self.assertGreater(step, 0)
+        self.assertEqual(step % 2, 0)
+        self.check_losses(run, step + 1, 20, restart=1)
+
+    def test_another_seed_or_corpus_is_refused_by_name(self):
+        self.finish_ok(Run(self.place, 'one', 2, '--steps', '2', '--bytes', '1M'))
+        run = Run(self.place, 'two', 2, '--steps', '4', '--bytes', '1M', '--seed', '5')
+        status, errors = run.finish()
+        self.assertEqual(status, 1)
+        self.assertIn('"seed":5', errors)
+        self.assertIn('"seed":1', errors)
+
+    def test_without_an_agent_training_goes_on_and_says_so(self):
+        run = Run(self.place, 'alone', 2, '--steps', '4', '--save-every', '1',
+                  HOLDFAST_PRIVATE='0')
+        self.finish_ok(run, errors_allowed=True)
+        self.check_losses(run, 1, 4)
+        for rank in range(2):
+            errors = run.events('holdfast_error')[rank]
+            self.assertEqual([error['call'] for error in errors], ['hf_open'])
+
+
+if __name__ == '__main__':
+    unittest.main()
