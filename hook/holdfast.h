@@ -13,8 +13,11 @@
  *
  * Promises. No call aborts, throws, or blocks beyond the deadline that it was given; a failure of
  * Holdfast is an error code here and training goes on. Without an agent every call but hf_open
- * returns HF_UNAVAILABLE at once, and works again when the agent is back. In a forked child (data
- * loaders inherit everything) every call is a harmless HF_FAILED_PRECONDITION.
+ * returns HF_UNAVAILABLE at once, and works again when the agent is back. (The agent's worker may
+ * die and be restarted: calls with a deadline wait for that, within it, for 2 s from the loss if
+ * nobody listens, and for 10 s if the agent does. hf_wait_captured needs no agent.) In a forked
+ * child (data loaders inherit everything) every call on the job is a harmless
+ * HF_FAILED_PRECONDITION; the child may open a job of its own.
  *
  * Errors. Functions return a code; if `error` is not NULL it is filled on failure (what failed, the
  * thing's name, expected and found) and its text is empty on success.
@@ -81,7 +84,9 @@ typedef struct hf_open_options {
   int32_t private_agent; /* -1: $HOLDFAST_PRIVATE (0 or 1), else 1. 1: start one if none listens */
   int32_t check_source;  /* -1: $HOLDFAST_CHECK_SOURCE (none, sample, all), else sample. 0, 1, 2:
                             compare none, a few random chunks or everything with the source once
-                            more in hf_wait_captured */
+                            more in hf_wait_captured. A sample misses a change of a fraction f of
+                            the bytes with probability (1 - f)^64 at most: 0.1% of 10%, 53% of 1%.
+                            No image is committed before it was compared */
   int32_t copy_threads;  /* 0: $HOLDFAST_COPY_THREADS, else 1. Threads that capture, 1 to 16 */
   int64_t deadline_ns;   /* 0: 30 s. Of hf_open itself */
 } hf_open_options;
@@ -94,7 +99,8 @@ typedef struct hf_open_options {
  * a private agent if none listens and that is allowed. On failure *job is NULL. */
 HF_API hf_code hf_open(const hf_open_options* options, hf_job** job, hf_error* error);
 
-/* Ends this rank's part. Nothing captured is lost: the agent goes on flushing. NULL is allowed. */
+/* Ends this rank's part. Nothing captured is lost: the agent goes on flushing. A capture that is
+ * not finished goes on for 10 s at most, then its image is void. NULL is allowed. */
 HF_API void hf_close(hf_job* job);
 
 /* A piece of the training process's memory in which the layout places segments of tensors. */
@@ -121,7 +127,8 @@ typedef struct hf_blob_slot {
  * same text on every rank (hashes are compared; a rank that differs is named). `buffers` are this
  * rank's and must be exactly those in which the layout places something on this rank, with at least
  * the bytes it needs. A second call replaces the registration: for a changed set of tensors; images
- * already captured stay good. Blocks until the agent has made room and plan (deadline_ns). */
+ * already captured stay good. Blocks until the agent has made room and plan (deadline_ns). After an
+ * error nothing is registered. */
 HF_API hf_code hf_register(hf_job* job, const char* layout_json, const hf_buffer* buffers,
                            size_t buffer_count, const hf_blob_slot* blobs, size_t blob_count,
                            int64_t deadline_ns, hf_error* error);
@@ -165,7 +172,8 @@ HF_API hf_code hf_wait_captured(hf_job* job, int32_t group, int64_t deadline_ns,
 #define HF_SURVIVE_PROCESS 1u /* any one process dies */
 #define HF_SURVIVE_POWER 2u   /* the machine loses power */
 
-/* Waits until the checkpoint of `step` of this attempt is committed surviving at least `faults`.
+/* Waits until the checkpoint of `step` of this attempt is committed surviving at least `faults`. If
+ * its capture has not been waited for, does that first.
  * HF_UNIMPLEMENTED at once for a fault that is not offered. The failure of that save (full disk, a
  * rank that did not save, ...) is returned as its error. */
 HF_API hf_code hf_wait_committed(hf_job* job, uint64_t step, uint32_t faults, int64_t deadline_ns,
