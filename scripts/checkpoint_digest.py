@@ -1,0 +1,77 @@
+"""Reads a checkpoint's images with stock h5py, knowing nothing of Holdfast's code, and computes the
+digests that tiny_lm prints of what it has restored (examples/tiny_lm/state.h, DigestOf)."""
+
+import collections
+import json
+
+import h5py
+import numpy
+
+CHUNK_ELEMENTS = 1 << 22
+
+
+def mix(x):
+    """SplitMix64's finaliser over an array of uint64."""
+    x = x + numpy.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> numpy.uint64(30))) * numpy.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> numpy.uint64(27))) * numpy.uint64(0x94D049BB133111EB)
+    return x ^ (x >> numpy.uint64(31))
+
+
+def piece_digest(path, offset, count, element_bytes, begin):
+    """Of `count` elements at `offset` of the file, the first of which is element `begin`."""
+    if count == 0:
+        return 0
+    kind = numpy.dtype(f"<u{element_bytes}")
+    data = numpy.memmap(path, dtype=kind, mode="r", offset=offset, shape=(count,))
+    total = 0
+    with numpy.errstate(over="ignore"):
+        for at in range(0, count, CHUNK_ELEMENTS):
+            bits = data[at:at + CHUNK_ELEMENTS].astype(numpy.uint64)
+            index = numpy.arange(begin + at, begin + at + len(bits), dtype=numpy.uint64)
+            total += int(numpy.sum(mix(mix(index) + bits), dtype=numpy.uint64))
+    return total % 2**64
+
+
+def checkpoint_digests(directory):
+    """(tensor, state) -> (digest of the whole tensor, elements) from all images of the manifest."""
+    manifest = json.loads((directory / "MANIFEST.json").read_text(encoding="utf-8"))
+    digests = collections.defaultdict(int)
+    elements = collections.defaultdict(int)
+    for image in manifest["images"]:
+        path = directory / image["file"]
+        with h5py.File(path, "r") as file:
+            for group in file["tensors"].values():
+                state = group.attrs["name"]
+                for dataset in group.values():
+                    begin, end = (int(value) for value in dataset.attrs["range"])
+                    if "box_lo" in dataset.attrs:
+                        raise ValueError(f"{path}: {dataset.name} is a box; tiny_lm has ranges only")
+                    key = (text(dataset.attrs["name"]), text(state))
+                    elements[key] += end - begin
+                    digests[key] += piece_digest(path, dataset.id.get_offset() or 0, end - begin,
+                                                 dataset.id.get_type().get_size(), begin)
+    return {key: (digests[key] % 2**64, elements[key]) for key in digests}
+
+
+def text(value):
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def restored_digests(lines):
+    """The same out of the lines ("restore_digest") of all ranks of one attempt."""
+    digests = collections.defaultdict(int)
+    elements = collections.defaultdict(int)
+    replicas = {}
+    for line in lines:
+        for piece in line["pieces"]:
+            key = (piece["tensor"], piece["state"])
+            if piece["replicated"]:
+                if replicas.setdefault(key, piece["digest"]) != piece["digest"]:
+                    raise ValueError(f"ranks disagree about {key}")
+                digests[key] = int(piece["digest"], 16)
+                elements[key] = piece["count"]
+            else:
+                digests[key] += int(piece["digest"], 16)
+                elements[key] += piece["count"]
+    return {key: (digests[key] % 2**64, elements[key]) for key in digests}
