@@ -226,7 +226,7 @@ EngineHarness::EngineHarness(SimDisk& disk, const EngineHarnessOptions& options)
       options_(options),
       scratch_(testing::TempDir()),
       keeper_(std::make_unique<KeptInMemory>()) {
-  if (!disk_.Stat(kRoot).ok()) {
+  if (!options_.root_exists && disk_.AllFiles().empty()) {
     CHECK_OK(disk_.CreateDirectory(kRoot));
     CHECK_OK(disk_.SyncDirectory("/"));
   }

@@ -79,12 +79,13 @@ struct EngineHarnessOptions {
   uint64_t seed = 0;
   uint64_t host_memory_bytes = uint64_t{64} << 20;
   uint32_t images_per_rank_max = 2;
+  bool root_exists = false;
   std::string writer = "w";  // of the first worker; each next one appends its number
 };
 
 class EngineHarness {
  public:
-  // The disk outlives it. Makes "/root" if it is not there.
+  // The disk outlives it. Makes "/root" if nothing at all is there and root_exists is not set.
   EngineHarness(SimDisk& disk, const EngineHarnessOptions& options);
   ~EngineHarness();
 

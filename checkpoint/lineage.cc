@@ -29,12 +29,19 @@ class Walk {
       const LineageNode& node = nodes_[*at];
       const bool parent_known =
           !node.damaged && (!node.parent.has_value() || *node.parent < node.id);
-      if (parent_known && !node.parent.has_value()) return line;
-      // Of a parent that is not there, the attempt at least is known: its line goes on.
-      const CheckpointId from = parent_known ? *node.parent : node.id;
-      at = parent_known ? Find(from) : std::nullopt;
-      if (!at.has_value()) at = OlderOfAttempt(from);
-      if (!at.has_value()) broken_at = from;
+      // Whatever the parent: an older one of the same attempt is an ancestor.
+      at = OlderOfAttempt(node.id);
+      if (parent_known && node.parent.has_value()) {
+        if (const std::optional<size_t> parent = Find(*node.parent);
+            parent.has_value() && (!at.has_value() || nodes_[*at].id < *node.parent)) {
+          at = parent;
+        }
+        // Of a parent that is not there, the attempt at least is known: its line goes on.
+        if (!at.has_value()) at = OlderOfAttempt(*node.parent);
+        if (!at.has_value()) broken_at = node.parent;
+      } else if (!parent_known && !at.has_value()) {
+        broken_at = node.id;
+      }
     }
     return line;
   }
