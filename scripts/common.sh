@@ -10,6 +10,9 @@ CTEST=/usr/bin/ctest
 NINJA=/usr/bin/ninja
 PYTHON=/usr/bin/python3
 
+# Objects are shared between clones: paths below this one count as relative.
+export CCACHE_BASEDIR=$PWD CCACHE_NOHASHDIR=1
+
 BUILD_PACKAGES=(
   g++ cmake ninja-build ccache pkg-config git
   libabsl-dev libhdf5-dev liburing-dev libisal-dev libgtest-dev libgmock-dev
