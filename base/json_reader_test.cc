@@ -232,7 +232,8 @@ TEST(JsonReader, LimitsAreExact) {
 struct Model {
   JsonValue::Type type = JsonValue::Type::kNull;
   std::string scalar;  // as String() gives it, or the number's text
-  std::vector<std::pair<std::string, Model>> children;
+  std::string key;     // in its object, if it is a member of one
+  std::vector<Model> children;
 };
 
 class Generator {
@@ -248,7 +249,9 @@ class Generator {
     if (kind == 3) model.scalar = Text();
     if (kind >= 4) {
       for (int i = Below(4) == 0 ? Below(30) : Below(4); i > 0; --i) {
-        model.children.emplace_back(absl::StrCat(Text(), i), Value(depth - 1));
+        std::string key = absl::StrCat(Text(), i);
+        model.children.push_back(Value(depth - 1));
+        model.children.back().key = std::move(key);
       }
     }
     return model;
@@ -272,9 +275,8 @@ class Generator {
         text += object ? "{" : "[";
         for (size_t i = 0; i < model.children.size(); ++i) {
           if (i > 0) text += ",";
-          if (object)
-            absl::StrAppend(&text, Space(), Escape(model.children[i].first), Space(), ":");
-          text += Write(model.children[i].second);
+          if (object) absl::StrAppend(&text, Space(), Escape(model.children[i].key), Space(), ":");
+          text += Write(model.children[i]);
         }
         absl::StrAppend(&text, Space(), object ? "}" : "]");
       }
@@ -336,15 +338,14 @@ void ExpectEqual(const Model& model, const JsonValue& value) {
       return;
     case JsonValue::Type::kArray:
       ASSERT_EQ(*value.ArraySize(), model.children.size());
-      for (size_t i = 0; i < model.children.size(); ++i)
-        ExpectEqual(model.children[i].second, value[i]);
+      for (size_t i = 0; i < model.children.size(); ++i) ExpectEqual(model.children[i], value[i]);
       return;
     case JsonValue::Type::kObject: {
       const auto keys = *value.Keys();
       ASSERT_EQ(keys.size(), model.children.size());
       for (size_t i = 0; i < keys.size(); ++i) {
-        EXPECT_EQ(keys[i], model.children[i].first);
-        ExpectEqual(model.children[i].second, value.Find(keys[i]));
+        EXPECT_EQ(keys[i], model.children[i].key);
+        ExpectEqual(model.children[i], value.Find(keys[i]));
       }
     }
   }
