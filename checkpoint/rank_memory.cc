@@ -19,6 +19,9 @@ namespace {
 // One piece of work on the pool: long enough to be worth a job, short enough not to hold a thread.
 constexpr uint64_t kPrefaultSliceBytes = uint64_t{64} << 20;
 
+// What one call registers with the ring: a multiple of every block size.
+constexpr uint64_t kRegisterSliceBytes = uint64_t{512} << 20;
+
 // Beyond images: so many blocks at most, so that a restore can read ahead while images fill the
 // memory.
 constexpr uint32_t kStagingBlocksMax = 16;
@@ -59,9 +62,7 @@ RankMemory::RankMemory(MemoryId id, uint64_t block_bytes, std::shared_ptr<Shared
       world_(world),
       mapping_(std::move(mapping)),
       reservation_(std::move(reservation)),
-      pool_(static_cast<uint32_t>(mapping_->bytes().size() / block_bytes)) {
-  registered_with_ring_ = world_.ring.RegisterMemory(mapping_->bytes());
-}
+      pool_(static_cast<uint32_t>(mapping_->bytes().size() / block_bytes)) {}
 
 absl::StatusOr<std::shared_ptr<RankMemory>> RankMemory::Create(MemoryId id, uint64_t block_bytes,
                                                                uint32_t block_count,
@@ -96,12 +97,11 @@ absl::StatusOr<std::shared_ptr<RankMemory>> RankMemory::Reopen(MemoryId id, Uniq
 RankMemory::~RankMemory() {
   // Who else holds the mapping has work or transfers in flight in it. The ring may then neither
   // forget the pages nor keep a registration of addresses that mean something else tomorrow.
-  if (registered_with_ring_) {
-    if (mapping_.use_count() == 1) {
-      world_.ring.UnregisterMemory(mapping_->bytes());
-    } else {
-      mapping_->Leak();
-    }
+  if (registered_bytes_ == 0) return;
+  if (mapping_.use_count() == 1) {
+    world_.ring.UnregisterMemory(mapping_->bytes().first(registered_bytes_));
+  } else {
+    mapping_->Leak();
   }
 }
 
@@ -127,6 +127,7 @@ void RankMemory::PrefaultNext(uint32_t first) {
   if (first == pool_.block_count()) {
     prefault_running_ = false;
     NotifyBlocksFree();
+    RegisterNext();
     return;
   }
   const uint32_t count_max =
@@ -155,6 +156,19 @@ void RankMemory::PrefaultNext(uint32_t first) {
         NotifyBlocksFree();
         PrefaultNext(first + count);
       });
+}
+
+// Registering pins pages on the loop's thread: only pages that are there, and not too many at once.
+void RankMemory::RegisterNext() {
+  if (registration_ended_ || registered_bytes_ == bytes().size()) return;
+  const uint64_t length = std::min(kRegisterSliceBytes, bytes().size() - registered_bytes_);
+  // Refused: transfers work all the same.
+  registration_ended_ = !world_.ring.RegisterMemory(bytes().subspan(registered_bytes_, length));
+  if (registration_ended_) return;
+  registered_bytes_ += length;
+  world_.loop.Post([this, alive = std::weak_ptr<bool>(alive_)] {
+    if (!alive.expired()) RegisterNext();
+  });
 }
 
 RankMemory::ListenerId RankMemory::AddListener(std::function<void()> blocks_free) {

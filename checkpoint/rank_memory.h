@@ -112,6 +112,7 @@ class RankMemory {
   RankMemory(MemoryId id, uint64_t block_bytes, std::shared_ptr<SharedMapping> mapping,
              MemoryReservation reservation, const MemoryWorld& world);
   void PrefaultNext(uint32_t first);
+  void RegisterNext();
 
   const MemoryId id_;
   const uint64_t block_bytes_;
@@ -122,7 +123,8 @@ class RankMemory {
   absl::Status prefault_status_;
   bool prefault_running_ = false;
   bool is_distrusted_ = false;
-  bool registered_with_ring_ = false;
+  uint64_t registered_bytes_ = 0;  // with the ring: so many from the beginning
+  bool registration_ended_ = false;
   bool notification_posted_ = false;
   std::map<ListenerId, std::function<void()>> listeners_;
   ListenerId next_listener_ = 1;

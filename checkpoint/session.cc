@@ -137,10 +137,7 @@ void Session::Start(ImageObserver& observer) {
   const RankImages::Trainer trainer =
       process_dead_ ? RankImages::Trainer::kDead : RankImages::Trainer::kAlive;
   for (const auto& [id, registered] : registered_) {
-    const bool is_current = id == current_registration_id_;
-    // A trainer that is between two saves of an older registration does not exist: it has replaced
-    // it. Of a closed or fenced session nothing is granted either.
-    if (!is_current || closed_) {
+    if (closed_) {
       registered->images->StopGranting(RankImages::UnusedGrant::kTakeBack);
     } else if (fenced_) {
       registered->images->StopGranting(RankImages::UnusedGrant::kLeave);
@@ -267,16 +264,17 @@ void Session::Register(std::function<void(absl::StatusOr<RegisterResult>)> done)
         is_open() ? "another registration of this process is under way" : "the session has ended"));
     return;
   }
-  const uint64_t former_id = current_registration_id_;
   absl::StatusOr<Registered*> made = MakeRegistered();
   if (!made.ok()) {
     refuse(made.status());
     return;
   }
-  if (RankImages* former = images(former_id); former != nullptr) {
-    former->StopGranting(RankImages::UnusedGrant::kTakeBack);
-  }
+  resumed_ = true;
   current_registration_id_ = last_registration_id_;
+  for (const auto& [id, registered] : registered_) {
+    if (id == current_registration_id_) continue;
+    registered->images->StopGranting(RankImages::UnusedGrant::kTakeBack);
+  }
   register_done_ = std::move(done);
   (*made)->images->Start(*observer_, RankImages::Trainer::kAlive);
   if (fenced_) (*made)->images->StopGranting(RankImages::UnusedGrant::kLeave);
@@ -289,6 +287,7 @@ void Session::BlocksFreed() {
   AnswerRegister();
   std::vector<uint64_t> finished;
   for (const auto& [id, registered] : registered_) {
+    if (!resumed_ && !process_dead_) break;
     if (id != current_registration_id_ && registered->images->held_image_count() == 0) {
       finished.push_back(id);
     }
@@ -336,9 +335,15 @@ void Session::Advance() {
 
 bool Session::Resume(uint64_t registration_id) {
   RankImages* resumed = images(registration_id);
-  if (registration_id == current_registration_id_ || resumed == nullptr) return resumed != nullptr;
-  current_images()->StopGranting(RankImages::UnusedGrant::kTakeBack);
+  if (resumed == nullptr) return false;
+  resumed_ = true;
   current_registration_id_ = registration_id;
+  for (const auto& [id, registered] : registered_) {
+    if (id != registration_id) {
+      registered->images->StopGranting(RankImages::UnusedGrant::kTakeBack);
+    }
+    registered->memory->NotifyBlocksFree();
+  }
   if (!closed_ && !fenced_) resumed->ResumeGranting();
   return true;
 }

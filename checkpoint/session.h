@@ -184,6 +184,9 @@ class Session {
   bool closed_ = false;
   bool process_dead_ = false;
   bool fenced_ = false;
+  // False after a recovery, until the trainer says which registration it uses: until then none is
+  // dropped, and each may be granted.
+  bool resumed_ = true;
   // Prepared and not registered yet.
   UniqueFd prepared_document_;
   uint64_t prepared_document_bytes_ = 0;

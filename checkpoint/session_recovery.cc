@@ -58,6 +58,7 @@ absl::StatusOr<std::unique_ptr<Session>> Session::Reopen(Found& found, const Ses
   std::unique_ptr<Session> session(new Session(std::move(identity), std::move(reports),
                                                std::move(memory),
                                                std::move(found.fds.at("process")), world));
+  session->resumed_ = false;
   session->closed_ = closed;
   session->fenced_ = fenced;
   session->process_dead_ = IsProcessDead(session->process_fd());

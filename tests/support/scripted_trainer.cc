@@ -86,6 +86,12 @@ ScriptedTrainer::ScriptedTrainer(const Descriptors& descriptors,
     : page_(MapAll(descriptors.rank_page, PROT_READ | PROT_WRITE)),
       memory_(MapAll(descriptors.memory, PROT_READ | PROT_WRITE)),
       registration_(MapAll(descriptors.registration_memory, PROT_READ | PROT_WRITE)),
+      block_bytes_(registration().block_bytes),
+      block_count_(registration().block_count),
+      blob_count_(registration().blob_count),
+      block_table_offset_(registration().block_table_offset),
+      block_done_offset_(registration().block_done_offset),
+      blob_bytes_offset_(registration().blob_bytes_offset),
       next_block_(registration().slot_count) {
   const std::span<std::byte> plan = MapAll(descriptors.capture_plan, PROT_READ);
   abi::CapturePlan header;
@@ -134,30 +140,24 @@ abi::RegistrationMemory& ScriptedTrainer::registration() const {
   return *reinterpret_cast<abi::RegistrationMemory*>(registration_.data());
 }
 
-uint32_t ScriptedTrainer::block_count() const {
-  return static_cast<uint32_t>(image_bytes_ / registration().block_bytes);
-}
-
 std::span<std::byte> ScriptedTrainer::Block(uint32_t slot, uint32_t block) const {
-  const abi::RegistrationMemory& shared = registration();
   uint32_t index = 0;
   std::memcpy(&index,
-              registration_.data() + shared.block_table_offset +
-                  (uint64_t{slot} * shared.block_count + block) * sizeof(index),
+              registration_.data() + block_table_offset_ +
+                  (uint64_t{slot} * block_count_ + block) * sizeof(index),
               sizeof(index));
-  return memory_.subspan(index * shared.block_bytes, shared.block_bytes);
+  // A garbage table leads somewhere into the trainer's own memory.
+  return memory_.subspan(index % (memory_.size() / block_bytes_) * block_bytes_, block_bytes_);
 }
 
 std::atomic<uint8_t>& ScriptedTrainer::BlockDone(uint32_t slot, uint32_t block) const {
-  const abi::RegistrationMemory& shared = registration();
-  return *reinterpret_cast<std::atomic<uint8_t>*>(registration_.data() + shared.block_done_offset +
-                                                  uint64_t{slot} * shared.block_count + block);
+  return *reinterpret_cast<std::atomic<uint8_t>*>(registration_.data() + block_done_offset_ +
+                                                  uint64_t{slot} * block_count_ + block);
 }
 
 uint64_t* ScriptedTrainer::BlobBytes(uint32_t slot) const {
-  const abi::RegistrationMemory& shared = registration();
-  return reinterpret_cast<uint64_t*>(registration_.data() + shared.blob_bytes_offset) +
-         uint64_t{slot} * shared.blob_count;
+  return reinterpret_cast<uint64_t*>(registration_.data() + blob_bytes_offset_) +
+         uint64_t{slot} * blob_count_;
 }
 
 bool ScriptedTrainer::HasGrant() const {
@@ -169,11 +169,10 @@ bool ScriptedTrainer::HasGrant() const {
 
 void ScriptedTrainer::WriteImage(uint32_t slot, uint64_t image_offset,
                                  std::span<const std::byte> bytes) {
-  const uint64_t block_bytes = registration().block_bytes;
   while (!bytes.empty()) {
-    const uint64_t in_block = image_offset % block_bytes;
-    const uint64_t part = std::min<uint64_t>(bytes.size(), block_bytes - in_block);
-    std::memcpy(Block(slot, static_cast<uint32_t>(image_offset / block_bytes)).data() + in_block,
+    const uint64_t in_block = image_offset % block_bytes_;
+    const uint64_t part = std::min<uint64_t>(bytes.size(), block_bytes_ - in_block);
+    std::memcpy(Block(slot, static_cast<uint32_t>(image_offset / block_bytes_)).data() + in_block,
                 bytes.data(), part);
     bytes = bytes.subspan(part);
     image_offset += part;
@@ -205,9 +204,8 @@ std::optional<uint32_t> ScriptedTrainer::BeginSave(
 }
 
 void ScriptedTrainer::CopyBlock(uint32_t slot, uint32_t block) {
-  const uint64_t block_bytes = registration().block_bytes;
-  const uint64_t begin = block * block_bytes;
-  const uint64_t end = begin + block_bytes;
+  const uint64_t begin = block * block_bytes_;
+  const uint64_t end = begin + block_bytes_;
   for (const abi::CaptureOp& op : ops_) {
     if (op.image_offset >= end || op.image_offset + op.run_bytes * op.count <= begin) continue;
     for (uint64_t run = 0; run < op.count; ++run) {

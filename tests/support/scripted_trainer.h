@@ -96,7 +96,7 @@ class ScriptedTrainer {
   std::span<std::byte> page_bytes() const { return page_; }
   std::span<std::byte> memory_bytes() const { return memory_; }
   std::span<std::byte> registration_bytes() const { return registration_; }
-  uint32_t block_count() const;
+  uint32_t block_count() const { return block_count_; }
   // Block `block` of the image in `slot`, as the slot's table says.
   std::span<std::byte> Block(uint32_t slot, uint32_t block) const;
   std::atomic<uint8_t>& BlockDone(uint32_t slot, uint32_t block) const;
@@ -112,6 +112,13 @@ class ScriptedTrainer {
   std::span<std::byte> page_;
   std::span<std::byte> memory_;
   std::span<std::byte> registration_;
+  // As the header said at the beginning; it may become garbage.
+  const uint64_t block_bytes_;
+  const uint32_t block_count_;
+  const uint32_t blob_count_;
+  const uint64_t block_table_offset_;
+  const uint64_t block_done_offset_;
+  const uint64_t blob_bytes_offset_;
   std::vector<abi::CaptureOp> ops_;
   std::vector<abi::BlobArea> areas_;
   uint64_t image_bytes_ = 0;

@@ -1,0 +1,218 @@
+// Sessions: memory and its budget, reuse by the next attempt, registrations that replace each
+// other, what is kept, and what a recovery drops.
+#include "checkpoint/session.h"
+
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "checkpoint/capture_harness.h"
+#include "tests/support/status_matchers.h"
+
+namespace holdfast {
+namespace {
+
+using testing::AllOf;
+using testing::Contains;
+using testing::ElementsAre;
+using testing::HasSubstr;
+using testing::IsEmpty;
+using testing::SizeIs;
+
+constexpr Rank kRank0{0};
+
+void SaveAndExpectDurable(CaptureHarness& harness, SessionId id, uint64_t step) {
+  harness.Settle();
+  ASSERT_TRUE(harness.trainer(id).Save(step, BlobsAt(step))) << step;
+  harness.Settle();
+  const RecordingObserver::Image* image =
+      harness.observer().Of(harness.session(id).identity().rank, step);
+  ASSERT_NE(image, nullptr);
+  ASSERT_TRUE(image->durable_path) << step;
+  EXPECT_THAT(harness.disk().Contents(*image->durable_path),
+              IsOkAndHolds(harness.OracleImage(id, step)));
+}
+
+ImageId IdOf(CaptureHarness& harness, uint64_t step) {
+  for (const auto& [id, image] : harness.observer().images) {
+    if (Value(image.checkpoint.step) == step) return id;
+  }
+  return {};
+}
+
+uint64_t ImageBytes() {
+  CaptureHarness harness({});
+  return harness.trainer(harness.OpenAndRegister(kRank0)).image_bytes();
+}
+
+TEST(SessionTest, BudgetIsHardAndSaysWhatItNeeds) {
+  const uint64_t image_bytes = ImageBytes();
+  HarnessOptions options;
+  options.budget_bytes = image_bytes - 4096;
+  CaptureHarness small(options);
+  EXPECT_THAT(small.Register(small.Open(kRank0)),
+              StatusIs(absl::StatusCode::kResourceExhausted,
+                       AllOf(HasSubstr(absl::StrCat(image_bytes)),
+                             HasSubstr(absl::StrCat(image_bytes - 4096)))));
+  EXPECT_EQ(small.budget().used_bytes(), 0u);
+
+  // One image is enough to work, one at a time.
+  options.budget_bytes = image_bytes + 4096;
+  CaptureHarness one(options);
+  const SessionId id = one.OpenAndRegister(kRank0);
+  EXPECT_EQ(one.trainer(id).registration().slot_count, 1u);
+  SaveAndExpectDurable(one, id, 1);
+  EXPECT_FALSE(one.trainer(id).HasGrant());
+  EXPECT_TRUE(one.session(id).current_images()->IsStarved());
+  one.session(id).current_images()->Release(IdOf(one, 1));
+  SaveAndExpectDurable(one, id, 2);
+  EXPECT_LE(one.budget().used_bytes(), options.budget_bytes);
+}
+
+TEST(SessionTest, TheNextAttemptUsesTheSameMemoryOnceTheOldProcessIsDead) {
+  CaptureHarness harness({});
+  const SessionId old_id = harness.OpenAndRegister(kRank0);
+  SaveAndExpectDurable(harness, old_id, 1);
+  RankMemory* memory = harness.session(old_id).memory(1);
+
+  // The old process lives: a fresh memory.
+  harness.session(old_id).Fence(Attempt{2});
+  const SessionId second = harness.OpenAndRegister(kRank0, 1, Attempt{2});
+  EXPECT_NE(harness.session(second).memory(1), memory);
+  SaveAndExpectDurable(harness, second, 2);
+
+  // Dead: its memory serves, its image stays in it.
+  harness.KillProcess(old_id);
+  harness.session(old_id).ProcessDied();
+  harness.KillProcess(second);
+  harness.session(second).ProcessDied();
+  harness.Settle();
+  const uint64_t used = harness.budget().used_bytes();
+  const SessionId third = harness.OpenAndRegister(kRank0, 1, Attempt{3});
+  EXPECT_EQ(harness.budget().used_bytes(), used);
+  SaveAndExpectDurable(harness, third, 3);
+  ASSERT_OK(harness.session(old_id).current_images()->Block(IdOf(harness, 1), 0));
+  ASSERT_OK(harness.session(second).current_images()->Block(IdOf(harness, 2), 0));
+
+  // When nothing of a session is left, it can go; memory goes with its last user.
+  harness.session(old_id).current_images()->Release(IdOf(harness, 1));
+  harness.session(second).current_images()->Release(IdOf(harness, 2));
+  harness.Settle();
+  EXPECT_TRUE(harness.session(old_id).IsFinished());
+  EXPECT_TRUE(harness.session(second).IsFinished());
+  EXPECT_FALSE(harness.session(third).IsFinished());
+}
+
+TEST(SessionTest, ForgettingLeavesNothingInTheKeeper) {
+  CaptureHarness harness({});
+  const SessionId id = harness.OpenAndRegister(kRank0);
+  EXPECT_THAT(harness.keeper().Names(),
+              ElementsAre("memory/0000000000000001", "session/0000000000000001/1/document",
+                          "session/0000000000000001/1/memory", "session/0000000000000001/1/record",
+                          "session/0000000000000001/identity", "session/0000000000000001/page",
+                          "session/0000000000000001/process"));
+  harness.KillProcess(id);
+  harness.session(id).ProcessDied();
+  harness.Settle();
+  ASSERT_TRUE(harness.session(id).IsFinished());
+  harness.session(id).Forget();
+  EXPECT_THAT(harness.keeper().Names(), IsEmpty());
+}
+
+TEST(SessionTest, ASecondRegistrationReplacesTheFirstWhoseImagesGoOn) {
+  CaptureHarness harness({});
+  const SessionId id = harness.OpenAndRegister(kRank0);
+  ASSERT_TRUE(harness.trainer(id).Save(1, BlobsAt(1)));
+  harness.Ring();
+  harness.RunSteps(3);  // still on its way
+  ASSERT_OK(harness.Register(id));
+  EXPECT_EQ(harness.session(id).current_registration_id(), 2u);
+  // The first registration's image is durable, and then its registration goes.
+  harness.Settle();
+  ASSERT_TRUE(harness.observer().Of(kRank0, 1)->durable_path);
+  SaveAndExpectDurable(harness, id, 2);
+  EXPECT_NE(harness.session(id).images(1), nullptr);
+  harness.session(id).images_of(IdOf(harness, 1))->Release(IdOf(harness, 1));
+  harness.Settle();
+  EXPECT_EQ(harness.session(id).images(1), nullptr);
+  EXPECT_THAT(harness.keeper().Names(), Not(Contains(HasSubstr("/1/"))));
+  // A third one, in the same memory.
+  const uint64_t used = harness.budget().used_bytes();
+  ASSERT_OK(harness.Register(id));
+  EXPECT_EQ(harness.budget().used_bytes(), used);
+  harness.session(id).images_of(IdOf(harness, 2))->Release(IdOf(harness, 2));
+  SaveAndExpectDurable(harness, id, 3);
+}
+
+// The worker died before the reply to a second registration: the trainer still uses the first.
+TEST(SessionTest, ATrainerMayResumeWithTheRegistrationItKnows) {
+  CaptureHarness harness({});
+  const SessionId id = harness.OpenAndRegister(kRank0);
+  const std::string document = EncodeDocument(TestLayout(1), TestBuffers(), TestBlobs());
+  harness.session(id).Prepare(SealedDocument(document), document.size(), [](const auto&) {});
+  harness.executor().RunUntilIdle();
+  harness.session(id).Register([](const auto&) { ADD_FAILURE() << "the reply was lost"; });
+  harness.Crash(SimDisk::InFlight::kAll);
+  EXPECT_EQ(harness.session(id).current_registration_id(), 2u);
+  EXPECT_FALSE(harness.session(id).Resume(7));
+  EXPECT_TRUE(harness.session(id).Resume(1));
+  EXPECT_TRUE(harness.session(id).Resume(1));
+  harness.Settle();
+  EXPECT_EQ(harness.session(id).current_registration_id(), 1u);
+  SaveAndExpectDurable(harness, id, 1);
+  EXPECT_EQ(harness.session(id).images(2), nullptr);
+}
+
+TEST(SessionTest, AnIdentityComesBackWholeWithItsFlags) {
+  CaptureHarness harness({});
+  const SessionId id = harness.OpenAndRegister(Rank{1}, 3, Attempt{9});
+  const SessionIdentity identity = harness.session(id).identity();
+  harness.session(id).Close();
+  harness.session(id).Fence(Attempt{10});
+  harness.Crash(SimDisk::InFlight::kAll);
+  EXPECT_EQ(harness.session(id).identity(), identity);
+  EXPECT_TRUE(harness.session(id).is_closed());
+  EXPECT_TRUE(harness.session(id).is_fenced());
+  EXPECT_FALSE(harness.session(id).is_open());
+  harness.KillProcess(id);
+  harness.Crash(SimDisk::InFlight::kAll);
+  EXPECT_TRUE(harness.session(id).is_process_dead());
+}
+
+// Any one descriptor is missing: the rest goes on, nothing crashes, nothing foreign is touched.
+TEST(SessionTest, ALostDescriptorDropsOnlyWhatNeedsIt) {
+  CaptureHarness probe({});
+  probe.OpenAndRegister(kRank0, 2);
+  const size_t per_session = probe.keeper().Names().size();
+  for (size_t lost = 0; lost < per_session; ++lost) {
+    CaptureHarness harness({});
+    const SessionId first = harness.OpenAndRegister(kRank0, 2);
+    const SessionId second = harness.OpenAndRegister(Rank{1}, 2);
+    std::vector<std::string> names;
+    for (const std::string& name : harness.keeper().Names()) {
+      if (name.find("0000000000000001") != std::string::npos) names.push_back(name);
+    }
+    ASSERT_THAT(names, SizeIs(per_session));
+    SCOPED_TRACE(names[lost]);
+    harness.keeper().Drop(names[lost]);
+    harness.Crash(SimDisk::InFlight::kAll);
+    SaveAndExpectDurable(harness, second, 5);
+    // Nothing useless is kept of the first.
+    const bool has_session = harness.HasSession(first);
+    const bool has_images = has_session && harness.session(first).current_images() != nullptr;
+    EXPECT_FALSE(has_images);
+    size_t left = 0;
+    for (const std::string& name : harness.keeper().Names()) {
+      left += name.find("0000000000000001") != std::string::npos ? 1 : 0;
+    }
+    EXPECT_EQ(left, has_session ? 3u : 0u);
+    // A session without a registration may register again.
+    if (has_session) {
+      ASSERT_OK(harness.Register(first));
+      SaveAndExpectDurable(harness, first, 6);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace holdfast
