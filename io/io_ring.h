@@ -17,11 +17,11 @@
 
 namespace holdfast {
 
-// Threads: all calls on one thread, the event loop's; completions run there too, never inside the
-//   call that submitted.
+// Threads: all calls, making and destroying it included, on one thread, the event loop's;
+//   completions run there too, never inside the call that submitted.
 // Lifetime: the destructor waits for what is in flight, and drops the completions. Buffers and
-// files
-//   must live until their completion has run. The FileSystem outlives the ring.
+//   files must live until their completion has run or the ring is gone. The FileSystem outlives
+//   the ring.
 class IoRing {
  public:
   // OK: the whole transfer was done: short transfers are continued inside. Reading past the end of
@@ -41,9 +41,9 @@ class IoRing {
   // final for the file (see WritableFile::Sync).
   virtual void Sync(IoFile& file, Done done) = 0;
 
-  // Says that transfers from and to `memory` will be many (a rank's memory): registers it with the
-  // kernel where that is granted. Returns false where it is not; transfers work all the same.
-  // Unregister before the memory goes away and with nothing of it in flight.
+  // Says that transfers in `memory` (a slice of a rank's, not registered yet) will be many: pins and
+  // registers it where that is granted, else false; transfers work all the same. Unregister it, or
+  // several slices that adjoin, before it goes away and with nothing of it in flight.
   virtual bool RegisterMemory(std::span<std::byte> memory) = 0;
   virtual void UnregisterMemory(std::span<std::byte> memory) = 0;
 
