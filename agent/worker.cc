@@ -30,6 +30,9 @@
 namespace holdfast {
 namespace {
 
+// Somebody has started a private agent because he needs it: that first client gets so long to
+// connect, however short the linger time is.
+constexpr absl::Duration kFirstClientGrace = absl::Seconds(10);
 // How often a draining worker looks whether it is done.
 constexpr absl::Duration kDrainLook = absl::Milliseconds(20);
 
@@ -167,6 +170,8 @@ void Worker::Recovered() {
   KillPoint("worker.recovered");
   server_->Start();
   idle_since_ = clock_.Elapsed();
+  if (restart_count_ == 0)
+    idle_since_ += std::max(kFirstClientGrace - config_.linger, absl::ZeroDuration());
   LogInfo(absl::StrFormat("serving %s on %s (start %d; %d sessions taken over); %s; %s",
                           config_.root, config_.socket, restart_count_ + 1,
                           engine_->sessions().size(), ring_->Describe(), mount_.Describe()));
