@@ -277,7 +277,8 @@ void EngineImpl::Admit(const std::shared_ptr<OpenParameters>& parameters,
   const Job::Applicant applicant{.rank = parameters->rank,
                                  .world_size = parameters->world_size,
                                  .attempt_key = parameters->attempt_key,
-                                 .resume_attempt = parameters->resume_attempt};
+                                 .resume_attempt = parameters->resume_attempt,
+                                 .process_id = parameters->process_id};
   job.Admit(applicant, [this, &job, parameters,
                         done = std::move(done)](absl::StatusOr<Job::Admission> admission) {
     if (admission.ok()) {

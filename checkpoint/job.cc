@@ -114,6 +114,15 @@ bool Job::HasOpenRank(const AttemptState& attempt) const {
   });
 }
 
+// Whether the applicant is the process that has joined already, and never heard that it did: the
+// worker died between the session and the reply. Its session has done nothing yet.
+bool Job::AsksAgain(const AttemptState& attempt, const Applicant& applicant) const {
+  const Session* session = FindSession(attempt.sessions.at(applicant.rank));
+  return session != nullptr && session->is_open() && applicant.process_id != 0 &&
+         session->identity().process_id == applicant.process_id &&
+         session->current_registration_id() == 0;
+}
+
 // Whether the applicant belongs to the newest attempt; false: a next one must begin.
 absl::StatusOr<bool> Job::MayJoin(const std::optional<AttemptRecord>& newest,
                                   const Applicant& applicant) const {
@@ -135,7 +144,7 @@ absl::StatusOr<bool> Job::MayJoin(const std::optional<AttemptRecord>& newest,
   const auto same_run = [&](const AttemptState& attempt) {
     return attempt.record.key == applicant.attempt_key &&
            attempt.record.world_size == applicant.world_size && HasOpenRank(attempt) &&
-           !attempt.sessions.contains(applicant.rank);
+           (!attempt.sessions.contains(applicant.rank) || AsksAgain(attempt, applicant));
   };
   const auto known = attempts_.find(newest->attempt);
   if (known != attempts_.end() && same_run(known->second)) return true;
@@ -261,7 +270,13 @@ void Job::RaiseCommitted(Session& session) const {
 void Job::AddSession(Session& session) {
   const SessionIdentity& identity = session.identity();
   sessions_[identity.session] = &session;
-  attempts_.at(identity.attempt).sessions[identity.rank] = identity.session;
+  std::map<Rank, SessionId>& ranks = attempts_.at(identity.attempt).sessions;
+  // The process does not know its former session in this attempt (AsksAgain, or a resume that could
+  // not be): no grants to that one any more.
+  if (const auto known = ranks.find(identity.rank); known != ranks.end()) {
+    if (Session* former = FindSession(known->second); former != nullptr) former->Close();
+  }
+  ranks[identity.rank] = identity.session;
   groups_.RankJoined(identity.attempt, identity.rank);
   RaiseCommitted(session);
   session.Start(groups_);

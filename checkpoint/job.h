@@ -62,6 +62,7 @@ class Job final : private SaveGroups::Host {
     uint32_t world_size = 0;
     std::string attempt_key;
     Attempt resume_attempt{};  // 0: a new open
+    uint32_t process_id = 0;   // 0: unknown
   };
   struct Admission {
     Attempt attempt{};
@@ -69,9 +70,9 @@ class Job final : private SaveGroups::Host {
   };
   // Joins the newest attempt or begins the next one (then the older ones are fenced when `done`
   // runs). It begins one unless the newest has this key and world size, has an open rank, and was
-  // never joined by this rank. A resume joins the attempt that it names if that is still the
-  // newest. Errors: kFailedPrecondition (fenced), kInvalidArgument (world size), the store's and
-  // the file system's.
+  // never joined by this rank (but by this very process, which did not hear of it). A resume joins
+  // the attempt that it names if that is still the newest. Errors: kFailedPrecondition (fenced),
+  // kInvalidArgument (world size), the store's and the file system's.
   void Admit(Applicant applicant, std::function<void(absl::StatusOr<Admission>)> done);
 
   // In `done` of Admit: the rank's session. Starts it.
@@ -139,6 +140,7 @@ class Job final : private SaveGroups::Host {
   absl::StatusOr<bool> MayJoin(const std::optional<AttemptRecord>& newest,
                                const Applicant& applicant) const;
   bool HasOpenRank(const AttemptState& attempt) const;
+  bool AsksAgain(const AttemptState& attempt, const Applicant& applicant) const;
   void BeginNext(const std::optional<AttemptRecord>& newest, Applicant applicant, int tries_left,
                  std::function<void(absl::StatusOr<Admission>)> then);
   void Fence(Attempt newest);
