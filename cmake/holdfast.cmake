@@ -56,6 +56,9 @@ find_path(HOLDFAST_HDF5_INCLUDE hdf5.h PATHS /usr/include/hdf5/serial REQUIRED N
 find_library(HOLDFAST_HDF5_LIBRARY hdf5 PATHS /usr/lib/${CMAKE_LIBRARY_ARCHITECTURE}/hdf5/serial
   REQUIRED NO_DEFAULT_PATH)
 find_path(HOLDFAST_TOMLPP_INCLUDE toml++/toml.h REQUIRED)
+# Optional, and used by nothing yet: capture from GPUs and the NCCL plugin come later.
+find_path(HOLDFAST_CUDA_INCLUDE cuda.h PATHS /usr/local/cuda/include)
+find_path(HOLDFAST_NCCL_INCLUDE nccl.h)
 
 add_library(holdfast_isal INTERFACE)
 target_include_directories(holdfast_isal SYSTEM INTERFACE ${HOLDFAST_ISAL_INCLUDE})
@@ -111,4 +114,18 @@ function(holdfast_finish)
       message(FATAL_ERROR "${path} is in no target: a test that is not built cannot fail")
     endif()
   endforeach()
+  holdfast_summary()
+endfunction()
+
+# Says what is built, with what.
+function(holdfast_summary)
+  get_property(tests GLOBAL PROPERTY HOLDFAST_TEST_SOURCES)
+  list(FILTER tests INCLUDE REGEX "_test\\.cc$")
+  list(LENGTH tests test_count)
+  message(STATUS "Holdfast ${PROJECT_VERSION}: libholdfast, holdfastd, holdfast, tiny_lm, ${test_count} test files")
+  message(STATUS "  compiler    ${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}, ${CMAKE_BUILD_TYPE}")
+  message(STATUS "  sanitizers  ${HOLDFAST_SANITIZE}")
+  message(STATUS "  ccache      ${HOLDFAST_CCACHE}")
+  message(STATUS "  CUDA        ${HOLDFAST_CUDA_INCLUDE} (nothing uses it yet)")
+  message(STATUS "  NCCL        ${HOLDFAST_NCCL_INCLUDE} (nothing uses it yet)")
 endfunction()
