@@ -41,9 +41,9 @@ class IoRing {
   // final for the file (see WritableFile::Sync).
   virtual void Sync(IoFile& file, Done done) = 0;
 
-  // Says that transfers in `memory` (a slice of a rank's, not registered yet) will be many: pins and
-  // registers it where that is granted, else false; transfers work all the same. Unregister it, or
-  // several slices that adjoin, before it goes away and with nothing of it in flight.
+  // Says that transfers in `memory` (a slice of a rank's, not registered yet) will be many: pins
+  // and registers it where that is granted, else false; transfers work all the same. Unregister it,
+  // or several slices that adjoin, before it goes away and with nothing of it in flight.
   virtual bool RegisterMemory(std::span<std::byte> memory) = 0;
   virtual void UnregisterMemory(std::span<std::byte> memory) = 0;
 
