@@ -185,6 +185,18 @@ TEST_F(SimProbeTest, AnotherBootAndAnotherMountAreTriedAnew) {
   EXPECT_EQ(probe.trial_count(), 1u);
 }
 
+TEST_F(SimProbeTest, AForeignCacheUnderOurNameIsIgnored) {
+  Probe();
+  const std::string path = CachePath();
+  ASSERT_OK_AND_ASSIGN(const std::string foreign, disk_.Contents(path));
+  disk_.RemoveFile(path);
+  disk_.PutFile("/proc/sys/kernel/random/boot_id", "second-boot\n");
+  Probe();
+  disk_.PutFile(CachePath(), foreign);
+  EXPECT_EQ(TrialsOfARestart(), 1u);
+  EXPECT_EQ(TrialsOfARestart(), 0u);
+}
+
 TEST_F(SimProbeTest, ACacheTornAnywhereIsIgnoredAndReplaced) {
   disk_.SetDirectSupported(false);  // so that every field has a text
   Probe();
