@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_format.h"
 #include "base/check.h"
+#include "base/copy_bytes.h"
 #include "base/crc32c.h"
 #include "base/status_macros.h"
 
@@ -224,7 +225,7 @@ void ImageRecord::Update(uint32_t index, const SlotRecord& record) {
   if (!before.ok() || before->block_table != record.block_table) {
     next.table = 1 - current.table;
     std::vector<uint64_t> words((record.block_table.size() + 1) / 2);
-    std::memcpy(words.data(), record.block_table.data(), record.block_table.size() * 4);
+    CopyBytes(words.data(), record.block_table.data(), record.block_table.size() * 4);
     StoreAll(TableWords(index, next.table), words);
   }
   if (!before.ok() || before->blob_bytes != record.blob_bytes) {
@@ -306,11 +307,11 @@ absl::StatusOr<SlotRecord> ImageRecord::Decode(uint32_t index, const Copy& copy)
   record.path.assign(copy.path, copy.path_bytes);
   record.text.assign(copy.text, copy.text_bytes);
   record.block_table.resize(copy.table_count);
-  std::memcpy(record.block_table.data(), TableWords(index, copy.table_place),
-              record.block_table.size() * 4);
+  CopyBytes(record.block_table.data(), TableWords(index, copy.table_place),
+            record.block_table.size() * 4);
   record.blob_bytes.resize(copy.blob_count);
-  std::memcpy(record.blob_bytes.data(), BlobWords(index, copy.blob_place),
-              record.blob_bytes.size() * 8);
+  CopyBytes(record.blob_bytes.data(), BlobWords(index, copy.blob_place),
+            record.blob_bytes.size() * 8);
   if (Crc32c(BytesOf<uint32_t>(record.block_table)) != copy.table_crc32c) {
     return absl::DataLossError(absl::StrFormat("slot %d: block table damaged", index));
   }

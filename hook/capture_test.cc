@@ -324,6 +324,8 @@ TEST_F(CaptureTest, WithoutAGrantedSlotASaveFailsAtOnceOrWaits) {
   std::thread granter([&] { agent_.Grant(0); });
   EXPECT_TRUE(job_->Save(2, patient).ok());
   granter.join();
+  // The buffers end before the job.
+  EXPECT_TRUE(job_->WaitCaptured(HF_ALL_GROUPS, Deadline::After(kPatienceNs)).ok());
 }
 
 TEST_F(CaptureTest, ABlockTableThatLeavesTheMemoryIsRefused) {

@@ -103,10 +103,13 @@ class Blobs {
     blobs_.push_back({name, data, bytes});
   }
   void Add(const char* name, const std::string& bytes) { Add(name, bytes.data(), bytes.size()); }
+  void Add(const char* name, std::string&& bytes) = delete;  // would be gone before the save
   template <typename T, typename = std::enable_if_t<std::is_trivially_copyable_v<T>>>
   void AddValue(const char* name, const T& value) {
     Add(name, &value, sizeof(value));
   }
+  template <typename T>
+  void AddValue(const char* name, const T&& value) = delete;
   const std::vector<hf_blob>& list() const { return blobs_; }
 
  private:

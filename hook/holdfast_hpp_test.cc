@@ -83,7 +83,8 @@ TEST_F(WrapperTest, ATrainingLoopFromRestoreToCommit) {
   EXPECT_FALSE(job.Due(5));
   ASSERT_TRUE(job.Due(6));
   holdfast::Blobs blobs;
-  blobs.Add("rng", std::string("next"));
+  const std::string next = "next";
+  blobs.Add("rng", next);
   blobs.AddValue("cursor", cursor);
   ASSERT_TRUE(job.Save(6, blobs).ok());
   EXPECT_TRUE(job.WaitGroupCaptured(1, 30s).ok());

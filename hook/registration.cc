@@ -30,9 +30,13 @@ Error CheckBlob(const hf_blob_slot& blob, size_t index) {
   if (blob.name == nullptr || blob.name[0] == '\0') {
     return Error(HF_INVALID_ARGUMENT, "blob %zu has no name", index);
   }
-  if (blob.scope != HF_BLOB_GLOBAL && blob.scope != HF_BLOB_RANK) {
+  // Callers in C may have put any number there, which an enum must not be read with.
+  int scope = 0;
+  static_assert(sizeof(scope) == sizeof(blob.scope));
+  std::memcpy(&scope, &blob.scope, sizeof(scope));
+  if (scope != HF_BLOB_GLOBAL && scope != HF_BLOB_RANK) {
     return Error(HF_INVALID_ARGUMENT, "blob '%s': scope: expected 0 or 1, found %d",
-                 ShortName(blob.name).text(), static_cast<int>(blob.scope));
+                 ShortName(blob.name).text(), scope);
   }
   return Error();
 }

@@ -621,7 +621,8 @@ void TestAgent::Deliver() {
     TestMemory& memory = piece.map_id == 0 || piece.map_id > restore_maps_.size()
                              ? *memory_
                              : *restore_maps_[piece.map_id - 1];
-    if (piece.offset + piece.bytes.size() <= memory.bytes() && !piece.bytes.empty()) {
+    if (piece.offset <= memory.bytes() && piece.bytes.size() <= memory.bytes() - piece.offset &&
+        !piece.bytes.empty()) {
       std::memcpy(memory.data() + piece.offset, piece.bytes.data(), piece.bytes.size());
     }
     abi::RestoreEntry entry = {};

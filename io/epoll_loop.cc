@@ -127,7 +127,8 @@ void EpollLoop::RunReady(int wait_milliseconds) {
       if (read(wake_fd_.get(), &posts, sizeof(posts)) < 0) CHECK(errno == EAGAIN || errno == EINTR);
       continue;
     }
-    const auto watch = watches_.find(events[i].data.u64);
+    const uint64_t id = events[i].data.u64;  // a copy: epoll_event is packed
+    const auto watch = watches_.find(id);
     if (watch == watches_.end()) continue;  // unwatched earlier in this round
     const std::shared_ptr<std::function<void()>> ready = watch->second.ready;
     (*ready)();

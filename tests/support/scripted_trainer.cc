@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "base/check.h"
+#include "base/copy_bytes.h"
 
 namespace holdfast {
 namespace {
@@ -102,8 +103,8 @@ ScriptedTrainer::ScriptedTrainer(const Descriptors& descriptors,
   const size_t ops_bytes = ops_.size() * sizeof(abi::CaptureOp);
   const size_t areas_bytes = areas_.size() * sizeof(abi::BlobArea);
   CHECK(plan.size() == sizeof(header) + ops_bytes + areas_bytes);
-  std::memcpy(ops_.data(), plan.data() + sizeof(header), ops_bytes);
-  std::memcpy(areas_.data(), plan.data() + sizeof(header) + ops_bytes, areas_bytes);
+  CopyBytes(ops_.data(), plan.data() + sizeof(header), ops_bytes);
+  CopyBytes(areas_.data(), plan.data() + sizeof(header) + ops_bytes, areas_bytes);
   image_bytes_ = header.image_bytes;
   munmap(plan.data(), plan.size());
   for (const TrainerBuffer& buffer : buffers) buffers_.emplace_back(buffer.bytes);
