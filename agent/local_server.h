@@ -57,6 +57,8 @@ class LocalServer {
   void RefuseOpens(std::string reason);
 
   size_t connection_count() const { return connections_.size(); }
+  // Connections ever served.
+  uint64_t accepted_count() const { return next_connection_ - 1; }
   size_t session_count() const { return sessions_.size(); }
   // Messages that were none, since the start.
   uint64_t garbage_count() const { return garbage_count_; }

@@ -15,6 +15,8 @@ namespace {
 // Linux 6.5; not in Debian 12's headers.
 constexpr int kSoPeerPidfd = 77;
 
+}  // namespace
+
 absl::StatusOr<UniqueFd> PidfdByNumber(int socket, uint32_t process_id) {
   if (process_id == 0) {
     return absl::UnavailableError("the peer lives in a pid namespace that is not visible here");
@@ -26,8 +28,6 @@ absl::StatusOr<UniqueFd> PidfdByNumber(int socket, uint32_t process_id) {
   }
   return pidfd;
 }
-
-}  // namespace
 
 absl::StatusOr<Peer> IdentifyPeer(int socket) {
   ucred credentials{};

@@ -25,6 +25,9 @@ struct Peer {
 // Errors: kUnavailable: the peer has gone.
 absl::StatusOr<Peer> IdentifyPeer(int socket);
 
+// The second way, for kernels without the first. kUnavailable or kNotFound: the peer has gone.
+absl::StatusOr<UniqueFd> PidfdByNumber(int socket, uint32_t process_id);
+
 }  // namespace holdfast
 
 #endif  // HOLDFAST_AGENT_PEER_H_

@@ -215,7 +215,8 @@ void Worker::CheckIdle() {
   const absl::Duration now = clock_.Elapsed();
   // A connection counts too: its client may be about to open, or its kOpen be pending.
   const bool busy = engine_->open_session_count() > 0 || engine_->pending_image_count() > 0 ||
-                    server_->connection_count() > 0;
+                    server_->connection_count() > 0 || server_->accepted_count() != accepted_;
+  accepted_ = server_->accepted_count();
   if (busy) idle_since_ = now;
   const absl::Duration left = idle_since_ + config_.linger - now;
   if (!busy && left <= absl::ZeroDuration()) {

@@ -71,7 +71,8 @@ class Worker {
 
   UniqueFd signal_fd_;
   bool draining_ = false;
-  absl::Duration idle_since_{};  // meaningful in private mode
+  absl::Duration idle_since_{};  // meaningful in private mode, as the next
+  uint64_t accepted_ = 0;        // LocalServer::accepted_count() when last looked at
   int exit_code_ = 0;
 };
 
