@@ -131,8 +131,8 @@ void Capture::Void(const Error& reason) {
 void Capture::Populate(std::shared_ptr<Registration> registration) {
   {
     MutexLock lock(populate_mutex_);
-    if (populated_id_ != registration->id() || populated_.empty()) {
-      populated_id_ = registration->id();
+    if (populated_for_.lock() != registration) {
+      populated_for_ = registration;
       populated_.assign(registration->memory().bytes() / registration->block_bytes(), false);
     }
     populate_cursor_ = 0;
@@ -145,6 +145,7 @@ void Capture::Populate(std::shared_ptr<Registration> registration) {
 void Capture::Release() {
   MutexLock lock(populate_mutex_);
   to_populate_.reset();
+  populated_for_.reset();
   populated_.clear();
   if (!running_) registration_.reset();
 }

@@ -130,9 +130,9 @@ class Capture {
 
   Mutex populate_mutex_;
   std::shared_ptr<Registration> to_populate_ HOOK_GUARDED_BY(populate_mutex_);
-  // Per block of the rank memory of the registration `populated_id_`.
+  // Per block of the rank memory of `populated_for_`.
   std::vector<bool> populated_ HOOK_GUARDED_BY(populate_mutex_);
-  uint64_t populated_id_ HOOK_GUARDED_BY(populate_mutex_) = 0;
+  std::weak_ptr<Registration> populated_for_ HOOK_GUARDED_BY(populate_mutex_);
   uint64_t populate_cursor_ HOOK_GUARDED_BY(populate_mutex_) = 0;  // slot * block_count + block
   bool populating_ HOOK_GUARDED_BY(populate_mutex_) = false;
 };

@@ -280,9 +280,9 @@ Error Job::Save(uint64_t step, const hf_save_options& options) {
   captured_registration_ = registration;
   captured_slot_ = slot.value();
   unwaited_groups_ = registration->groups();
-  capture_->Begin(registration, slot.value(),
-                  checker_.mode() == CheckSource::kNone ? SealBy::kCopier : SealBy::kTrainer);
-  // Nothing is read from tensors: there is nothing to wait for.
+  // Where nothing is read from tensors, there is nothing to compare and nothing to wait for.
+  const bool compares = checker_.mode() != CheckSource::kNone && unwaited_groups_ != 0;
+  capture_->Begin(registration, slot.value(), compares ? SealBy::kTrainer : SealBy::kCopier);
   if (unwaited_groups_ == 0) CaptureSucceeded();
   record.call_ns = MonotonicNs() - called_ns;
   return Error();
@@ -335,6 +335,8 @@ Error Job::WaitCaptured(int32_t group, Deadline deadline) {
     if (last) CaptureSucceeded();
   }
   current().blocked_ns += MonotonicNs() - called_ns;
+  // Slots may have been granted since the last time: the next capture shall find their pages.
+  if (!capture_->running()) capture_->Populate(captured_registration_);
   return error;
 }
 

@@ -231,7 +231,9 @@ TEST_F(RestoreTest, ARestoreThatDoesNotEndIsLeftAtTheDeadlineAndCanBeRepeated) {
   EXPECT_EQ(job_->Restore(&result_, Deadline::After(0)).code(), HF_DEADLINE_EXCEEDED);
   // One that reached the agent.
   while (agent_.messages(abi::MessageType::kRestore) == 0) {
-    EXPECT_EQ(job_->Restore(&result_, Deadline::After(kNsPerMs)).code(), HF_DEADLINE_EXCEEDED);
+    const Error late = job_->Restore(&result_, Deadline::After(kNsPerMs));
+    // The silence may have been for the one before.
+    EXPECT_TRUE(late.ok() || late.code() == HF_DEADLINE_EXCEEDED) << late.text();
   }
   EXPECT_TRUE(Restore().ok());
 }
