@@ -74,13 +74,20 @@ class Cli(unittest.TestCase):
         self.assertEqual(report["blocks_checked"] * 4096, images)
 
     def test_verify_names_the_file_of_a_flipped_byte(self):
-        image = self.image()
-        data = bytearray(image.read_bytes())
-        data[100] ^= 1  # in the head
-        image.write_bytes(data)
-        code, text, _ = run("verify", self.checkpoint)
-        self.assertEqual(code, 4)
-        self.assertIn(image.name, text)
+        report = json.loads(run("inspect", self.job, "--tensors", "--json")[1])
+        piece = next(piece for tensor in report["tensors"] for piece in tensor["pieces"]
+                     if piece["file"] == self.image().name)
+        # A tensor's byte is lost; one of the HDF5 head is damage that no restore meets.
+        for offset, expected in ((piece["offset"], 4), (100, 3)):
+            image = self.image()
+            good = image.read_bytes()
+            data = bytearray(good)
+            data[offset] ^= 1
+            image.write_bytes(data)
+            code, text, _ = run("verify", self.checkpoint)
+            self.assertEqual(code, expected, offset)
+            self.assertIn(image.name, text)
+            image.write_bytes(good)
 
     def test_verify_names_a_truncated_and_a_missing_image(self):
         image = self.image()
