@@ -63,7 +63,7 @@ inline constexpr std::string_view kKillPoints[] = {
     "restore.piece_delivered",  // after each piece
     "restore.ended",
     // The keeper (armed there only).
-    "keeper.message_received",     // read from the socket, not yet in the table
+    "keeper.message_received",  // read from the socket, not yet in the table
     "keeper.worker_starting",   // before the next worker is started
     "keeper.worker_started",    // it runs and holds everything
 };

@@ -493,8 +493,9 @@ absl::StatusOr<Attempted> AttemptBuild(const Hdf5Plan& plan, const std::string& 
 absl::StatusOr<Hdf5Layout> BuildHdf5Layout(const Hdf5Plan& plan,
                                            const std::string& scratch_directory) {
   CHECK(!plan.groups.empty() && plan.groups[0].path == "/");
-  // A scratch file whose close failed (a full disk) would be closed once more when the process ends,
-  // through a null pointer (seen in H5F__close_cb of 1.10.8). Must come before any other call.
+  // A scratch file whose close failed (a full disk) would be closed once more when the process
+  // ends, through a null pointer (seen in H5F__close_cb of 1.10.8). Must come before any other
+  // call.
   static const bool kNoExitHandler = H5dont_atexit() >= 0;
   static_cast<void>(kNoExitHandler);
   // Errors come back as statuses; libhdf5 must not print them as well (the setting is per thread).

@@ -1,5 +1,5 @@
-#include <holdfast.hpp>
 #include <cstdio>
+#include <holdfast.hpp>
 
 int main() {
   hf_open_options options = HF_OPEN_OPTIONS_INIT;
