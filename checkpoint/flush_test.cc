@@ -3,6 +3,7 @@
 // unpublished file is left.
 #include "checkpoint/flush.h"
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <vector>

@@ -1,6 +1,7 @@
 // Documents understood and refused: every refusal names what is wrong, and no garbage is believed.
 #include "checkpoint/registration.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <random>

@@ -1,5 +1,6 @@
 #include "checkpoint/session.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <utility>

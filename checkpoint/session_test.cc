@@ -2,6 +2,8 @@
 // other, what is kept, and what a recovery drops.
 #include "checkpoint/session.h"
 
+#include <unistd.h>
+
 #include <string>
 #include <vector>
 
@@ -212,6 +214,40 @@ TEST(SessionTest, ALostDescriptorDropsOnlyWhatNeedsIt) {
       SaveAndExpectDurable(harness, first, 6);
     }
   }
+}
+
+// A slot of the record is damaged: its image is dropped with a warning, the other one goes on. The
+// memory is not granted from any more, because who writes where is not known; a new registration
+// gets another one.
+TEST(SessionTest, ADamagedRecordDropsOnlyItsImage) {
+  CaptureHarness harness({});
+  const SessionId id = harness.OpenAndRegister(kRank0);
+  SaveAndExpectDurable(harness, id, 1);
+  SaveAndExpectDurable(harness, id, 2);
+  const ImageId damaged = IdOf(harness, 1);
+  for (const KeptDescriptor& kept : harness.keeper().HandOver()) {
+    if (kept.name.find("/record") == std::string::npos) continue;
+    // Both copies of the slot: 1624 bytes each, behind the 128 bytes of the header.
+    for (int copy = 0; copy < 2; ++copy) {
+      const char garbage = '\x5a';
+      const off_t at = 128 + (damaged.slot_index * 2 + copy) * 1624 + 40;
+      ASSERT_EQ(pwrite(kept.fd.get(), &garbage, 1, at), 1);
+    }
+  }
+  harness.Crash(SimDisk::InFlight::kAll);
+  EXPECT_THAT(harness.warnings(), ElementsAre(HasSubstr("an image was dropped")));
+  EXPECT_THAT(harness.session(id).images_of(damaged)->Block(damaged, 0),
+              StatusIs(absl::StatusCode::kNotFound));
+  ASSERT_OK(harness.session(id).current_images()->Block(IdOf(harness, 2), 0));
+  harness.session(id).current_images()->Release(IdOf(harness, 2));
+  harness.Settle();
+  // What the known image held is free; what the lost one had stays untouched.
+  const BlockPool& pool = harness.session(id).memory(1)->pool();
+  EXPECT_GE(pool.count(BlockState::kAbsent), harness.trainer(id).block_count());
+  ASSERT_OK(harness.Register(id));
+  EXPECT_NE(harness.session(id).memory(2), harness.session(id).memory(1));
+  SaveAndExpectDurable(harness, id, 3);
+  SaveAndExpectDurable(harness, id, 4);
 }
 
 }  // namespace

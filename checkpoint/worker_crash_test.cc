@@ -1,6 +1,7 @@
 // The worker dies behind any step of its loop, and a new one takes over from the keeper's
 // descriptors. And: whatever a trainer writes into the memory it shares, the worker stays up and
 // other ranks' images are right.
+#include <algorithm>
 #include <random>
 #include <string>
 #include <vector>
