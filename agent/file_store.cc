@@ -20,7 +20,7 @@ namespace holdfast {
 namespace {
 
 constexpr char kStoreDirectoryName[] = "store";
-constexpr size_t kRecordsMax = 2'000'000;
+constexpr size_t kNamesMax = 2'000'000;  // in a directory
 
 std::string AttemptFileName(Attempt attempt) {
   return absl::StrFormat("attempt-%d.json", Value(attempt));
@@ -178,6 +178,15 @@ absl::StatusOr<std::string> FileStore::ReadUuid(const std::string& job) {
 absl::StatusOr<std::string> FileStore::JobUuid(const std::string& job) {
   RETURN_IF_ERROR(CheckJobName(job));
   absl::StatusOr<std::string> uuid = ReadUuid(job);
+  if (uuid.status().code() == absl::StatusCode::kDataLoss) {
+    // Torn while it was published, so nobody has used it: it makes room.
+    ASSIGN_OR_RETURN(const bool was_cut_off, PublicationWasCutOff(file_system_, JobDirectory(job),
+                                                                  kJobFileName, kNamesMax));
+    if (was_cut_off) {
+      RETURN_IF_ERROR(file_system_.Unlink(absl::StrCat(JobDirectory(job), "/", kJobFileName)));
+      uuid = absl::NotFoundError("torn");
+    }
+  }
   if (uuid.status().code() == absl::StatusCode::kNotFound) {
     RETURN_IF_ERROR(EnsureDirectory(file_system_, options_.root, job));
     JobRecord record;
@@ -199,7 +208,7 @@ absl::StatusOr<std::string> FileStore::JobUuid(const std::string& job) {
 
 absl::StatusOr<std::optional<Attempt>> FileStore::GreatestAttempt(const std::string& job) {
   absl::StatusOr<std::vector<std::string>> names =
-      file_system_.List(StoreDirectory(job), kRecordsMax);
+      file_system_.List(StoreDirectory(job), kNamesMax);
   if (names.status().code() == absl::StatusCode::kNotFound) return std::optional<Attempt>();
   RETURN_IF_ERROR(names.status());
   std::optional<Attempt> greatest;
@@ -221,10 +230,10 @@ absl::StatusOr<AttemptRecord> FileStore::NewestAttempt(const std::string& job) {
   ASSIGN_OR_RETURN(const std::string bytes, file_system_.ReadSmallFile(path, kSmallRecordBytesMax));
   absl::StatusOr<AttemptRecord> record = DecodeAttempt(bytes, path, *greatest);
   if (record.status().code() == absl::StatusCode::kDataLoss) {
-    ASSIGN_OR_RETURN(const std::vector<std::string> names,
-                     file_system_.List(StoreDirectory(job), kRecordsMax));
+    ASSIGN_OR_RETURN(const bool was_cut_off,
+                     PublicationWasCutOff(file_system_, StoreDirectory(job), name, kNamesMax));
     // Torn while it was published: nobody was ever told of this attempt, but its number is taken.
-    if (PublicationWasCutOff(names, name)) return AttemptRecord{*greatest, "", 0};
+    if (was_cut_off) return AttemptRecord{*greatest, "", 0};
   }
   return record;
 }

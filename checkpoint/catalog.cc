@@ -231,11 +231,16 @@ absl::StatusOr<Catalog> ReadCatalog(FileSystem& file_system, const std::string& 
   Catalog catalog;
   ASSIGN_OR_RETURN(const std::string bytes,
                    ReadRecord(file_system, job_path, kSmallRecordBytesMax));
-  ASSIGN_OR_RETURN(catalog.job, DecodeJobRecord(bytes, job_path));
-  if (catalog.job.job != job) return OtherValue(job_path, "job", job, catalog.job.job);
-
   ASSIGN_OR_RETURN(const std::vector<std::string> names,
                    file_system.List(directory, 2 * kCheckpointsMax));
+  absl::StatusOr<JobRecord> job_record = DecodeJobRecord(bytes, job_path);
+  if (!job_record.ok() && PublicationWasCutOff(names, kJobFileName)) {
+    return absl::NotFoundError(absl::StrFormat("%s: torn while it was published: %s", job_path,
+                                               job_record.status().message()));
+  }
+  RETURN_IF_ERROR(job_record.status());
+  catalog.job = *std::move(job_record);
+  if (catalog.job.job != job) return OtherValue(job_path, "job", job, catalog.job.job);
   ASSIGN_OR_RETURN(catalog.head, ReadHead(file_system, directory, names, catalog.job.job_uuid));
   for (const std::string& name : names) {
     const std::optional<CheckpointId> id = ParseCheckpointDirectoryName(name);

@@ -50,9 +50,10 @@ Told RunJob(SimDisk& disk, uint64_t seed) {
   return told;
 }
 
-std::unique_ptr<SimDisk> NewDisk(uint64_t seed) {
+std::unique_ptr<SimDisk> NewDisk(uint64_t seed, bool links_supported = true) {
   SimDisk::Options options;
   options.seed = seed;
+  options.links_supported = links_supported;
   auto disk = std::make_unique<SimDisk>(options);
   EXPECT_OK(disk->CreateDirectory("/root"));
   EXPECT_OK(disk->SyncDirectory("/"));
@@ -97,10 +98,10 @@ void ExpectAgentGoesOn(SimDisk& disk, const std::vector<CheckpointId>& found,
   EXPECT_EQ(after.size(), found.size() + 1) << where;
 }
 
-uint64_t EnumerateCuts(uint64_t seed, const ReadBack& read_back) {
+uint64_t EnumerateCuts(uint64_t seed, bool links_supported, const ReadBack& read_back) {
   uint64_t state_count = 0;
   for (uint64_t cut_after = 0;; ++cut_after) {
-    const std::unique_ptr<SimDisk> disk = NewDisk(seed);
+    const std::unique_ptr<SimDisk> disk = NewDisk(seed, links_supported);
     disk->CutPowerAfter(cut_after);
     const Told told = RunJob(*disk, seed);
     if (!disk->power_was_cut()) {
@@ -134,9 +135,19 @@ TEST(CrashEnumeration, OldOrNewAndNeverLessThanReportedAtEveryCut) {
   const ReadBack read_back(kRanks);
   uint64_t state_count = 0;
   // Seed 0 completes transfers in order, the others in orders of their own.
-  for (const uint64_t seed : {0, 1, 2, 3}) state_count += EnumerateCuts(seed, read_back);
+  for (const uint64_t seed : {0, 1, 2, 3}) {
+    state_count += EnumerateCuts(seed, /*links_supported=*/true, read_back);
+  }
   std::printf("states: %llu\n", static_cast<unsigned long long>(state_count));
   EXPECT_GE(state_count, 6000u);
+}
+
+// Where names cannot be linked, what was torn under its final name is void.
+TEST(CrashEnumeration, HoldsOnFileSystemsWithoutLinks) {
+  const ReadBack read_back(kRanks);
+  const uint64_t state_count = EnumerateCuts(0, /*links_supported=*/false, read_back);
+  std::printf("states: %llu\n", static_cast<unsigned long long>(state_count));
+  EXPECT_GE(state_count, 1500u);
 }
 
 // ---- Errors ----

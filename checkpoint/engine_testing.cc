@@ -224,6 +224,9 @@ std::vector<KeptDescriptor> KeptInMemory::HandOver() const {
 EngineHarness::EngineHarness(SimDisk& disk, const EngineHarnessOptions& options)
     : disk_(disk),
       options_(options),
+      file_system_(options.file_system == nullptr ? static_cast<FileSystem&>(disk)
+                                                  : *options.file_system),
+      ring_(options.ring == nullptr ? static_cast<IoRing&>(disk) : *options.ring),
       scratch_(testing::TempDir()),
       keeper_(std::make_unique<KeptInMemory>()) {
   if (!options_.root_exists && disk_.AllFiles().empty()) {
@@ -241,12 +244,12 @@ EngineHarness::~EngineHarness() {
 void EngineHarness::StartWorker(bool recover) {
   ++worker_count_;
   executor_ = std::make_unique<SimExecutor>(options_.seed);
-  executor_->Drive(disk_);
+  executor_->Drive(ring_);
   FileStore::Options store_options;
   store_options.root = kRoot;
   store_options.writer = absl::StrCat(options_.writer, worker_count_);
   store_options.make_uuid = [] { return std::string("01234567-89ab-4cde-8f01-23456789abcd"); };
-  store_ = std::make_unique<FileStore>(disk_, *executor_, store_options);
+  store_ = std::make_unique<FileStore>(file_system_, *executor_, store_options);
   EngineOptions engine_options;
   engine_options.root = kRoot;
   engine_options.scratch_directory = scratch_;
@@ -257,7 +260,7 @@ void EngineHarness::StartWorker(bool recover) {
   engine_options.writer = store_options.writer;
   absl::StatusOr<std::unique_ptr<Engine>> engine = Engine::Create(
       engine_options,
-      EngineWorld{disk_, disk_, *executor_, *executor_, *executor_, *store_, *keeper_});
+      EngineWorld{file_system_, ring_, *executor_, *executor_, *executor_, *store_, *keeper_});
   CHECK_OK(engine.status());
   engine_ = *std::move(engine);
   if (!recover) return;

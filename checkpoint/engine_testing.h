@@ -80,6 +80,9 @@ struct EngineHarnessOptions {
   uint64_t host_memory_bytes = uint64_t{64} << 20;
   uint32_t images_per_rank_max = 2;
   bool root_exists = false;
+  // In the place of the disk itself, to which they lead.
+  FileSystem* file_system = nullptr;
+  IoRing* ring = nullptr;
   std::string writer = "w";  // of the first worker; each next one appends its number
 };
 
@@ -129,6 +132,8 @@ class EngineHarness {
 
   SimDisk& disk_;
   const EngineHarnessOptions options_;
+  FileSystem& file_system_;
+  IoRing& ring_;
   std::string scratch_;
   std::unique_ptr<KeptInMemory> keeper_;
   std::unique_ptr<SimExecutor> executor_;

@@ -295,6 +295,13 @@ void Job::SessionEnded(SessionId id) {
 void Job::RemoveSession(SessionId id) {
   groups_.SessionGone(id);
   sessions_.erase(id);
+  // An old attempt that nobody is in any more is forgotten.
+  std::erase_if(attempts_, [&](const auto& entry) {
+    const auto& [number, attempt] = entry;
+    return number != attempts_.rbegin()->first &&
+           std::none_of(attempt.sessions.begin(), attempt.sessions.end(),
+                        [this](const auto& of) { return sessions_.contains(of.second); });
+  });
 }
 
 absl::Status Job::CheckLayout(SessionId id, std::shared_ptr<const Registration> registration) {

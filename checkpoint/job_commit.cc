@@ -177,7 +177,9 @@ void Job::RunCommit(CheckpointId id, Finish finish) {
 // ---- Reports ----
 
 void Job::ForEachSession(Attempt attempt, const std::function<void(Session&)>& action) const {
-  for (const auto& [rank, id] : attempts_.at(attempt).sessions) {
+  const auto known = attempts_.find(attempt);
+  if (known == attempts_.end()) return;  // nobody is in it any more
+  for (const auto& [rank, id] : known->second.sessions) {
     Session* session = FindSession(id);
     if (session != nullptr) action(*session);
   }

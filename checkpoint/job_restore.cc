@@ -56,15 +56,13 @@ void Job::DecideRestorePoint(Attempt attempt,
 void Job::RunDecision(Attempt attempt, bool from_nothing,
                       std::function<void(absl::StatusOr<RestorePoint>)> then) {
   const auto known = attempts_.find(attempt);
-  CHECK(known != attempts_.end());
-  if (known->second.restore_point.has_value()) {
+  if (known != attempts_.end() && known->second.restore_point.has_value()) {
     then(*known->second.restore_point);
     return;
   }
-  if (attempt != attempts_.rbegin()->first) {
+  if (known == attempts_.end() || attempt != attempts_.rbegin()->first) {
     then(absl::FailedPreconditionError(
-        absl::StrFormat("attempt %d is fenced: attempt %d of job %s has begun", Value(attempt),
-                        Value(attempts_.rbegin()->first), options_.name)));
+        absl::StrFormat("attempt %d of job %s is fenced", Value(attempt), options_.name)));
     return;
   }
   OnPool<absl::StatusOr<RestorePoint>>(

@@ -82,6 +82,12 @@ bool PublicationWasCutOff(const std::vector<std::string>& names, std::string_vie
   return false;
 }
 
+absl::StatusOr<bool> PublicationWasCutOff(FileSystem& file_system, const std::string& directory,
+                                          std::string_view name, size_t names_max) {
+  ASSIGN_OR_RETURN(const std::vector<std::string> names, file_system.List(directory, names_max));
+  return PublicationWasCutOff(names, name);
+}
+
 absl::Status EnsureDirectory(FileSystem& file_system, const std::string& parent,
                              const std::string& name) {
   const absl::Status created = file_system.CreateDirectory(absl::StrCat(parent, "/", name));

@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "io/file_system.h"
 
 namespace holdfast {
@@ -42,6 +43,10 @@ absl::Status PublishFile(FileSystem& file_system, const std::string& directory,
 
 // Whether the marker of a publication without links is among the names of the directory.
 bool PublicationWasCutOff(const std::vector<std::string>& names, std::string_view name);
+
+// The same, reading the directory.
+absl::StatusOr<bool> PublicationWasCutOff(FileSystem& file_system, const std::string& directory,
+                                          std::string_view name, size_t names_max);
 
 // Creates a directory if it is not there, and makes its name durable in any case.
 absl::Status EnsureDirectory(FileSystem& file_system, const std::string& parent,

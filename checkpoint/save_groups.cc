@@ -429,13 +429,22 @@ void SaveGroups::Unpin(CheckpointId id) {
 }
 
 void SaveGroups::SessionGone(SessionId session) {
+  bool failed = false;
   for (auto& [id, group] : groups_) {
     for (auto& [rank, member] : group.members) {
       if (member.image.session != session || member.gone) continue;
       member.gone = true;
       group.sealed = false;
+      if (IsFinal(group)) continue;
+      Fail(group,
+           absl::AbortedError(absl::StrFormat("%s: rank %d is gone", Describe(id), Value(rank))),
+           Failure::kImages);
+      failed = true;
     }
   }
+  if (!failed) return;
+  Recycle();
+  CommitNext();
 }
 
 void SaveGroups::Forget() {

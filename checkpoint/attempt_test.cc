@@ -1,0 +1,194 @@
+// Attempts: who joins which, and that an older one publishes nothing that a newer one has not seen
+// (P7), also when the two are in agents that do not know of each other.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "checkpoint/engine_testing.h"
+#include "checkpoint/readback_testing.h"
+#include "tests/support/status_matchers.h"
+
+namespace holdfast {
+namespace {
+
+using testing::AllOf;
+using testing::HasSubstr;
+
+Attempt AttemptOf(const absl::StatusOr<TestTrainer*>& trainer) {
+  EXPECT_OK(trainer);
+  return trainer.ok() ? (*trainer)->attempt : Attempt{0};
+}
+
+TEST(Attempts, RanksWithTheSameKeyFormOne) {
+  SimDisk disk;
+  EngineHarness harness(disk, {});
+  EXPECT_EQ(AttemptOf(harness.Open(Rank{1}, 3, "a")), Attempt{1});
+  EXPECT_EQ(AttemptOf(harness.Open(Rank{0}, 3, "a")), Attempt{1});
+  EXPECT_EQ(AttemptOf(harness.Open(Rank{2}, 3, "b")), Attempt{2});
+  EXPECT_EQ(AttemptOf(harness.Open(Rank{0}, 3, "b")), Attempt{2});
+  // A late rank of a run that was replaced does not fence its successor.
+  EXPECT_THAT(harness.Open(Rank{2}, 3, "a").status(),
+              StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("attempt 2")));
+  EXPECT_EQ(AttemptOf(harness.Open(Rank{1}, 3, "b")), Attempt{2});
+}
+
+TEST(Attempts, WithoutAKeyTheFirstOpenMakesOne) {
+  SimDisk disk;
+  EngineHarness harness(disk, {});
+  EXPECT_EQ(AttemptOf(harness.Open(Rank{0}, 2)), Attempt{1});
+  EXPECT_EQ(AttemptOf(harness.Open(Rank{1}, 2)), Attempt{1});
+  // The launcher has started them anew; the old processes may be alive or not.
+  EXPECT_EQ(AttemptOf(harness.Open(Rank{1}, 2)), Attempt{2});
+  EXPECT_EQ(AttemptOf(harness.Open(Rank{0}, 2)), Attempt{2});
+}
+
+TEST(Attempts, AKeyCountsAsNewWhenTheWorldSizeDiffersOrARankComesBack) {
+  SimDisk disk;
+  EngineHarness harness(disk, {});
+  ASSERT_OK_AND_ASSIGN(TestTrainer* const first, harness.Open(Rank{0}, 2, "a"));
+  EXPECT_EQ(first->attempt, Attempt{1});
+  EXPECT_EQ(AttemptOf(harness.Open(Rank{1}, 3, "a")), Attempt{2});
+  ASSERT_OK_AND_ASSIGN(TestTrainer* const third, harness.Open(Rank{0}, 3, "a"));
+  EXPECT_EQ(third->attempt, Attempt{2});
+  // A rank that died and comes back is a new run, although others are open.
+  harness.Kill(*third);
+  ASSERT_OK_AND_ASSIGN(TestTrainer* const again, harness.Open(Rank{0}, 3, "a"));
+  EXPECT_EQ(again->attempt, Attempt{3});
+}
+
+TEST(Attempts, NumbersGrowWhateverIsLost) {
+  SimDisk disk;
+  {
+    EngineHarness harness(disk, {});
+    for (const char* key : {"a", "b", "c"}) ASSERT_OK(harness.Open(Rank{0}, 1, key).status());
+    ASSERT_OK_AND_ASSIGN(const auto trainers, harness.Launch(1, "d"));
+    harness.SaveAll(trainers, 1);
+  }
+  for (const std::string& path : disk.AllFiles()) {
+    if (path.find("/store/") != std::string::npos) disk.RemoveFile(path);
+  }
+  EngineHarness harness(disk, {.root_exists = true, .writer = "x"});
+  EXPECT_EQ(AttemptOf(harness.Open(Rank{0}, 1, "e")), Attempt{5});
+}
+
+TEST(Attempts, BadArgumentsAreNamed) {
+  SimDisk disk;
+  EngineHarness harness(disk, {});
+  EXPECT_THAT(harness.Open(Rank{2}, 2).status(),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("found 2")));
+  EXPECT_THAT(harness.Open(Rank{0}, 0).status(), StatusIs(absl::StatusCode::kInvalidArgument));
+  EXPECT_THAT(harness.Open(Rank{0}, 1, "", "../up").status(),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("../up")));
+  EXPECT_THAT(harness.Open(Rank{0}, 1, std::string(256, 'k')).status(),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("256")));
+}
+
+TEST(Attempts, ANewerOneFencesTheOlderAtOnce) {
+  SimDisk disk;
+  EngineHarness harness(disk, {});
+  ASSERT_OK_AND_ASSIGN(const auto old, harness.Launch(2, "a"));
+  const std::optional<uint32_t> slot = harness.BeginSave(*old[0], 1);
+  ASSERT_TRUE(slot.has_value());
+  harness.Settle();
+  ASSERT_OK_AND_ASSIGN(const auto trainers, harness.Launch(2, "b"));
+  harness.FinishSave(*old[0], *slot);
+  ASSERT_TRUE(harness.Save(*old[1], 1));  // with a grant that it had
+  harness.Settle();
+  for (const TestTrainer* trainer : old) {
+    EXPECT_EQ(trainer->script->page().fenced_by.load(), 2u);
+    EXPECT_EQ(EngineHarness::CommittedProcess(*trainer), std::nullopt);
+    EXPECT_THAT(trainer->script->ReportOf(1)->text, HasSubstr("fenced"));
+  }
+  EXPECT_THAT(harness.Restore(*trainers[0]).status, IsNotFound());
+  harness.SaveAll(trainers, 1);
+  EXPECT_EQ(EngineHarness::CommittedPower(*trainers[0]), 1u);
+  ASSERT_OK_AND_ASSIGN(const Catalog catalog, harness.ReadJob());
+  EXPECT_EQ(catalog.entries[*catalog.newest].id, (CheckpointId{Attempt{2}, Step{1}}));
+}
+
+TEST(Attempts, AResumeIntoAFencedAttemptIsRefused) {
+  SimDisk disk;
+  EngineHarness harness(disk, {});
+  ASSERT_OK_AND_ASSIGN(const auto old, harness.Launch(1, "a"));
+  EXPECT_TRUE(harness.Reconnect(*old[0])->resumed);
+  ASSERT_OK_AND_ASSIGN(const auto trainers, harness.Launch(1, "b"));
+  EXPECT_THAT(harness.Reconnect(*old[0]).status(),
+              StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("fenced")));
+  // In an agent that has never seen it, too.
+  harness.CrashAgent();
+  EXPECT_THAT(harness.Reconnect(*old[0]).status(),
+              StatusIs(absl::StatusCode::kFailedPrecondition,
+                       AllOf(HasSubstr("attempt 1"), HasSubstr("attempt 2"))));
+  ASSERT_OK_AND_ASSIGN(const OpenResult resumed, harness.Reconnect(*trainers[0]));
+  EXPECT_FALSE(resumed.resumed);  // a new session in the same attempt
+  EXPECT_EQ(resumed.attempt, Attempt{2});
+}
+
+// Two agents that do not know of each other. The older attempt is paused after every step that its
+// loop takes in two saves; the newer one begins, decides where it starts, and saves; then the older
+// one goes on. Whatever it had reported by then is an ancestor of the newer one's checkpoint, and
+// nothing else of it is ever published.
+TEST(Fencing, APausedOldAttemptPublishesNothingThatTheNewOneHasNotSeen) {
+  const ReadBack read_back(2);
+  int fenced = 0;
+  int seen = 0;
+  for (int pause_after = 0;; ++pause_after) {
+    SimDisk disk;
+    EngineHarness old_agent(disk, {.writer = "old"});
+    ASSERT_OK_AND_ASSIGN(const auto old, old_agent.Launch(2, "a"));
+    for (const uint64_t step : {1, 2}) {
+      for (TestTrainer* trainer : old) ASSERT_TRUE(old_agent.Save(*trainer, step));
+    }
+    bool idle = false;
+    for (int i = 0; i < pause_after && !idle; ++i) idle = !old_agent.executor().RunOne();
+    const std::optional<uint64_t> told = EngineHarness::CommittedPower(*old[0]);
+
+    EngineHarness new_agent(disk, {.root_exists = true, .writer = "new"});
+    ASSERT_OK_AND_ASSIGN(const auto trainers, new_agent.Launch(2, "b"));
+    const RestoreOutcome outcome = new_agent.Restore(*trainers[0]);
+    std::optional<CheckpointId> point;
+    if (outcome.status.ok()) {
+      point = outcome.checkpoint;
+      ++seen;
+    } else {
+      ASSERT_THAT(outcome.status, IsNotFound()) << pause_after;
+    }
+    if (told.has_value()) {
+      ASSERT_TRUE(point.has_value()) << pause_after;
+      EXPECT_GE(Value(point->step), *told) << pause_after;
+    }
+
+    old_agent.Settle();
+    new_agent.SaveAll(trainers, 5);
+    old_agent.Settle();
+    EXPECT_EQ(EngineHarness::CommittedPower(*trainers[1]), 5u) << pause_after;
+
+    ASSERT_OK_AND_ASSIGN(const std::vector<CheckpointId> found, read_back.CheckAll(disk));
+    ASSERT_FALSE(found.empty());
+    EXPECT_EQ(found.back(), (CheckpointId{Attempt{2}, Step{5}}));
+    const std::optional<CheckpointId> before =
+        found.size() > 1 ? std::optional(found[found.size() - 2]) : std::nullopt;
+    EXPECT_EQ(before, point) << pause_after;
+    // And it was told so.
+    for (const TestTrainer* trainer : old) {
+      const std::optional<uint64_t> committed = EngineHarness::CommittedPower(*trainer);
+      EXPECT_LE(committed.value_or(0), point.has_value() ? Value(point->step) : 0) << pause_after;
+      for (const uint64_t step : {1, 2}) {
+        const auto report = trainer->script->ReportOf(step);
+        if (!report.has_value() || report->state == 4u) continue;
+        EXPECT_EQ(report->state, 5u) << pause_after;
+        fenced += report->text.find("fenced") != std::string::npos ? 1 : 0;
+      }
+    }
+    if (idle || HasFailure()) break;
+  }
+  EXPECT_GT(fenced, 50);
+  EXPECT_GT(seen, 5);
+}
+
+}  // namespace
+}  // namespace holdfast
