@@ -259,6 +259,7 @@ void CaptureHarness::Crash(SimDisk::InFlight in_flight) {
   executor_.reset();
   memories_.reset();
   budget_.reset();
+  if (while_dead_) while_dead_();
   MakeWorld();
   RecoverAll();
 }

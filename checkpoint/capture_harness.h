@@ -110,6 +110,8 @@ class CaptureHarness {
   bool crashed() const { return crash_count_ > 0; }
   // The worker dies now: sessions, executor and completions are gone; then a new one takes over.
   void Crash(SimDisk::InFlight in_flight);
+  // What trainers do while there is no worker, at every crash.
+  void set_while_dead(std::function<void()> while_dead) { while_dead_ = std::move(while_dead); }
 
   // The whole image that the trainer of `session` saved at `step`, by the definition.
   std::string OracleImage(SessionId session, uint64_t step);
@@ -147,6 +149,7 @@ class CaptureHarness {
   std::optional<uint64_t> crash_at_step_;
   SimDisk::InFlight crash_in_flight_ = SimDisk::InFlight::kAll;
   uint64_t crash_count_ = 0;
+  std::function<void()> while_dead_;
 };
 
 }  // namespace holdfast

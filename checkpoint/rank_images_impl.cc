@@ -189,7 +189,8 @@ void RankImagesImpl::MaybeRecycle(Slot& slot) {
   }
   if (trainer_alive_ && !slot.trainer_done) return;
   if (slot.stamp == Slot::Stamp::kRunning || checksums_.pending(slot.index) > 0) return;
-  if (slot.flush != nullptr || slot.removing_file) return;
+  if (slot.removing_file) return;
+  CHECK(slot.flush == nullptr);  // whoever gives an image up drops its file
 
   memory_->pool().Free(slot.record.block_table,
                        slot.is(State::kVoid) ? BlockState::kQuarantined : BlockState::kImage);

@@ -1,5 +1,6 @@
 // From the trainer's bytes to durable bytes: what is on the disk equals an image made by the
 // definition; and every way in which an image ends void.
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -51,6 +52,14 @@ class RankImagesTest : public testing::Test {
     EXPECT_THAT(harness->disk().Contents(*Image(step).durable_path),
                 IsOkAndHolds(harness->OracleImage(id, step)));
   }
+  void FillGrantedBlocks(int fill) {
+    for (uint32_t slot = 0; slot < trainer().registration().slot_count; ++slot) {
+      if (trainer().registration().slots[slot].state.load() != abi::SlotState::kGranted) continue;
+      for (uint32_t block = 0; block < trainer().block_count(); ++block) {
+        std::memset(trainer().Block(slot, block).data(), fill, 4096);
+      }
+    }
+  }
   // A whole save, to the end.
   void ExpectWorks(uint64_t step) {
     harness->Settle();
@@ -72,6 +81,8 @@ TEST_F(RankImagesTest, WhatIsDurableIsTheImageByDefinition) {
     EXPECT_GE(trainer().block_count(), 6u);
     for (uint64_t step = 1; step <= 6; ++step) {
       harness->Settle();
+      // Blocks come with whatever was in them.
+      FillGrantedBlocks(static_cast<int>(0xa0 + step));
       const std::optional<uint32_t> slot = trainer().BeginSave(step, BlobsAt(step));
       ASSERT_TRUE(slot);
       // In pieces, so that blocks are on their way while others are being copied.
@@ -386,6 +397,34 @@ TEST_F(RankImagesTest, ReleaseAtEveryStepLeavesNothingBehind) {
     ExpectWorks(6);
   }
   EXPECT_GT(released_unfinished, 5u);
+}
+
+// What is left of a void image (a stamp, checksums, writes on their way) never touches the blocks'
+// next image, whenever it is given up. One image of memory, so that it is the same blocks.
+TEST_F(RankImagesTest, AVoidImageNeverTouchesTheNextOne) {
+  size_t given_up_under_way = 0;
+  for (uint64_t seed = 0; seed < 120; ++seed) {
+    SCOPED_TRACE(testing::Message() << "seed " << seed);
+    HarnessOptions options;
+    options.seed = seed;
+    options.images_per_rank_max = 1;
+    Make(options);
+    const std::optional<uint32_t> slot = trainer().BeginSave(5, BlobsAt(5));
+    trainer().CopyBlocks(*slot, static_cast<uint32_t>(seed % 7));
+    harness->Ring();
+    harness->RunSteps(seed % 23);
+    trainer().GiveUp(*slot, 10, "given up");
+    harness->Ring();
+    given_up_under_way += harness->disk().in_flight_count() > 0 ? 1 : 0;
+    for (int i = 0; i < 2000 && !trainer().HasGrant(); ++i) harness->RunSteps(1);
+    ASSERT_TRUE(trainer().HasGrant());
+    ASSERT_TRUE(trainer().Save(6, BlobsAt(6)));
+    harness->Settle();
+    ExpectDurable(6);
+    EXPECT_TRUE(Image(5).void_status);
+    EXPECT_THAT(harness->ImageFiles(), SizeIs(1));
+  }
+  EXPECT_GT(given_up_under_way, 5u);
 }
 
 // ---- Staging

@@ -9,6 +9,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "checkpoint/capture_harness.h"
+#include "checkpoint/image_record.h"
 #include "tests/support/status_matchers.h"
 
 namespace holdfast {
@@ -248,6 +249,50 @@ TEST(SessionTest, ADamagedRecordDropsOnlyItsImage) {
   EXPECT_NE(harness.session(id).memory(2), harness.session(id).memory(1));
   SaveAndExpectDurable(harness, id, 3);
   SaveAndExpectDurable(harness, id, 4);
+}
+
+// A checksum in the record is wrong: the image is not called sealed again.
+TEST(SessionTest, ADamagedChecksumVoidsTheImage) {
+  CaptureHarness harness({});
+  const SessionId id = harness.OpenAndRegister(kRank0);
+  SaveAndExpectDurable(harness, id, 1);
+  const ImageId image = IdOf(harness, 1);
+  for (KeptDescriptor& kept : harness.keeper().HandOver()) {
+    if (kept.name.find("/record") == std::string::npos) continue;
+    ASSERT_OK_AND_ASSIGN(const auto record, ImageRecord::Reopen(std::move(kept.fd)));
+    const std::optional<uint32_t> crc32c = record->Checksum(image.slot_index, 2, image.generation);
+    ASSERT_TRUE(crc32c);
+    record->SetChecksum(image.slot_index, 2, image.generation, *crc32c ^ 1);
+  }
+  harness.Crash(SimDisk::InFlight::kAll);
+  const RecordingObserver::Image* told = harness.observer().Of(kRank0, 1);
+  EXPECT_FALSE(told->sealed);
+  ASSERT_TRUE(told->void_status);
+  EXPECT_THAT(*told->void_status, StatusIs(absl::StatusCode::kDataLoss, HasSubstr("root")));
+  SaveAndExpectDurable(harness, id, 2);
+}
+
+// Two images claim the same blocks: only one can be right, and nobody can say which bytes are
+// whose.
+TEST(SessionTest, BlocksThatTwoImagesClaimBelongToTheFirst) {
+  CaptureHarness harness({});
+  const SessionId id = harness.OpenAndRegister(kRank0);
+  SaveAndExpectDurable(harness, id, 1);
+  SaveAndExpectDurable(harness, id, 2);
+  for (KeptDescriptor& kept : harness.keeper().HandOver()) {
+    if (kept.name.find("/record") == std::string::npos) continue;
+    ASSERT_OK_AND_ASSIGN(const auto record, ImageRecord::Reopen(std::move(kept.fd)));
+    SlotRecord second = *record->slot(1);
+    second.block_table[3] = record->slot(0)->block_table[3];
+    record->Update(1, second);
+  }
+  harness.Crash(SimDisk::InFlight::kAll);
+  EXPECT_THAT(harness.warnings(), ElementsAre(HasSubstr("belong to another image")));
+  RankImages& images = *harness.session(id).current_images();
+  const ImageId first = IdOf(harness, IdOf(harness, 1).slot_index == 0 ? 1 : 2);
+  const ImageId second = IdOf(harness, IdOf(harness, 1).slot_index == 0 ? 2 : 1);
+  ASSERT_OK(images.Block(first, 3));
+  EXPECT_THAT(images.Block(second, 3), StatusIs(absl::StatusCode::kNotFound));
 }
 
 }  // namespace

@@ -14,6 +14,7 @@
 namespace holdfast {
 namespace {
 
+using testing::ElementsAre;
 using testing::IsEmpty;
 using testing::SizeIs;
 
@@ -111,6 +112,67 @@ TEST(WorkerCrashTest, NothingCapturedIsLostAtAnyStepOfTheLoop) {
   }
 }
 
+// Training goes on while the worker is dead: what the trainer saves then, into the slot that it was
+// granted before, is durable afterwards, wherever the worker died.
+TEST(WorkerCrashTest, ASaveWhileTheWorkerIsDeadIsTakenOver) {
+  size_t taken_over = 0;
+  size_t renamed = 0;
+  for (uint64_t crash_step = 1;; ++crash_step) {
+    SCOPED_TRACE(testing::Message() << "crash behind step " << crash_step);
+    CaptureHarness harness({});
+    const SessionId id = harness.OpenAndRegister(kRank0);
+    ScriptedTrainer& trainer = harness.trainer(id);
+    harness.CrashAtStep(crash_step, SimDisk::InFlight::kAll);
+    bool saved = false;
+    std::vector<std::string> files_before;
+    harness.set_while_dead([&] {
+      files_before = harness.ImageFiles();
+      saved = trainer.Save(9, BlobsAt(9)).has_value();
+    });
+    ASSERT_TRUE(trainer.Save(1, BlobsAt(1)));
+    harness.Settle();
+    if (!harness.crashed()) break;
+    ASSERT_TRUE(harness.observer().Of(kRank0, 1)->durable_path);
+    const std::string durable = *harness.observer().Of(kRank0, 1)->durable_path;
+    EXPECT_THAT(harness.disk().Contents(durable), IsOkAndHolds(harness.OracleImage(id, 1)));
+    // A file that the dead worker had begun is never gone on with, and its name not used again.
+    for (const std::string& file : files_before) {
+      if (file == durable) continue;
+      ++renamed;
+      EXPECT_THAT(harness.disk().Contents(file), StatusIs(absl::StatusCode::kNotFound));
+    }
+    if (saved) {
+      ++taken_over;
+      const RecordingObserver::Image* image = harness.observer().Of(kRank0, 9);
+      ASSERT_NE(image, nullptr);
+      ASSERT_TRUE(image->durable_path);
+      EXPECT_THAT(harness.disk().Contents(*image->durable_path),
+                  IsOkAndHolds(harness.OracleImage(id, 9)));
+    }
+    if (testing::Test::HasFailure()) break;
+  }
+  EXPECT_GT(taken_over, 15u);
+  EXPECT_GT(renamed, 5u);
+}
+
+// The name of a file that a dead worker had begun is not used again, even where it cannot be
+// removed.
+TEST(WorkerCrashTest, AnAbandonedNameIsNotUsedAgain) {
+  CaptureHarness harness({});
+  const SessionId id = harness.OpenAndRegister(kRank0);
+  const std::optional<uint32_t> slot = harness.trainer(id).BeginSave(1, BlobsAt(1));
+  harness.trainer(id).CopyBlocks(*slot, 3);
+  harness.Settle();
+  ASSERT_THAT(harness.ImageFiles(), ElementsAre("/root/a1.s1.rank-00000.h5"));
+  harness.Crash(SimDisk::InFlight::kNone);
+  harness.Crash(SimDisk::InFlight::kNone);
+  harness.trainer(id).CopyBlocks(*slot);
+  harness.trainer(id).Finish(*slot);
+  harness.Settle();
+  EXPECT_THAT(harness.ImageFiles(), ElementsAre("/root/a1.s1.rank-00000.2.h5"));
+  EXPECT_EQ(harness.observer().Of(kRank0, 1)->durable_path, "/root/a1.s1.rank-00000.2.h5");
+}
+
 // ---- Garbage
 
 struct Lcg {
@@ -157,6 +219,7 @@ TEST(WorkerCrashTest, GarbageInSharedMemoryHarmsNobodyElse) {
   size_t hostile_durable = 0;
   size_t hostile_void = 0;
   size_t crashes = 0;
+  size_t faults = 0;
   for (uint64_t seed = 1; seed <= 150; ++seed) {
     SCOPED_TRACE(testing::Message() << "seed " << seed);
     Lcg random{std::mt19937_64(seed)};
@@ -185,6 +248,11 @@ TEST(WorkerCrashTest, GarbageInSharedMemoryHarmsNobodyElse) {
     };
     for (uint64_t step = 1; step <= 4; ++step) {
       harness.Settle();
+      // Its storage has its troubles too, so that there are second tries.
+      if (random(3) == 0) {
+        harness.disk().FailOperation(SimDisk::Operation::kRingWrite, random(8),
+                                     absl::DataLossError("EIO"), "rank-00000");
+      }
       const std::optional<uint32_t> slot = harness.trainer(hostile).BeginSave(step, BlobsAt(step));
       ASSERT_TRUE(harness.trainer(honest).Save(step, BlobsAt(step)));
       harness.Ring();
@@ -203,6 +271,7 @@ TEST(WorkerCrashTest, GarbageInSharedMemoryHarmsNobodyElse) {
     harness.session(hostile).ProcessDied();
     harness.Settle();
     crashes += harness.crashed() ? 1 : 0;
+    faults += harness.disk().fault_count();
 
     for (uint64_t step = 1; step <= 4; ++step) {
       const RecordingObserver::Image* image = harness.observer().Of(kRank1, step);
@@ -228,8 +297,9 @@ TEST(WorkerCrashTest, GarbageInSharedMemoryHarmsNobodyElse) {
     EXPECT_EQ(pool.count(BlockState::kQuarantined) + pool.count(BlockState::kGranted), 0u);
     if (testing::Test::HasFailure()) break;
   }
-  printf("hostile images: %zu durable, %zu void; %zu worker crashes\n", hostile_durable,
-         hostile_void, crashes);
+  printf("hostile images: %zu durable, %zu void; %zu worker crashes, %zu storage faults\n",
+         hostile_durable, hostile_void, crashes, faults);
+  EXPECT_GT(faults, 50u);
   EXPECT_GT(hostile_durable, 50u);
   EXPECT_GT(hostile_void, 50u);
   EXPECT_GT(crashes, 20u);
