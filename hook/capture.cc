@@ -213,7 +213,7 @@ void Capture::FinishBlock(uint32_t block) {
   // Pairs with the agent's acquire: the block's bytes are there.
   plan.block_done(slot_, block).store(1, std::memory_order_release);
   plan.slot(slot_).blocks_done.fetch_add(1, std::memory_order_relaxed);
-  blocks_done_.fetch_add(1, std::memory_order_relaxed);
+  blocks_done_.fetch_add(1, std::memory_order_release);
   bool group_done = false;
   for (uint64_t rest = plan.groups_of_block(block); rest != 0; rest &= rest - 1) {
     group_done |= group_blocks_left_[__builtin_ctzll(rest)].fetch_sub(1) == 1;

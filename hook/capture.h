@@ -62,7 +62,8 @@ class Capture {
   // True from Begin until the image is sealed or void.
   bool running() const { return running_; }
   // Blocks done so far of the capture that runs, or of the last one.
-  uint64_t blocks_done() const { return blocks_done_.load(std::memory_order_relaxed); }
+  // Their bytes have been read.
+  uint64_t blocks_done() const { return blocks_done_.load(std::memory_order_acquire); }
 
   // True if all bytes of the groups in `groups` (bit mask), and with `all_blocks` every block, have
   // been captured; waits for that until the deadline.

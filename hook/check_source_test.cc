@@ -31,6 +31,12 @@ class CheckSourceTest : public ::testing::Test {
   // Saves, and returns when the copier is through, but before anybody has waited.
   void SaveAndLetFinish(uint64_t step, uint32_t slot) {
     ASSERT_TRUE(job_->Save(step, NoOptions()).ok());
+    // By the library's own counter, whose acquire orders the copier's reads before what follows:
+    // what then changes a tensor breaks the contract, but is no data race.
+    ASSERT_TRUE(agent_.Await([&] {
+      hf_save_report report = {};
+      return job_->Report(step, &report).ok() && report.blocks_captured == report.blocks;
+    }));
     ASSERT_TRUE(agent_.Await([&] { return agent_.shared().slots[slot].captured_ns.load() != 0; }));
   }
   Error Wait(int32_t group = HF_ALL_GROUPS) {

@@ -127,7 +127,8 @@ Error Link::WorthWaitingLocked(int64_t absent_grace_ns) const {
   if (phase_ == Phase::kRefused) return refusal_;
   const int64_t grace_ns = phase_ == Phase::kResuming ? kResumingGraceNs : absent_grace_ns;
   if (phase_ != Phase::kClosed && MonotonicNs() - lost_ns_ < grace_ns) return Error();
-  return Error(HF_UNAVAILABLE, "no agent at %s", ShortName(options_.socket_path).text());
+  return Error(HF_UNAVAILABLE, "the agent at %s is gone, and was not reached again: %s",
+               ShortName(options_.socket_path).text(), last_failure_.text());
 }
 
 Error Link::Reachable() const {
@@ -415,7 +416,9 @@ void Link::Reconnect() {
       Refuse(error);
       return;
     }
+    SetLastFailure(error);
   } else {
+    SetLastFailure(connection.error());
     SetPhase(Phase::kAbsent);
   }
   SleepUntilWoken(Deadline::After(backoff_ns_));
@@ -426,6 +429,11 @@ void Link::SleepUntilWoken(Deadline deadline) {
   pollfd wake = {wake_.get(), POLLIN, 0};
   poll(&wake, 1, deadline.never() ? -1 : deadline.PollMs(60'000));
   if ((wake.revents & POLLIN) != 0) DrainEventFd(wake_.get());
+}
+
+void Link::SetLastFailure(const Error& error) {
+  MutexLock lock(mutex_);
+  last_failure_ = error;
 }
 
 void Link::Refuse(const Error& error) {

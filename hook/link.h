@@ -158,6 +158,7 @@ class Link {
                      Deadline deadline) HOOK_EXCLUDES(mutex_);
   void SetPhase(Phase phase) HOOK_EXCLUDES(mutex_);
   void Refuse(const Error& error) HOOK_EXCLUDES(mutex_);
+  void SetLastFailure(const Error& error) HOOK_EXCLUDES(mutex_);
   void LoseConnection() HOOK_EXCLUDES(mutex_);
   bool closing() const HOOK_EXCLUDES(mutex_);
   bool refused() const HOOK_EXCLUDES(mutex_);
@@ -180,6 +181,7 @@ class Link {
   CondVar changed_;
   Phase phase_ HOOK_GUARDED_BY(mutex_) = Phase::kReady;
   Error refusal_ HOOK_GUARDED_BY(mutex_);
+  Error last_failure_ HOOK_GUARDED_BY(mutex_);  // to connect or resume; for texts
   bool closing_ HOOK_GUARDED_BY(mutex_) = false;
   int64_t lost_ns_ HOOK_GUARDED_BY(mutex_) = 0;
   uint64_t epoch_ HOOK_GUARDED_BY(mutex_) = 0;

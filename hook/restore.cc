@@ -6,6 +6,8 @@
 #include <utility>
 #include <vector>
 
+#include "hook/stream_copy.h"
+
 namespace holdfast::hook {
 namespace {
 
@@ -159,8 +161,8 @@ Error RestoreRun::ExecuteOp(const abi::RestoreOp& op, std::span<const std::byte>
   if (op.run_bytes == 0) return Error();
   std::byte* const target = static_cast<std::byte*>(buffers[op.buffer_index].data);
   for (uint64_t run = 0; run < op.count; ++run) {
-    std::memcpy(target + op.buffer_offset + run * op.buffer_stride,
-                piece.data() + op.source_offset + run * op.source_stride, op.run_bytes);
+    StreamCopy(target + op.buffer_offset + run * op.buffer_stride,
+               piece.data() + op.source_offset + run * op.source_stride, op.run_bytes);
     bytes_since_look_ += op.run_bytes;
     if (bytes_since_look_ < kCopyBytesPerLook) continue;
     bytes_since_look_ = 0;

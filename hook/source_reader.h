@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "hook/stream_copy.h"
+
 namespace holdfast::hook {
 
 // Threads: any, at the same time.
@@ -27,7 +29,7 @@ class HostSourceReader final : public SourceReader {
   void Read(std::byte* target, const std::byte* source, uint64_t run_bytes, uint64_t count,
             uint64_t stride) override {
     for (uint64_t run = 0; run < count; ++run) {
-      std::memcpy(target + run * run_bytes, source + run * stride, run_bytes);
+      StreamCopy(target + run * run_bytes, source + run * stride, run_bytes);
     }
   }
   bool Equal(const std::byte* copy, const std::byte* source, uint64_t run_bytes, uint64_t count,
