@@ -46,7 +46,7 @@ TEST(Attempts, WithoutAKeyTheFirstOpenMakesOne) {
   EXPECT_EQ(AttemptOf(harness.Open(Rank{0}, 2)), Attempt{2});
 }
 
-TEST(Attempts, AKeyCountsAsNewWhenTheWorldSizeDiffersOrARankComesBack) {
+TEST(Attempts, AKeyCountsAsNewWhenTheWorldSizeDiffersARankComesBackOrItsAttemptHasEnded) {
   SimDisk disk;
   EngineHarness harness(disk, {});
   ASSERT_OK_AND_ASSIGN(TestTrainer* const first, harness.Open(Rank{0}, 2, "a"));
@@ -58,6 +58,25 @@ TEST(Attempts, AKeyCountsAsNewWhenTheWorldSizeDiffersOrARankComesBack) {
   harness.Kill(*third);
   ASSERT_OK_AND_ASSIGN(TestTrainer* const again, harness.Open(Rank{0}, 3, "a"));
   EXPECT_EQ(again->attempt, Attempt{3});
+  // The newest has ended, while an older one with this key still has a rank.
+  harness.Close(*again);
+  EXPECT_EQ(AttemptOf(harness.Open(Rank{2}, 3, "a")), Attempt{4});
+}
+
+// The worker dies between the session and the reply; the process asks again, of the next worker.
+TEST(Attempts, AProcessThatNeverHeardTheAnswerJoinsItsAttemptAgain) {
+  SimDisk disk;
+  EngineHarness harness(disk, {});
+  ASSERT_OK_AND_ASSIGN(TestTrainer* const other, harness.Open(Rank{1}, 2, "a"));
+  ASSERT_OK_AND_ASSIGN(TestTrainer* const unaware, harness.Open(Rank{0}, 2, "a"));
+  ASSERT_OK_AND_ASSIGN(TestTrainer* const again, harness.OpenAgain(*unaware));
+  EXPECT_EQ(again->attempt, Attempt{1});
+  EXPECT_NE(again->session, unaware->session);
+  for (TestTrainer* trainer : {other, again}) ASSERT_OK(harness.Register(*trainer));
+  harness.SaveAll({other, again}, 1);
+  EXPECT_EQ(EngineHarness::CommittedPower(*again), 1u);
+  // Once it has registered it heard; what opens now, under its process number, is a new run.
+  EXPECT_EQ(AttemptOf(harness.OpenAgain(*again)), Attempt{2});
 }
 
 TEST(Attempts, NumbersGrowWhateverIsLost) {

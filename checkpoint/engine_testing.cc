@@ -329,14 +329,30 @@ absl::StatusOr<TestTrainer*> EngineHarness::Open(Rank rank, uint32_t world_size,
   trainer->job = job;
   trainer->rank = rank;
   trainer->world_size = world_size;
+  trainer->attempt_key = key;
   trainer->process_id = next_process_id_++;
   trainer->process = UniqueFd(eventfd(0, EFD_CLOEXEC));
+  return OpenProcess(std::move(trainer));
+}
+
+absl::StatusOr<TestTrainer*> EngineHarness::OpenAgain(TestTrainer& trainer) {
+  auto again = std::make_unique<TestTrainer>();
+  again->job = trainer.job;
+  again->rank = trainer.rank;
+  again->world_size = trainer.world_size;
+  again->attempt_key = trainer.attempt_key;
+  again->process_id = trainer.process_id;
+  again->process = Duplicate(trainer.process.get());
+  return OpenProcess(std::move(again));
+}
+
+absl::StatusOr<TestTrainer*> EngineHarness::OpenProcess(std::unique_ptr<TestTrainer> trainer) {
   OpenParameters parameters;
-  parameters.job = job;
-  parameters.attempt_key = key;
+  parameters.job = trainer->job;
+  parameters.attempt_key = trainer->attempt_key;
   parameters.node = "node";
-  parameters.rank = rank;
-  parameters.world_size = world_size;
+  parameters.rank = trainer->rank;
+  parameters.world_size = trainer->world_size;
   parameters.process_id = trainer->process_id;
   parameters.process_fd = Duplicate(trainer->process.get());
   parameters.doorbell_fd = UniqueFd(eventfd(0, EFD_CLOEXEC));

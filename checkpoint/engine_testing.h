@@ -53,6 +53,7 @@ struct TestTrainer {
   std::string job;
   Rank rank{};
   uint32_t world_size = 0;
+  std::string attempt_key;
   uint32_t process_id = 0;
   std::unique_ptr<const Layout> layout;
   SessionId session{};
@@ -95,6 +96,8 @@ class EngineHarness {
   // A new process of a rank opens the job. What the engine answered.
   absl::StatusOr<TestTrainer*> Open(Rank rank, uint32_t world_size, const std::string& key = "",
                                     const std::string& job = "job");
+  // The trainer's process opens as it did before, because it never heard the answer.
+  absl::StatusOr<TestTrainer*> OpenAgain(TestTrainer& trainer);
   absl::Status Register(TestTrainer& trainer, const std::string& layout = "");
   // Opens and registers ranks 0 to world_size - 1.
   absl::StatusOr<std::vector<TestTrainer*>> Launch(uint32_t world_size, const std::string& key = "",
@@ -129,6 +132,7 @@ class EngineHarness {
 
  private:
   void StartWorker(bool recover);
+  absl::StatusOr<TestTrainer*> OpenProcess(std::unique_ptr<TestTrainer> trainer);
 
   SimDisk& disk_;
   const EngineHarnessOptions options_;

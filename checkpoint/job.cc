@@ -148,8 +148,10 @@ absl::StatusOr<bool> Job::MayJoin(const std::optional<AttemptRecord>& newest,
   };
   const auto known = attempts_.find(newest->attempt);
   if (known != attempts_.end() && same_run(known->second)) return true;
-  // A late rank of a run that a newer one has replaced must not fence that in its turn.
+  // A late rank of a run that a newer one has replaced must not fence that in its turn; but one
+  // that has ended here has nothing to lose. (What another agent serves may be alive.)
   if (applicant.attempt_key.empty()) return false;
+  if (known != attempts_.end() && !HasOpenRank(known->second)) return false;
   for (const auto& [number, attempt] : attempts_) {
     if (number < newest->attempt && same_run(attempt)) {
       return absl::FailedPreconditionError(absl::StrFormat(
