@@ -1,4 +1,4 @@
-// Limits that the agent raises for itself, once, before anything else runs.
+// What the agent asks of the kernel for itself, once, before anything else runs.
 #ifndef HOLDFAST_AGENT_LIMITS_H_
 #define HOLDFAST_AGENT_LIMITS_H_
 
@@ -8,7 +8,7 @@ namespace holdfast {
 
 // RLIMIT_NOFILE and RLIMIT_MEMLOCK to their hard limits (the ring registers images with the
 // kernel), no core dump (it would hold tensors; see docs/OPERATING.md), files and sockets for this
-// user only (umask 077). What is refused stays as it was.
+// user only (umask 077), the batch scheduling class. What is refused stays as it was.
 void RaiseLimits();
 
 // The soft RLIMIT_NOFILE now.

@@ -1,7 +1,5 @@
 #include "hook/capture.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -22,10 +20,9 @@ constexpr uint64_t ClaimWord(uint32_t generation, uint32_t left) {
 
 }  // namespace
 
-Result<std::unique_ptr<Capture>> Capture::Start(uint32_t thread_count, SourceReader* reader,
-                                                int doorbell_fd) {
-  std::unique_ptr<Capture> capture(new Capture(reader, doorbell_fd));
-  for (uint32_t i = 0; i < thread_count; ++i) {
+Result<std::unique_ptr<Capture>> Capture::Start(const Options& options, SourceReader* reader) {
+  std::unique_ptr<Capture> capture(new Capture(options, reader));
+  for (uint32_t i = 0; i < options.thread_count; ++i) {
     auto thread = std::make_unique<Thread>();
     char name[16];
     std::snprintf(name, sizeof(name), "holdfast-copy%u", i % 100);
@@ -40,8 +37,7 @@ Capture::~Capture() {
     Void(Error(HF_ABORTED, "the job was closed during the capture"));
   }
   stopping_.store(true);
-  work_.fetch_add(1);
-  FutexWakeAll(work_, FutexScope::kPrivate);
+  WakeCopiers();
   for (const std::unique_ptr<Thread>& thread : threads_) thread->Join();
 }
 
@@ -54,6 +50,7 @@ void Capture::Begin(std::shared_ptr<Registration> registration, uint32_t slot_in
   slot_ = slot_index;
   generation_ += 1;
   seal_by_ = seal_by;
+  begun_ns_ = MonotonicNs();
   const Registration& plan = *registration_;
   const uint32_t copied_count = static_cast<uint32_t>(plan.copied_blocks().size());
   for (uint32_t group = 0; group < kGroupCount; ++group) {
@@ -77,9 +74,8 @@ void Capture::Begin(std::shared_ptr<Registration> registration, uint32_t slot_in
   }
   // Pairs with Claim's acquire: all of the capture's members are there.
   claim_.store(ClaimWord(generation_, copied_count), std::memory_order_release);
-  work_.fetch_add(1);
-  FutexWakeAll(work_, FutexScope::kPrivate);
-  RingEventFd(doorbell_fd_);
+  WakeCopiers();
+  if (head_start_ns_ == 0) RingEventFd(doorbell_fd_);
 }
 
 bool Capture::WaitDone(uint64_t groups, bool all_blocks, Deadline deadline) {
@@ -138,8 +134,14 @@ void Capture::Populate(std::shared_ptr<Registration> registration) {
     populate_cursor_ = 0;
     to_populate_ = std::move(registration);
   }
-  work_.fetch_add(1);
-  FutexWakeAll(work_, FutexScope::kPrivate);
+  WakeCopiers();
+}
+
+void Capture::PausePopulate() { populate_paused_.store(true); }
+
+void Capture::ResumePopulate() {
+  populate_paused_.store(false);
+  WakeCopiers();
 }
 
 void Capture::Release() {
@@ -224,7 +226,7 @@ void Capture::FinishBlock(uint32_t block) {
     return;
   }
   if (group_done) NotifyProgress();
-  if (since >= kDoorbellBytes) {
+  if (since >= kDoorbellBytes && MonotonicNs() - begun_ns_ >= head_start_ns_) {
     bytes_since_ring_.store(0, std::memory_order_relaxed);
     RingEventFd(doorbell_fd_);
   }
@@ -240,6 +242,11 @@ void Capture::FinishImage() {
   finished_.store(generation_, std::memory_order_release);
   NotifyProgress();
   RingEventFd(doorbell_fd_);
+}
+
+void Capture::WakeCopiers() {
+  work_.fetch_add(1);
+  FutexWakeAll(work_, FutexScope::kPrivate);
 }
 
 void Capture::NotifyProgress() {
@@ -270,6 +277,7 @@ bool Capture::NextToPopulate(std::byte** data, uint64_t* bytes) {
 
 // False if there is nothing to do for this thread.
 bool Capture::PopulateSome() {
+  if (populate_paused_.load()) return false;
   std::shared_ptr<Registration> registration;
   std::byte* data = nullptr;
   uint64_t bytes = 0;
@@ -283,12 +291,9 @@ bool Capture::PopulateSome() {
     registration = to_populate_;
     populating_ = true;
   }
-#ifdef MADV_POPULATE_WRITE
-  // Best effort (Linux 5.14): without it the pages are mapped when they are first written.
   for (uint64_t at = 0; at < bytes; at += kPopulateBytes) {
-    madvise(data + at, std::min(kPopulateBytes, bytes - at), MADV_POPULATE_WRITE);
+    MapPages(data + at, std::min(kPopulateBytes, bytes - at), Mapping::Access::kReadWrite);
   }
-#endif
   MutexLock lock(populate_mutex_);
   populating_ = false;
   return true;

@@ -1,10 +1,13 @@
 // Capture: copier threads that copy buffers to their places in the image, behind the training loop.
 //
 // One capture at a time. Begin (in hf_save) only sets it up and wakes the threads; they claim
-// blocks in the registration's order, copy every operation's bytes of the block, set block_done and
-// ring the doorbell. The last one stores captured_ns. Whether the image is then kCaptured or void
-// is decided by the trainer's thread (Seal, or Cancel and Void), which may still compare with the
-// source; without comparison the last copier seals.
+// blocks in the registration's order, copy every operation's bytes of the block, set block_done
+// and, once the head start is over, ring the doorbell. During the head start the agent does not
+// know of the capture: its checksums would take the memory bandwidth (measured on 2 cores: 7
+// instead of 12 GB/s), and the trainer may soon wait for the capture, while nobody waits for the
+// flush. The last one stores captured_ns. Whether the image is then kCaptured or void is decided by
+// the trainer's thread (Seal, or Cancel and Void), which may still compare with the source; without
+// comparison the last copier seals.
 //
 // Invariant: a copier touches buffers, image and what belongs to the capture only while it holds a
 // claim. A claim is a compare-and-swap of the word (generation, blocks left to claim); what it
@@ -32,7 +35,7 @@ namespace holdfast::hook {
 inline constexpr uint32_t kCopyThreadsMax = 16;
 // A copier looks for a cancellation at least once per so many bytes.
 inline constexpr uint64_t kCopyPieceBytes = uint64_t{1} << 20;
-// The doorbell rings once per so many bytes captured, and at the end.
+// The doorbell rings once per so many bytes captured after the head start, and at the end.
 inline constexpr uint64_t kDoorbellBytes = uint64_t{1} << 20;
 // Pages of granted blocks are mapped ahead in pieces of at most so many bytes, so that a capture
 // does not wait for long behind it.
@@ -47,16 +50,20 @@ enum class SealBy {
 // Lifetime: `reader` must outlive it.
 class Capture {
  public:
-  // `doorbell_fd` stays open as long as the capture lives. Errors: HF_RESOURCE_EXHAUSTED.
-  static Result<std::unique_ptr<Capture>> Start(uint32_t thread_count, SourceReader* reader,
-                                                int doorbell_fd);
+  struct Options {
+    uint32_t thread_count = 1;
+    int doorbell_fd = -1;       // stays open as long as the capture lives
+    int64_t head_start_ns = 0;  // from Begin on; 0: the agent follows at once
+  };
+  // Errors: HF_RESOURCE_EXHAUSTED.
+  static Result<std::unique_ptr<Capture>> Start(const Options& options, SourceReader* reader);
   // Cancels and voids what is unfinished; joins the threads.
   ~Capture();
 
   // Captures into `slot`, which the agent has granted, from registration.pointers(). Sets the
-  // slot's state to kCapturing and wakes the threads and the agent: two system calls, no
-  // allocation. The slot's step, save_ns and blob_bytes have been set, and blobs written. Only if
-  // !running().
+  // slot's state to kCapturing and wakes the threads and, without a head start, the agent: at most
+  // two system calls, no allocation. The slot's step, save_ns and blob_bytes have been set, and
+  // blobs written. Only if !running().
   void Begin(std::shared_ptr<Registration> registration, uint32_t slot, SealBy seal_by);
 
   // True from Begin until the image is sealed or void.
@@ -81,11 +88,15 @@ class Capture {
 
   // Maps the pages of the registration's granted blocks ahead, in the background.
   void Populate(std::shared_ptr<Registration> registration) HOOK_EXCLUDES(populate_mutex_);
+  // Between these two it rests: who restores needs the cores.
+  void PausePopulate();
+  void ResumePopulate();
   // Lets go of registrations that are not being captured.
   void Release() HOOK_EXCLUDES(populate_mutex_);
 
  private:
-  Capture(SourceReader* reader, int doorbell_fd) : reader_(reader), doorbell_fd_(doorbell_fd) {}
+  Capture(const Options& options, SourceReader* reader)
+      : reader_(reader), doorbell_fd_(options.doorbell_fd), head_start_ns_(options.head_start_ns) {}
   static void Main(void* self);
   void Run();
   bool Claim(uint32_t* block);
@@ -94,12 +105,14 @@ class Capture {
   void FinishImage();
   void Leave();
   void NotifyProgress();
+  void WakeCopiers();
   bool finished() const { return finished_.load(std::memory_order_acquire) == generation_; }
   bool NextToPopulate(std::byte** data, uint64_t* bytes) HOOK_REQUIRES(populate_mutex_);
   bool PopulateSome() HOOK_EXCLUDES(populate_mutex_);
 
   SourceReader* const reader_;
   const int doorbell_fd_;
+  const int64_t head_start_ns_;
   std::vector<std::unique_ptr<Thread>> threads_;
 
   // The trainer's thread only.
@@ -111,6 +124,7 @@ class Capture {
   uint32_t slot_ = 0;
   uint32_t generation_ = 0;
   SealBy seal_by_ = SealBy::kCopier;
+  int64_t begun_ns_ = 0;
 
   // Generation in the upper half, copied_blocks() left to claim in the lower.
   std::atomic<uint64_t> claim_{0};
@@ -129,6 +143,7 @@ class Capture {
   // Futex word: changes when a group or the image is complete, and when a thread has left.
   std::atomic<uint32_t> progress_{0};
 
+  std::atomic<bool> populate_paused_{false};
   Mutex populate_mutex_;
   std::shared_ptr<Registration> to_populate_ HOOK_GUARDED_BY(populate_mutex_);
   // Per block of the rank memory of `populated_for_`.

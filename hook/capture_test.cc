@@ -63,8 +63,10 @@ class GatedReader final : public SourceReader {
 
 class CaptureTest : public ::testing::Test {
  protected:
-  void Open(SourceReader* reader, uint32_t threads = 1, CheckSource check = CheckSource::kNone) {
+  void Open(SourceReader* reader, uint32_t threads = 1, CheckSource check = CheckSource::kNone,
+            int64_t head_start_ns = 0) {
     Settings settings = TestSettings(agent_);
+    settings.capture_head_start_ns = head_start_ns;
     settings.copy_threads = threads;
     settings.check_source = check;
     Result<std::unique_ptr<Job>> job = OpenTestJob(settings, reader);
@@ -467,6 +469,27 @@ TEST_F(CaptureTest, TheDoorbellRingsWithEveryMebibyteAndAtTheEnd) {
     EXPECT_TRUE(rings_come(before)) << block;
   }
   ASSERT_TRUE(job_->WaitCaptured(HF_ALL_GROUPS, Deadline::After(kPatienceNs)).ok());
+}
+
+TEST_F(CaptureTest, DuringTheHeadStartTheDoorbellRingsAtTheEndOnly) {
+  std::mt19937 random(16);
+  GatedReader gated;
+  Open(&gated, 1, CheckSource::kNone, /*head_start_ns=*/kPatienceNs);
+  TestBuffers buffers;
+  TestPlan plan;
+  plan.block_bytes = 2 * kDoorbellBytes;
+  buffers.Add("b", 3 * plan.block_bytes, 0, random);
+  plan.ops.push_back({0, 0, 3 * plan.block_bytes, 1, 0, 0, 0});
+  plan.block_count = 3;
+  Register(buffers, plan);
+  const int before = agent_.doorbell_rings();
+  ASSERT_TRUE(job_->Save(1, NoOptions()).ok());
+  gated.Permit(5);  // of six pieces: two blocks are done, each more than the doorbell waits for
+  gated.AwaitArrivals(6);
+  EXPECT_EQ(agent_.doorbell_rings(), before);
+  gated.Permit(1);
+  ASSERT_TRUE(job_->WaitCaptured(HF_ALL_GROUPS, Deadline::After(kPatienceNs)).ok());
+  EXPECT_TRUE(agent_.Await([&] { return agent_.doorbell_rings() > before; }));
 }
 
 }  // namespace

@@ -72,8 +72,11 @@ Result<std::unique_ptr<Job>> Job::Open(const Settings& settings, SourceReader* r
   Result<UniqueFd> doorbell = MakeEventFd();
   if (!doorbell.ok()) return doorbell.error();
   job->doorbell_ = std::move(doorbell.value());
-  Result<std::unique_ptr<Capture>> capture =
-      Capture::Start(settings.copy_threads, reader, job->doorbell_.get());
+  Capture::Options capture_options;
+  capture_options.thread_count = settings.copy_threads;
+  capture_options.doorbell_fd = job->doorbell_.get();
+  capture_options.head_start_ns = settings.capture_head_start_ns;
+  Result<std::unique_ptr<Capture>> capture = Capture::Start(capture_options, reader);
   if (!capture.ok()) return capture.error();
   job->capture_ = std::move(capture.value());
 
@@ -404,7 +407,9 @@ Error Job::Restore(hf_restore_result* result, Deadline deadline) {
                  Print(current().step));
   }
   restored_blobs_.reset();
+  capture_->PausePopulate();
   Result<RestoreOutcome> outcome = RestoreBuffers(*link_, deadline);
+  capture_->ResumePopulate();
   if (!outcome.ok()) return outcome.error();
   RestoreOutcome& restored = outcome.value();
   result->step = restored.step;

@@ -67,6 +67,11 @@ class Mapping {
   uint64_t bytes_ = 0;
 };
 
+// Maps pages of a Mapping ahead, for this access; the first and the last one may lie in it partly.
+// Best effort (Linux 5.14): without it they are mapped when they are first touched, which costs
+// more.
+void MapPages(const std::byte* data, uint64_t bytes, Mapping::Access access);
+
 // A memfd with these contents, sealed against every change.
 Result<UniqueFd> MakeSealedMemory(const char* name, std::span<const std::byte> contents);
 
@@ -83,8 +88,9 @@ enum class FutexScope { kPrivate, kShared };
 void FutexWait(std::atomic<uint32_t>& word, uint32_t expected, Deadline deadline, FutexScope scope);
 void FutexWakeAll(std::atomic<uint32_t>& word, FutexScope scope);
 
-// A thread in which every signal is blocked: the trainer's handlers are not run on our stacks.
-// Destroy it only after Join, or unstarted.
+// A thread in which every signal is blocked: the trainer's handlers are not run on our stacks. It
+// is of the batch class: waking it never takes the core from the one who wakes it, which in hf_save
+// is the training loop. Destroy it only after Join, or unstarted.
 class Thread {
  public:
   Thread() = default;

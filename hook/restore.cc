@@ -141,6 +141,7 @@ Error RestoreRun::Execute(const abi::RestoreEntry& entry) {
                  Print(entry.first_op), Print(entry.op_count), operations_.size());
   }
   const std::span<const std::byte> piece(memory->data() + entry.offset, entry.bytes);
+  MapPages(piece.data(), piece.size(), Mapping::Access::kRead);
   for (const abi::RestoreOp& op : operations_.subspan(entry.first_op, entry.op_count)) {
     if (Error error = ExecuteOp(op, piece); !error.ok()) return error;
   }

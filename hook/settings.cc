@@ -125,6 +125,10 @@ Error ReadNumbers(const hf_open_options& options, Settings* settings) {
   Result<int64_t> threads = Choose(
       {"copy_threads", options.copy_threads, 0, "HOLDFAST_COPY_THREADS", 1, 1, kCopyThreadsMax});
   if (!threads.ok()) return threads.error();
+  Result<int64_t> head_start_ms =
+      Choose({"capture_head_start_ms", -1, -1, "HOLDFAST_CAPTURE_HEAD_START_MS",
+              kCaptureHeadStartNs / kNsPerMs, 0, 60'000});
+  if (!head_start_ms.ok()) return head_start_ms.error();
   Result<int64_t> private_agent =
       Choose({"private_agent", options.private_agent, -1, "HOLDFAST_PRIVATE", 1, 0, 1});
   if (!private_agent.ok()) return private_agent.error();
@@ -132,6 +136,7 @@ Error ReadNumbers(const hf_open_options& options, Settings* settings) {
   settings->rank = static_cast<uint32_t>(rank.value());
   settings->local_rank = static_cast<uint32_t>(local_rank.value());
   settings->copy_threads = static_cast<uint32_t>(threads.value());
+  settings->capture_head_start_ns = head_start_ms.value() * kNsPerMs;
   settings->private_agent = private_agent.value() != 0;
   settings->deadline_ns = options.deadline_ns == 0 ? kOpenDeadlineNs : options.deadline_ns;
   return Error();

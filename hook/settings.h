@@ -11,6 +11,10 @@
 
 namespace holdfast::hook {
 
+// HOLDFAST_CAPTURE_HEAD_START_MS: how long a capture has the machine to itself (hook/capture.h).
+// Longer than 2 GB take at the speed of memory; short against any flush.
+inline constexpr int64_t kCaptureHeadStartNs = 200'000'000;
+
 struct Settings {
   std::string job;
   uint32_t rank = 0;
@@ -25,6 +29,7 @@ struct Settings {
   std::string search_path;        // $PATH
   CheckSource check_source = CheckSource::kSample;
   uint32_t copy_threads = 1;
+  int64_t capture_head_start_ns = kCaptureHeadStartNs;
   int64_t deadline_ns = 0;
 };
 

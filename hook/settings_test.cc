@@ -22,6 +22,7 @@ constexpr const char* kVariables[] = {"HOLDFAST_JOB",
                                       "HOLDFAST_PRIVATE",
                                       "HOLDFAST_CHECK_SOURCE",
                                       "HOLDFAST_COPY_THREADS",
+                                      "HOLDFAST_CAPTURE_HEAD_START_MS",
                                       "HOLDFAST_RUNTIME_DIR",
                                       "XDG_RUNTIME_DIR",
                                       "HOLDFASTD"};
@@ -63,6 +64,7 @@ TEST_F(SettingsTest, DefaultsWithoutAnyVariable) {
   EXPECT_TRUE(settings.private_agent);
   EXPECT_EQ(settings.check_source, CheckSource::kSample);
   EXPECT_EQ(settings.copy_threads, 1u);
+  EXPECT_EQ(settings.capture_head_start_ns, 200'000'000);
   EXPECT_EQ(settings.deadline_ns, 30'000'000'000);
   // (0xcbf29ce484222325 ^ 0x6a) * 0x100000001b3 modulo 2^64.
   EXPECT_EQ(JobDirectoryName("j"), "af63e74c8601ff3d");
@@ -82,6 +84,7 @@ TEST_F(SettingsTest, VariablesFillWhatOptionsLeaveOpen) {
   setenv("HOLDFAST_PRIVATE", "0", 1);
   setenv("HOLDFAST_CHECK_SOURCE", "all", 1);
   setenv("HOLDFAST_COPY_THREADS", "4", 1);
+  setenv("HOLDFAST_CAPTURE_HEAD_START_MS", "0", 1);
   setenv("XDG_RUNTIME_DIR", "/run/user/1", 1);
   setenv("TORCHELASTIC_RUN_ID", "run", 1);
   setenv("TORCHELASTIC_RESTART_COUNT", "2", 1);
@@ -95,6 +98,7 @@ TEST_F(SettingsTest, VariablesFillWhatOptionsLeaveOpen) {
   EXPECT_FALSE(settings.private_agent);
   EXPECT_EQ(settings.check_source, CheckSource::kAll);
   EXPECT_EQ(settings.copy_threads, 4u);
+  EXPECT_EQ(settings.capture_head_start_ns, 0);
   EXPECT_EQ(settings.attempt_key, "run:2");
   EXPECT_EQ(settings.socket_path.rfind("/run/user/1/holdfast/", 0), 0u);
   setenv("HOLDFAST_RUNTIME_DIR", "/elsewhere", 1);

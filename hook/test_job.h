@@ -27,6 +27,7 @@ inline Settings TestSettings(const TestAgent& agent) {
   settings.local_rank = 2;
   settings.socket_path = agent.socket_path();
   settings.check_source = CheckSource::kNone;
+  settings.capture_head_start_ns = 0;
   return settings;
 }
 
