@@ -78,8 +78,8 @@ target_link_libraries(holdfast_hdf5 INTERFACE ${HOLDFAST_HDF5_LIBRARY})
 if(HOLDFAST_PRECOMPILE_HEADERS)
   # One target each for the flags of libraries and of tests; all others reuse theirs.
   set(common_headers <algorithm> <array> <atomic> <cstdint> <functional> <map> <memory> <optional>
-    <set> <span> <string> <string_view> <unordered_map> <utility> <vector> "absl/status/status.h"
-    "absl/status/statusor.h" "absl/strings/str_cat.h" "absl/strings/str_format.h")
+    <set> <span> <string> <string_view> <unordered_map> <utility> <vector> <absl/status/status.h>
+    <absl/status/statusor.h> <absl/strings/str_cat.h> <absl/strings/str_format.h>)
   file(WRITE ${CMAKE_BINARY_DIR}/precompiled.cc "int main() { return 0; }\n")
   add_library(holdfast_precompiled_library STATIC ${CMAKE_BINARY_DIR}/precompiled.cc)
   add_executable(holdfast_precompiled_test ${CMAKE_BINARY_DIR}/precompiled.cc)
