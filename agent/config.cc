@@ -15,6 +15,7 @@
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "agent/config_values.h"
+#include "agent/default_socket.h"
 #include "agent/process.h"
 #include "base/status_macros.h"
 #include "base/suggestion.h"
@@ -29,6 +30,9 @@ namespace holdfast {
 namespace {
 
 constexpr size_t kFileBytesMax = 1 << 20;
+// The directory may be of any length; a longer name would not fit behind it into a sockaddr_un,
+// which holds 107 bytes (runtime_directory.cc).
+constexpr size_t kSocketNameBytesMax = 64;
 constexpr uint64_t kStepsMax = 1'000'000'000'000;
 
 using Values = std::map<std::string, ConfigValue>;
@@ -124,11 +128,8 @@ void SetPathDefaults(const ConfigSources& sources, Values& values) {
     values["roots"].text = absl::StrCat(values["state_directory"].text, "/checkpoints");
   }
   if (values["socket"].origin == "default") {
-    const auto runtime = Variable(sources, "XDG_RUNTIME_DIR");
-    values["socket"].text = is_root ? "/run/holdfast/agent.sock"
-                            : runtime
-                                ? absl::StrCat(*runtime, "/holdfast/agent.sock")
-                                : absl::StrCat("/tmp/holdfast-", sources.user_id, "/agent.sock");
+    values["socket"].text =
+        DefaultSocket(sources.user_id, Variable(sources, "XDG_RUNTIME_DIR").value_or("").c_str());
   }
 }
 
@@ -162,11 +163,11 @@ absl::Status SetField(const std::string& key, const std::string& text, AgentConf
     ASSIGN_OR_RETURN(config.root, ParsePath(text));
   } else if (key == "socket") {
     ASSIGN_OR_RETURN(config.socket, ParsePath(text));
-    // sockaddr_un holds 108 bytes with the NUL.
-    if (config.socket.size() > 107) {
+    const std::string name = std::filesystem::path(config.socket).filename().string();
+    if (name.empty() || name.size() > kSocketNameBytesMax) {
       return absl::InvalidArgumentError(
-          absl::StrFormat("expected a path of at most 107 bytes, found %d: %s",
-                          config.socket.size(), config.socket));
+          absl::StrFormat("expected a file name of 1 to %d bytes, found %d: \"%s\"",
+                          kSocketNameBytesMax, name.size(), config.socket));
     }
   } else if (key == "state_directory") {
     ASSIGN_OR_RETURN(config.state_directory, ParsePath(text));

@@ -123,8 +123,9 @@ TEST_F(ConfigTest, BadFilesAndValuesAreNamedWithWhatWasExpected) {
   EXPECT_THAT(ErrorOf("ring = \"iouring\"\n"), HasSubstr("did you mean \"io_uring\"?"));
   EXPECT_THAT(ErrorOf("host_memory = \"0%\"\n"), HasSubstr("more than 0%"));
   EXPECT_THAT(ErrorOf("linger = \"-1s\"\n"), HasSubstr("a duration"));
-  EXPECT_THAT(ErrorOf(absl::StrCat("socket = \"/", std::string(107, 'x'), "\"\n")),
-              HasSubstr("at most 107 bytes, found 108"));
+  EXPECT_THAT(ErrorOf(absl::StrCat("socket = \"/run/", std::string(65, 'x'), "\"\n")),
+              HasSubstr("a file name of 1 to 64 bytes, found 65"));
+  EXPECT_THAT(ErrorOf("socket = \"/\"\n"), HasSubstr("a file name of 1 to 64 bytes, found 0"));
   sources_.config_flag = absl::StrCat(directory_, "/none.toml");
   EXPECT_EQ(ResolveConfig(sources_).status().code(), absl::StatusCode::kNotFound);
 }

@@ -81,6 +81,12 @@ class DaemonTest : public ::testing::Test {
                     {"HOLDFAST_HOST_MEMORY", "16MiB"}};
   }
   ~DaemonTest() override {
+    KillAgent();
+    std::filesystem::remove_all(directory_);
+  }
+
+  // Again and again: keeper and worker start each other.
+  void KillAgent() {
     for (int i = 0; i < 50 && AgentLives(); ++i) {
       for (const char* key : {"keeper_pid", "worker_pid"}) {
         const json status = Query();
@@ -90,7 +96,6 @@ class DaemonTest : public ::testing::Test {
       }
       poll(nullptr, 0, 20);
     }
-    std::filesystem::remove_all(directory_);
   }
 
   Started Start(std::vector<std::string> arguments) {
@@ -144,10 +149,13 @@ class DaemonTest : public ::testing::Test {
 
   UniqueFd Connect() const {
     UniqueFd socket(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
+    // Through a descriptor, as the checkout may lie anywhere.
+    const UniqueFd file(open(socket_.c_str(), O_PATH | O_CLOEXEC));
+    if (!file) return UniqueFd();
+    const std::string path = absl::StrCat("/proc/self/fd/", file.get());
     sockaddr_un address{};
     address.sun_family = AF_UNIX;
-    CHECK(socket_.size() < sizeof(address.sun_path));
-    socket_.copy(address.sun_path, socket_.size());
+    path.copy(address.sun_path, path.size());
     if (connect(socket.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address)) != 0) {
       return UniqueFd();
     }
@@ -253,6 +261,29 @@ TEST_F(DaemonTest, ManyStartedAtOnceAreOneAgentAndAllSucceed) {
   EXPECT_EQ(info.st_mode & 0777, 0600u);
   ASSERT_EQ(stat(absl::StrCat(directory_, "/run").c_str(), &info), 0);
   EXPECT_EQ(info.st_mode & 0777, 0700u);
+}
+
+// A sockaddr_un holds 107 bytes of path: 107 and 108 are either side of that.
+TEST_F(DaemonTest, ASocketServesWhateverTheLengthOfItsPath) {
+  environment_["HOLDFAST_LINGER"] = "60s";
+  std::vector<std::string> directories;
+  for (const size_t bytes : {size_t{107}, size_t{108}, size_t{109}}) {
+    const size_t other_bytes = directory_.size() + std::string("//agent.sock").size();
+    if (bytes > other_bytes) directories.emplace_back(bytes - other_bytes, 'd');
+  }
+  directories.emplace_back(250, 'd');
+  for (const std::string& name : directories) {
+    socket_ = absl::StrCat(directory_, "/", name, "/agent.sock");
+    SCOPED_TRACE(absl::StrCat(socket_.size(), " bytes"));
+    // The second one finds the first, which needs its address as well.
+    for (int i = 0; i < 2; ++i) {
+      const Ended ended = Run(PrivateArguments());
+      ASSERT_EQ(ended.exit_code, 0) << ended.output;
+    }
+    EXPECT_EQ(Query()["agent"]["mode"], "private");
+    KillAgent();
+    EXPECT_FALSE(AgentLives());
+  }
 }
 
 TEST_F(DaemonTest, EndsByItselfAfterItsLastClientAndRemovesItsSocket) {

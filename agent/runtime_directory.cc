@@ -14,6 +14,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "base/check.h"
+#include "base/status_macros.h"
 #include "io/errno_status.h"
 
 namespace holdfast {
@@ -22,11 +23,28 @@ namespace {
 // Connections that wait while a worker is being restarted.
 constexpr int kBacklog = 512;
 
-sockaddr_un AddressOf(const std::string& socket) {
-  sockaddr_un address{};
-  address.sun_family = AF_UNIX;
-  CHECK(socket.size() < sizeof(address.sun_path));  // AgentConfig has checked it
-  std::memcpy(address.sun_path, socket.c_str(), socket.size() + 1);
+// A socket's address. sockaddr_un holds 107 bytes; a longer path is named by a descriptor of its
+// directory, which the kernel follows like a link.
+struct Address {
+  sockaddr_un name{};
+  UniqueFd directory;  // must be open while `name` is used
+
+  const sockaddr* get() const { return reinterpret_cast<const sockaddr*>(&name); }
+};
+
+absl::StatusOr<Address> AddressOf(const std::string& socket) {
+  Address address;
+  address.name.sun_family = AF_UNIX;
+  std::string path = socket;
+  if (path.size() >= sizeof(address.name.sun_path)) {
+    const std::filesystem::path whole(socket);
+    const std::string directory = whole.parent_path().string();
+    address.directory.Reset(open(directory.c_str(), O_PATH | O_DIRECTORY | O_CLOEXEC));
+    if (!address.directory) return ErrnoStatus(errno, "open directory", directory);
+    path = absl::StrCat("/proc/self/fd/", address.directory.get(), "/", whole.filename().string());
+  }
+  CHECK(path.size() < sizeof(address.name.sun_path));  // AgentConfig has checked the file name
+  std::memcpy(address.name.sun_path, path.c_str(), path.size() + 1);
   return address;
 }
 
@@ -63,9 +81,9 @@ absl::StatusOr<UniqueFd> Listen(const std::string& socket) {
   UniqueFd listener(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
   if (!listener) return ErrnoStatus(errno, "socket", socket);
   if (unlink(socket.c_str()) != 0 && errno != ENOENT) return ErrnoStatus(errno, "remove", socket);
-  const sockaddr_un address = AddressOf(socket);
+  ASSIGN_OR_RETURN(const Address address, AddressOf(socket));
   // The umask is 077 (main), so the socket is 0600 from the first moment.
-  if (bind(listener.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address)) != 0) {
+  if (bind(listener.get(), address.get(), sizeof(address.name)) != 0) {
     return ErrnoStatus(errno, "bind", socket);
   }
   if (chmod(socket.c_str(), 0600) != 0) return ErrnoStatus(errno, "chmod", socket);
@@ -75,11 +93,10 @@ absl::StatusOr<UniqueFd> Listen(const std::string& socket) {
 
 bool SomebodyListens(const std::string& socket) {
   const UniqueFd probe(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-  const sockaddr_un address = AddressOf(socket);
+  const absl::StatusOr<Address> address = AddressOf(socket);
+  if (!probe || !address.ok()) return false;
   // EAGAIN: its queue is full, so it is there.
-  return probe &&
-         (connect(probe.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address)) == 0 ||
-          errno == EAGAIN);
+  return connect(probe.get(), address->get(), sizeof(address->name)) == 0 || errno == EAGAIN;
 }
 
 }  // namespace holdfast
