@@ -1,7 +1,7 @@
 # What every room's CMakeLists.txt uses: compiler settings, dependencies, and three functions,
 #   holdfast_library(NAME SOURCES... [DEPS ...])   a static library `holdfast_NAME`
 #   holdfast_test(NAME SOURCES... [DEPS ...] [LABELS ...] [TIMEOUT s])   a GoogleTest program
-#   holdfast_program(NAME SOURCES... [DEPS ...])   an installed executable
+#   holdfast_program(NAME SOURCES... [DEPS ...])   an executable
 # and holdfast_finish(), which fails the configuration if a *_test.cc is in no target.
 
 set(CMAKE_CXX_STANDARD 20)
