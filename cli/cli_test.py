@@ -3,8 +3,11 @@
 way of spoiling one. Usage: cli_test.py HOLDFAST GOLDEN_ROOT"""
 
 import json
+import os
 import pathlib
+import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -14,10 +17,24 @@ HOLDFAST, GOLDEN = sys.argv[1], pathlib.Path(sys.argv[2])
 JOB = "golden.job-1"
 
 
-def run(*arguments):
+def run(*arguments, **variables):
+    environment = {key: value for key, value in os.environ.items() if key != "HOLDFAST_SOCKET"}
     result = subprocess.run([HOLDFAST, *map(str, arguments)], capture_output=True, text=True,
-                            check=False, timeout=60)
+                            check=False, timeout=60, env=environment | variables)
     return result.returncode, result.stdout, result.stderr
+
+
+# C0 without the newline, DEL, C1.
+CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f]")
+
+
+def crc32c(data):
+    value = 0xFFFFFFFF
+    for byte in data:
+        value ^= byte
+        for _ in range(8):
+            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
+    return value ^ 0xFFFFFFFF
 
 
 class Cli(unittest.TestCase):
@@ -121,6 +138,58 @@ class Cli(unittest.TestCase):
         code, text, _ = run("ls", self.job)
         self.assertEqual((code, "incomplete" in text), (0, True))
 
+    def reseal(self, old, new):
+        """A hostile checkpoint: `old` in INDEX becomes `new`, of equal length, under good checksums."""
+        index = (self.checkpoint / "INDEX").read_bytes()
+        self.assertEqual((index.count(old), len(old)), (1, len(new)))
+        index = index.replace(old, new)[:-8]
+        index += struct.pack("<II", crc32c(index), crc32c(index) ^ 0xFFFFFFFF)
+        (self.checkpoint / "INDEX").write_bytes(index)
+        manifest = self.checkpoint / "MANIFEST.json"
+        lines = manifest.read_bytes()[:-22]
+        lines = re.sub(rb'("index": .*"crc32c": ")[0-9a-f]{8}', rb"\g<1>%08x" % crc32c(index), lines)
+        manifest.write_bytes(lines + b'"crc32c": "%08x"}\n' % crc32c(lines))
+
+    def test_names_of_strangers_do_not_control_the_terminal(self):
+        hostile = "s\x1b[2J"  # clears the screen; still the last name, as the order asks for
+        self.reseal(b"maskscaleargs", b"mask" + hostile.encode() + b"args")
+        code, text, _ = run("inspect", self.job, "--tensors", "--blobs", "--layout")
+        self.assertEqual(code, 0)
+        self.assertIn("\\x1b[2J", text)
+        self.assertIsNone(CONTROL.search(text))
+        # Exact for programs.
+        code, text, _ = run("inspect", self.job, "--tensors", "--json")
+        tensor = json.loads(text)["tensors"][-1]
+        self.assertEqual((code, tensor["name"]), (0, hostile))
+        piece = tensor["pieces"][0]
+        image = self.checkpoint / piece["file"]
+        data = bytearray(image.read_bytes())
+        data[piece["offset"]] ^= 1
+        image.write_bytes(data)
+        code, text, _ = run("verify", self.job)
+        self.assertEqual(code, 4)
+        self.assertIn("\\x1b[2J", text)
+        self.assertIsNone(CONTROL.search(text))
+
+    def test_a_layout_that_is_no_text_is_damage(self):
+        self.reseal(b'"holdfast_layout"', b'"holdfast_layou\xff"')
+        for arguments in (("inspect", "--layout", "--json"), ("inspect", "--layout"), ("verify",)):
+            code, text, error = run(*arguments, self.job)
+            self.assertEqual(code, 4, arguments)
+            self.assertIn("UTF-8", text + error)
+
+    def test_a_path_that_is_no_text_is_listed(self):
+        place = pathlib.Path(os.fsdecode(os.fsencode(self.temporary.name) + b"/\xff\x1b"))
+        self.root.rename(place)
+        for verb in ("ls", "inspect", "verify"):
+            target = place if verb == "ls" else place / JOB
+            code, text, _ = run(verb, target, "--json")
+            self.assertEqual(code, 0, verb)
+            self.assertIn("\ufffd", str(json.loads(text)))
+            code, text, _ = run(verb, target)
+            self.assertEqual(code, 0, verb)
+            self.assertIsNone(CONTROL.search(text))
+
     def test_usage_errors_are_two(self):
         for arguments in ((), ("frobnicate",), ("inspect",), ("ls", "--nonsense")):
             self.assertEqual(run(*arguments)[0], 2, arguments)
@@ -131,6 +200,10 @@ class Cli(unittest.TestCase):
         code, _, error = run("status", "--socket", self.root / "agent.sock")
         self.assertEqual(code, 75)
         self.assertIn("agent.sock", error)
+        # Where an agent of this user listens unless it is told otherwise.
+        _, _, error = run("status", XDG_RUNTIME_DIR=str(self.root))
+        expected = "/run" if os.geteuid() == 0 else self.root
+        self.assertIn(f"agent at {expected}/holdfast/agent.sock: ", error)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,14 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <vector>
 
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
 #include "base/status_macros.h"
 #include "checkpoint/verify.h"
+#include "cli/output.h"
 #include "cli/progress.h"
 #include "cli/verb.h"
 
@@ -124,7 +127,7 @@ void PrintText(const CatalogEntry& entry, const Index& index, const Options& opt
   const Manifest& manifest = *entry.manifest;
   uint64_t bytes = 0;
   for (const IndexImage& image : index.images) bytes += image.bytes;
-  std::printf("%s\n", entry.directory.c_str());
+  std::printf("%s\n", Printable(entry.directory).c_str());
   std::printf("  job        %s (%s)\n", manifest.job.c_str(), manifest.job_uuid.c_str());
   std::printf("  checkpoint %s, %s, survives: %s\n",
               absl::StrFormat("step %d of attempt %d", Value(manifest.checkpoint.step),
@@ -139,7 +142,7 @@ void PrintText(const CatalogEntry& entry, const Index& index, const Options& opt
   std::printf("  images     %zu of %u ranks, %s\n", index.images.size(), manifest.world_size,
               HumanBytes(bytes).c_str());
   for (const auto& [state, sum] : SumByState(index)) {
-    std::printf("  state      %-16s %llu tensors, %s\n", state.c_str(),
+    std::printf("  state      %-16s %llu tensors, %s\n", Printable(state).c_str(),
                 static_cast<unsigned long long>(sum.tensor_count), HumanBytes(sum.bytes).c_str());
   }
   std::printf("  blobs      %zu\n", index.blobs.size());
@@ -148,20 +151,26 @@ void PrintText(const CatalogEntry& entry, const Index& index, const Options& opt
     for (uint32_t i = 0; i < index.tensor_states.size(); ++i) {
       const TensorState& state = index.tensor_states[i];
       const auto [first, last] = index.PiecesOf(i);
-      std::printf("  %s %s %s %s in %zu pieces\n", state.tensor.c_str(), state.state.c_str(),
-                  std::string(DtypeName(state.dtype)).c_str(), ShapeText(state).c_str(),
-                  last - first);
+      std::printf("  %s %s %s %s in %zu pieces\n", Printable(state.tensor).c_str(),
+                  Printable(state.state).c_str(), std::string(DtypeName(state.dtype)).c_str(),
+                  ShapeText(state).c_str(), last - first);
     }
   }
   if (options.blobs) {
     std::printf("\n");
     for (const IndexBlob& blob : index.blobs) {
-      std::printf("  blob %s of rank %u: %s\n", blob.name.c_str(), Value(blob.rank),
+      std::printf("  blob %s of rank %u: %s\n", Printable(blob.name).c_str(), Value(blob.rank),
                   HumanBytes(blob.bytes).c_str());
     }
   }
   if (options.layout) {
-    for (const std::string& layout : index.layouts) std::printf("\n%s\n", layout.c_str());
+    for (const std::string& layout : index.layouts) {
+      std::printf("\n");
+      const std::vector<std::string> lines = absl::StrSplit(layout, '\n');
+      for (const std::string& line : lines) {
+        std::printf("%s\n", Printable(line).c_str());
+      }
+    }
   }
 }
 
@@ -176,7 +185,7 @@ absl::Status Run(Invocation& invocation, const Options& options) {
   ASSIGN_OR_RETURN(const Index index,
                    LoadIndex(invocation.file_system, entry.directory, *entry.manifest));
   if (invocation.json) {
-    std::printf("%s\n", ToJson(entry, index, options).dump(1).c_str());
+    std::printf("%s\n", JsonText(ToJson(entry, index, options)).c_str());
   } else {
     PrintText(entry, index, options);
   }

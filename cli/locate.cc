@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_format.h"
 #include "base/status_macros.h"
+#include "cli/output.h"
 #include "cli/verb.h"
 #include "format/manifest.h"
 
@@ -13,7 +14,7 @@ namespace holdfast::cli {
 
 ExitCode Report(const absl::Status& status) {
   if (!status.ok()) {
-    std::fprintf(stderr, "holdfast: %s\n", std::string(status.message()).c_str());
+    std::fprintf(stderr, "holdfast: %s\n", Printable(std::string(status.message())).c_str());
   }
   return ExitCodeOf(status);
 }

@@ -9,6 +9,7 @@
 
 #include "absl/strings/str_format.h"
 #include "base/status_macros.h"
+#include "cli/output.h"
 #include "cli/progress.h"
 #include "cli/verb.h"
 
@@ -88,7 +89,7 @@ void PrintText(const JobListing& listing) {
       std::printf(" %6u  %s", entry.manifest->world_size,
                   Describe(entry.manifest->survives).c_str());
     }
-    std::printf("%s%s\n", entry.why.empty() ? "" : "  ", entry.why.c_str());
+    std::printf("%s%s\n", entry.why.empty() ? "" : "  ", Printable(entry.why).c_str());
   }
   std::printf("  %s in all", HumanBytes(listing.bytes).c_str());
   if (listing.saves_that_fit.has_value()) {
@@ -96,7 +97,7 @@ void PrintText(const JobListing& listing) {
   }
   std::printf("\n");
   for (const std::string& warning : listing.catalog.warnings) {
-    std::printf("  warning: %s\n", warning.c_str());
+    std::printf("  warning: %s\n", Printable(warning).c_str());
   }
 }
 
@@ -129,9 +130,9 @@ absl::Status Run(Invocation& invocation, const std::string& path) {
     }
   }
   if (invocation.json) {
-    std::printf("%s\n", output.dump(1).c_str());
+    std::printf("%s\n", JsonText(output).c_str());
   } else {
-    if (paths.empty()) std::printf("no jobs in %s\n", path.c_str());
+    if (paths.empty()) std::printf("no jobs in %s\n", Printable(path).c_str());
     std::printf("%s free\n", HumanBytes(space.available_bytes).c_str());
   }
   return first_error;

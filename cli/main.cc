@@ -3,8 +3,10 @@
 
 #include <CLI/CLI.hpp>
 #include <cstdio>
+#include <exception>
 #include <memory>
 
+#include "cli/output.h"
 #include "cli/verb.h"
 #include "io/posix_file_system.h"
 
@@ -30,5 +32,11 @@ int main(int argc, char** argv) {
   } catch (const CLI::ParseError& error) {
     return app.exit(error) == 0 ? kExitOk : kExitUsage;
   }
-  return invocation.run();
+  try {
+    return invocation.run();
+  } catch (const std::exception& error) {
+    // None of ours throws; a library that does on some input must not end in a core dump.
+    std::fprintf(stderr, "holdfast: internal error: %s\n", Printable(error.what()).c_str());
+    return kExitFailure;
+  }
 }

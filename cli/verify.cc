@@ -16,6 +16,7 @@
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "base/status_macros.h"
+#include "cli/output.h"
 #include "cli/progress.h"
 #include "cli/verb.h"
 
@@ -86,15 +87,16 @@ void Print(const CatalogEntry& entry, const VerifyReport& report, bool json) {
                                     {"tensors", finding.tensors},
                                     {"text", finding.text}});
     }
-    std::printf("%s\n", output.dump(1).c_str());
+    std::printf("%s\n", JsonText(output).c_str());
     return;
   }
-  std::printf("%s: %s (%llu blocks, %s read)\n", entry.directory.c_str(),
+  std::printf("%s: %s (%llu blocks, %s read)\n", Printable(entry.directory).c_str(),
               VerdictText(report.verdict), static_cast<unsigned long long>(report.blocks_checked),
               HumanBytes(report.bytes_read).c_str());
   for (const Finding& finding : report.findings) {
-    std::printf("  %s%s%s\n", finding.text.c_str(), finding.tensors.empty() ? "" : "; tensors: ",
-                absl::StrJoin(finding.tensors, ", ").c_str());
+    std::printf("  %s%s%s\n", Printable(finding.text).c_str(),
+                finding.tensors.empty() ? "" : "; tensors: ",
+                Printable(absl::StrJoin(finding.tensors, ", ")).c_str());
   }
   if (report.finding_count > report.findings.size()) {
     std::printf("  and %llu more\n",

@@ -11,6 +11,7 @@
 #include "absl/strings/str_format.h"
 #include "base/crc32c.h"
 #include "base/status_macros.h"
+#include "base/utf8.h"
 #include "format/layout.h"
 
 namespace holdfast {
@@ -68,6 +69,9 @@ absl::Status CheckHeader(const Index& index) {
           absl::StrFormat("%s: expected a document that differs from those before, found "
                           "an %s one",
                           NameOf("layouts", i), index.layouts[i].empty() ? "empty" : "equal"));
+    }
+    if (!IsUtf8(index.layouts[i])) {
+      return Wrong(absl::StrFormat("%s: expected UTF-8, found other bytes", NameOf("layouts", i)));
     }
   }
   return absl::OkStatus();

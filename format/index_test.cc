@@ -317,6 +317,7 @@ TEST(IndexTest, WhatBreaksARuleIsNamedAndNeverWritten) {
   EXPECT_THAT(error([](I i) { i.world_size = 0; }), wrong("world size", "0"));
   EXPECT_THAT(error([](I i) { i.world_size = 3; }), wrong("images", "3"));
   EXPECT_THAT(error([](I i) { i.layouts.push_back(i.layouts[0]); }), wrong("layouts[1]", "equal"));
+  EXPECT_THAT(error([](I i) { i.layouts[0] += "\xff"; }), wrong("layouts[0]", "UTF-8"));
   EXPECT_THAT(error([](I i) { i.layouts.clear(); }), wrong("images[0]", "layout"));
   EXPECT_THAT(error([](I i) { i.images[1].rank = Rank{0}; }), wrong("images[1]", "rank 1"));
   EXPECT_THAT(error([](I i) { i.images[1].file = "../x"; }), wrong("images[1]", "../x"));
