@@ -81,6 +81,7 @@ Worker::Worker(AgentConfig config, Handover handover, const Clock& clock)
       clock_(clock) {}
 
 Worker::~Worker() {
+  DescribeAtKillPoint(nullptr);
   if (loop_ != nullptr && signal_fd_) loop_->Unwatch(signal_fd_.get());
 }
 
@@ -91,6 +92,7 @@ int Worker::Run() {
     return exit_code_;
   }
   WatchSignals();
+  DescribeAtKillPoint([this] { return ImagesText(); });
   KillPoint("recover.begun");
   engine_->Recover(keeper_->EngineDescriptors(), [this] { Recovered(); });
   loop_->Run();
@@ -281,6 +283,23 @@ std::string Worker::StatusText() const {
     agent["config"][key] = {{"value", value.text}, {"origin", value.origin}};
   }
   return status.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+}
+
+// For drills: every image of a save, with its counters, as an array in one line.
+std::string Worker::ImagesText() const {
+  using nlohmann::json;
+  const json status = json::parse(engine_->StatusJson(), nullptr, false);
+  json images = json::array();
+  if (!status.is_object()) return images.dump();
+  for (const json& session : status.value("sessions", json::array())) {
+    for (json image : session.value("images", json::array())) {
+      if (!image.contains("step")) continue;
+      image["rank"] = session.value("rank", json());
+      image["attempt"] = session.value("attempt", json());
+      images.push_back(std::move(image));
+    }
+  }
+  return images.dump(-1, ' ', false, json::error_handler_t::replace);
 }
 
 }  // namespace holdfast

@@ -51,6 +51,7 @@ class Worker {
   void End(int exit_code, const std::string& why);
   void TellStarter(const std::string& text);
   std::string StatusText() const;
+  std::string ImagesText() const;
 
   AgentConfig config_;
   const uint32_t restart_count_;

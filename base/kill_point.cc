@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <iterator>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/numbers.h"
@@ -18,6 +19,9 @@ namespace {
 // Written by ArmKillPoint before other threads exist, but for the countdown.
 KillPlan armed_plan;
 std::atomic<uint64_t> times_left{0};
+// Of DescribeAtKillPoint: touched by that thread only. 0: none.
+std::function<std::string()> describe_process;
+std::atomic<pid_t> describing_thread{0};
 
 }  // namespace
 
@@ -28,11 +32,15 @@ std::atomic<uint32_t> armed_index{UINT32_MAX};
 void Reached(uint32_t index) {
   if (times_left.fetch_sub(1, std::memory_order_relaxed) != 1) return;
   const bool stop = armed_plan.action == KillPlan::Action::kStop;
-  const std::string line = absl::StrFormat(
-      "holdfastd: kill point %s reached %d times: process %d %s itself\n",
-      std::string(kKillPoints[index]), armed_plan.count, getpid(), stop ? "stops" : "kills");
+  const std::string point(kKillPoints[index]);
+  std::string text;
+  if (describing_thread.load(std::memory_order_relaxed) == gettid()) {
+    text = absl::StrFormat("holdfastd: at kill point %s: %s\n", point, describe_process());
+  }
+  absl::StrAppendFormat(&text, "holdfastd: kill point %s reached %d times: process %d %s itself\n",
+                        point, armed_plan.count, getpid(), stop ? "stops" : "kills");
   // A drill whose message is lost is still a drill.
-  [[maybe_unused]] const ssize_t written = write(STDERR_FILENO, line.data(), line.size());
+  [[maybe_unused]] const ssize_t written = write(STDERR_FILENO, text.data(), text.size());
   kill(getpid(), stop ? SIGSTOP : SIGKILL);
 }
 
@@ -62,6 +70,11 @@ absl::StatusOr<KillPlan> ParseKillPlan(std::string_view text) {
     if (parts[2] == "stop") plan.action = KillPlan::Action::kStop;
   }
   return plan;
+}
+
+void DescribeAtKillPoint(std::function<std::string()> describe) {
+  describing_thread.store(describe ? gettid() : 0, std::memory_order_relaxed);
+  describe_process = std::move(describe);
 }
 
 void ArmKillPoint(const KillPlan& plan) {

@@ -11,6 +11,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <string_view>
 
@@ -100,6 +101,12 @@ absl::StatusOr<KillPlan> ParseKillPlan(std::string_view text);
 // Arms the plan in this process. Once, from main, before any other thread exists.
 void ArmKillPoint(const KillPlan& plan);
 
+// What this process says of itself when it dies (or stops) at its point: one line, in front of the
+// one that says that the point was reached. `describe` is called there, on the calling thread of
+// this function only: a point that another thread reaches goes without. Null takes it back, before
+// what it refers to is gone.
+void DescribeAtKillPoint(std::function<std::string()> describe);
+
 namespace kill_point_internal {
 // The armed point; UINT32_MAX: none. The one mutable global of the agent: a plan handed through
 // every constructor would change each of their signatures for the sake of drills.
@@ -107,7 +114,7 @@ extern std::atomic<uint32_t> armed_index;
 void Reached(uint32_t index);
 }  // namespace kill_point_internal
 
-// Dies (or stops) here if armed for it, after one line to standard error that says so.
+// Dies (or stops) here if armed for it, after a line or two to standard error that say so.
 // Threads: any.
 inline void KillPoint(KillPointName name) {
   if (kill_point_internal::armed_index.load(std::memory_order_relaxed) == name.index())

@@ -6,6 +6,7 @@
 
 #include <set>
 #include <string>
+#include <thread>
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
@@ -72,6 +73,50 @@ TEST(KillPoint, ActsAtTheCountAskedForAndNotBefore) {
   EXPECT_TRUE(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
   status = RunArmed("flush.synced:2:stop", 5);
   EXPECT_TRUE(WIFSTOPPED(status) && WSTOPSIG(status) == SIGSTOP);
+}
+
+// What a child writes to standard error that reaches its point for the second time, on its main
+// thread or on another.
+std::string LastWords(bool on_other_thread) {
+  int ends[2];
+  EXPECT_EQ(pipe(ends), 0);
+  const pid_t child = fork();
+  if (child == 0) {
+    dup2(ends[1], STDERR_FILENO);
+    int described = 0;
+    DescribeAtKillPoint([&described] { return "described " + std::to_string(++described); });
+    ArmKillPoint(*ParseKillPlan("flush.synced:2"));
+    const auto reach = [] {
+      KillPoint("flush.synced");
+      KillPoint("flush.synced");
+    };
+    if (on_other_thread) {
+      std::thread(reach).join();
+    } else {
+      reach();
+    }
+    _exit(7);
+  }
+  close(ends[1]);
+  std::string text;
+  char bytes[256];
+  for (ssize_t got; (got = read(ends[0], bytes, sizeof(bytes))) > 0;) {
+    text.append(bytes, static_cast<size_t>(got));
+  }
+  close(ends[0]);
+  int status = 0;
+  waitpid(child, &status, 0);
+  EXPECT_TRUE(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
+  return text;
+}
+
+TEST(KillPoint, TheThreadThatCanDescribeTheProcessDoesSoOnceBeforeItDies) {
+  const char kReached[] =
+      "holdfastd: kill point flush.synced reached 2 times: process [0-9]+ kills itself\n";
+  EXPECT_THAT(LastWords(/*on_other_thread=*/false),
+              ::testing::MatchesRegex(
+                  std::string("holdfastd: at kill point flush.synced: described 1\n") + kReached));
+  EXPECT_THAT(LastWords(/*on_other_thread=*/true), ::testing::MatchesRegex(kReached));
 }
 
 }  // namespace
