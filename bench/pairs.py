@@ -9,6 +9,7 @@ was too uneven for a claim; the series is repeated at most three times, then rep
 
 import dataclasses
 import json
+import math
 import statistics
 import sys
 
@@ -91,8 +92,17 @@ def show(rows):
         print("  ".join([cell.ljust(width) for cell, width in zip(line, widths)] + [line[-1]]).rstrip())
 
 
+def finite(value):
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, tuple):
+        return [finite(item) for item in value]
+    return value
+
+
 def save(rows, path):
+    found = [{key: finite(value) for key, value in dataclasses.asdict(row).items()} for row in rows]
     with open(path, "w", encoding="utf-8") as file:
-        json.dump({"schema_version": 1, "rows": [dataclasses.asdict(row) for row in rows]}, file,
-                  indent=1)
+        json.dump({"schema_version": 1, "rows": found}, file, indent=1, allow_nan=False)
         file.write("\n")
