@@ -24,7 +24,7 @@ namespace holdfast {
 inline constexpr size_t kJobsMax = 100'000;
 inline constexpr size_t kCheckpointsMax = 100'000;        // directories of one job
 inline constexpr size_t kCheckpointFilesMax = 4'000'000;  // names in one directory
-inline constexpr uint32_t kMarksMax = 1'000;  // BAD.<n> of a checkpoint, HEAD.<n> of a job
+inline constexpr uint32_t kMarksMax = 1'000;              // BAD.<n> of a checkpoint
 
 struct CatalogEntry {
   enum class State {
