@@ -1,5 +1,5 @@
 """Reads a checkpoint's images with stock h5py, knowing nothing of Holdfast's code, and computes the
-digests that tiny_lm prints of what it has restored (examples/tiny_lm/state.h, DigestOf)."""
+digests that tiny_lm prints of what it has restored (examples/tiny_lm/state.h, DigestOf), and its blobs."""
 
 import collections
 import json
@@ -52,6 +52,27 @@ def checkpoint_digests(directory):
                     digests[key] += piece_digest(path, dataset.id.get_offset() or 0, end - begin,
                                                  dataset.id.get_type().get_size(), begin)
     return {key: (digests[key] % 2**64, elements[key]) for key in digests}
+
+
+def checkpoint_blobs(directory):
+    """Numbers of 8 bytes that are no tensors: {name: value} of the job, {name: {rank: value}} of ranks.
+    Blobs of another length are left out."""
+    manifest = json.loads((directory / "MANIFEST.json").read_text(encoding="utf-8"))
+    job, ranks = {}, collections.defaultdict(dict)
+    for image in manifest["images"]:
+        with h5py.File(directory / image["file"], "r") as file:
+            rank = int(file.attrs["rank"])
+            for scope in file.get("blobs", {}):
+                for dataset in file["blobs"][scope].values():
+                    if int(dataset.attrs["bytes"]) != 8:
+                        continue
+                    value = int.from_bytes(bytes(dataset[:8]), "little")
+                    name = text(dataset.attrs["name"])
+                    if scope == "global":
+                        job[name] = value
+                    else:
+                        ranks[name][rank] = value
+    return job, dict(ranks)
 
 
 def text(value):
