@@ -25,6 +25,9 @@
 namespace holdfast {
 namespace {
 
+using ::testing::AnyOf;
+using ::testing::HasSubstr;
+
 using Trainers = std::vector<std::unique_ptr<Trainer>>;
 constexpr absl::Duration kDeadline = absl::Seconds(90);
 constexpr uint64_t kSteps = 6;
@@ -98,20 +101,29 @@ class KillLoop : public ::testing::Test {
         << Seen(trainers_);
   }
 
-  // Kills the ranks. What they had restored must have been right, and at least what was committed
-  // before; takes what they know to be committed now.
+  // Kills the ranks that live. What they had restored must have been right, and at least what was
+  // committed before; takes what they know to be committed now.
   void KillTrainers() {
+    killed_count_ = 0;
     for (const auto& trainer : trainers_) trainer->Kill();
     uint64_t committed = committed_;
     for (const auto& trainer : trainers_) {
       const int code = trainer->Wait(kDeadline);
       ASSERT_TRUE(code == 128 + SIGKILL || code == 0) << code << Seen(trainers_);
+      killed_count_ += code == 0 ? 0 : 1;
       ASSERT_FALSE(trainer->HasSaid("restored none")) << Seen(trainers_);
       ASSERT_GE(trainer->LastNumber("restored").value_or(committed_), committed_)
           << Seen(trainers_);
       committed = std::max(committed, trainer->LastNumber("committed").value_or(0));
     }
     committed_ = committed;
+  }
+
+  // Kills a process of the agent. False: the whole agent has ended before.
+  bool KillOfAgent(pid_t pid) {
+    if (drill_.WaitAgentGone(absl::ZeroDuration())) return false;
+    EXPECT_GT(pid, 0) << drill_.Log();  // 0 would be this test itself
+    return pid > 0 && kill(pid, SIGKILL) == 0;
   }
 
   // After a kill: the next world's ranks check what is there, when they restore. A world that dies
@@ -126,12 +138,14 @@ class KillLoop : public ::testing::Test {
         << "the drill missed its point\n"
         << Seen(trainers_);
     worker_ = drill_.WorkerPid();
+    ASSERT_GT(worker_, 0) << Seen(trainers_);
     ASSERT_TRUE(WaitUntil([this] { return IsStopped(worker_); }, kDeadline)) << Seen(trainers_);
   }
 
   Drill drill_;
   Trainers trainers_;
   uint64_t committed_ = 0;
+  size_t killed_count_ = 0;  // ranks that the last KillTrainers found alive
   pid_t worker_ = 0;
 };
 
@@ -190,9 +204,12 @@ TEST_F(KillLoop, TheKeeperAtEveryPointIsNotNoticed) {
     StartArmed(absl::StrCat(point, ":1:stop"));
     AwaitStop(point);
     if (HasFatalFailure()) return;
-    kill(drill_.KeeperPid(), SIGKILL);
+    ASSERT_TRUE(KillOfAgent(drill_.KeeperPid())) << Seen(trainers_);
     kill(worker_, SIGCONT);
     ExpectFinished(trainers_);
+    // The worker has noticed: by the keeper's pidfd, or at once because a message could not be
+    // sent.
+    EXPECT_THAT(drill_.Log(), AnyOf(HasSubstr("the keeper died"), HasSubstr("started keeper")));
     EXPECT_FALSE(trainers_[0]->HasSaid("trouble")) << Seen(trainers_);
     if (HasFailure()) return;
   }
@@ -245,38 +262,45 @@ TEST_F(KillLoop, ARandomSeriesOfKillsLosesNothingCommitted) {
   std::mt19937 random(seed);
   drill_.Set("HOLDFAST_KILL_AT", "");
   const uint64_t kills = FromEnvironment("HOLDFAST_DRILL_KILLS", 12);
+  uint64_t hits = 0;
   for (uint64_t i = 0; i < kills; ++i) {
     ASSERT_TRUE(drill_.WaitAgentGone(kDeadline));
     drill_.ClearLog();
     trainers_ = drill_.StartTrainers(2, 40, 2, /*step_ms=*/2);
     // After a random share of the world's life: counted in its commits, not in time.
     const uint64_t start = committed_ + random() % 30;
-    WaitUntil(
+    ASSERT_TRUE(WaitUntil(
         [&] {
           trainers_[0]->ReadOutput();
           return trainers_[0]->LastNumber("committed").value_or(0) >= start ||
                  trainers_[0]->HasSaid("finished");
         },
-        kDeadline);
+        kDeadline))
+        << Seen(trainers_);
     switch (random() % 4) {
       case 0:
-        kill(drill_.WorkerPid(), SIGKILL);
+        if (KillOfAgent(drill_.WorkerPid())) ++hits;
         ExpectFinished(trainers_);
         break;
       case 1:
-        kill(drill_.KeeperPid(), SIGKILL);
+        if (KillOfAgent(drill_.KeeperPid())) ++hits;
         ExpectFinished(trainers_);
         break;
       case 2:
         KillTrainers();
+        hits += killed_count_ > 0 ? 1 : 0;
         break;
       default:
         KillTrainers();
+        hits += killed_count_ > 0 ? 1 : 0;
         drill_.KillAgent();
     }
     if (HasFailure()) return;
   }
   RunToEnd();
+  RecordProperty("kills_that_hit", static_cast<int>(hits));
+  // Now and then a world has ended by itself before its kill.
+  EXPECT_GE(2 * hits, kills) << "of " << kills << " kills only " << hits << " hit something alive";
 }
 
 }  // namespace
