@@ -4,8 +4,13 @@
 Usage: exact_test.py LAUNCH TINY_LM CORPUS [--no-limits]   (--no-limits: a build with a sanitizer)
 """
 import json
+import os
+import pathlib
+import socket
+import struct
 import subprocess
 import sys
+import tempfile
 import unittest
 
 NO_LIMITS = '--no-limits' in sys.argv
@@ -29,6 +34,21 @@ def events(result, name):
         event = json.loads(line.split(' ', 1)[1])
         if event['event'] == name:
             found.setdefault(event['rank'], []).append(event)
+    return found
+
+
+def local_addresses(pid):
+    """Of all TCP sockets of a process."""
+    inodes = set()
+    for descriptor in pathlib.Path('/proc/%d/fd' % pid).iterdir():
+        target = os.readlink(descriptor)
+        if target.startswith('socket:['):
+            inodes.add(target[len('socket:['):-1])
+    found = set()
+    for line in pathlib.Path('/proc/%d/net/tcp' % pid).read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[9] in inodes:
+            found.add(socket.inet_ntoa(struct.pack('=I', int(fields[1].split(':')[0], 16))))
     return found
 
 
@@ -86,6 +106,27 @@ class ExactTest(unittest.TestCase):
         self.assertLessEqual(idle['rss_max_bytes'], 64 << 20)
         self.assertGreater(idle['wall_ms'], 2000)
         self.assertLess(idle['cpu_ms'], 0.05 * idle['wall_ms'])
+
+    def test_each_rank_uses_the_address_that_it_was_given(self):
+        with tempfile.TemporaryDirectory() as place:
+            own_events = pathlib.Path(place, 'events')
+            launch = subprocess.Popen(
+                ['/usr/bin/python3', LAUNCH, '--nproc', '2', '--events', own_events, '--', '/bin/sh', '-c',
+                 'COLLECTIVES_BIND_ADDR=127.0.0.$((RANK + 2)) exec "$@"', 'sh', TINY_LM, '--corpus',
+                 CORPUS, '--no-holdfast', '--steps', '1000', '--device-ms', '100'],
+                stdout=subprocess.PIPE, text=True)
+            try:
+                for line in launch.stdout:
+                    if '"event":"step"' in line:
+                        break
+                starts = [json.loads(line) for line in own_events.read_text().splitlines()]
+                addresses = {start['rank']: local_addresses(start['pid']) for start in starts}
+            finally:
+                launch.terminate()
+                launch.communicate(timeout=60)
+        # Rank 0 is met at MASTER_ADDR besides.
+        self.assertEqual(addresses[0] - {'127.0.0.1'}, {'127.0.0.2'})
+        self.assertEqual(addresses[1], {'127.0.0.3'})
 
     def test_errors_name_the_thing(self):
         result = train(1, '--corpus', '/nowhere/text.md')

@@ -2,7 +2,7 @@
 """tiny_lm with Holdfast: whatever dies, and in whatever layout it goes on, the losses are those of an
 undisturbed run bit for bit, and the restored state is the one that was committed.
 
-Usage: resume_test.py LAUNCH TINY_LM HOLDFASTD CORPUS
+Usage: resume_test.py LAUNCH TINY_LM HOLDFASTD CORPUS [--no-limits]   (a build with a sanitizer)
 """
 import json
 import os
@@ -14,6 +14,9 @@ import tempfile
 import time
 import unittest
 
+NO_LIMITS = '--no-limits' in sys.argv
+if NO_LIMITS:
+    sys.argv.remove('--no-limits')
 LAUNCH, TINY_LM, HOLDFASTD, CORPUS = sys.argv[1:5]
 del sys.argv[1:5]
 TIMEOUT_SECONDS = 100
@@ -131,6 +134,20 @@ class ResumeTest(unittest.TestCase):
                 after = run.digests('final_digest')
                 self.assertNotEqual(after, before)
                 before, last = after, steps
+
+    def test_a_rank_that_waits_is_small_with_checkpoints_too(self):
+        if NO_LIMITS:
+            self.skipTest('a sanitizer takes memory and time of its own')
+        # Rank 1 has no sample: it only waits, sums, updates and saves.
+        run = Run(self.place, 'run', 2, '--steps', '12', '--batch', '1', '--device-ms', '200',
+                  '--save-every', '4')
+        self.finish_ok(run)
+        self.assertEqual([e['state'] for e in run.events('save_ended')[1]], 3 * ['committed_power'])
+        idle = run.events('finished')[1][0]
+        self.assertGreater(idle['wall_ms'], 2400)
+        self.assertGreater(idle['rss_max_bytes'], 1 << 20)
+        self.assertLessEqual(idle['rss_max_bytes'], 64 << 20)
+        self.assertLess(idle['cpu_ms'], 0.05 * idle['wall_ms'])
 
     def kill_and_go_on(self, kill):
         run = Run(self.place, 'run', 3, '--steps', '20', '--save-every', '2', '--bytes', '3M',
