@@ -70,6 +70,16 @@ def counters_text(images):
             f"{total(images, 'blocks_flushed')} flushed")
 
 
+def rank_that_is_there(images, place):
+    """The rank of an image of which some blocks are captured, the fewest; or of one that is partly
+    flushed, and captured as far as any. Rank 0 if there is none."""
+    there = [image for image in images if 0 < image[f"blocks_{place}"] < image["blocks"]]
+    if not there:
+        return 0
+    choose = min if place == "captured" else max
+    return choose(there, key=lambda image: image["blocks_captured"])["rank"]
+
+
 class Demo:
     def __init__(self, place, ballast, report):
         self.place = place
@@ -212,20 +222,23 @@ class Demo:
         training = self.train(run, 4, steps, drill=f"{point}:{count}:stop")
         return training, self.agent.wait_stopped_at(point)
 
-    def kill_rank(self, name, heading, point, fraction, victim, place):
-        """Kills a rank while the worker stands still at `point`. `place`: "captured" or "flushed"."""
+    def kill_rank(self, name, heading, point, fraction, place):
+        """Kills a rank that is there while the worker stands still at `point`. `place`: "captured" or
+        "flushed"."""
         def once(run, base, step):
             training, worker = self.armed(run, step + SAVE_EVERY, point, fraction)
             attempt = training.events("step", 0)[0]["attempt"]
-            stopped = [image for image in self.agent.images_at(point, step)
-                       if (image["rank"], image["attempt"]) == (victim, attempt)]
+            images = [image for image in self.agent.images_at(point, step)
+                      if image["attempt"] == attempt]
+            victim = rank_that_is_there(images, place)
+            stopped = [image for image in images if image["rank"] == victim]
             lost_from = training.last_step(0)
             killed_at = time.time()
             kill(training.rank_pid(victim))
             kill(worker, signal.SIGCONT)
             wait_until(lambda: training.launch_events("exit"), "the rank's death")
             # A dead rank captures no more; the flush, which is the worker's, stood still at the kill.
-            settled = self.settled_image(step, victim, attempt)
+            settled = self.agent.images_of_dead(step, victim, attempt)
             image = settled if place == "captured" else stopped
             found, blocks = total(image, f"blocks_{place}"), total(image, "blocks")
             is_hit = 0 < found < blocks and (place == "captured" or is_captured(settled))
@@ -243,13 +256,6 @@ class Demo:
             self.collect(name, training)
             return is_hit
         self.until_hit(name, heading, once)
-
-    def settled_image(self, step, rank, attempt):
-        """The dead rank's image as the agent has it once it knows of the death, in a list."""
-        return wait_until(lambda: [image for image in self.agent.images(step)
-                                   if (image["rank"], image["attempt"]) == (rank, attempt) and
-                                   image["state"] != "capturing"],
-                          f"the agent's account of rank {rank}'s image of step {step}")
 
     def kill_worker(self, name, heading, point, fraction, place):
         """Kills the worker where it stands; nobody restarts the ranks. `place`: "captured", "flushed",
@@ -348,9 +354,9 @@ class Demo:
         self.undisturbed()
         self.start(2 * SAVE_EVERY)
         self.kill_rank("rank-capture", "A rank is killed in the middle of a capture",
-                       "capture.block_checksummed", 0.1, 2, "captured")
+                       "capture.block_checksummed", 0.1, "captured")
         self.kill_rank("rank-flush", "A rank is killed in the middle of a flush",
-                       "flush.block_written", 0.6, 1, "flushed")
+                       "flush.block_written", 0.6, "flushed")
         self.kill_worker("worker-capture", "The agent's worker is killed in a capture",
                          "capture.block_checksummed", 0.2, "captured")
         self.kill_worker("worker-flush", "The agent's worker is killed in a flush",

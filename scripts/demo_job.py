@@ -85,12 +85,21 @@ class Agent:
             return None
         return json.loads(result.stdout) if result.returncode == 0 else None
 
-    def images(self, step):
-        """The counters of all images of `step`, of all ranks and attempts, as the agent has them now."""
-        status = wait_until(self.status, "the agent's status")
-        return [dict(image, rank=session["rank"], attempt=session["attempt"])
-                for session in status["sessions"]
-                for image in session["images"] if image.get("step") == step]
+    def images_of_dead(self, step, rank, attempt):
+        """The images of `step` (one, or none if it had not begun) of a rank of an attempt, as the agent
+        has them once it knows that the rank is dead."""
+        def settled():
+            status = self.status()
+            if status is None:
+                return None
+            sessions = [session for session in status["sessions"]
+                        if (session["rank"], session["attempt"]) == (rank, attempt)]
+            images = [image for session in sessions for image in session["images"]
+                      if image.get("step") == step]
+            is_settled = (all(session["dead"] for session in sessions) and
+                          all(image["state"] != "capturing" for image in images))
+            return (images,) if is_settled else None
+        return wait_until(settled, f"the agent to know of rank {rank}'s death")[0]
 
     def pids(self):
         """All processes of holdfastd whose environment names our runtime directory."""
