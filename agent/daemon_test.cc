@@ -328,6 +328,24 @@ TEST_F(DaemonTest, ADeadWorkerIsReplacedAndTheSocketStaysTheSame) {
   }));
 }
 
+TEST_F(DaemonTest, AWorkerWhoseLogCannotBeOpenedWorksAllTheSame) {
+  environment_["HOLDFAST_LINGER"] = "60s";
+  ASSERT_EQ(Run(PrivateArguments()).exit_code, 0);
+  const json before = Query();
+  ASSERT_TRUE(before.is_object());
+  const std::string log = absl::StrCat(directory_, "/run/agent.log");
+  std::filesystem::rename(log, log + ".away");
+  ASSERT_EQ(mkdir(log.c_str(), 0700), 0);
+  kill(before["agent"]["worker_pid"].get<pid_t>(), SIGKILL);
+  json after;
+  ASSERT_TRUE(WaitUntil([&] {
+    after = Query();
+    return after.is_object();
+  }));
+  EXPECT_EQ(after["agent"]["worker_restarts"], 1);
+  EXPECT_THAT(ReadText(log + ".away"), HasSubstr("going on with the old log: "));
+}
+
 TEST_F(DaemonTest, SessionsThatCameAndWentLeaveNoDescriptorBehind) {
   environment_["HOLDFAST_LINGER"] = "60s";
   ASSERT_EQ(Run(PrivateArguments()).exit_code, 0);

@@ -2,6 +2,7 @@
 
 #include <signal.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "absl/status/status.h"
@@ -87,6 +88,11 @@ std::vector<KeptDescriptor> KeeperLink::EngineDescriptors() const {
     if (!IsAgents(name)) kept.push_back({name, Duplicate(fd.get())});
   }
   return kept;
+}
+
+bool KeeperLink::holds_engine_descriptors() const {
+  return std::any_of(descriptors_.begin(), descriptors_.end(),
+                     [](const auto& entry) { return !IsAgents(entry.first); });
 }
 
 void KeeperLink::Finish(int exit_code) {

@@ -45,6 +45,8 @@ class KeeperLink final : public DescriptorKeeper {
 
   // Duplicates of all descriptors that are not the agent's own.
   std::vector<KeptDescriptor> EngineDescriptors() const;
+  // Whether there are any: a session of a trainer, an image.
+  bool holds_engine_descriptors() const;
 
   // Says that the worker ends for good with this code, and the keeper shall too.
   void Finish(int exit_code);

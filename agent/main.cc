@@ -146,7 +146,11 @@ int RunRole(const std::string& role, int handover_fd) {
   absl::StatusOr<AgentConfig> config = ConfigOf(*handover);
   if (!config.ok()) return Complain(config.status(), kExitFailure);
   if (absl::Status opened = OpenLog(LogOptionsOf(*config, role)); !opened.ok()) {
-    return Complain(opened, kExitFailure);
+    // No reason to die: the log that was inherited goes on taking the lines.
+    LogOptions inherited = LogOptionsOf(*config, role);
+    inherited.path.clear();
+    CHECK_OK(OpenLog(inherited));
+    LogWarning(absl::StrCat("going on with the old log: ", opened.ToString()));
   }
   if (!handover->kill_plan.empty()) {
     const absl::StatusOr<KillPlan> plan = ParseKillPlan(handover->kill_plan);

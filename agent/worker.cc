@@ -35,6 +35,10 @@ namespace {
 constexpr absl::Duration kFirstClientGrace = absl::Seconds(10);
 // How often a draining worker looks whether it is done.
 constexpr absl::Duration kDrainLook = absl::Milliseconds(20);
+// How often a worker that cannot take over tries again.
+constexpr absl::Duration kTakeOverRetry = absl::Seconds(1);
+
+constexpr char kEndingText[] = "the agent is ending";
 
 uint64_t RandomBits() {
   uint64_t bits = 0;
@@ -87,25 +91,71 @@ Worker::~Worker() {
 
 int Worker::Run() {
   KillPoint("worker.started");
-  if (absl::Status built = BuildWorld(); !built.ok()) {
-    End(1, absl::StrCat("cannot start: ", std::string(built.message())));
-    return exit_code_;
+  if (absl::Status made = MakeLoop(); !made.ok()) {
+    // Only a death: the keeper starts another one.
+    LogError(absl::StrCat("cannot start: ", std::string(made.message())));
+    return 1;
   }
   WatchSignals();
-  DescribeAtKillPoint([this] { return ImagesText(); });
-  KillPoint("recover.begun");
-  engine_->Recover(keeper_->EngineDescriptors(), [this] { Recovered(); });
+  TakeOver();
   loop_->Run();
   return exit_code_;
 }
 
-absl::Status Worker::BuildWorld() {
+absl::Status Worker::MakeLoop() {
   ASSIGN_OR_RETURN(loop_, EpollLoop::Create(clock_));
   keeper_ =
       std::make_unique<KeeperLink>(std::move(handover_), KeeperLink::Limits{}, *loop_, clock_);
   if (keeper_->Find(kListenerName) < 0) {
     return absl::InternalError("no listening socket was handed over");
   }
+  return absl::OkStatus();
+}
+
+// A worker that finds the world broken (a root that does not answer, no room for a thread) must not
+// take with it what the last one held: it holds everything itself until the world is whole again.
+// It does not die of it either, because after enough deaths the keeper drops what it hands over.
+void Worker::TakeOver() {
+  const absl::Status built = BuildWorld();
+  if (built.ok()) {
+    if (draining_) server_->RefuseOpens(kEndingText);
+    DescribeAtKillPoint([this] { return ImagesText(); });
+    KillPoint("recover.begun");
+    engine_->Recover(keeper_->EngineDescriptors(), [this] { Recovered(); });
+    return;
+  }
+  DropWorld();
+  const std::string why(built.message());
+  // A new keeper counts from 0 again, so the count alone says nothing. Whoever has started the agent
+  // waits (kReadyName) until somebody is served.
+  const bool is_first = restart_count_ == 0 || keeper_->Find(kReadyName) >= 0;
+  if (!keeper_->holds_engine_descriptors() && (is_first || config_.is_private)) {
+    End(1, absl::StrCat("cannot start: ", why));
+    return;
+  }
+  if (why != take_over_failure_) {
+    LogError(absl::StrFormat(
+        "cannot take over from the last worker: %s; nothing that it held is lost; trying again "
+        "every %s",
+        why, absl::FormatDuration(kTakeOverRetry)));
+  }
+  take_over_failure_ = why;
+  loop_->RunAfter(kTakeOverRetry, [this] { TakeOver(); });
+}
+
+void Worker::DropWorld() {
+  DescribeAtKillPoint(nullptr);
+  server_.reset();
+  engine_.reset();
+  store_.reset();
+  pool_.reset();
+  if (ring_ != nullptr) loop_->Unwatch(ring_->event_fd());
+  ring_.reset();
+  mount_probe_.reset();
+  file_system_.reset();
+}
+
+absl::Status Worker::BuildWorld() {
   file_system_ = NewPosixFileSystem();
   RETURN_IF_ERROR(MakeDirectories());
   mount_probe_ = std::make_unique<MountProbe>(*file_system_, config_.state_directory);
@@ -122,7 +172,9 @@ absl::Status Worker::BuildWorld() {
 absl::Status Worker::MakeDirectories() {
   RETURN_IF_ERROR(MakeAll(config_.state_directory));
   RETURN_IF_ERROR(MakeAll(absl::StrCat(config_.state_directory, "/scratch")));
-  if (config_.values.at("roots").origin == "default") {
+  if (keeper_->holds_engine_descriptors()) {
+    // Its jobs are in a root that was there. Another one in its place would be without them.
+  } else if (config_.values.at("roots").origin == "default") {
     RETURN_IF_ERROR(MakeAll(config_.root));
   } else {
     RETURN_IF_ERROR(MakeLastComponent(config_.root));
@@ -132,6 +184,9 @@ absl::Status Worker::MakeDirectories() {
   const std::filesystem::path real = std::filesystem::canonical(config_.root, error);
   if (error) return ErrnoStatus(error.value(), "resolve", config_.root);
   config_.root = real.string();
+  if (!std::filesystem::is_directory(real, error)) {
+    return absl::InvalidArgumentError(absl::StrCat(config_.root, ": expected a directory"));
+  }
   return absl::OkStatus();
 }
 
@@ -170,6 +225,7 @@ absl::Status Worker::BuildEngine() {
 
 void Worker::Recovered() {
   KillPoint("worker.recovered");
+  recovered_ = true;
   server_->Start();
   idle_since_ = clock_.Elapsed();
   if (restart_count_ == 0)
@@ -197,18 +253,25 @@ void Worker::OnSignal() {
   if (read(signal_fd_.get(), &info, sizeof(info)) != static_cast<ssize_t>(sizeof(info))) return;
   if (draining_) return;
   draining_ = true;
-  server_->RefuseOpens("the agent is ending");
-  LogInfo(absl::StrFormat("signal %d: ending; %d images are still to be flushed", info.ssi_signo,
-                          engine_->pending_image_count()));
+  if (server_ != nullptr) server_->RefuseOpens(kEndingText);
+  LogInfo(absl::StrFormat("signal %d: ending; %s", info.ssi_signo,
+                          recovered_ ? absl::StrFormat("%d images are still to be flushed",
+                                                       engine_->pending_image_count())
+                                     : "what the last worker held is still to be taken over"));
   CheckDrained(clock_.Elapsed() + config_.drain_deadline);
 }
 
 void Worker::CheckDrained(absl::Duration deadline) {
-  const size_t pending = engine_->pending_image_count();
-  if (pending == 0) return End(0, "everything is flushed");
+  const bool knows = recovered_ || !keeper_->holds_engine_descriptors();
+  const size_t pending = recovered_ ? engine_->pending_image_count() : 0;
+  if (knows && pending == 0) return End(0, "everything is flushed");
   if (clock_.Elapsed() >= deadline) {
-    return End(0, absl::StrFormat("%d images are not flushed within %s and are lost", pending,
-                                  absl::FormatDuration(config_.drain_deadline)));
+    const std::string within = absl::FormatDuration(config_.drain_deadline);
+    return End(0, knows ? absl::StrFormat("%d images are not flushed within %s and are lost",
+                                          pending, within)
+                        : absl::StrFormat("what the last worker held could not be taken over "
+                                          "within %s and is lost",
+                                          within));
   }
   loop_->RunAfter(kDrainLook, [this, deadline] { CheckDrained(deadline); });
 }
@@ -244,12 +307,11 @@ void Worker::End(int exit_code, const std::string& why) {
   if (unlink(config_.socket.c_str()) != 0 && errno != ENOENT) {
     LogWarning(absl::StrCat("cannot remove ", config_.socket, ": ", ErrnoName(errno)));
   }
-  if (keeper_ != nullptr) keeper_->Finish(exit_code);
-  if (loop_ != nullptr) loop_->Stop();
+  keeper_->Finish(exit_code);
+  loop_->Stop();
 }
 
 void Worker::TellStarter(const std::string& text) {
-  if (keeper_ == nullptr) return;
   const int ready = keeper_->Find(kReadyName);
   if (ready < 0) return;
   // Dropped: it may not wait any more.

@@ -1,6 +1,7 @@
 // The worker: everything that the agent does, on one event loop. It builds the world, lets the
 // engine take over what the last worker held, and serves until it is told to end or, as a private
-// agent, until nobody needs it.
+// agent, until nobody needs it. A world that cannot be built ends the agent at its first start
+// only; later it is tried again until it can, because somebody's images may be held.
 #ifndef HOLDFAST_AGENT_WORKER_H_
 #define HOLDFAST_AGENT_WORKER_H_
 
@@ -36,11 +37,15 @@ class Worker {
   ~Worker();
 
   // Until the end. The exit code of the agent: 0, or 1 if it could not start (then the reason was
-  // logged and sent to the process that waits for it).
+  // logged and sent to the process that waits for it). Before the keeper was told so (Finish), any
+  // return is a death of this worker only.
   int Run();
 
  private:
+  absl::Status MakeLoop();
+  void TakeOver();
   absl::Status BuildWorld();
+  void DropWorld();
   absl::Status MakeDirectories();
   absl::Status BuildEngine();
   void Recovered();
@@ -71,6 +76,8 @@ class Worker {
   std::unique_ptr<LocalServer> server_;
 
   UniqueFd signal_fd_;
+  std::string take_over_failure_;  // the last one that was logged
+  bool recovered_ = false;         // the engine knows what the last worker held
   bool draining_ = false;
   absl::Duration idle_since_{};  // meaningful in private mode, as the next
   uint64_t accepted_ = 0;        // LocalServer::accepted_count() when last looked at

@@ -3,6 +3,7 @@
 #include <signal.h>
 
 #include <filesystem>
+#include <fstream>
 #include <memory>
 #include <string>
 #include <vector>
@@ -97,6 +98,46 @@ TEST(EndToEnd, AWorkerThatIsKilledWhileTrainingGoesOnLosesNothing) {
   Trainers next = drill.StartTrainers(2, 2, 2);
   ExpectFinished(drill, next);
   EXPECT_TRUE(next[0]->HasSaid("restored 60 1")) << next[0]->output();
+}
+
+// The root does not answer when the next worker starts (a network file system for a moment): the
+// agent must not end, because the sealed images would end with it.
+TEST(EndToEnd, AWorkerThatFindsNoRootWaitsForItAndLosesNothing) {
+  Drill drill;
+  Trainers trainers = drill.StartTrainers(2, 40, 2, /*step_ms=*/5);
+  ASSERT_TRUE(WaitUntil(
+      [&] {
+        trainers[0]->ReadOutput();
+        return trainers[0]->LastNumber("committed").value_or(0) >= 4;
+      },
+      kDeadline))
+      << trainers[0]->output() << drill.Log();
+  // Also with a keeper that has not started a worker before.
+  ASSERT_EQ(kill(drill.KeeperPid(), SIGKILL), 0);
+  ASSERT_TRUE(drill.WaitForLog("started keeper ", kDeadline)) << drill.Log();
+  const pid_t worker = drill.WorkerPid();
+  // Stopped first: between the loss of the root and its own death it must not fail a save.
+  ASSERT_EQ(kill(worker, SIGSTOP), 0);
+  ASSERT_TRUE(WaitUntil([&] { return IsStopped(worker); }, kDeadline));
+  const std::string away = drill.root() + ".away";
+  std::filesystem::rename(drill.root(), away);
+  std::ofstream(drill.root()) << "not a directory";
+  ASSERT_EQ(kill(worker, SIGKILL), 0);
+  ASSERT_TRUE(drill.WaitForLog("cannot take over from the last worker: ", kDeadline))
+      << drill.Log();
+  std::filesystem::remove(drill.root());
+  std::filesystem::rename(away, drill.root());
+  ExpectFinished(drill, trainers);
+  for (const auto& trainer : trainers) {
+    EXPECT_FALSE(trainer->HasSaid("trouble")) << trainer->output();
+    EXPECT_TRUE(trainer->HasSaid("reconnected 1")) << trainer->output();
+  }
+  EXPECT_EQ(Count(drill.Log(), "started worker "), 2u) << drill.Log();
+  EXPECT_EQ(Count(drill.Log(), "2 sessions taken over"), 1u) << drill.Log();
+  ASSERT_TRUE(drill.WaitAgentGone(kDeadline));
+  Trainers next = drill.StartTrainers(2, 2, 2);
+  ExpectFinished(drill, next);
+  EXPECT_TRUE(next[0]->HasSaid("restored 40 1")) << next[0]->output();
 }
 
 TEST(EndToEnd, AKeeperThatIsKilledIsReplacedAndNobodyNotices) {
