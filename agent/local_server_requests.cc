@@ -87,8 +87,9 @@ void LocalServer::Handle(ConnectionId id, Packet packet) {
     AnswerError(id, type, request_id, connection.refusal);
     return;
   }
-  const bool needs_session =
-      type == abi::MessageType::kRegister || type == abi::MessageType::kRestore;
+  const bool needs_session = type == abi::MessageType::kRegister ||
+                             type == abi::MessageType::kRestore ||
+                             type == abi::MessageType::kRestoreCancel;
   if (needs_session && !connection.has_session) {
     AnswerError(id, type, request_id,
                 absl::FailedPreconditionError("kOpen must have succeeded on this connection"));
@@ -101,6 +102,8 @@ void LocalServer::Handle(ConnectionId id, Packet packet) {
       return HandleRegister(id, std::move(packet));
     case abi::MessageType::kRestore:
       return HandleRestore(id, std::move(packet));
+    case abi::MessageType::kRestoreCancel:
+      return engine_.CancelRestore(connection.session);
     case abi::MessageType::kQuery:
       return HandleQuery(id, std::move(packet));
     case abi::MessageType::kClose: {

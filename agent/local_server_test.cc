@@ -90,6 +90,7 @@ class NotingEngine final : public Engine {
     });
   }
 
+  void CancelRestore(SessionId session) override { cancelled.insert(session); }
   void Doorbell(SessionId session) override { rung.insert(session); }
   void Close(SessionId session) override { closed.insert(session); }
   void ProcessDied(SessionId session) override {
@@ -117,6 +118,7 @@ class NotingEngine final : public Engine {
   std::vector<OpenParameters> opened;
   std::vector<std::string> documents;
   std::function<void(absl::StatusOr<RestoreEnded>)> restore_ended;
+  std::set<SessionId> cancelled;
   std::set<SessionId> rung;
   std::set<SessionId> closed;
   std::set<SessionId> died;
@@ -297,7 +299,7 @@ TEST_F(LocalServerTest, AnotherVersionIsAnsweredWithBothNumbers) {
   ASSERT_GT(send(socket.get(), &message, sizeof(message), 0), 0);
   const auto reply = HearReply<abi::OpenReply>(socket, abi::MessageType::kOpenReply, 0);
   EXPECT_EQ(reply.status.code, static_cast<int>(absl::StatusCode::kFailedPrecondition));
-  EXPECT_THAT(reply.status.text, HasSubstr("protocol 1, the caller protocol 99"));
+  EXPECT_THAT(reply.status.text, HasSubstr("protocol 2, the caller protocol 99"));
   EXPECT_TRUE(IsClosed(socket));
 }
 
@@ -460,6 +462,30 @@ TEST_F(LocalServerTest, RestoreSendsMapsThenTheReplyThenTheEnd) {
   const auto done = HearReply<abi::RestoreDone>(socket, abi::MessageType::kRestoreDone, 0);
   EXPECT_EQ(done.bytes, 10u);
   EXPECT_EQ(done.bytes_from_memory, 4u);
+}
+
+TEST_F(LocalServerTest, ARestoreIsCancelledBehindItsReplyWithoutAnAnswer) {
+  const UniqueFd socket = OpenSession();
+  engine_->immediate = false;
+  Request(socket, abi::MessageType::kRestore, abi::RestoreRequest{7});
+  ASSERT_EQ(SendPacket(socket.get(), Packet{abi::MessageType::kRestoreCancel, 0, {}, {}}),
+            Sent::kYes);
+  Pump();
+  EXPECT_TRUE(engine_->cancelled.empty());  // it is for what the engine has begun
+  ASSERT_EQ(engine_->answers.size(), 1u);
+  engine_->map_count = 0;
+  engine_->answers[0]();
+  HearReply<abi::RestoreReply>(socket, abi::MessageType::kRestoreReply, 2);
+  EXPECT_TRUE(PumpUntil([&] { return engine_->cancelled.contains(SessionId{1}); }));
+  // The connection is still good.
+  engine_->immediate = true;
+  Request(socket, abi::MessageType::kRestore, abi::RestoreRequest{7});
+  HearReply<abi::RestoreReply>(socket, abi::MessageType::kRestoreReply, 2);
+  // Without a session there is nothing to cancel.
+  const UniqueFd other = Connect();
+  ASSERT_EQ(SendPacket(other.get(), Packet{abi::MessageType::kRestoreCancel, 0, {}, {}}),
+            Sent::kYes);
+  EXPECT_TRUE(IsClosed(other));
 }
 
 TEST_F(LocalServerTest, AClientThatDoesNotReadHoldsUpNobodyElse) {

@@ -147,6 +147,9 @@ class Engine {
   virtual void Restore(SessionId session, uint64_t registration_id,
                        std::function<void(absl::StatusOr<RestoreBegun>)> begun,
                        std::function<void(absl::StatusOr<RestoreEnded>)> ended) = 0;
+  // The trainer waits for no restore any more: what it held is free again, `begun` or `ended` says
+  // kAborted. One that a trainer has left without a word is ended when it begins a save.
+  virtual void CancelRestore(SessionId session) = 0;
 
   // The trainer has changed its shared memory. Cheap; may be called for nothing.
   virtual void Doorbell(SessionId session) = 0;

@@ -398,8 +398,6 @@ void EngineImpl::Restore(SessionId id, uint64_t registration_id, Begun begun, En
     refused = absl::FailedPreconditionError(
         absl::StrFormat("registration: expected %d, the current one, found %d",
                         entry->session->current_registration_id(), registration_id));
-  } else if (entry->restore_is_opening) {
-    refused = absl::FailedPreconditionError("another restore of this rank is being prepared");
   }
   if (!refused.ok()) {
     world_.loop.Post([begun = std::move(begun), refused] { begun(refused); });
@@ -407,19 +405,16 @@ void EngineImpl::Restore(SessionId id, uint64_t registration_id, Begun begun, En
   }
   CancelRestores(*entry, absl::AbortedError("replaced by a newer restore"),
                  holdfast::Restore::Report::kYes);
-  entry->restore_is_opening = true;
+  const Opening opening = {id, registration_id, entry->restore_number};
   entry->job->DecideRestorePoint(
       entry->session->identity().attempt,
-      [this, id, registration_id, begun = std::move(begun),
+      [this, opening, begun = std::move(begun),
        ended = std::move(ended)](absl::StatusOr<RestorePoint> point) mutable {
-        Entry* decided = Find(id);
-        if (decided == nullptr) return;  // reaped: nobody waits for the answer any more
+        const Entry* decided = FindOpening(opening, begun);
+        if (decided == nullptr) return;
         if (point.ok() && point->checkpoint.has_value()) {
-          OpenSource(id, registration_id, *point->checkpoint, std::move(begun), std::move(ended));
-          return;
-        }
-        decided->restore_is_opening = false;
-        if (point.ok()) {
+          OpenSource(opening, *point->checkpoint, std::move(begun), std::move(ended));
+        } else if (point.ok()) {
           begun(absl::NotFoundError(
               absl::StrFormat("job %s has no checkpoint to start from", decided->job->name())));
         } else {
@@ -428,21 +423,30 @@ void EngineImpl::Restore(SessionId id, uint64_t registration_id, Begun begun, En
       });
 }
 
-void EngineImpl::OpenSource(SessionId id, uint64_t registration_id, CheckpointId checkpoint,
-                            Begun begun, Ended ended) {
-  Find(id)->job->OpenSource(
-      checkpoint, [this, id, registration_id, begun = std::move(begun), ended = std::move(ended)](
-                      absl::StatusOr<std::shared_ptr<RestoreSource>> source) mutable {
-        StartRestore(id, registration_id, std::move(source), std::move(begun), std::move(ended));
-      });
+EngineImpl::Entry* EngineImpl::FindOpening(const Opening& opening, Begun& begun) {
+  Entry* entry = Find(opening.session);
+  if (entry == nullptr) return nullptr;  // reaped: nobody waits for the answer any more
+  if (entry->restore_number == opening.number) return entry;
+  begun(absl::AbortedError("the restore was left, or a newer one has replaced it"));
+  return nullptr;
 }
 
-void EngineImpl::StartRestore(SessionId id, uint64_t registration_id,
+void EngineImpl::OpenSource(const Opening& opening, CheckpointId checkpoint, Begun begun,
+                            Ended ended) {
+  Find(opening.session)
+      ->job->OpenSource(
+          checkpoint, [this, opening, begun = std::move(begun), ended = std::move(ended)](
+                          absl::StatusOr<std::shared_ptr<RestoreSource>> source) mutable {
+            StartRestore(opening, std::move(source), std::move(begun), std::move(ended));
+          });
+}
+
+void EngineImpl::StartRestore(const Opening& opening,
                               absl::StatusOr<std::shared_ptr<RestoreSource>> source, Begun begun,
                               Ended ended) {
-  Entry* entry = Find(id);
+  Entry* entry = FindOpening(opening, begun);
   if (entry == nullptr) return;
-  entry->restore_is_opening = false;
+  const uint64_t registration_id = opening.registration_id;
   if (!source.ok()) {
     begun(source.status());
     return;
@@ -458,7 +462,7 @@ void EngineImpl::StartRestore(SessionId id, uint64_t registration_id,
       *std::move(source), session.registration(registration_id), std::move(staging),
       session.registration_memory(registration_id)->restore, world_.loop, world_.pool,
       holdfast::Restore::Options{}, std::move(begun),
-      [this, alive = std::weak_ptr<bool>(alive_), id,
+      [this, alive = std::weak_ptr<bool>(alive_), id = opening.session,
        ended = std::move(ended)](absl::StatusOr<RestoreEnded> result) {
         ended(std::move(result));
         if (!alive.expired()) ReapLater(id);
@@ -467,10 +471,19 @@ void EngineImpl::StartRestore(SessionId id, uint64_t registration_id,
 
 void EngineImpl::CancelRestores(Entry& entry, const absl::Status& why,
                                 holdfast::Restore::Report report) {
+  ++entry.restore_number;
   for (const std::unique_ptr<holdfast::Restore>& restore : entry.restores) {
     restore->Cancel(why, report);
   }
   std::erase_if(entry.restores, [](const auto& restore) { return restore->idle(); });
+}
+
+void EngineImpl::CancelRestore(SessionId id) {
+  Entry* entry = Find(id);
+  if (entry == nullptr) return;
+  CancelRestores(*entry, absl::AbortedError("the trainer has left the restore"),
+                 holdfast::Restore::Report::kYes);
+  ReapLater(id);
 }
 
 // ---- What trainers do ----
@@ -479,7 +492,14 @@ void EngineImpl::Doorbell(SessionId id) {
   Entry* entry = Find(id);
   if (entry == nullptr) return;
   entry->session->Advance();
-  if (!entry->restores.empty()) entry->restores.back()->Advance();
+  if (entry->restores.empty()) return;
+  // It does one thing at a time: who saves has left the restore.
+  const RankImages* images = entry->session->current_images();
+  if (images != nullptr && images->IsTrainerCapturing()) {
+    CancelRestore(id);
+  } else {
+    entry->restores.back()->Advance();
+  }
 }
 
 void EngineImpl::Close(SessionId id) {
@@ -524,14 +544,14 @@ void EngineImpl::Reap(SessionId id) {
       (!entry->restores.empty() && entry->restores.back()->is_over())) {
     std::erase_if(entry->restores, [](const auto& restore) { return restore->idle(); });
   }
-  if (!entry->session->IsFinished()) return;
-  if (!entry->restores.empty()) {
-    // Reads into its memory are in flight.
+  if (!entry->restores.empty() && entry->restores.back()->is_over()) {
+    // Reads into its memory are in flight. Until they are back it also keeps what it read from.
     world_.loop.RunAfter(kReapRetry, [this, alive = std::weak_ptr<bool>(alive_), id] {
       if (!alive.expired()) Reap(id);
     });
     return;
   }
+  if (!entry->session->IsFinished()) return;
   entry->job->RemoveSession(id);
   entry->session->Forget();
   sessions_.erase(id);

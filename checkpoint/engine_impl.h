@@ -36,6 +36,7 @@ class EngineImpl final : public Engine {
   void Restore(SessionId session, uint64_t registration_id,
                std::function<void(absl::StatusOr<RestoreBegun>)> begun,
                std::function<void(absl::StatusOr<RestoreEnded>)> ended) override;
+  void CancelRestore(SessionId session) override;
   void Doorbell(SessionId session) override;
   void Close(SessionId session) override;
   void ProcessDied(SessionId session) override;
@@ -53,7 +54,7 @@ class EngineImpl final : public Engine {
     UniqueFd doorbell_fd;
     // The last one is the current one; the others are over, and wait for what is in flight.
     std::vector<std::unique_ptr<holdfast::Restore>> restores;
-    bool restore_is_opening = false;
+    uint64_t restore_number = 0;  // of the newest; changes when one is asked for, left or cancelled
   };
   using Begun = holdfast::Restore::Begun;
   using Ended = holdfast::Restore::Ended;
@@ -72,11 +73,17 @@ class EngineImpl final : public Engine {
   Entry& AddSession(std::unique_ptr<Session> session, Job& job);
   void MakeRegistration(SessionId id, int tries_left,
                         std::function<void(absl::StatusOr<RegisterResult>)> done);
-  void OpenSource(SessionId id, uint64_t registration_id, CheckpointId checkpoint, Begun begun,
-                  Ended ended);
-  void StartRestore(SessionId id, uint64_t registration_id,
-                    absl::StatusOr<std::shared_ptr<RestoreSource>> source, Begun begun,
-                    Ended ended);
+  // A restore that is being opened: the session, or nullptr if it was left or replaced meanwhile
+  // (then `begun` was told so) or is gone.
+  struct Opening {
+    SessionId session{};
+    uint64_t registration_id = 0;
+    uint64_t number = 0;
+  };
+  Entry* FindOpening(const Opening& opening, Begun& begun);
+  void OpenSource(const Opening& opening, CheckpointId checkpoint, Begun begun, Ended ended);
+  void StartRestore(const Opening& opening, absl::StatusOr<std::shared_ptr<RestoreSource>> source,
+                    Begun begun, Ended ended);
   void CancelRestores(Entry& entry, const absl::Status& why, holdfast::Restore::Report report);
   void SessionEnded(SessionId id);
   // Destroys the session if nothing of it is left; looks again later if something is in flight.

@@ -306,6 +306,100 @@ TEST(Engine, ARestorePointThatWasOnlyInMemoryAndIsLostIsAClearError) {
   ExpectState(harness.Restore(*third[1]), *third[1], 1, 2);
 }
 
+// A trainer that leaves its restore (deadline, no room to map) gets its memory back: the grant that
+// was taken for staging, and what the restore read from. It says so, or just begins a save.
+TEST(Engine, ARestoreThatIsLeftGivesEverythingBack) {
+  SimDisk disk;
+  uint64_t image_bytes = 0;
+  {
+    EngineHarness harness(disk, {});
+    ASSERT_OK_AND_ASSIGN(const auto trainers, harness.Launch(1));
+    harness.SaveAll(trainers, 1);
+    image_bytes = trainers[0]->script->image_bytes();
+  }
+  for (const bool says_so : {true, false}) {
+    SCOPED_TRACE(says_so);
+    // Room for one image only: staging takes its blocks. More: a save can begin beside the restore.
+    EngineHarness harness(disk,
+                          {.host_memory_bytes = says_so ? image_bytes + 4096 : uint64_t{64} << 20,
+                           .writer = says_so ? "x" : "y"});
+    ASSERT_OK_AND_ASSIGN(const auto trainers, harness.Launch(1));
+    TestTrainer& trainer = *trainers[0];
+    harness.Settle();
+    ASSERT_TRUE(trainer.script->HasGrant());
+    std::optional<absl::Status> begun;
+    std::optional<absl::Status> ended;
+    harness.engine().Restore(
+        trainer.session, trainer.registration_id,
+        [&](absl::StatusOr<RestoreBegun> result) { begun = result.status(); },
+        [&](absl::StatusOr<RestoreEnded> result) { ended = result.status(); });
+    harness.Settle();
+    ASSERT_TRUE(begun.has_value());
+    ASSERT_OK(*begun);
+    EXPECT_FALSE(ended.has_value());
+    const auto staging = [&] {
+      const std::string status = harness.engine().StatusJson();
+      return status.find("\"staging\":0") == std::string::npos;
+    };
+    EXPECT_TRUE(staging());
+    const uint64_t step = says_so ? 2 : 3;
+    if (says_so) {
+      EXPECT_FALSE(trainer.script->HasGrant());
+      harness.engine().CancelRestore(trainer.session);
+      harness.Settle();
+      ASSERT_TRUE(trainer.script->HasGrant());
+      ASSERT_TRUE(harness.Save(trainer, step));
+    } else {
+      ASSERT_TRUE(trainer.script->HasGrant());
+      const std::optional<uint32_t> slot = harness.BeginSave(trainer, step);
+      ASSERT_TRUE(slot.has_value());
+      harness.Settle();
+      EXPECT_FALSE(staging());
+      harness.FinishSave(trainer, *slot);
+    }
+    ASSERT_TRUE(ended.has_value() || says_so);
+    harness.Settle();
+    EXPECT_THAT(*ended, StatusIs(absl::StatusCode::kAborted, HasSubstr("left the restore")));
+    EXPECT_FALSE(staging());
+    EXPECT_EQ(EngineHarness::CommittedPower(trainer), step);
+    // It can be asked for again.
+    ExpectState(harness.Restore(trainer), trainer, step - 1, 1);
+  }
+}
+
+// Left while reads from storage are in flight: they keep what they read from for a moment only.
+TEST(Engine, ARestoreThatIsLeftAtAnyMomentEndsByItself) {
+  SimDisk disk;
+  {
+    EngineHarness harness(disk, {});
+    ASSERT_OK_AND_ASSIGN(const auto trainers, harness.Launch(1));
+    harness.SaveAll(trainers, 1);
+  }
+  size_t moments = 0;
+  for (uint32_t turns = 0;; ++turns) {
+    EngineHarness harness(disk, {.writer = absl::StrFormat("t%dx", turns)});
+    ASSERT_OK_AND_ASSIGN(const auto trainers, harness.Launch(1));
+    TestTrainer& trainer = *trainers[0];
+    harness.Settle();
+    bool over = false;
+    harness.engine().Restore(
+        trainer.session, trainer.registration_id,
+        [&](absl::StatusOr<RestoreBegun> result) { over = !result.ok(); },
+        [&](absl::StatusOr<RestoreEnded>) { over = true; });
+    bool idle = false;
+    for (uint32_t turn = 0; turn < turns && !idle; ++turn) idle = !harness.executor().RunOne();
+    harness.engine().CancelRestore(trainer.session);
+    harness.Settle();
+    harness.executor().AdvanceTime(absl::Seconds(1));
+    const std::string status = harness.engine().StatusJson();
+    EXPECT_NE(status.find("\"restoring\":false"), std::string::npos) << turns;
+    EXPECT_NE(status.find("\"staging\":0"), std::string::npos) << turns << status;
+    ++moments;
+    if (idle) break;
+  }
+  EXPECT_GT(moments, 5u);
+}
+
 // ---- Damaged bytes ----
 
 TEST(Engine, ABadBlockInMemoryComesFromStorage) {

@@ -100,6 +100,8 @@ class RankImages {
   enum class UnusedGrant { kTakeBack, kLeave };
   virtual void StopGranting(UnusedGrant unused) = 0;
   virtual void ResumeGranting() = 0;
+  // The trainer says that it is in a capture now.
+  virtual bool IsTrainerCapturing() const = 0;
   // Nothing can be granted for want of blocks: releasing an image would help.
   virtual bool IsStarved() const = 0;
 

@@ -78,10 +78,10 @@ void RankImagesImpl::AdvanceSlot(Slot& slot) {
     case State::kEmpty:
       return;
     case State::kGranted:
-      if (found == abi::SlotState::kGranted) return;
+      if (found == abi::SlotState::kGranted || found == abi::SlotState::kClaimed) return;
       if (found != abi::SlotState::kCapturing && found != abi::SlotState::kCaptured &&
           found != abi::SlotState::kVoid) {
-        BreakGrant(slot, UnexpectedState(found, "granted (1) or capturing (2)"));
+        BreakGrant(slot, UnexpectedState(found, "granted (1), claimed (5) or capturing (2)"));
         return;
       }
       BeginCapture(slot);

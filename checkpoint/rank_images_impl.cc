@@ -144,7 +144,7 @@ void RankImagesImpl::ResumeGranting() {
   MaybeGrant();
 }
 
-// The trainer has not begun to write; if it has after all, the grant stays.
+// The trainer has not claimed it, so it does not write. If it has after all, the grant stays.
 void RankImagesImpl::TakeBackGrant(Slot& slot) {
   if (!shared_.TakeBack(slot.index)) return;
   memory_->pool().Free(slot.record.block_table, BlockState::kGranted);
@@ -153,6 +153,12 @@ void RankImagesImpl::TakeBackGrant(Slot& slot) {
   slot.record.generation = generation;
   Save(slot);
   memory_->NotifyBlocksFree();
+}
+
+bool RankImagesImpl::IsTrainerCapturing() const {
+  return std::any_of(slots_.begin(), slots_.end(), [this](const std::unique_ptr<Slot>& slot) {
+    return shared_.state(slot->index) == abi::SlotState::kCapturing;
+  });
 }
 
 bool RankImagesImpl::IsStarved() const {

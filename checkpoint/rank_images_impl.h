@@ -49,6 +49,7 @@ class RankImagesImpl final : public RankImages {
   void TrainerGone() override;
   void StopGranting(UnusedGrant unused) override;
   void ResumeGranting() override;
+  bool IsTrainerCapturing() const override;
   bool IsStarved() const override;
   absl::StatusOr<BlockView> Block(ImageId id, uint64_t block_index) const override;
   std::vector<uint64_t> TakeStaging(size_t count) override;

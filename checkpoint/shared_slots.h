@@ -36,7 +36,7 @@ class SharedSlots {
 
   // Hands blocks to the trainer: everything of the slot is set, kGranted last.
   void PublishGrant(uint32_t slot, uint64_t generation, std::span<const uint32_t> block_table);
-  // Takes back a grant that the trainer has not begun to use; false if it has.
+  // Takes back a grant that the trainer has not claimed; false if it has.
   [[nodiscard]] bool TakeBack(uint32_t slot);
   void SetEmpty(uint32_t slot);
 

@@ -345,6 +345,56 @@ TEST_F(CaptureTest, WithoutAGrantedSlotASaveFailsAtOnceOrWaits) {
   EXPECT_TRUE(job_->WaitCaptured(HF_ALL_GROUPS, Deadline::After(kPatienceNs)).ok());
 }
 
+// The agent may take a grant back at any moment, and give it again: a save has the slot for itself
+// from its first blob on, or fails.
+TEST_F(CaptureTest, AGrantThatIsTakenBackIsNeverSavedInto) {
+  std::mt19937 random(20);
+  Open(&host_);
+  TestBuffers buffers;
+  TestPlan plan = StraightPlan(buffers, {0}, 1, random);
+  plan.block_count = 3;
+  plan.slot_count = 1;
+  plan.granted = 1;
+  plan.blobs = {{4096, 8192}};
+  Register(buffers, plan, {{"rng", HF_BLOB_RANK, 8192}});
+  std::atomic<SlotState>& state = agent_.shared().slots[0].state;
+  std::atomic<bool> stop{false};
+  std::atomic<int> taken_back{0};
+  std::thread taker([&] {
+    while (!stop.load()) {
+      SlotState granted = SlotState::kGranted;
+      if (!state.compare_exchange_strong(granted, SlotState::kEmpty)) continue;
+      ++taken_back;
+      // As PublishGrant does.
+      agent_.shared().slots[0].step.store(abi::kNoStep);
+      agent_.Grant(0);
+    }
+  });
+  uint64_t saved = 0;
+  for (uint64_t step = 1; step <= 3000; ++step) {
+    const std::string bytes(8192, static_cast<char>('a' + step % 26));
+    const hf_blob blob = {"rng", bytes.data(), bytes.size()};
+    hf_save_options options = NoOptions();
+    options.blobs = &blob;
+    options.blob_count = 1;
+    options.wait_ns = kPatienceNs;
+    const Error error = job_->Save(step, options);
+    ASSERT_TRUE(error.ok()) << error.text();
+    ++saved;
+    ASSERT_TRUE(job_->WaitCaptured(HF_ALL_GROUPS, Deadline::After(kPatienceNs)).ok());
+    ASSERT_EQ(state.load(), SlotState::kCaptured);
+    ASSERT_EQ(agent_.shared().slots[0].step.load(), step);
+    ASSERT_EQ(agent_.BlobBytes(0, 0), bytes.size());
+    const std::vector<std::byte> image = agent_.Image(0);
+    ASSERT_EQ(std::memcmp(image.data() + 4096, bytes.data(), bytes.size()), 0);
+    agent_.Grant(0);
+  }
+  stop.store(true);
+  taker.join();
+  EXPECT_EQ(saved, 3000u);
+  EXPECT_GT(taken_back.load(), 100);
+}
+
 TEST_F(CaptureTest, ABlockTableThatLeavesTheMemoryIsRefused) {
   std::mt19937 random(11);
   Open(&host_);
@@ -352,6 +402,7 @@ TEST_F(CaptureTest, ABlockTableThatLeavesTheMemoryIsRefused) {
   Register(buffers, StraightPlan(buffers, {0}, 2, random));
   agent_.SetBlockIndex(0, 1, 4);
   EXPECT_EQ(job_->Save(1, NoOptions()).code(), HF_INTERNAL);
+  EXPECT_EQ(agent_.shared().slots[0].state.load(), SlotState::kGranted);
 }
 
 TEST_F(CaptureTest, BlobsGoStraightToTheirAreasAcrossBlocks) {
@@ -402,6 +453,7 @@ TEST_F(CaptureTest, WrongBlobsAreNamed) {
                                          {{nullptr, "x", 1}}}) {
     const Error error = save(wrong);
     EXPECT_EQ(error.code(), HF_INVALID_ARGUMENT);
+    EXPECT_EQ(agent_.shared().slots[0].state.load(), SlotState::kGranted);
     if (wrong[0].name != nullptr) {
       EXPECT_NE(std::string(error.text()).find(wrong[0].name), std::string::npos) << error.text();
     }

@@ -64,6 +64,11 @@ bool WriteToImage(const Registration& registration, uint32_t slot, uint64_t imag
   return true;
 }
 
+// Gives a claimed slot back as it was granted.
+void Unclaim(const Registration& registration, uint32_t slot) {
+  registration.slot(slot).state.store(abi::SlotState::kGranted, std::memory_order_release);
+}
+
 }  // namespace
 
 Result<std::unique_ptr<Job>> Job::Open(const Settings& settings, SourceReader* reader,
@@ -202,20 +207,23 @@ Error Job::SetPointers(Registration& registration, void* const* pointers) const 
   return Error();
 }
 
-// A slot whose blocks are free and all in the memory.
-Result<uint32_t> Job::TakeGrantedSlot(const Registration& registration, uint64_t step,
-                                      Deadline deadline) const {
+// A slot whose blocks are free and all in the memory, claimed: the agent leaves it alone.
+Result<uint32_t> Job::ClaimGrantedSlot(const Registration& registration, uint64_t step,
+                                       Deadline deadline) const {
   for (;;) {
     abi::RankPage& page = link_->page();
     const uint32_t events = page.agent_events.load(std::memory_order_acquire);
     for (uint32_t slot = 0; slot < registration.slot_count(); ++slot) {
       // Pairs with the agent's release: its block table and cleared block_done are there.
-      if (registration.slot(slot).state.load(std::memory_order_acquire) !=
-          abi::SlotState::kGranted) {
+      abi::SlotState expected = abi::SlotState::kGranted;
+      if (!registration.slot(slot).state.compare_exchange_strong(expected, abi::SlotState::kClaimed,
+                                                                 std::memory_order_acquire,
+                                                                 std::memory_order_relaxed)) {
         continue;
       }
       for (uint32_t block = 0; block < registration.block_count(); ++block) {
         if (registration.BlockData(slot, block) == nullptr) {
+          Unclaim(registration, slot);
           return Error(HF_INTERNAL, "image slot %u: block %u is not in the rank's memory", slot,
                        block);
         }
@@ -225,7 +233,8 @@ Result<uint32_t> Job::TakeGrantedSlot(const Registration& registration, uint64_t
     if (deadline.passed()) {
       return Error(HF_RESOURCE_EXHAUSTED,
                    "save of step %llu: no free image of %llu bytes: earlier ones are still being "
-                   "flushed, or the agent's memory budget is too small",
+                   "flushed, a restore was left a moment ago, or the agent's memory budget is too "
+                   "small",
                    Print(step), Print(registration.image_bytes()));
     }
     if (Error error = link_->WorthWaiting(); !error.ok()) return error;
@@ -265,9 +274,12 @@ Error Job::Save(uint64_t step, const hf_save_options& options) {
   const std::span<const hf_blob> blobs(options.blobs, options.blob_count);
   if (Error error = CheckBlobs(*registration, step, blobs); !error.ok()) return error;
   if (Error error = SetPointers(*registration, options.pointers); !error.ok()) return error;
-  Result<uint32_t> slot = TakeGrantedSlot(*registration, step, Deadline::After(options.wait_ns));
+  Result<uint32_t> slot = ClaimGrantedSlot(*registration, step, Deadline::After(options.wait_ns));
   if (!slot.ok()) return slot.error();
-  if (Error error = WriteBlobs(*registration, slot.value(), blobs); !error.ok()) return error;
+  if (Error error = WriteBlobs(*registration, slot.value(), blobs); !error.ok()) {
+    Unclaim(*registration, slot.value());
+    return error;
+  }
 
   abi::ImageSlot& image = registration->slot(slot.value());
   image.step.store(step, std::memory_order_relaxed);

@@ -78,8 +78,8 @@ class Job {
   Error CheckBlobs(const Registration& registration, uint64_t step,
                    std::span<const hf_blob> blobs) const;
   Error SetPointers(Registration& registration, void* const* pointers) const;
-  Result<uint32_t> TakeGrantedSlot(const Registration& registration, uint64_t step,
-                                   Deadline deadline) const;
+  Result<uint32_t> ClaimGrantedSlot(const Registration& registration, uint64_t step,
+                                    Deadline deadline) const;
   Error WriteBlobs(const Registration& registration, uint32_t slot,
                    std::span<const hf_blob> blobs) const;
   Error CaptureFailed(const Error& error);

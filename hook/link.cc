@@ -244,6 +244,13 @@ Result<RestoreStart> Link::StartRestore(const Registration& registration, Deadli
   return start;
 }
 
+void Link::CancelRestore() {
+  MutexLock lock(mutex_);
+  if (phase_ != Phase::kReady) return;
+  cancels_restore_ = true;
+  RingEventFd(wake_.get());
+}
+
 std::optional<abi::RestoreDone> Link::restore_done(uint64_t epoch) const {
   MutexLock lock(mutex_);
   if (epoch != epoch_) return std::nullopt;
@@ -299,6 +306,7 @@ void Link::Run() {
 // Until the connection is lost, or the link closes.
 void Link::Serve() {
   while (!closing()) {
+    if (Error error = SendRestoreCancel(); !error.ok()) break;
     if (Error error = SendPending(); !error.ok()) break;
     Message message;
     Error error = channel_->Receive(&message, wake_.get(), Deadline::Never());
@@ -312,6 +320,14 @@ void Link::Serve() {
   if (closing()) return;
   channel_.reset();
   LoseConnection();
+}
+
+Error Link::SendRestoreCancel() {
+  {
+    MutexLock lock(mutex_);
+    if (!std::exchange(cancels_restore_, false)) return Error();
+  }
+  return channel_->Send(abi::MessageType::kRestoreCancel, 0, {}, {}, Deadline::After(kSendNs));
 }
 
 Error Link::SendPending() {
@@ -390,6 +406,7 @@ void Link::LoseConnection() {
     ++epoch_;
     image_maps_.clear();
     restore_done_.reset();
+    cancels_restore_ = false;  // the agent ends it when the session is resumed
     if (pending_ != nullptr) pending_->lost = true;
     registration = registration_;
     ChangedLocked();

@@ -117,6 +117,10 @@ class Link {
   // the session or registration is another one now; take the new registration and try again.
   Result<RestoreStart> StartRestore(const Registration& registration, Deadline deadline)
       HOOK_EXCLUDES(mutex_);
+  // Whoever waited for a restore does not any more, for whatever reason: the agent is told, behind
+  // the kRestore if that was sent, and before the next one. Never waits; without a connection there
+  // is nothing to tell.
+  void CancelRestore() HOOK_EXCLUDES(mutex_);
   // kRestoreDone, if it came on the connection `epoch` after the last kRestoreReply.
   std::optional<abi::RestoreDone> restore_done(uint64_t epoch) const HOOK_EXCLUDES(mutex_);
 
@@ -148,6 +152,7 @@ class Link {
   void Reconnect();
   void SleepUntilWoken(Deadline deadline);
   Error SendPending() HOOK_EXCLUDES(mutex_);
+  Error SendRestoreCancel() HOOK_EXCLUDES(mutex_);
   Error Dispatch(Message message) HOOK_EXCLUDES(mutex_);
   Error DeliverReply(abi::MessageType request, Message message) HOOK_EXCLUDES(mutex_);
   Error EstablishSession(Deadline deadline) HOOK_EXCLUDES(mutex_);
@@ -194,6 +199,7 @@ class Link {
   std::shared_ptr<PendingCall> pending_ HOOK_GUARDED_BY(mutex_);
   std::vector<std::pair<abi::ImageMap, UniqueFd>> image_maps_ HOOK_GUARDED_BY(mutex_);
   std::optional<abi::RestoreDone> restore_done_ HOOK_GUARDED_BY(mutex_);
+  bool cancels_restore_ HOOK_GUARDED_BY(mutex_) = false;  // to be sent
 };
 
 // A reply's status as an Error. An unknown code is HF_INTERNAL.

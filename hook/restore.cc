@@ -244,7 +244,10 @@ Result<RestoreOutcome> RestoreBuffers(Link& link, Deadline deadline) {
     if (!registration.ok()) return registration.error();
     Result<RestoreOutcome> outcome =
         RestoreRun(link, std::move(registration.value()), deadline).Run();
-    if (outcome.ok() || outcome.error().code() != HF_ABORTED) return outcome;
+    if (outcome.ok()) return outcome;
+    // Else the agent would hold memory for it, from which the next saves are to come.
+    link.CancelRestore();
+    if (outcome.error().code() != HF_ABORTED) return outcome;
   }
 }
 

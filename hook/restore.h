@@ -3,7 +3,8 @@
 // The agent verifies; here everything that is used as an offset is checked against the registered
 // buffers and the mapped memories, whatever the agent says. If the agent's worker dies in between,
 // the restore begins anew with the next one: every piece is written again, so nothing of the first
-// try remains.
+// try remains. One that ends here for any other reason than the agent's end of it is cancelled
+// there.
 #ifndef HOLDFAST_HOOK_RESTORE_H_
 #define HOLDFAST_HOOK_RESTORE_H_
 

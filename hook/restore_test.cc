@@ -216,6 +216,9 @@ TEST_F(RestoreTest, WrongOffsetsOfTheAgentAreRefused) {
     const Error error = Restore();
     EXPECT_EQ(error.code(), HF_INTERNAL) << "change " << i << ": " << error.text();
   }
+  // Each time the agent was told that nobody waits any more.
+  EXPECT_TRUE(
+      agent_.AwaitMessages(abi::MessageType::kRestoreCancel, static_cast<int>(changes.size())));
   agent_.SetRestore(make());
   EXPECT_TRUE(Restore().ok());
 }
@@ -236,6 +239,52 @@ TEST_F(RestoreTest, ARestoreThatDoesNotEndIsLeftAtTheDeadlineAndCanBeRepeated) {
     EXPECT_TRUE(late.ok() || late.code() == HF_DEADLINE_EXCEEDED) << late.text();
   }
   EXPECT_TRUE(Restore().ok());
+}
+
+// Wherever a restore is left, the agent hears of it: before its reply, while pieces are missing,
+// and where its memories cannot be mapped.
+TEST_F(RestoreTest, TheAgentIsToldOfEveryRestoreThatIsLeft) {
+  std::mt19937 random(6);
+  TestBuffers buffers;
+  buffers.Add("b", 100, 0, random);
+  Register(buffers);
+  TestRestore good;
+  good.map_bytes = {500};
+  // A restore that ends as it should comes behind every message before it.
+  const auto cancels = [&] {
+    agent_.SetRestore(good);
+    EXPECT_TRUE(Restore().ok());
+    return agent_.messages(abi::MessageType::kRestoreCancel);
+  };
+  EXPECT_EQ(cancels(), 0);
+  const auto leave = [&](const TestRestore& script) {
+    const int cancels_before = cancels();
+    const int before = agent_.messages(abi::MessageType::kRestore);
+    agent_.SetRestore(script);
+    hf_code code = HF_OK;
+    // A deadline that short may pass before the request was sent.
+    while (agent_.messages(abi::MessageType::kRestore) == before) {
+      code = job_->Restore(&result_, Deadline::After(kNsPerMs)).code();
+    }
+    EXPECT_NE(code, HF_OK);
+    EXPECT_GT(cancels(), cancels_before);
+  };
+  TestRestore script = good;
+  script.never_ends = true;
+  leave(script);
+  script.never_ends = false;
+  script.map_is_short = true;
+  script.map_bytes = {uint64_t{1} << 62};
+  leave(script);
+  // Silence: it was left before its reply.
+  const int before = cancels();
+  const int asked = agent_.messages(abi::MessageType::kRestore);
+  agent_.FailNext(abi::MessageType::kRestore, TestAgent::Fault::kSilence);
+  while (agent_.messages(abi::MessageType::kRestore) == asked) {
+    // The silence may have been for the one before, so this may even succeed.
+    (void)job_->Restore(&result_, Deadline::After(kNsPerMs));
+  }
+  EXPECT_GT(cancels(), before);
 }
 
 TEST_F(RestoreTest, BlobsAreFoundByNameScopeAndRank) {

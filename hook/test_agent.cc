@@ -419,6 +419,7 @@ void TestAgent::Serve(Message message) {
   if (type == abi::MessageType::kOpen) ServeOpen(message);
   if (type == abi::MessageType::kRegister) ServeRegister(message);
   if (type == abi::MessageType::kRestore) ServeRestore(message);
+  if (type == abi::MessageType::kRestoreCancel) delivering_ = false;
   if (type == abi::MessageType::kClose) EndConnection();
 }
 
@@ -559,7 +560,7 @@ void TestAgent::ServeRestore(const Message& message) {
   ring.produced.store(ring.consumed.load());
   restore_maps_.clear();
   for (uint32_t i = 0; i < script.map_bytes.size(); ++i) {
-    restore_maps_.push_back(TestMemory::Make(script.map_bytes[i]));
+    restore_maps_.push_back(TestMemory::Make(script.map_is_short ? 4096 : script.map_bytes[i]));
     const abi::ImageMap map = {i + 1, 0, script.map_bytes[i]};
     Reply(abi::MessageType::kImageMap, 0, map, {restore_maps_.back()->fd()});
   }
@@ -643,6 +644,7 @@ void TestAgent::Deliver() {
     EndConnection();
     return;
   }
+  if (script.never_ends) return;
   if (delivered_ == script.pieces.size() && ring.consumed.load() == ring.produced.load()) {
     delivering_ = false;
     abi::RestoreDone done = {};

@@ -86,6 +86,8 @@ struct TestRestore {
   std::vector<Blob> blobs;
   hf_code reply_code = HF_OK;
   hf_code done_code = HF_OK;
+  bool never_ends = false;    // no kRestoreDone
+  bool map_is_short = false;  // the memories are of one page, whatever map_bytes says
   // The worker dies, and comes back, after this many pieces were consumed (once).
   std::optional<uint32_t> die_after;
 };

@@ -17,7 +17,7 @@
 namespace holdfast::abi {
 
 inline constexpr uint32_t kProtocolMagic = 0x31464c48;  // "HLF1" in memory
-inline constexpr uint16_t kProtocolVersion = 1;
+inline constexpr uint16_t kProtocolVersion = 2;
 inline constexpr size_t kMessageBytesMax = 4096;
 inline constexpr size_t kMessageFdsMax = 4;
 
@@ -32,12 +32,13 @@ enum class MessageType : uint16_t {
   kRegister = 3,       // fds: [registration document, sealed memfd]
   kRegisterReply = 4,  // fds: [rank memory, registration memory, capture plan (sealed)]
   kRestore = 5,
-  kImageMap = 6,      // agent -> trainer, before kRestoreReply; fds: [memory, read-only]
-  kRestoreReply = 7,  // fds: [restore operations (sealed), blobs (sealed)], none on error
-  kRestoreDone = 8,   // agent -> trainer: after the last entry was consumed, or at an error
-  kClose = 9,         // trainer -> agent; the agent closes the connection in answer
-  kQuery = 10,        // any client of the same user (CLI); no kOpen needed
-  kQueryReply = 11,   // fds: [JSON text, sealed memfd]
+  kImageMap = 6,        // agent -> trainer, before kRestoreReply; fds: [memory, read-only]
+  kRestoreReply = 7,    // fds: [restore operations (sealed), blobs (sealed)], none on error
+  kRestoreDone = 8,     // agent -> trainer: after the last entry was consumed, or at an error
+  kClose = 9,           // trainer -> agent; the agent closes the connection in answer
+  kQuery = 10,          // any client of the same user (CLI); no kOpen needed
+  kQueryReply = 11,     // fds: [JSON text, sealed memfd]
+  kRestoreCancel = 12,  // trainer -> agent: it waits for no restore any more; no body, no reply
 };
 
 struct MessageHeader {

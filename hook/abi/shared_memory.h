@@ -11,7 +11,11 @@
 // by the other:
 //
 //   kEmpty      agent's. No blocks.
-//   kGranted    agent -> trainer: block_table of the slot is filled in and the blocks are free.
+//   kGranted    agent -> trainer: block_table of the slot is filled in and the blocks are free. The
+//               agent takes it back, unless it is claimed, by a compare-and-swap to kEmpty.
+//   kClaimed    trainer's, by a compare-and-swap: hf_save writes the blobs. It goes on to
+//   kCapturing,
+//               or back to kGranted if it fails.
 //   kCapturing  trainer -> agent: hf_save has set step, blob_bytes and save_ns. Copier threads fill
 //               blocks, set block_done[i] (release) behind the last byte of block i, and ring the
 //               doorbell (an eventfd) now and then.
@@ -105,7 +109,8 @@ enum class SlotState : uint32_t {
   kGranted = 1,
   kCapturing = 2,
   kCaptured = 3,
-  kVoid = 4
+  kVoid = 4,
+  kClaimed = 5
 };
 
 inline constexpr uint32_t kSlotsMax = 4;
@@ -141,7 +146,9 @@ static_assert(sizeof(RestoreEntry) == 64);
 // the agent writes it before it increments `produced` (release); the piece's memory is the agent's
 // again once `consumed` passes it. The trainer rings the doorbell whenever it has advanced. It
 // leaves the ring alone from its kRestore to the kRestoreReply, before which the agent sets
-// `produced` to `consumed`: a restore that was cut off by a crash begins anew.
+// `produced` to `consumed`: a restore that was cut off by a crash begins anew. A trainer that
+// leaves a restore before its kRestoreDone (its deadline, an error of its own) says kRestoreCancel.
+// The agent also ends one when it sees a slot in kCapturing: who saves waits for no restore.
 struct RestoreRing {
   std::atomic<uint32_t> produced;  // futex word of the trainer; also woken by kRestoreDone's sender
   uint8_t reserved0[60];

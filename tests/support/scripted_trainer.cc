@@ -185,7 +185,8 @@ std::optional<uint32_t> ScriptedTrainer::BeginSave(
   CHECK(blobs.size() == areas_.size());
   for (uint32_t index = 0; index < next_block_.size(); ++index) {
     abi::ImageSlot& slot = registration().slots[index];
-    if (slot.state.load(std::memory_order_acquire) != abi::SlotState::kGranted) continue;
+    abi::SlotState expected = abi::SlotState::kGranted;
+    if (!slot.state.compare_exchange_strong(expected, abi::SlotState::kClaimed)) continue;
     FillBuffers(step);
     for (size_t i = 0; i < blobs.size(); ++i) {
       const bool stored = blobs[i].has_value() && areas_[i].image_offset != UINT64_MAX;
