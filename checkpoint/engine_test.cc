@@ -400,6 +400,35 @@ TEST(Engine, ARestoreThatIsLeftAtAnyMomentEndsByItself) {
   EXPECT_GT(moments, 5u);
 }
 
+// check_source = all: what a rank had not compared when it died is nobody's restore point, also if
+// the worker dies in between.
+TEST(Engine, WhatWasNotComparedIsNeverCommitted) {
+  for (const bool worker_dies : {false, true}) {
+    SCOPED_TRACE(worker_dies);
+    SimDisk disk;
+    EngineHarness harness(disk, {});
+    ASSERT_OK_AND_ASSIGN(const auto trainers, harness.Launch(2));
+    harness.SaveAll(trainers, 1);
+    for (TestTrainer* trainer : trainers) {
+      const std::optional<uint32_t> slot = harness.BeginSave(*trainer, 2);
+      ASSERT_TRUE(slot.has_value());
+      trainer->script->registration().slots[*slot].must_compare.store(1);
+      trainer->script->CopyBlocks(*slot);
+      // Rank 0 has compared, rank 1 dies before.
+      if (Value(trainer->rank) == 0) trainer->script->Finish(*slot);
+    }
+    harness.Settle();
+    if (worker_dies) harness.CrashWorker(SimDisk::InFlight::kAll);
+    KillAll(harness, trainers);
+    harness.Settle();
+    ASSERT_OK_AND_ASSIGN(const auto again, harness.Launch(2));
+    for (TestTrainer* trainer : again) ExpectState(harness.Restore(*trainer), *trainer, 1, 2);
+    ASSERT_OK_AND_ASSIGN(const Catalog catalog, harness.ReadJob());
+    const CatalogEntry* const entry = catalog.Find({Attempt{1}, Step{2}});
+    EXPECT_TRUE(entry == nullptr || entry->state != CatalogEntry::State::kCommitted);
+  }
+}
+
 // ---- Damaged bytes ----
 
 TEST(Engine, ABadBlockInMemoryComesFromStorage) {

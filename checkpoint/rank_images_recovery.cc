@@ -200,7 +200,12 @@ void RankImagesImpl::TrainerGone() {
     } else if (slot->is(State::kCapturing) && !slot->capture_complete) {
       // It may have died waiting to be asked whether all was well.
       const bool is_whole = shared_.captured_ns(slot->index) != 0;
-      if (is_whole && ScanBlocks(*slot, true).ok()) {
+      if (is_whole && shared_.must_compare(slot->index)) {
+        VoidImage(*slot,
+                  absl::AbortedError("the training process died before it had compared the image "
+                                     "with its tensors (check_source = all)"),
+                  Report::kYes);
+      } else if (is_whole && ScanBlocks(*slot, true).ok()) {
         slot->capture_complete = true;
         TrySeal(*slot);
       } else {

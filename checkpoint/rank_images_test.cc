@@ -340,6 +340,35 @@ TEST_F(RankImagesTest, DeathDuringTheCaptureVoidsAndFreesEverything) {
   }
 }
 
+// check_source = all: whole, but never compared, and nobody is left to do it.
+TEST_F(RankImagesTest, AnImageThatMustBeComparedDiesWithItsTrainer) {
+  for (const bool seen : {true, false}) {
+    for (const bool compared : {true, false}) {
+      SCOPED_TRACE(absl::StrCat(seen, " ", compared));
+      Make();
+      const std::optional<uint32_t> slot = trainer().BeginSave(5, BlobsAt(5));
+      trainer().registration().slots[*slot].must_compare.store(1);
+      if (seen) harness->Settle();
+      ASSERT_TRUE(trainer().CopyBlocks(*slot));
+      if (seen) harness->Settle();
+      if (compared) trainer().Finish(*slot);
+      harness->KillProcess(id);
+      harness->session(id).ProcessDied();
+      harness->Settle();
+      if (compared) {
+        ExpectDurable(5);
+        continue;
+      }
+      ASSERT_TRUE(Image(5).void_status);
+      EXPECT_FALSE(Image(5).sealed);
+      EXPECT_THAT(std::string(Image(5).void_status->message()),
+                  HasSubstr("died before it had compared the image"));
+      EXPECT_THAT(harness->ImageFiles(), IsEmpty());
+      EXPECT_TRUE(harness->session(id).IsFinished());
+    }
+  }
+}
+
 TEST_F(RankImagesTest, WhatWasCapturedSurvivesItsTrainer) {
   Make();
   ASSERT_TRUE(trainer().Save(5, BlobsAt(5)));  // the doorbell was never heard

@@ -121,6 +121,7 @@ void SharedSlots::PublishGrant(uint32_t slot, uint64_t generation,
   shared.save_ns.store(0, std::memory_order_relaxed);
   shared.captured_ns.store(0, std::memory_order_relaxed);
   shared.blocks_done.store(0, std::memory_order_relaxed);
+  shared.must_compare.store(0, std::memory_order_relaxed);
   std::memset(shared.void_text, 0, sizeof(shared.void_text));
   // Pairs with the trainer's acquire: it sees everything above.
   shared.state.store(abi::SlotState::kGranted, std::memory_order_release);
@@ -150,6 +151,9 @@ int64_t SharedSlots::save_ns(uint32_t slot) const {
 }
 int64_t SharedSlots::captured_ns(uint32_t slot) const {
   return Slot(slot).captured_ns.load(std::memory_order_acquire);
+}
+bool SharedSlots::must_compare(uint32_t slot) const {
+  return Slot(slot).must_compare.load(std::memory_order_relaxed) != 0;
 }
 uint8_t SharedSlots::block_done(uint32_t slot, uint32_t block) const {
   CHECK(block < sizes_.block_count);

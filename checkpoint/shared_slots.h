@@ -46,6 +46,7 @@ class SharedSlots {
   uint64_t step(uint32_t slot) const;
   int64_t save_ns(uint32_t slot) const;
   int64_t captured_ns(uint32_t slot) const;
+  bool must_compare(uint32_t slot) const;
   uint8_t block_done(uint32_t slot, uint32_t block) const;
   uint64_t blob_bytes(uint32_t slot, uint32_t blob) const;
   // Why the trainer gave up: never OK, printable.

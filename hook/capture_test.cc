@@ -395,6 +395,21 @@ TEST_F(CaptureTest, AGrantThatIsTakenBackIsNeverSavedInto) {
   EXPECT_GT(taken_back.load(), 100);
 }
 
+TEST_F(CaptureTest, TheAgentKnowsWhatMustBeComparedBeforeItIsCommitted) {
+  for (const CheckSource check : {CheckSource::kNone, CheckSource::kSample, CheckSource::kAll}) {
+    std::mt19937 random(21);
+    Open(&host_, 1, check);
+    TestBuffers buffers;
+    Register(buffers, StraightPlan(buffers, {0}, 2, random));
+    agent_.shared().slots[0].must_compare.store(7);
+    ASSERT_TRUE(job_->Save(1, NoOptions()).ok());
+    EXPECT_EQ(agent_.shared().slots[0].must_compare.load(), check == CheckSource::kAll ? 1u : 0u);
+    EXPECT_TRUE(job_->WaitCaptured(HF_ALL_GROUPS, Deadline::After(kPatienceNs)).ok());
+    EXPECT_EQ(agent_.shared().slots[0].state.load(), SlotState::kCaptured);
+    job_.reset();
+  }
+}
+
 TEST_F(CaptureTest, ABlockTableThatLeavesTheMemoryIsRefused) {
   std::mt19937 random(11);
   Open(&host_);

@@ -86,7 +86,9 @@ typedef struct hf_open_options {
                             compare none, a few random chunks or everything with the source once
                             more in hf_wait_captured. A sample misses a change of a fraction f of
                             the bytes with probability (1 - f)^64 at most: 0.1% of 10%, 53% of 1%.
-                            No image is committed before it was compared */
+                            With `all` no image is committed before it was compared: if the process
+                            dies before that, the image is void. With `sample` an image that was
+                            whole when the process died is committed without the comparison */
   int32_t copy_threads;  /* 0: $HOLDFAST_COPY_THREADS, else 1. Threads that capture, 1 to 16 */
   int64_t deadline_ns;   /* 0: 30 s. Of hf_open itself */
 } hf_open_options;

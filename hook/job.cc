@@ -297,6 +297,8 @@ Error Job::Save(uint64_t step, const hf_save_options& options) {
   unwaited_groups_ = registration->groups();
   // Where nothing is read from tensors, there is nothing to compare and nothing to wait for.
   const bool compares = checker_.mode() != CheckSource::kNone && unwaited_groups_ != 0;
+  image.must_compare.store(compares && checker_.mode() == CheckSource::kAll ? 1 : 0,
+                           std::memory_order_relaxed);
   capture_->Begin(registration, slot.value(), compares ? SealBy::kTrainer : SealBy::kCopier);
   if (unwaited_groups_ == 0) CaptureSucceeded();
   record.call_ns = MonotonicNs() - called_ns;

@@ -24,7 +24,8 @@
 //               (check_source) stores it at the end of hf_wait_captured, so that nothing is
 //               committed before it was compared; until then captured_ns != 0 says that the blocks
 //               are complete. If the trainer dies in kCapturing with captured_ns != 0 and every
-//               block_done set, the agent may take the image as captured.
+//               block_done set, the agent may take the image as captured, unless must_compare is
+//               set (check_source = all): then nobody is left to compare it, and it is void.
 //   kVoid       trainer -> agent: given up; void_code and void_text say why.
 //   The agent takes kCaptured and kVoid slots back to kEmpty when it has recycled the blocks.
 //
@@ -117,13 +118,14 @@ inline constexpr uint32_t kSlotsMax = 4;
 
 struct ImageSlot {
   std::atomic<SlotState> state;
-  std::atomic<int32_t> void_code;     // hf_code, when kVoid
-  std::atomic<uint64_t> generation;   // of the grant; the agent increments it at each
-  std::atomic<uint64_t> step;         // set before kCapturing
-  std::atomic<int64_t> save_ns;       // CLOCK_MONOTONIC when hf_save was called
-  std::atomic<int64_t> captured_ns;   // CLOCK_MONOTONIC when the last block was done; 0 before
-  std::atomic<uint64_t> blocks_done;  // how many block_done are set; a hint, the bytes count
-  uint8_t reserved[16];
+  std::atomic<int32_t> void_code;      // hf_code, when kVoid
+  std::atomic<uint64_t> generation;    // of the grant; the agent increments it at each
+  std::atomic<uint64_t> step;          // set before kCapturing
+  std::atomic<int64_t> save_ns;        // CLOCK_MONOTONIC when hf_save was called
+  std::atomic<int64_t> captured_ns;    // CLOCK_MONOTONIC when the last block was done; 0 before
+  std::atomic<uint64_t> blocks_done;   // how many block_done are set; a hint, the bytes count
+  std::atomic<uint32_t> must_compare;  // set before kCapturing; not 0: see kCaptured
+  uint8_t reserved[12];
   char void_text[448];  // NUL-terminated, set before kVoid
 };
 static_assert(sizeof(ImageSlot) == 512);

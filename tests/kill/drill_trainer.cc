@@ -12,6 +12,10 @@
 //   trouble <what> <code> <text>        a call failed; training goes on
 //   finished <step>             the last step is committed
 // Exit code: 0 finished; 3 a restored value is wrong (printed); 1 anything else.
+//
+// HOLDFAST_DRILL makes it misbehave:
+//   torn    its optimizer does not wait for the capture of the last save; then it kills itself
+#include <signal.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -20,6 +24,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "holdfast.h"
@@ -85,7 +90,8 @@ class Trainer {
       : rank_(std::atoi(arguments[3])),
         world_size_(std::atoi(arguments[4])),
         steps_(std::strtoull(arguments[5], nullptr, 10)),
-        every_(std::strtoull(arguments[6], nullptr, 10)) {
+        every_(std::strtoull(arguments[6], nullptr, 10)),
+        drill_(std::getenv("HOLDFAST_DRILL") == nullptr ? "" : std::getenv("HOLDFAST_DRILL")) {
     options_.root = arguments[1];
     options_.job = arguments[2];
     options_.rank = rank_;
@@ -109,7 +115,9 @@ class Trainer {
       nanosleep(&device, nullptr);
       Check("wait_captured", hf_wait_captured(job_, HF_ALL_GROUPS, 10 * kSecond, &error_), error_);
       state_.Fill(++step_);
+      if (drill_ == "torn" && step_ == last / every_ * every_) AwaitCommit(step_ - every_);
       if (step_ % every_ == 0) Save();
+      if (drill_ == "torn" && step_ == last / every_ * every_) DieWithATornImage();
       Observe();
     }
     return Finish(last / every_ * every_);
@@ -185,6 +193,25 @@ class Trainer {
     Check("save", hf_save(job_, step_, &options, &error_), error_);
   }
 
+  // The ranks are not in step with one another: a death must not fail the save before.
+  void AwaitCommit(uint64_t step) {
+    Check("wait_committed",
+          hf_wait_committed(job_, step, HF_SURVIVE_POWER, 60 * kSecond, &error_), error_);
+  }
+
+  // The bug that check_source finds, and a death before it can.
+  void DieWithATornImage() {
+    state_.Fill(step_ + 1);
+    hf_save_report report = {};
+    report.struct_bytes = sizeof(report);
+    do {
+      const timespec moment = {0, 100'000};
+      nanosleep(&moment, nullptr);
+    } while (hf_report(job_, step_, &report) == HF_OK && report.blocks_captured < report.blocks);
+    Say("torn " + std::to_string(step_));
+    raise(SIGKILL);
+  }
+
   void Observe() {
     hf_info info = {};
     info.struct_bytes = sizeof(info);
@@ -215,6 +242,7 @@ class Trainer {
   const int world_size_;
   const uint64_t steps_;
   const uint64_t every_;
+  const std::string_view drill_;
   hf_open_options options_ = HF_OPEN_OPTIONS_INIT;
   hf_job* job_ = nullptr;
   hf_error error_ = {};

@@ -140,6 +140,25 @@ TEST(EndToEnd, AWorkerThatFindsNoRootWaitsForItAndLosesNothing) {
   EXPECT_TRUE(next[0]->HasSaid("restored 40 1")) << next[0]->output();
 }
 
+// Whole, but changed under capture, and its process dies before it could compare.
+TEST(EndToEnd, ATornImageThatNobodyCouldCompareIsNeverRestored) {
+  Drill drill;
+  drill.Set("HOLDFAST_CHECK_SOURCE", "all");
+  drill.Set("HOLDFAST_DRILL", "torn");
+  Trainers trainers = drill.StartTrainers(2, 4, 2);
+  for (const auto& trainer : trainers) {
+    EXPECT_EQ(trainer->Wait(kDeadline), 128 + SIGKILL) << trainer->output() << drill.Log();
+    EXPECT_TRUE(trainer->HasSaid("torn 4")) << trainer->output();
+  }
+  ASSERT_TRUE(drill.WaitAgentGone(kDeadline));
+  drill.Set("HOLDFAST_DRILL", "");
+  Trainers next = drill.StartTrainers(2, 2, 2);
+  ExpectFinished(drill, next);
+  for (const auto& trainer : next) {
+    EXPECT_TRUE(trainer->HasSaid("restored 2 1")) << trainer->output();
+  }
+}
+
 TEST(EndToEnd, AKeeperThatIsKilledIsReplacedAndNobodyNotices) {
   Drill drill;
   Trainers trainers = drill.StartTrainers(2, 40, 2, /*step_ms=*/5);
