@@ -15,6 +15,7 @@
 #include "agent/process.h"
 #include "base/check.h"
 #include "base/kill_point.h"
+#include "io/errno_status.h"
 
 namespace holdfast {
 namespace {
@@ -24,9 +25,14 @@ constexpr int kAcceptsPerTurn = 64;
 // Messages that a client has not read yet; a restore sends one per image map. Beyond it the
 // connection is closed: its client does not read.
 constexpr size_t kOutgoingMax = 8192;
-// Descriptors of one session: page, registrations, memory, pidfd, doorbell; each also kept.
+// Descriptors of one session: page, registrations, memory, pidfd, doorbell; each also kept; and its
+// connection.
 constexpr uint64_t kFilesPerSession = 32;
 constexpr uint64_t kFilesOfAgent = 512;
+// Connections without a session; each takes a socket and a pidfd, out of kFilesOfAgent.
+constexpr uint64_t kSpareConnectionsMax = 128;
+// Without descriptors the listener stays readable: so long it is not looked at.
+constexpr absl::Duration kAcceptPause = absl::Milliseconds(100);
 
 // What waits in the eventfd is taken without blocking, whatever its flags are: the trainer shares
 // them.
@@ -46,6 +52,10 @@ size_t LocalServer::SessionsFor(uint64_t open_files_max) {
   return std::min<uint64_t>((open_files_max - kFilesOfAgent) / kFilesPerSession, 1024);
 }
 
+size_t LocalServer::ConnectionsFor(uint64_t open_files_max) {
+  return SessionsFor(open_files_max) + std::min(open_files_max / 8, kSpareConnectionsMax);
+}
+
 LocalServer::LocalServer(Options options, int listener, Engine& engine, EventLoop& loop,
                          std::function<std::string()> status_text)
     : options_(std::move(options)),
@@ -55,7 +65,11 @@ LocalServer::LocalServer(Options options, int listener, Engine& engine, EventLoo
       status_text_(std::move(status_text)) {}
 
 LocalServer::~LocalServer() {
-  if (accepting_) loop_.Unwatch(listener_);
+  if (resume_timer_ != 0) {
+    loop_.CancelTimer(resume_timer_);
+  } else if (started_) {
+    loop_.Unwatch(listener_);
+  }
   for (const auto& [id, connection] : connections_) {
     if (connection->watched) loop_.Unwatch(connection->socket.get());
   }
@@ -66,15 +80,32 @@ LocalServer::~LocalServer() {
 }
 
 void LocalServer::Start() {
-  CHECK(!accepting_);
+  CHECK(!started_);
   for (const SessionId session : engine_.sessions()) {
     const int process = engine_.process_fd(session);
     if (process < 0) continue;  // dead already; the engine knows
     const int doorbell = engine_.doorbell_fd(session);
     WatchSession(session, Duplicate(process), doorbell < 0 ? UniqueFd() : Duplicate(doorbell));
   }
-  accepting_ = true;
+  started_ = true;
+  ResumeAccepting();
+}
+
+void LocalServer::ResumeAccepting() {
+  resume_timer_ = 0;
   loop_.Watch(listener_, EventLoop::FdEvents::kReadable, [this] { Accept(); });
+}
+
+// The client waits in the queue meanwhile.
+void LocalServer::PauseAccepting(int error) {
+  ++accept_failure_count_;
+  if (!accept_failed_) {
+    LogError(absl::StrFormat("accept: %s; trying again every %s", ErrnoName(error),
+                             absl::FormatDuration(kAcceptPause)));
+  }
+  accept_failed_ = true;
+  loop_.Unwatch(listener_);
+  resume_timer_ = loop_.RunAfter(kAcceptPause, [this] { ResumeAccepting(); });
 }
 
 void LocalServer::RefuseOpens(std::string reason) {
@@ -85,10 +116,13 @@ void LocalServer::Accept() {
   for (int i = 0; i < kAcceptsPerTurn; ++i) {
     UniqueFd socket(accept4(listener_, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
     if (!socket) {
-      // EMFILE leaves the connection waiting; it is tried again when the loop comes by.
-      if (errno == EMFILE || errno == ENFILE) LogError("accept: no descriptors left");
+      const int error = errno;
+      if (error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM) {
+        PauseAccepting(error);
+      }
       return;
     }
+    accept_failed_ = false;
     if (connections_.size() >= options_.connections_max) {
       LogWarning(
           absl::StrFormat("closing a new connection: %d are open already", connections_.size()));

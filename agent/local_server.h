@@ -34,8 +34,9 @@ class LocalServer {
     uint32_t user_id = 0;      // whose processes are served
     std::string root;          // EngineOptions::root
     uint64_t block_bytes = 0;  // EngineOptions::block_bytes
-    // At the limit a connection is closed as soon as it is accepted.
-    size_t connections_max = 4096;
+    // At the limit a connection is closed as soon as it is accepted. Sized from RLIMIT_NOFILE: see
+    // ConnectionsFor.
+    size_t connections_max = 1024 + 128;
     // At the limit kOpen is refused with kResourceExhausted. Sized from RLIMIT_NOFILE: see
     // SessionsFor.
     size_t sessions_max = 1024;
@@ -43,6 +44,8 @@ class LocalServer {
 
   // How many sessions a process with this RLIMIT_NOFILE can hold, with all that belongs to them.
   static size_t SessionsFor(uint64_t open_files_max);
+  // And how many connections: one of each session, and some of clients that only ask.
+  static size_t ConnectionsFor(uint64_t open_files_max);
 
   // `listener`: a non-blocking listening SEQPACKET socket. `status_text`: the answer to kQuery.
   LocalServer(Options options, int listener, Engine& engine, EventLoop& loop,
@@ -60,6 +63,9 @@ class LocalServer {
   // Connections ever served.
   uint64_t accepted_count() const { return next_connection_ - 1; }
   size_t session_count() const { return sessions_.size(); }
+  // Times that no descriptor was left for a new connection, since the start. It waits in the
+  // listener's queue; accepting pauses for kAcceptPause.
+  uint64_t accept_failure_count() const { return accept_failure_count_; }
   // Messages that were none, since the start.
   uint64_t garbage_count() const { return garbage_count_; }
 
@@ -87,6 +93,8 @@ class LocalServer {
   };
 
   void Accept();
+  void PauseAccepting(int error);
+  void ResumeAccepting();
   Connection* Find(ConnectionId id);
   void UpdateWatch(ConnectionId id);
   void OnReady(ConnectionId id);
@@ -128,7 +136,10 @@ class LocalServer {
   Engine& engine_;
   EventLoop& loop_;
   const std::function<std::string()> status_text_;
-  bool accepting_ = false;
+  bool started_ = false;
+  EventLoop::TimerId resume_timer_ = 0;  // 0: none; else the listener is not watched
+  bool accept_failed_ = false;           // and nothing was accepted since
+  uint64_t accept_failure_count_ = 0;
   absl::Status open_refusal_;
   ConnectionId next_connection_ = 1;
   std::map<ConnectionId, std::unique_ptr<Connection>> connections_;

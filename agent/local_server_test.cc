@@ -447,6 +447,55 @@ TEST_F(LocalServerTest, TheProcessesEndIsADeathEvenIfItsConnectionLivesOn) {
   waitpid(child, nullptr, 0);
 }
 
+// Out of descriptors: the waiting connection keeps the listener readable, which must neither spin
+// nor fill the log; it is served when there is room again.
+TEST_F(LocalServerTest, WithoutDescriptorsItWaitsInsteadOfSpinning) {
+  const UniqueFd served = OpenSession();
+  const UniqueFd waiting = Connect();
+  std::vector<UniqueFd> all;
+  for (;;) {
+    UniqueFd one(fcntl(served.get(), F_DUPFD_CLOEXEC, 0));
+    if (!one) break;
+    all.push_back(std::move(one));
+  }
+  ASSERT_EQ(errno, EMFILE);
+  ASSERT_TRUE(PumpUntil([&] { return server_->accept_failure_count() > 0; }));
+  // A thousand turns take far less than a hundred pauses.
+  Pump(1000);
+  EXPECT_LT(server_->accept_failure_count(), 100u);
+  EXPECT_EQ(server_->connection_count(), 1u);
+  all.clear();
+  EXPECT_TRUE(PumpUntil([&] { return server_->connection_count() == 2; }));
+  Request(waiting, abi::MessageType::kQuery, abi::QueryRequest{abi::QueryKind::kStatus, 0});
+  EXPECT_EQ(HearReply<abi::QueryReply>(waiting, abi::MessageType::kQueryReply, 1).status.code, 0);
+  // It may end while it waits.
+  const UniqueFd late = Connect();
+  const uint64_t failures = server_->accept_failure_count();
+  for (;;) {
+    UniqueFd one(fcntl(served.get(), F_DUPFD_CLOEXEC, 0));
+    if (!one) break;
+    all.push_back(std::move(one));
+  }
+  ASSERT_TRUE(PumpUntil([&] { return server_->accept_failure_count() > failures; }));
+  server_.reset();
+  all.clear();
+  Pump();
+}
+
+TEST_F(LocalServerTest, TheLimitsFitTheDescriptorsOfTheProcess) {
+  for (const uint64_t files : {256, 1024, 4096, 20'000, 33'280, 1 << 20}) {
+    const size_t sessions = LocalServer::SessionsFor(files);
+    const size_t connections = LocalServer::ConnectionsFor(files);
+    EXPECT_GT(connections, sessions) << files;
+    // A session's 32 hold its connection, too; the others take two each.
+    if (files >= 1024) {
+      EXPECT_LT(sessions * 32 + (connections - sessions) * 2, files) << files;
+    }
+  }
+  EXPECT_EQ(LocalServer::SessionsFor(1024), 16u);
+  EXPECT_EQ(LocalServer::ConnectionsFor(1024), 16u + 128u);
+}
+
 TEST_F(LocalServerTest, RestoreSendsMapsThenTheReplyThenTheEnd) {
   const UniqueFd socket = OpenSession();
   Request(socket, abi::MessageType::kRestore, abi::RestoreRequest{7});

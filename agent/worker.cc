@@ -218,6 +218,7 @@ absl::Status Worker::BuildEngine() {
   server_options.root = config_.root;
   server_options.block_bytes = config_.block_bytes;
   server_options.sessions_max = LocalServer::SessionsFor(OpenFilesLimit());
+  server_options.connections_max = LocalServer::ConnectionsFor(OpenFilesLimit());
   server_ = std::make_unique<LocalServer>(std::move(server_options), keeper_->Find(kListenerName),
                                           *engine_, *loop_, [this] { return StatusText(); });
   return absl::OkStatus();
