@@ -305,7 +305,7 @@ TEST_F(DaemonTest, ASidecarStaysInTheForegroundAndEndsAtTerm) {
   kill(started.pid, SIGTERM);
   const Ended ended = Finish(std::move(started));
   EXPECT_EQ(ended.exit_code, 0);
-  EXPECT_THAT(ended.output, HasSubstr("ending: everything is flushed"));
+  EXPECT_THAT(ended.output, HasSubstr("ending: nothing is left to be flushed"));
   EXPECT_FALSE(AgentLives());
 }
 

@@ -51,7 +51,9 @@ constexpr absl::Duration kLook = absl::Milliseconds(10);
 
 constexpr char kFooter[] =
     "The configuration's keys, file and variables: docs/CONFIGURATION.md.\n"
-    "Exit codes: 0 ended as it should; 1 failure; 2 usage or configuration; 75 try again later.";
+    "Exit codes: 0 ended as it should; 1 failure; 2 usage or configuration; 7 ended, and saves "
+    "that\n"
+    "were only in memory are lost (the log names them); 75 try again later.";
 
 struct CommandLine {
   bool is_private = false;

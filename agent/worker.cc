@@ -15,6 +15,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "agent/limits.h"
 #include "agent/log.h"
 #include "agent/process.h"
@@ -39,6 +40,8 @@ constexpr absl::Duration kDrainLook = absl::Milliseconds(20);
 constexpr absl::Duration kTakeOverRetry = absl::Seconds(1);
 
 constexpr char kEndingText[] = "the agent is ending";
+// So many lost saves are named in the log.
+constexpr size_t kLostNamedMax = 20;
 
 uint64_t RandomBits() {
   uint64_t bits = 0;
@@ -126,8 +129,8 @@ void Worker::TakeOver() {
   }
   DropWorld();
   const std::string why(built.message());
-  // A new keeper counts from 0 again, so the count alone says nothing. Whoever has started the agent
-  // waits (kReadyName) until somebody is served.
+  // A new keeper counts from 0 again, so the count alone says nothing. Whoever has started the
+  // agent waits (kReadyName) until somebody is served.
   const bool is_first = restart_count_ == 0 || keeper_->Find(kReadyName) >= 0;
   if (!keeper_->holds_engine_descriptors() && (is_first || config_.is_private)) {
     End(1, absl::StrCat("cannot start: ", why));
@@ -259,20 +262,25 @@ void Worker::OnSignal() {
                           recovered_ ? absl::StrFormat("%d images are still to be flushed",
                                                        engine_->pending_image_count())
                                      : "what the last worker held is still to be taken over"));
-  CheckDrained(clock_.Elapsed() + config_.drain_deadline);
+  const absl::Duration deadline = clock_.Elapsed() + config_.drain_deadline;
+  if (!recovered_) return CheckDrained(deadline);
+  // What trainers have begun until now counts; the engine hears of it in the next turns.
+  for (const SessionId session : engine_->sessions()) engine_->Doorbell(session);
+  loop_->RunAfter(kDrainLook, [this, deadline] { CheckDrained(deadline); });
 }
 
 void Worker::CheckDrained(absl::Duration deadline) {
   const bool knows = recovered_ || !keeper_->holds_engine_descriptors();
   const size_t pending = recovered_ ? engine_->pending_image_count() : 0;
-  if (knows && pending == 0) return End(0, "everything is flushed");
+  if (knows && pending == 0) return EndServing("nothing is left to be flushed");
   if (clock_.Elapsed() >= deadline) {
     const std::string within = absl::FormatDuration(config_.drain_deadline);
-    return End(0, knows ? absl::StrFormat("%d images are not flushed within %s and are lost",
-                                          pending, within)
-                        : absl::StrFormat("what the last worker held could not be taken over "
-                                          "within %s and is lost",
-                                          within));
+    if (knows) {
+      return EndServing(absl::StrFormat("%d images are not flushed within %s", pending, within));
+    }
+    return End(kExitSavesLost, absl::StrFormat("what the last worker held could not be taken over "
+                                               "within %s and is lost",
+                                               within));
   }
   loop_->RunAfter(kDrainLook, [this, deadline] { CheckDrained(deadline); });
 }
@@ -286,13 +294,29 @@ void Worker::CheckIdle() {
   if (busy) idle_since_ = now;
   const absl::Duration left = idle_since_ + config_.linger - now;
   if (!busy && left <= absl::ZeroDuration()) {
-    if (!draining_) End(0, "nobody has needed this agent for its linger time");
+    if (!draining_) EndServing("nobody has needed this agent for its linger time");
     return;
   }
   // Soon enough to notice within a tenth of the linger time, and once a second at most.
   const absl::Duration look =
       std::clamp(config_.linger / 10, absl::Milliseconds(5), absl::Seconds(1));
   loop_->RunAfter(busy ? look : std::min(left, absl::Seconds(1)), [this] { CheckIdle(); });
+}
+
+void Worker::EndServing(const std::string& why) {
+  std::vector<std::string> lost;
+  if (recovered_) {
+    for (const Engine::UncommittedSave& save : engine_->uncommitted_saves()) {
+      lost.push_back(absl::StrFormat("step %d of attempt %d of job %s", Value(save.checkpoint.step),
+                                     Value(save.checkpoint.attempt), save.job));
+    }
+  }
+  if (lost.empty()) return End(0, why);
+  const size_t count = lost.size();
+  if (count > kLostNamedMax) lost.resize(kLostNamedMax);
+  End(kExitSavesLost,
+      absl::StrFormat("ending: %s; %d saves were only in memory and are lost: %s%s", why, count,
+                      absl::StrJoin(lost, ", "), count > kLostNamedMax ? ", ..." : ""));
 }
 
 void Worker::End(int exit_code, const std::string& why) {

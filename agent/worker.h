@@ -30,15 +30,18 @@ namespace holdfast {
 // What the process that started the agent wants to hear: sent once over the descriptor kReadyName.
 inline constexpr char kReadyText[] = "ready\n";
 
+// The agent has ended with saves that were only in memory; the log names them. docs/OPERATING.md.
+inline constexpr int kExitSavesLost = 7;
+
 // Threads: one; it starts the pool's and the ring's.
 class Worker {
  public:
   Worker(AgentConfig config, Handover handover, const Clock& clock);
   ~Worker();
 
-  // Until the end. The exit code of the agent: 0, or 1 if it could not start (then the reason was
-  // logged and sent to the process that waits for it). Before the keeper was told so (Finish), any
-  // return is a death of this worker only.
+  // Until the end. The exit code of the agent: 0, kExitSavesLost, or 1 if it could not start (then
+  // the reason was logged and sent to the process that waits for it). Before the keeper was told so
+  // (Finish), any return is a death of this worker only.
   int Run();
 
  private:
@@ -53,6 +56,8 @@ class Worker {
   void OnSignal();
   void CheckIdle();
   void CheckDrained(absl::Duration deadline);
+  // Ends the agent with 0, or kExitSavesLost if anything that it holds is lost by that.
+  void EndServing(const std::string& why);
   void End(int exit_code, const std::string& why);
   void TellStarter(const std::string& text);
   std::string StatusText() const;

@@ -166,6 +166,13 @@ class Engine {
   // so.
   virtual size_t open_session_count() const = 0;
   virtual size_t pending_image_count() const = 0;
+  // Saves that are captured, or being captured, and not committed on storage: what they hold ends
+  // with the agent. Also such as storage has refused, which can be restored from memory until then.
+  struct UncommittedSave {
+    std::string job;
+    CheckpointId checkpoint;
+  };
+  virtual std::vector<UncommittedSave> uncommitted_saves() const = 0;
 
   // For `holdfast` and the tests: one JSON object, keys documented in docs/OPERATING.md: jobs,
   // attempts, sessions, images (state, blocks captured, checksummed, flushed, void reason), memory,

@@ -587,4 +587,18 @@ size_t EngineImpl::pending_image_count() const {
   return count;
 }
 
+std::vector<Engine::UncommittedSave> EngineImpl::uncommitted_saves() const {
+  std::vector<UncommittedSave> saves;
+  const auto add = [&](const Job& job) {
+    for (const auto& [id, group] : job.groups().groups()) {
+      const bool can_be_committed =
+          group.phase == SaveGroup::Phase::kOpen || group.phase == SaveGroup::Phase::kCommitting;
+      const bool is_only_in_memory = group.phase == SaveGroup::Phase::kFailed && group.sealed;
+      if (can_be_committed || is_only_in_memory) saves.push_back({job.name(), id});
+    }
+  };
+  for (const auto& [name, job] : jobs_) add(*job);
+  return saves;
+}
+
 }  // namespace holdfast

@@ -45,6 +45,7 @@ class EngineImpl final : public Engine {
   std::vector<SessionId> sessions() const override;
   size_t open_session_count() const override;
   size_t pending_image_count() const override;
+  std::vector<UncommittedSave> uncommitted_saves() const override;
   std::string StatusJson() const override;
 
  private:

@@ -261,8 +261,15 @@ TEST(Engine, TheNewestSealedStateIsRestoredFromMemory) {
   ASSERT_OK_AND_ASSIGN(const auto trainers, harness.Launch(2));
   harness.SaveAll(trainers, 1);
   disk.FailOperationsFrom(SimDisk::Operation::kRingSync, 0, absl::DataLossError("EIO"));
+  EXPECT_TRUE(harness.engine().uncommitted_saves().empty());
   harness.SaveAll(trainers, 2);
   EXPECT_GT(disk.fault_count(), 0u);
+  // Nothing is pending any more, but the state of step 2 would end with the agent.
+  EXPECT_EQ(harness.engine().pending_image_count(), 0u);
+  ASSERT_EQ(harness.engine().uncommitted_saves().size(), 1u);
+  EXPECT_EQ(harness.engine().uncommitted_saves()[0].job, "job");
+  EXPECT_EQ(harness.engine().uncommitted_saves()[0].checkpoint,
+            (CheckpointId{Attempt{1}, Step{2}}));
   EXPECT_EQ(EngineHarness::CommittedProcess(*trainers[0]), 2u);
   EXPECT_EQ(EngineHarness::CommittedPower(*trainers[0]), 1u);
   KillAll(harness, trainers);
@@ -275,7 +282,14 @@ TEST(Engine, TheNewestSealedStateIsRestoredFromMemory) {
     EXPECT_EQ(outcome.bytes_from_memory, outcome.bytes);
   }
   // Its successor is a child of what storage has.
-  harness.SaveAll(again, 3);
+  ASSERT_TRUE(harness.BeginSave(*again[0], 3).has_value());
+  harness.Settle();
+  EXPECT_EQ(harness.engine().uncommitted_saves().size(), 2u);
+  again[0]->script->CopyBlocks(0);
+  harness.FinishSave(*again[0], 0);
+  for (const size_t rank : {1, 2}) ASSERT_TRUE(harness.Save(*again[rank], 3));
+  harness.Settle();
+  EXPECT_TRUE(harness.engine().uncommitted_saves().empty());
   EXPECT_EQ(EngineHarness::CommittedPower(*again[0]), 3u);
   ASSERT_OK_AND_ASSIGN(const Catalog catalog, harness.ReadJob());
   EXPECT_EQ(catalog.Find({Attempt{2}, Step{3}})->manifest->parent,

@@ -6,6 +6,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/file.h>
+#include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -219,6 +220,16 @@ bool Drill::WaitAgentGone(absl::Duration deadline) const {
         return !lock || flock(lock.get(), LOCK_EX | LOCK_NB) == 0;
       },
       deadline);
+}
+
+void Drill::AdoptAgents() { CHECK(prctl(PR_SET_CHILD_SUBREAPER, 1) == 0); }
+
+int Drill::WaitAgentCode(pid_t keeper, absl::Duration deadline) const {
+  int status = 0;
+  const bool ended =
+      WaitUntil([&] { return waitpid(keeper, &status, WNOHANG) == keeper; }, deadline);
+  if (!ended) return -1;
+  return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 }
 
 void Drill::KillAgent() {

@@ -80,6 +80,11 @@ class Drill {
   pid_t KeeperPid() const;
   // Waits until no process of an agent lives (its lock is free); false at the deadline.
   bool WaitAgentGone(absl::Duration deadline) const;
+  // From now on agents that detach themselves become children of this process, so that
+  // WaitAgentCode can learn how they ended.
+  void AdoptAgents();
+  // Waits for the end of this keeper: its exit code, or 128 + signal; -1 at the deadline.
+  int WaitAgentCode(pid_t keeper, absl::Duration deadline) const;
   // SIGKILL to both processes, and waits.
   void KillAgent();
   // Forgets the log, so that the next HasLogged speaks of the next agent.

@@ -14,6 +14,8 @@
 // Exit code: 0 finished; 3 a restored value is wrong (printed); 1 anything else.
 //
 // HOLDFAST_DRILL makes it misbehave:
+//   stop    stops itself behind the last save, while that waits for its comparison. Prints
+//   stopping <step>
 //   torn    its optimizer does not wait for the capture of the last save; then it kills itself
 #include <signal.h>
 #include <time.h>
@@ -118,6 +120,10 @@ class Trainer {
       if (drill_ == "torn" && step_ == last / every_ * every_) AwaitCommit(step_ - every_);
       if (step_ % every_ == 0) Save();
       if (drill_ == "torn" && step_ == last / every_ * every_) DieWithATornImage();
+      if (drill_ == "stop" && step_ == last / every_ * every_) {
+        Say("stopping " + std::to_string(step_));
+        raise(SIGSTOP);
+      }
       Observe();
     }
     return Finish(last / every_ * every_);
@@ -195,8 +201,8 @@ class Trainer {
 
   // The ranks are not in step with one another: a death must not fail the save before.
   void AwaitCommit(uint64_t step) {
-    Check("wait_committed",
-          hf_wait_committed(job_, step, HF_SURVIVE_POWER, 60 * kSecond, &error_), error_);
+    Check("wait_committed", hf_wait_committed(job_, step, HF_SURVIVE_POWER, 60 * kSecond, &error_),
+          error_);
   }
 
   // The bug that check_source finds, and a death before it can.

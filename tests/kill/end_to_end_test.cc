@@ -140,6 +140,55 @@ TEST(EndToEnd, AWorkerThatFindsNoRootWaitsForItAndLosesNothing) {
   EXPECT_TRUE(next[0]->HasSaid("restored 40 1")) << next[0]->output();
 }
 
+// What an agent takes with it is named, and its exit code says so.
+TEST(EndToEnd, ASaveThatIsNotCommittedWhenTheAgentEndsIsNamed) {
+  Drill drill;
+  drill.AdoptAgents();
+  drill.Set("HOLDFAST_DRAIN_DEADLINE", "300ms");
+  drill.Set("HOLDFAST_DRILL", "stop");
+  Trainers trainers = drill.StartTrainers(2, 4, 2);
+  for (const auto& trainer : trainers) {
+    ASSERT_TRUE(WaitUntil(
+        [&] {
+          trainer->ReadOutput();
+          return trainer->HasSaid("stopping 4");
+        },
+        kDeadline))
+        << trainer->output() << drill.Log();
+  }
+  const pid_t keeper = drill.KeeperPid();
+  ASSERT_EQ(kill(keeper, SIGTERM), 0);
+  EXPECT_EQ(drill.WaitAgentCode(keeper, kDeadline), 7) << drill.Log();
+  const std::string log = drill.Log();
+  EXPECT_EQ(Count(log, "saves were only in memory and are lost: step 4 of attempt 1 of job drill"),
+            1u)
+      << log;
+  EXPECT_EQ(Count(log, "ending: 2 images are not flushed within 300ms; 1 saves"), 1u) << log;
+}
+
+TEST(EndToEnd, AnAgentThatIsToldToEndWhileItCannotTakeOverSaysWhatThatCosts) {
+  Drill drill;
+  drill.AdoptAgents();
+  drill.Set("HOLDFAST_DRAIN_DEADLINE", "300ms");
+  Trainers trainers = drill.StartTrainers(2, 400, 2, /*step_ms=*/5);
+  ASSERT_TRUE(WaitUntil(
+      [&] {
+        trainers[0]->ReadOutput();
+        return trainers[0]->LastNumber("committed").value_or(0) >= 4;
+      },
+      kDeadline))
+      << trainers[0]->output() << drill.Log();
+  const pid_t keeper = drill.KeeperPid();
+  std::filesystem::rename(drill.root(), drill.root() + ".away");
+  std::ofstream(drill.root()) << "not a directory";
+  kill(drill.WorkerPid(), SIGKILL);
+  ASSERT_TRUE(drill.WaitForLog("cannot take over from the last worker: ", kDeadline));
+  kill(keeper, SIGTERM);
+  EXPECT_EQ(drill.WaitAgentCode(keeper, kDeadline), 7) << drill.Log();
+  EXPECT_NE(drill.Log().find("could not be taken over within 300ms and is lost"),
+            std::string::npos);
+}
+
 // Whole, but changed under capture, and its process dies before it could compare.
 TEST(EndToEnd, ATornImageThatNobodyCouldCompareIsNeverRestored) {
   Drill drill;
