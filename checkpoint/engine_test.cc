@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_format.h"
 #include "checkpoint/engine_testing.h"
+#include "hook/abi/shared_memory.h"
 #include "tests/support/status_matchers.h"
 
 namespace holdfast {
@@ -124,6 +125,38 @@ TEST(Engine, SaveBeginsWhileTheLastOneStillFlushes) {
   EXPECT_EQ(EngineHarness::CommittedPower(*trainers[0]), 2u);
   ASSERT_OK_AND_ASSIGN(const Catalog catalog, harness.ReadJob());
   EXPECT_EQ(catalog.entries.size(), 2u);
+}
+
+// The whole agent is killed; its trainers go on in their attempt with a new one, which tells them
+// what became of their saves.
+TEST(Engine, ANewAgentReportsWhatTheAttemptHasCommitted) {
+  SimDisk disk;
+  EngineHarness harness(disk, {});
+  ASSERT_OK_AND_ASSIGN(const auto trainers, harness.Launch(2));
+  const uint64_t last = abi::kReportCount + 3;
+  for (uint64_t step = 1; step <= last; ++step) harness.SaveAll(trainers, step);
+  // Captured by all, on storage of none.
+  disk.FailOperationsFrom(SimDisk::Operation::kRingSync, 0, absl::DataLossError("EIO"));
+  harness.SaveAll(trainers, last + 1);
+  disk.ClearFaults();
+  harness.CrashAgent();
+  for (TestTrainer* trainer : trainers) {
+    ASSERT_OK(harness.Reconnect(*trainer).status());
+    ASSERT_OK(harness.Register(*trainer));
+    EXPECT_EQ(EngineHarness::CommittedPower(*trainer), last);
+    for (uint64_t step = 1; step <= last + 1; ++step) {
+      const auto report = trainer->script->ReportOf(step);
+      const bool is_kept = step > last - abi::kReportCount && step <= last;
+      ASSERT_EQ(report.has_value(), is_kept) << step;
+      if (is_kept) {
+        EXPECT_EQ(report->state, 4u) << step;
+      }
+    }
+  }
+  harness.SaveAll(trainers, last + 2);
+  EXPECT_EQ(EngineHarness::CommittedPower(*trainers[1]), last + 2);
+  EXPECT_EQ(trainers[0]->script->ReportOf(last + 2)->state, 4u);
+  EXPECT_EQ(trainers[0]->script->ReportOf(last)->state, 4u);
 }
 
 // ---- Saves that cannot be complete ----

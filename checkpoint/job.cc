@@ -2,6 +2,7 @@
 #include "checkpoint/job.h"
 
 #include <algorithm>
+#include <iterator>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -12,6 +13,7 @@
 #include "base/status_macros.h"
 #include "checkpoint/describe.h"
 #include "checkpoint/job_impl.h"
+#include "hook/abi/shared_memory.h"
 
 namespace holdfast {
 namespace {
@@ -176,12 +178,34 @@ void Job::TryAdmit(Applicant applicant, int tries_left,
                       if (!may_join.ok()) {
                         then(may_join.status());
                       } else if (*may_join) {
-                        AddAttempt(*view.newest);
-                        then(Admission{view.newest->attempt, uuid_});
+                        JoinNewest(*view.newest, std::move(then));
                       } else {
                         BeginNext(view.newest, std::move(applicant), tries_left, std::move(then));
                       }
                     });
+}
+
+// An attempt that an agent before this one began: what it has committed is only known to storage.
+void Job::JoinNewest(const AttemptRecord& newest,
+                     std::function<void(absl::StatusOr<Admission>)> then) {
+  if (attempts_.contains(newest.attempt)) {
+    AddAttempt(newest);
+    then(Admission{newest.attempt, uuid_});
+    return;
+  }
+  OnPool<absl::StatusOr<Catalog>>(
+      [file_system = &world_.file_system, root = options_.root, job = options_.name] {
+        return ReadCatalog(*file_system, root, job);
+      },
+      [this, newest, then = std::move(then)](absl::StatusOr<Catalog> catalog) {
+        if (!catalog.ok()) {
+          then(catalog.status());
+          return;
+        }
+        RememberCommitted(*catalog);
+        AddAttempt(newest);
+        then(Admission{newest.attempt, uuid_});
+      });
 }
 
 void Job::BeginNext(const std::optional<AttemptRecord>& newest, Applicant applicant, int tries_left,
@@ -269,6 +293,17 @@ void Job::RaiseCommitted(Session& session) const {
   session.reports().RaiseCommitted(newest->step, Survives::kPower);
 }
 
+// A process that outlived its agent asks for what it saved with the one before.
+void Job::ReportEarlierCommits(Session& session) const {
+  const Attempt attempt = session.identity().attempt;
+  auto first = committed_.lower_bound({attempt, Step{0}});
+  const auto end = committed_.upper_bound({attempt, Step{UINT64_MAX}});
+  const auto count = std::distance(first, end);
+  const auto kept = static_cast<std::ptrdiff_t>(abi::kReportCount);
+  if (count > kept) std::advance(first, count - kept);
+  for (; first != end; ++first) session.reports().AddCommitted(first->step);
+}
+
 void Job::AddSession(Session& session) {
   const SessionIdentity& identity = session.identity();
   sessions_[identity.session] = &session;
@@ -280,6 +315,7 @@ void Job::AddSession(Session& session) {
   }
   ranks[identity.rank] = identity.session;
   groups_.RankJoined(identity.attempt, identity.rank);
+  ReportEarlierCommits(session);
   RaiseCommitted(session);
   session.Start(groups_);
 }

@@ -141,6 +141,7 @@ class Job final : private SaveGroups::Host {
                                const Applicant& applicant) const;
   bool HasOpenRank(const AttemptState& attempt) const;
   bool AsksAgain(const AttemptState& attempt, const Applicant& applicant) const;
+  void JoinNewest(const AttemptRecord& newest, std::function<void(absl::StatusOr<Admission>)> then);
   void BeginNext(const std::optional<AttemptRecord>& newest, Applicant applicant, int tries_left,
                  std::function<void(absl::StatusOr<Admission>)> then);
   void Fence(Attempt newest);
@@ -152,6 +153,7 @@ class Job final : private SaveGroups::Host {
   Session* FindSession(SessionId id) const;
   RankImages* FindImages(ImageId id) const;
   void RaiseCommitted(Session& session) const;
+  void ReportEarlierCommits(Session& session) const;
   void RememberCommitted(const Catalog& catalog);
 
   // ---- Restore points (job_restore.cc) ----

@@ -156,6 +156,18 @@ void SaveReports::SetCommitted(Step step, Survives survives, absl::Duration now)
   RaiseCommitted(step, survives);
 }
 
+void SaveReports::AddCommitted(Step step) {
+  if (Find(step) != nullptr) return;
+  Entry& entry = entries_[next_entry_];
+  next_entry_ = (next_entry_ + 1) % abi::kReportCount;
+  entry = Entry();
+  entry.step = step;
+  entry.state = SaveState::kCommittedPower;
+  Publish(entry);
+  page().next_report_index.store(next_entry_, std::memory_order_release);
+  Wake();
+}
+
 void SaveReports::SetFailed(Step step, const absl::Status& why) {
   CHECK(!why.ok());
   Entry* entry = Find(step);

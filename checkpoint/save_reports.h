@@ -57,6 +57,9 @@ class SaveReports {
   // The checkpoint of `step` is committed, for all ranks; `now` as in Begin. Also raises the page's
   // committed_*_step.
   void SetCommitted(Step step, Survives survives, absl::Duration now);
+  // Of a step that was committed, surviving power, before this page was made (the agent is new, the
+  // attempt is not): takes the next entry. Ignored if the step has one.
+  void AddCommitted(Step step);
   // Final, but for a step that is committed surviving power already (then ignored). `why` not OK.
   void SetFailed(Step step, const absl::Status& why);
   // The newest committed step of this attempt without an entry of its own (after a restart, or a

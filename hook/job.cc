@@ -503,10 +503,15 @@ Error Job::Report(uint64_t step, hf_save_report* report) const {
     report->flush_ns = agent->flush_ns;
     report->commit_ns = agent->commit_ns;
     if (error.ok()) error = agent->error;
+  } else if (record->state != HF_SAVE_FAILED &&
+             link_->page().committed_power_step.load(std::memory_order_acquire) == step) {
+    report->state = HF_SAVE_COMMITTED_POWER;  // by an agent that is gone
   } else if (record->state != HF_SAVE_FAILED && record->session_id != link_->session().id) {
     report->state = HF_SAVE_FAILED;
     error = Error(HF_ABORTED, "the agent that held the image of step %llu is gone", Print(step));
   }
+  // An agent that has only found it on storage did not count.
+  if (report->state == HF_SAVE_COMMITTED_POWER) report->blocks_flushed = report->blocks;
   report->error.code = error.code();
   std::memcpy(report->error.text, error.text(), std::strlen(error.text()) + 1);
   return Error();

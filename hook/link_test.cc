@@ -392,6 +392,41 @@ TEST_F(LinkTest, ReportsJoinWhatBothSidesKnow) {
   EXPECT_EQ(job_->Report(10, &report).code(), HF_OK);
 }
 
+// The agent that committed it is gone, the checkpoint is not.
+TEST_F(LinkTest, WhatIsCommittedStaysSoWithANewAgent) {
+  OpenAndRegister();
+  for (const uint64_t step : {1, 2, 3}) {
+    ASSERT_TRUE(SaveAndWait(step).ok());
+    if (step < 3) agent_.Report(step, HF_SAVE_COMMITTED_POWER);
+    agent_.Grant(0);
+    agent_.Grant(1);
+  }
+  agent_.ReplaceAgent();
+  ASSERT_TRUE(AwaitConnected(1));
+  hf_save_report report = {};
+  // Before the new agent has said anything, and with what a page can say of any step.
+  ASSERT_TRUE(job_->Report(2, &report).ok());
+  EXPECT_EQ(report.state, HF_SAVE_FAILED);
+  agent_.page().committed_power_step.store(2);
+  agent_.page().committed_process_step.store(2);
+  ASSERT_TRUE(job_->Report(2, &report).ok());
+  EXPECT_EQ(report.state, HF_SAVE_COMMITTED_POWER);
+  EXPECT_EQ(report.error.code, HF_OK);
+  EXPECT_EQ(report.blocks_flushed, report.blocks);
+  EXPECT_EQ(job_->WaitCommitted(2, HF_SURVIVE_POWER, Deadline::After(0)).code(), HF_OK);
+  // An older one has an entry of its own.
+  agent_.Report(1, HF_SAVE_COMMITTED_POWER);
+  agent_.page().committed_power_step.store(2);
+  ASSERT_TRUE(job_->Report(1, &report).ok());
+  EXPECT_EQ(report.state, HF_SAVE_COMMITTED_POWER);
+  EXPECT_EQ(job_->WaitCommitted(1, HF_SURVIVE_POWER, Deadline::After(0)).code(), HF_OK);
+  // What was only in the old agent's memory is lost, and says so.
+  ASSERT_TRUE(job_->Report(3, &report).ok());
+  EXPECT_EQ(report.state, HF_SAVE_FAILED);
+  EXPECT_EQ(report.error.code, HF_ABORTED);
+  EXPECT_EQ(job_->WaitCommitted(3, HF_SURVIVE_POWER, Deadline::After(0)).code(), HF_ABORTED);
+}
+
 TEST_F(LinkTest, ASecondRegistrationReplacesTheFirst) {
   OpenAndRegister();
   ASSERT_TRUE(SaveAndWait(1).ok());
