@@ -100,6 +100,7 @@ Result<std::unique_ptr<Job>> Job::Open(const Settings& settings, SourceReader* r
   Result<std::unique_ptr<Link>> link = Link::Open(std::move(options), deadline);
   if (!link.ok()) return link.error();
   job->link_ = std::move(link.value());
+  job->due_every_steps_ = job->link_->page().due_every_steps;
   return job;
 }
 
@@ -129,11 +130,9 @@ Error Job::Register(const char* layout_json, std::span<const hf_buffer> buffers,
   return Error();
 }
 
+// Of nothing that one rank could see earlier than another: not of the connection, nor of a fence.
 bool Job::Due(uint64_t step) const {
-  const abi::RankPage& page = link_->page();
-  const uint64_t every = page.due_every_steps;
-  if (every == 0 || step == 0 || step % every != 0) return false;
-  return page.fenced_by.load(std::memory_order_acquire) == 0 && link_->WorthWaiting().ok();
+  return due_every_steps_ != 0 && step != 0 && step % due_every_steps_ == 0;
 }
 
 // ---- Save

@@ -97,6 +97,8 @@ class Job {
   std::unique_ptr<Capture> capture_;
   std::unique_ptr<Link> link_;
 
+  // Of the agent that the job was opened with.
+  uint64_t due_every_steps_ = 0;
   Link::Snapshot snapshot_;
 
   // Of the capture that runs.

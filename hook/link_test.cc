@@ -178,7 +178,6 @@ TEST_F(LinkTest, WithoutAnAgentEveryCallSaysSoAtOnceAndWorksAgainWhenItIsBack) {
   EXPECT_EQ(committed.code(), HF_UNAVAILABLE) << committed.text();
   EXPECT_EQ(job_->Restore(&result, Deadline::Never()).code(), HF_UNAVAILABLE);
   EXPECT_EQ(RegisterAll(*job_, buffers_).code(), HF_UNAVAILABLE);
-  EXPECT_FALSE(job_->Due(2));
   job_->Beat(3);
   job_->BeginSection("alone");
   job_->EndSection();
@@ -320,8 +319,21 @@ TEST_F(LinkTest, DueFollowsTheAgentsSchedule) {
   for (uint64_t step = 0; step < 20; ++step) {
     EXPECT_EQ(job_->Due(step), step > 0 && step % 4 == 0) << step;
   }
+  // One rank sees a fence, a loss or another agent before the next: the answer stays the same.
+  const auto expect_same = [&](const char* when) {
+    EXPECT_TRUE(job_->Due(4)) << when;
+    EXPECT_FALSE(job_->Due(6)) << when;
+  };
   agent_.Fence(5);
-  EXPECT_FALSE(job_->Due(4));
+  expect_same("fenced");
+  EXPECT_EQ(job_->Save(4, NoOptions()).code(), HF_FAILED_PRECONDITION);
+  agent_.SetDueEvery(3);
+  agent_.ReplaceAgent();
+  ASSERT_TRUE(AwaitConnected(1));
+  expect_same("another agent");
+  agent_.Vanish();
+  ASSERT_TRUE(agent_.Await([&] { return job_->Save(4, NoOptions()).code() == HF_UNAVAILABLE; }));
+  expect_same("no agent");
 }
 
 TEST_F(LinkTest, CommitsAreSeenByTheFaultsThatTheySurvive) {
