@@ -16,10 +16,13 @@
 #include <fstream>
 #include <iterator>
 #include <map>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_split.h"
 #include "agent/log.h"
 #include "agent/packet.h"
 #include "agent/peer.h"
@@ -27,6 +30,7 @@
 #include "agent/runtime_directory.h"
 #include "base/check.h"
 #include "base/clock.h"
+#include "base/crc32c.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
@@ -307,6 +311,49 @@ TEST_F(DaemonTest, ASidecarStaysInTheForegroundAndEndsAtTerm) {
   EXPECT_EQ(ended.exit_code, 0);
   EXPECT_THAT(ended.output, HasSubstr("ending: nothing is left to be flushed"));
   EXPECT_FALSE(AgentLives());
+}
+
+// A device with sectors of 16 KiB, as the kernel would report it: the facts of the mount are
+// planted where the agent keeps them.
+TEST_F(DaemonTest, BlocksSmallerThanTheDevicesAlignmentGoThroughThePageCache) {
+  environment_["HOLDFAST_BLOCK_BYTES"] = "4KiB";
+  ASSERT_EQ(Run(PrivateArguments()).exit_code, 0);
+  Query();  // its first client, so that it ends after its linger time
+  ASSERT_TRUE(WaitUntil([this] { return !AgentLives(); }));
+  std::string cache;
+  for (const auto& entry :
+       std::filesystem::directory_iterator(absl::StrCat(directory_, "/state/holdfast"))) {
+    if (entry.path().filename().string().rfind("mount-", 0) == 0) cache = entry.path().string();
+  }
+  ASSERT_FALSE(cache.empty());
+  std::string text;
+  for (const absl::string_view line : absl::StrSplit(ReadText(cache), '\n', absl::SkipEmpty())) {
+    const std::string name = std::string(line.substr(0, line.find('=')));
+    if (name == "crc32c") continue;
+    std::string kept(line);
+    if (name == "direct_supported") kept = "direct_supported=1";
+    if (name == "direct_refusal") kept = "direct_refusal=";
+    if (name == "alignment_bytes") kept = "alignment_bytes=16384";
+    absl::StrAppend(&text, kept, "\n");
+  }
+  absl::StrAppendFormat(&text, "crc32c=%08x\n", Crc32c(std::as_bytes(std::span(text))));
+  std::ofstream(cache) << text;
+
+  const auto caching = [&] {
+    EXPECT_EQ(Run(PrivateArguments()).exit_code, 0);
+    const json agent = Query()["agent"];
+    EXPECT_TRUE(WaitUntil([this] { return !AgentLives(); }));
+    return absl::StrCat(agent.value("flush", ""), " ", agent.value("restore", ""));
+  };
+  EXPECT_EQ(caching(), "buffered buffered");
+  EXPECT_THAT(ReadText(absl::StrCat(directory_, "/run/agent.log")),
+              HasSubstr("through the page cache: blocks of 4096 bytes: direct transfers there need "
+                        "multiples of 16384 bytes"));
+  environment_["HOLDFAST_DIRECT"] = "on";
+  EXPECT_THAT(Run(PrivateArguments()).output, HasSubstr("multiples of 16384 bytes"));
+  // Larger blocks do; what an earlier agent wrote in small ones is read all the same.
+  environment_["HOLDFAST_BLOCK_BYTES"] = "64KiB";
+  EXPECT_EQ(caching(), "direct buffered");
 }
 
 TEST_F(DaemonTest, ADeadWorkerIsReplacedAndTheSocketStaysTheSame) {

@@ -23,6 +23,7 @@
 #include "base/check.h"
 #include "base/kill_point.h"
 #include "base/status_macros.h"
+#include "format/image.h"
 #include "io/errno_status.h"
 #include "io/open_ring.h"
 #include "io/posix_file_system.h"
@@ -42,6 +43,8 @@ constexpr absl::Duration kTakeOverRetry = absl::Seconds(1);
 constexpr char kEndingText[] = "the agent is ending";
 // So many lost saves are named in the log.
 constexpr size_t kLostNamedMax = 20;
+
+const char* NameOf(Caching caching) { return caching == Caching::kDirect ? "direct" : "buffered"; }
 
 uint64_t RandomBits() {
   uint64_t bits = 0;
@@ -194,9 +197,13 @@ absl::Status Worker::MakeDirectories() {
 }
 
 absl::Status Worker::BuildEngine() {
-  if (config_.direct == DirectIo::kOn && !mount_.direct_supported) {
-    return absl::FailedPreconditionError(absl::StrFormat(
-        "direct = on, but %s refuses direct transfers: %s", config_.root, mount_.direct_refusal));
+  const std::string refusal = mount_.DirectRefusal(config_.block_bytes);
+  if (config_.direct == DirectIo::kOn && !refusal.empty()) {
+    return absl::FailedPreconditionError(
+        absl::StrFormat("direct = on, but %s refuses direct transfers: %s", config_.root, refusal));
+  }
+  if (config_.direct != DirectIo::kOff && mount_.direct_supported && !refusal.empty()) {
+    LogWarning(absl::StrFormat("%s: through the page cache: %s", config_.root, refusal));
   }
   FileStore::Options store_options;
   store_options.root = config_.root;
@@ -212,7 +219,15 @@ absl::Status Worker::BuildEngine() {
   options.images_per_rank_max = config_.images_in_memory;
   options.due_every_steps = config_.due_every_steps;
   options.flush_writes_in_flight_max = config_.flush_writes_in_flight;
-  options.flush_caching = config_.direct == DirectIo::kOff ? Caching::kBuffered : mount_.caching();
+  if (config_.direct == DirectIo::kOff || !refusal.empty()) {
+    flush_caching_ = Caching::kBuffered;
+  }
+  // What is restored may have been written with the smallest blocks that there are.
+  if (config_.direct == DirectIo::kOff || !mount_.DirectRefusal(kBlockBytesMin).empty()) {
+    restore_caching_ = Caching::kBuffered;
+  }
+  options.flush_caching = flush_caching_;
+  options.restore_caching = restore_caching_;
   const EngineWorld world{*file_system_, *ring_, *loop_, *pool_, clock_, *store_, *keeper_};
   ASSIGN_OR_RETURN(engine_, Engine::Create(std::move(options), world));
 
@@ -361,6 +376,8 @@ std::string Worker::StatusText() const {
            {"socket", config_.socket},
            {"ring", ring_->Describe()},
            {"mount", mount_.Describe()},
+           {"flush", NameOf(flush_caching_)},
+           {"restore", NameOf(restore_caching_)},
            {"open_sessions", engine_->open_session_count()},
            {"pending_images", engine_->pending_image_count()},
            {"connections", server_->connection_count()},

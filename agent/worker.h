@@ -81,6 +81,8 @@ class Worker {
   std::unique_ptr<LocalServer> server_;
 
   UniqueFd signal_fd_;
+  Caching flush_caching_ = Caching::kDirect;
+  Caching restore_caching_ = Caching::kDirect;
   std::string take_over_failure_;  // the last one that was logged
   bool recovered_ = false;         // the engine knows what the last worker held
   bool draining_ = false;

@@ -40,6 +40,7 @@ struct EngineOptions {
   uint64_t due_every_steps = 0;              // 0: never due by itself
   uint32_t flush_writes_in_flight_max = 8;   // of one image
   Caching flush_caching = Caching::kDirect;  // as probed for the root's mount
+  Caching restore_caching = Caching::kDirect;  // the same, for blocks of any size
   // Makes names of partial files and numbers of sessions unlike those of every other agent that
   // ever wrote in the root: [a-z0-9]{1,32}. Empty: made up at random.
   std::string writer;

@@ -116,7 +116,7 @@ Job& EngineImpl::JobOf(const std::string& name) {
     job = std::make_unique<Job>(Job::Options{.root = options_.root,
                                              .name = name,
                                              .writer = options_.writer,
-                                             .caching = options_.flush_caching},
+                                             .caching = options_.restore_caching},
                                 world_);
   }
   return *job;

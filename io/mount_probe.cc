@@ -35,7 +35,8 @@ namespace {
 
 constexpr uint64_t kAlignmentBytesDefault = 4096;
 constexpr uint64_t kAlignmentBytesMax = 65536;
-constexpr uint64_t kTrialBytes = 65536;  // a multiple of every alignment that we accept
+constexpr uint64_t kMemoryAlignmentBytes = 4096;  // of every buffer of ours: a page
+constexpr uint64_t kTrialBytes = 65536;           // a multiple of every alignment that we accept
 constexpr uint32_t kTransfersInFlightBuffered = 8;
 constexpr int kTrialNamesMax = 100;
 constexpr uint64_t kCacheFileBytesMax = 4096;
@@ -91,7 +92,12 @@ void AskAlignment(const std::string& path, MountFacts& facts) {
   }
   const uint64_t alignment =
       std::max<uint64_t>(found.stx_dio_mem_align, found.stx_dio_offset_align);
-  if (IsUsableAlignment(alignment)) {
+  if (found.stx_dio_mem_align > kMemoryAlignmentBytes) {
+    facts.direct_supported = false;
+    facts.direct_refusal =
+        absl::StrFormat("O_DIRECT needs memory aligned to %d bytes, blocks are aligned to %d",
+                        found.stx_dio_mem_align, kMemoryAlignmentBytes);
+  } else if (IsUsableAlignment(alignment)) {
     facts.alignment_bytes = alignment;
   } else {
     facts.direct_supported = false;
@@ -207,6 +213,15 @@ class TrialName {
 };
 
 }  // namespace
+
+std::string MountFacts::DirectRefusal(uint64_t block_bytes) const {
+  if (!direct_supported) return direct_refusal;
+  if (block_bytes % alignment_bytes == 0) return "";
+  return absl::StrFormat(
+      "blocks of %d bytes: direct transfers there need multiples of %d bytes (the device's or file "
+      "system's alignment)",
+      block_bytes, alignment_bytes);
+}
 
 std::string MountFacts::Describe() const {
   const std::string caching = direct_supported

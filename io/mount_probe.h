@@ -24,6 +24,9 @@ struct MountFacts {
   uint32_t transfers_in_flight = 16;            // good number of them at once
 
   Caching caching() const { return direct_supported ? Caching::kDirect : Caching::kBuffered; }
+  // For transfers of whole blocks of so many bytes (a power of two). The refusal is empty if direct
+  // ones work, else it says why not: no support, or blocks smaller than the alignment.
+  std::string DirectRefusal(uint64_t block_bytes) const;
   // One line for people: "ext4, O_DIRECT aligned to 512 bytes, links, 16 transfers of 4194304
   // bytes" or "tmpfs, buffered (<refusal>), ...".
   std::string Describe() const;

@@ -21,6 +21,7 @@ namespace holdfast {
 namespace {
 
 using absl::StatusCode;
+using ::testing::AllOf;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 using ::testing::StartsWith;
@@ -118,6 +119,21 @@ TEST(MountProbe, WhereDirectTransfersAreRefusedBufferedOnesServeAndTheReasonIsSa
   EXPECT_THAT(facts.direct_refusal, HasSubstr("EINVAL"));
   EXPECT_THAT(facts.Describe(), HasSubstr("buffered (open "));
   EXPECT_THAT(file_system.List(directory.path(), 10), IsOkAndHolds(IsEmpty()));
+}
+
+TEST(MountProbe, BlocksSmallerThanTheAlignmentAreNotForDirectTransfers) {
+  MountFacts facts;
+  facts.direct_refusal = "no such thing here";
+  EXPECT_EQ(facts.DirectRefusal(4096), "no such thing here");
+  facts = {};
+  facts.direct_supported = true;
+  facts.alignment_bytes = 16384;
+  EXPECT_THAT(facts.DirectRefusal(4096), AllOf(HasSubstr("4096"), HasSubstr("16384")));
+  EXPECT_NE(facts.DirectRefusal(8192), "");
+  EXPECT_EQ(facts.DirectRefusal(16384), "");
+  EXPECT_EQ(facts.DirectRefusal(uint64_t{4} << 20), "");
+  facts.alignment_bytes = 512;
+  EXPECT_EQ(facts.DirectRefusal(4096), "");
 }
 
 TEST(MountProbe, WhereLinksAreRefusedItSaysSo) {
