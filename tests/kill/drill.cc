@@ -196,10 +196,22 @@ bool Drill::WaitForLog(const std::string& text, absl::Duration deadline) const {
 }
 
 pid_t Drill::WorkerPid() const {
-  return static_cast<pid_t>(LastNumberIn(Log(), "started worker ").value_or(0));
+  const pid_t pid = LoggedWorker();
+  CHECK(pid > 0);
+  return pid;
 }
 
 pid_t Drill::KeeperPid() const {
+  const pid_t pid = LoggedKeeper();
+  CHECK(pid > 0);
+  return pid;
+}
+
+pid_t Drill::LoggedWorker() const {
+  return static_cast<pid_t>(LastNumberIn(Log(), "started worker ").value_or(0));
+}
+
+pid_t Drill::LoggedKeeper() const {
   const std::string log = Log();
   // The process that wrote the last "started worker", unless a keeper was started after that.
   const size_t worker_at = log.rfind("started worker ");
@@ -237,8 +249,8 @@ void Drill::KillAgent() {
   WaitUntil(
       [this] {
         if (WaitAgentGone(absl::ZeroDuration())) return true;
-        const pid_t keeper = KeeperPid();
-        const pid_t worker = WorkerPid();
+        const pid_t keeper = LoggedKeeper();
+        const pid_t worker = LoggedWorker();
         if (keeper > 0) kill(keeper, SIGKILL);
         if (worker > 0) kill(worker, SIGKILL);
         return WaitAgentGone(absl::Milliseconds(50));

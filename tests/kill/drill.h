@@ -75,7 +75,7 @@ class Drill {
   // Waits until the log holds `text`; false at the deadline.
   bool WaitForLog(const std::string& text, absl::Duration deadline) const;
   // The pids in the last "started worker N" line, and in the last "started keeper N" line or of the
-  // first keeper; 0 if there is none.
+  // first keeper. CHECKs that there is one: kill(0, ...) would be the test's own group.
   pid_t WorkerPid() const;
   pid_t KeeperPid() const;
   // Waits until no process of an agent lives (its lock is free); false at the deadline.
@@ -87,12 +87,15 @@ class Drill {
   int WaitAgentCode(pid_t keeper, absl::Duration deadline) const;
   // SIGKILL to both processes, and waits.
   void KillAgent();
-  // Forgets the log, so that the next HasLogged speaks of the next agent.
+  // Forgets the log, so that the next WaitForLog speaks of the next agent.
   void ClearLog();
 
   const std::string& root() const { return root_; }
 
  private:
+  // 0 if the log names none.
+  pid_t LoggedWorker() const;
+  pid_t LoggedKeeper() const;
   std::string RuntimePath(const std::string& name) const;
 
   std::string directory_;

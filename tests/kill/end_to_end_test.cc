@@ -78,7 +78,7 @@ TEST(EndToEnd, RanksThatStartAtOnceShareOneAgentWhichEndsAfterItsLinger) {
 TEST(EndToEnd, AWorkerThatIsKilledWhileTrainingGoesOnLosesNothing) {
   Drill drill;
   Trainers trainers = drill.StartTrainers(2, 60, 2, /*step_ms=*/5);
-  int kills = 0;
+  size_t kills = 0;
   for (uint64_t committed = 4; committed <= 40; committed += 12) {
     ASSERT_TRUE(WaitUntil(
         [&] {
@@ -87,12 +87,21 @@ TEST(EndToEnd, AWorkerThatIsKilledWhileTrainingGoesOnLosesNothing) {
         },
         kDeadline))
         << trainers[0]->output() << drill.Log();
-    kill(drill.WorkerPid(), SIGKILL);
+    ASSERT_EQ(kill(drill.WorkerPid(), SIGKILL), 0);
+    // Counted by the keeper, so that the next kill is of the next worker.
     ++kills;
+    ASSERT_TRUE(WaitUntil(
+        [&] {
+          return Count(drill.Log(), "the worker died (signal 9)") == kills &&
+                 Count(drill.Log(), "started worker ") == kills + 1;
+        },
+        kDeadline))
+        << drill.Log();
   }
   ExpectFinished(drill, trainers);
   EXPECT_EQ(trainers[0]->LastNumber("finished"), 60u);
-  EXPECT_GE(Count(drill.Log(), "the worker died (signal 9)"), static_cast<size_t>(kills));
+  EXPECT_EQ(kills, 4u);
+  EXPECT_EQ(Count(drill.Log(), "the worker died (signal 9)"), kills) << drill.Log();
   EXPECT_FALSE(trainers[0]->HasSaid("trouble")) << trainers[0]->output();
   ASSERT_TRUE(drill.WaitAgentGone(kDeadline));
   Trainers next = drill.StartTrainers(2, 2, 2);
@@ -181,7 +190,7 @@ TEST(EndToEnd, AnAgentThatIsToldToEndWhileItCannotTakeOverSaysWhatThatCosts) {
   const pid_t keeper = drill.KeeperPid();
   std::filesystem::rename(drill.root(), drill.root() + ".away");
   std::ofstream(drill.root()) << "not a directory";
-  kill(drill.WorkerPid(), SIGKILL);
+  ASSERT_EQ(kill(drill.WorkerPid(), SIGKILL), 0);
   ASSERT_TRUE(drill.WaitForLog("cannot take over from the last worker: ", kDeadline));
   kill(keeper, SIGTERM);
   EXPECT_EQ(drill.WaitAgentCode(keeper, kDeadline), 7) << drill.Log();
@@ -217,13 +226,26 @@ TEST(EndToEnd, AKeeperThatIsKilledIsReplacedAndNobodyNotices) {
         return trainers[0]->LastNumber("committed").value_or(0) >= 4;
       },
       kDeadline));
-  const pid_t keeper = drill.KeeperPid();
-  kill(keeper, SIGKILL);
+  const pid_t first_keeper = drill.KeeperPid();
+  const pid_t worker = drill.WorkerPid();
+  ASSERT_EQ(kill(first_keeper, SIGKILL), 0);
   ASSERT_TRUE(drill.WaitForLog("started keeper ", kDeadline)) << drill.Log();
+  const pid_t second_keeper = drill.KeeperPid();
+  ASSERT_NE(second_keeper, first_keeper);
   // The new keeper does its work: the worker may die now.
-  kill(drill.WorkerPid(), SIGKILL);
+  ASSERT_EQ(kill(worker, SIGKILL), 0);
   ExpectFinished(drill, trainers);
-  EXPECT_FALSE(trainers[0]->HasSaid("trouble")) << trainers[0]->output();
+  for (const auto& trainer : trainers) {
+    EXPECT_FALSE(trainer->HasSaid("trouble")) << trainer->output();
+    EXPECT_TRUE(trainer->HasSaid("reconnected 1")) << trainer->output();
+  }
+  // It was that keeper that saw the worker die and started the next one, which took over all of it.
+  const std::string log = drill.Log();
+  const std::string says = absl::StrCat("keeper[", second_keeper, "] ");
+  EXPECT_EQ(Count(log, says + "the worker died ("), 1u) << log;
+  EXPECT_EQ(Count(log, says + "started worker "), 1u) << log;
+  EXPECT_EQ(Count(log, "2 sessions taken over"), 1u) << log;
+  EXPECT_NE(drill.WorkerPid(), worker);
 }
 
 TEST(EndToEnd, AfterTheWholeAgentIsKilledTrainingGoesOnAndNothingCommittedIsLost) {
@@ -237,6 +259,7 @@ TEST(EndToEnd, AfterTheWholeAgentIsKilledTrainingGoesOnAndNothingCommittedIsLost
       kDeadline));
   const uint64_t committed = *trainers[0]->LastNumber("committed");
   drill.KillAgent();
+  ASSERT_TRUE(drill.WaitAgentGone(absl::ZeroDuration())) << drill.Log();
   // Nobody restarts it for them; training goes on to its end without saves, and says so.
   for (const auto& trainer : trainers) {
     EXPECT_EQ(trainer->Wait(kDeadline), 1) << trainer->output();
