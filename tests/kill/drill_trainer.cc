@@ -14,10 +14,14 @@
 // Exit code: 0 finished; 3 a restored value is wrong (printed); 1 anything else.
 //
 // HOLDFAST_DRILL makes it misbehave:
+//   fork    forks during every capture, as data loaders do. Each child uses the job, which must be
+//           refused, and overwrites its copy of the state; one of them lives to the end. Prints
+//   forked <count> <of them, while blocks were still to be captured>
 //   stop    stops itself behind the last save, while that waits for its comparison. Prints
 //   stopping <step>
 //   torn    its optimizer does not wait for the capture of the last save; then it kills itself
 #include <signal.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -34,7 +38,9 @@
 namespace {
 
 constexpr uint64_t kShardedElements = 48 * 1024;  // uint32; divides by 1, 2, 3, 4
-constexpr uint64_t kReplicatedElements = 5000;    // uint64
+// In the drill `fork` the state is so many times as large, so that a capture takes a while.
+constexpr uint64_t kForkScale = 64;
+constexpr uint64_t kReplicatedElements = 5000;  // uint64
 constexpr int64_t kSecond = 1'000'000'000;
 
 uint64_t Mix(uint64_t step, uint64_t element) {
@@ -74,12 +80,12 @@ bool Check(const char* what, hf_code code, const hf_error& error) {
   return false;
 }
 
-std::string LayoutDocument(uint64_t world_size) {
+std::string LayoutDocument(uint64_t world_size, uint64_t sharded_elements) {
   return R"({"holdfast_layout": 1, "mesh": [{"axis": "dp", "size": )" + std::to_string(world_size) +
          R"(}],
  "tensors": [
   {"name": "sharded", "shape": [)" +
-         std::to_string(kShardedElements) + R"(], "states": [{"state": "param", "dtype": "uint32",
+         std::to_string(sharded_elements) + R"(], "states": [{"state": "param", "dtype": "uint32",
     "place": [{"op": "shard", "dim": 0, "axis": "dp", "rule": "even"}]}]},
   {"name": "replicated", "shape": [)" +
          std::to_string(kReplicatedElements) +
@@ -99,7 +105,8 @@ class Trainer {
     options_.rank = rank_;
     options_.world_size = world_size_;
     options_.local_rank = rank_;
-    state_.sharded.resize(kShardedElements / static_cast<uint64_t>(world_size_));
+    if (drill_ == "fork") sharded_elements_ *= kForkScale;
+    state_.sharded.resize(sharded_elements_ / static_cast<uint64_t>(world_size_));
     state_.first = state_.sharded.size() * static_cast<uint64_t>(rank_);
     state_.replicated.resize(kReplicatedElements);
   }
@@ -119,6 +126,7 @@ class Trainer {
       state_.Fill(++step_);
       if (drill_ == "torn" && step_ == last / every_ * every_) AwaitCommit(step_ - every_);
       if (step_ % every_ == 0) Save();
+      if (drill_ == "fork" && step_ % every_ == 0 && !Fork()) return 1;
       if (drill_ == "torn" && step_ == last / every_ * every_) DieWithATornImage();
       if (drill_ == "stop" && step_ == last / every_ * every_) {
         Say("stopping " + std::to_string(step_));
@@ -141,10 +149,12 @@ class Trainer {
         {"param/sharded", state_.sharded.data(), state_.sharded.size() * 4, 0},
         {"param/replicated", state_.replicated.data(), state_.replicated.size() * 8, 1}};
     const hf_blob_slot blobs[] = {{"loader", HF_BLOB_GLOBAL, 64}, {"rng", HF_BLOB_RANK, 64}};
-    return Check("register",
-                 hf_register(job_, LayoutDocument(static_cast<uint64_t>(world_size_)).c_str(),
-                             buffers, 2, blobs, 2, 30 * kSecond, &error),
-                 error);
+    return Check(
+        "register",
+        hf_register(job_,
+                    LayoutDocument(static_cast<uint64_t>(world_size_), sharded_elements_).c_str(),
+                    buffers, 2, blobs, 2, 30 * kSecond, &error),
+        error);
   }
 
   int Restore() {
@@ -199,6 +209,66 @@ class Trainer {
     Check("save", hf_save(job_, step_, &options, &error_), error_);
   }
 
+  // Every call on the job is refused in a child, and nothing that it does is seen here.
+  int UseJobInChild() {
+    hf_error error;
+    const uint64_t loader = 0;
+    const hf_blob blob = {"loader", &loader, 8};
+    hf_save_options options = {};
+    options.struct_bytes = sizeof(options);
+    options.blobs = &blob;
+    options.blob_count = 1;
+    hf_restore_result result = {};
+    result.struct_bytes = sizeof(result);
+    hf_save_report report = {};
+    report.struct_bytes = sizeof(report);
+    state_.Fill(step_ + 1000);
+    if (hf_save(job_, step_ + 1, &options, &error) != HF_FAILED_PRECONDITION) return 11;
+    if (hf_wait_captured(job_, HF_ALL_GROUPS, 0, &error) != HF_FAILED_PRECONDITION) return 12;
+    if (hf_wait_committed(job_, step_, 0, 0, &error) != HF_FAILED_PRECONDITION) return 13;
+    if (hf_restore(job_, &result, 0, &error) != HF_FAILED_PRECONDITION) return 14;
+    if (hf_report(job_, step_, &report) != HF_FAILED_PRECONDITION) return 15;
+    hf_heartbeat(job_, step_ + 1000);
+    return hf_due(job_, step_) == 0 ? 0 : 16;
+  }
+
+  bool Fork() {
+    const bool stays = forks_ == 0;
+    int ends[2] = {-1, -1};
+    if (stays && pipe(ends) != 0) return false;
+    const pid_t child = fork();
+    if (child < 0) return false;
+    if (child == 0) {
+      if (stays) {
+        char byte = 0;
+        close(ends[1]);
+        // Until the parent is at its end; the capture has long been done then.
+        if (read(ends[0], &byte, 1) != 0) _exit(17);
+      }
+      _exit(UseJobInChild());
+    }
+    hf_save_report report = {};
+    report.struct_bytes = sizeof(report);
+    if (hf_report(job_, step_, &report) != HF_OK) return false;
+    ++forks_;
+    if (report.blocks_captured < report.blocks) ++forks_under_capture_;
+    if (stays) {
+      close(ends[0]);
+      staying_child_ = child;
+      staying_child_pipe_ = ends[1];
+      return true;
+    }
+    return ChildWasRefused(child);
+  }
+
+  static bool ChildWasRefused(pid_t child) {
+    int status = 0;
+    if (waitpid(child, &status, 0) != child) return false;
+    if (WIFEXITED(status) && WEXITSTATUS(status) == 0) return true;
+    Say("trouble child " + std::to_string(status));
+    return false;
+  }
+
   // The ranks are not in step with one another: a death must not fail the save before.
   void AwaitCommit(uint64_t step) {
     Check("wait_committed", hf_wait_committed(job_, step, HF_SURVIVE_POWER, 60 * kSecond, &error_),
@@ -239,6 +309,11 @@ class Trainer {
               hf_wait_committed(job_, last_saved, HF_SURVIVE_POWER, 60 * kSecond, &error_), error_);
     Observe();
     if (!committed) return 1;
+    if (forks_ > 0) {
+      close(staying_child_pipe_);
+      if (!ChildWasRefused(staying_child_)) return 1;
+      Say("forked " + std::to_string(forks_) + " " + std::to_string(forks_under_capture_));
+    }
     Say("committed " + std::to_string(last_saved));
     Say("finished " + std::to_string(last_saved));
     return 0;
@@ -256,6 +331,11 @@ class Trainer {
   uint64_t step_ = 0;
   uint64_t committed_ = UINT64_MAX;
   uint32_t reconnect_count_ = 0;
+  uint64_t sharded_elements_ = kShardedElements;
+  uint64_t forks_ = 0;
+  uint64_t forks_under_capture_ = 0;
+  pid_t staying_child_ = -1;
+  int staying_child_pipe_ = -1;
 };
 
 }  // namespace

@@ -198,6 +198,29 @@ TEST(EndToEnd, AnAgentThatIsToldToEndWhileItCannotTakeOverSaysWhatThatCosts) {
             std::string::npos);
 }
 
+// Data loaders are forked in the middle of a capture and may outlive it.
+TEST(EndToEnd, ATrainerThatForksDuringItsCapturesLosesNothing) {
+  Drill drill;
+  drill.Set("HOLDFAST_DRILL", "fork");
+  Trainers trainers = drill.StartTrainers(2, 24, 2);
+  ExpectFinished(drill, trainers);
+  uint64_t under_capture = 0;
+  for (const auto& trainer : trainers) {
+    EXPECT_TRUE(trainer->HasSaid("forked 12 ")) << trainer->output();
+    EXPECT_FALSE(trainer->HasSaid("trouble")) << trainer->output();
+    under_capture += trainer->LastNumber("forked 12").value_or(0);
+  }
+  // Not vacuous: these forks met a running capture.
+  EXPECT_GT(under_capture, 0u);
+  ASSERT_TRUE(drill.WaitAgentGone(kDeadline)) << drill.Log();
+  // What was captured beside the children is restored bit for bit, from storage.
+  Trainers next = drill.StartTrainers(2, 2, 2);
+  ExpectFinished(drill, next);
+  for (const auto& trainer : next) {
+    EXPECT_TRUE(trainer->HasSaid("restored 24 1")) << trainer->output();
+  }
+}
+
 // Whole, but changed under capture, and its process dies before it could compare.
 TEST(EndToEnd, ATornImageThatNobodyCouldCompareIsNeverRestored) {
   Drill drill;
