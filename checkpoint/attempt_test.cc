@@ -10,6 +10,7 @@
 
 #include "checkpoint/engine_testing.h"
 #include "checkpoint/readback_testing.h"
+#include "hook/abi/messages.h"
 #include "tests/support/status_matchers.h"
 
 namespace holdfast {
@@ -145,6 +146,116 @@ TEST(Attempts, AResumeIntoAFencedAttemptIsRefused) {
   ASSERT_OK_AND_ASSIGN(const OpenResult resumed, harness.Reconnect(*trainers[0]));
   EXPECT_FALSE(resumed.resumed);  // a new session in the same attempt
   EXPECT_EQ(resumed.attempt, Attempt{2});
+}
+
+// ---- A directory that was removed and began anew, while the agent lives ----
+
+TEST(Replaced, AJobThatBeginsAnewInTheSameAgentKnowsNothingOfTheFormer) {
+  SimDisk disk;
+  EngineHarness harness(disk, {});
+  for (const char* key : {"a", "b", "c"}) ASSERT_OK(harness.Open(Rank{0}, 1, key).status());
+  ASSERT_OK_AND_ASSIGN(const auto old, harness.Launch(2, "d"));
+  harness.SaveAll(old, 10);
+  for (TestTrainer* trainer : old) harness.Kill(*trainer);
+  harness.RemoveJobDirectory();
+
+  ASSERT_OK_AND_ASSIGN(const auto trainers, harness.Launch(2, "e"));
+  EXPECT_EQ(trainers[0]->attempt, Attempt{1});
+  EXPECT_THAT(harness.Restore(*trainers[0]).status, IsNotFound());
+  harness.SaveAll(trainers, 1);
+  EXPECT_EQ(EngineHarness::CommittedPower(*trainers[0]), 1u);
+  ASSERT_OK_AND_ASSIGN(const Catalog catalog, harness.ReadJob());
+  EXPECT_NE(catalog.job.job_uuid, "01234567-89ab-4cde-8f01-23456789abcd");
+  ASSERT_EQ(catalog.entries.size(), 1u);
+  EXPECT_EQ(catalog.entries[0].state, CatalogEntry::State::kCommitted);
+  // The memory of the former job's images was given back.
+  EXPECT_EQ(harness.engine().StatusJson().find("\"attempt\":4"), std::string::npos);
+}
+
+// In the agent that serves the new one, and in another that has not heard of it.
+TEST(Replaced, TheOldTrainersPublishNothingInTheNewJobsDirectory) {
+  for (const bool same_agent : {true, false}) {
+    for (const bool captured_before : {true, false}) {
+      SCOPED_TRACE(testing::Message() << same_agent << captured_before);
+      SimDisk disk;
+      EngineHarness harness(disk, {});
+      for (const char* key : {"a", "b", "c"}) ASSERT_OK(harness.Open(Rank{0}, 1, key).status());
+      ASSERT_OK_AND_ASSIGN(const auto old, harness.Launch(2, "d"));
+      harness.SaveAll(old, 10);
+      // Either it is all in memory when the directory goes, or it comes after the new job began.
+      std::vector<std::optional<uint32_t>> slots;
+      for (TestTrainer* trainer : old) slots.push_back(harness.BeginSave(*trainer, 20));
+      if (captured_before) {
+        for (size_t i = 0; i < old.size(); ++i) harness.FinishSave(*old[i], slots[i].value());
+      } else {
+        harness.Settle();  // the checkpoint's directory and files are made
+      }
+      harness.RemoveJobDirectory();
+
+      EngineHarness other(disk, {.root_exists = true, .writer = "x", .uuid_bits = 0x777});
+      EngineHarness& serving = same_agent ? harness : other;
+      ASSERT_OK_AND_ASSIGN(const auto trainers, serving.Launch(2, "e"));
+      EXPECT_EQ(trainers[0]->attempt, Attempt{1});
+      EXPECT_THAT(serving.Restore(*trainers[0]).status, IsNotFound());
+      serving.SaveAll(trainers, 1);
+      EXPECT_EQ(EngineHarness::CommittedPower(*trainers[0]), 1u);
+
+      if (!captured_before) {
+        for (size_t i = 0; i < old.size(); ++i) harness.FinishSave(*old[i], slots[i].value());
+      }
+      harness.Settle();
+      for (TestTrainer* trainer : old) harness.Save(*trainer, 30);
+      harness.Settle();
+      for (const TestTrainer* trainer : old) {
+        EXPECT_EQ(EngineHarness::CommittedPower(*trainer), 10u);
+        EXPECT_EQ(trainer->script->ReportOf(20)->state, 5u);
+        if (same_agent) {
+          EXPECT_EQ(trainer->script->page().fenced_by.load(), abi::kJobReplaced);
+        }
+      }
+      // Nothing of it is in the way of the new one.
+      ASSERT_OK_AND_ASSIGN(const Catalog catalog, harness.ReadJob());
+      ASSERT_EQ(catalog.entries.size(), 1u);
+      EXPECT_EQ(catalog.entries[0].id, (CheckpointId{Attempt{1}, Step{1}}));
+      serving.SaveAll(trainers, 2);
+      for (TestTrainer* trainer : trainers) serving.Kill(*trainer);
+      ASSERT_OK_AND_ASSIGN(const auto again, serving.Launch(3, "f"));
+      const RestoreOutcome outcome = serving.Restore(*again[0]);
+      ASSERT_OK(outcome.status);
+      EXPECT_EQ(outcome.checkpoint, (CheckpointId{Attempt{1}, Step{2}}));
+    }
+  }
+}
+
+// What an attempt of the former job starts from is not written into the new one's store.
+TEST(Replaced, ARestorePointIsNotDecidedInTheNewJobsStore) {
+  SimDisk disk;
+  EngineHarness harness(disk, {});
+  ASSERT_OK(harness.Open(Rank{0}, 1, "a").status());
+  ASSERT_OK_AND_ASSIGN(const auto old, harness.Launch(1, "b"));
+  harness.RemoveJobDirectory();
+  EngineHarness other(disk, {.root_exists = true, .writer = "x", .uuid_bits = 0x777});
+  ASSERT_OK(other.Launch(1, "c").status());
+  EXPECT_THAT(harness.Restore(*old[0]).status,
+              StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("000000000777")));
+  EXPECT_THAT(disk.Stat("/root/job/store/attempt-2.restore.json").status(), IsNotFound());
+}
+
+// The worker dies while old and new trainers live: their attempts are not mixed up.
+TEST(Replaced, ANewWorkerKeepsTheTwoApart) {
+  SimDisk disk;
+  EngineHarness harness(disk, {});
+  for (const char* key : {"a", "b", "c"}) ASSERT_OK(harness.Open(Rank{0}, 1, key).status());
+  ASSERT_OK_AND_ASSIGN(const auto old, harness.Launch(1, "d"));
+  harness.SaveAll(old, 10);
+  harness.RemoveJobDirectory();
+  ASSERT_OK_AND_ASSIGN(const auto trainers, harness.Launch(1, "e"));
+  harness.CrashWorker(SimDisk::InFlight::kAll);
+  harness.SaveAll(trainers, 1);
+  EXPECT_EQ(EngineHarness::CommittedPower(*trainers[0]), 1u);
+  EXPECT_THAT(harness.Reconnect(*old[0]).status(),
+              StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("fenced")));
+  EXPECT_EQ(harness.engine().pending_image_count(), 0u);
 }
 
 // Two agents that do not know of each other. The older attempt is paused after every step that its

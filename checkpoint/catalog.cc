@@ -187,6 +187,15 @@ absl::StatusOr<std::vector<std::string>> ListJobs(FileSystem& file_system,
   return jobs;
 }
 
+absl::StatusOr<JobRecord> ReadJobRecord(FileSystem& file_system, const std::string& root,
+                                        const std::string& job) {
+  const std::string path = absl::StrCat(root, "/", job, "/", kJobFileName);
+  ASSIGN_OR_RETURN(const std::string bytes, ReadRecord(file_system, path, kSmallRecordBytesMax));
+  ASSIGN_OR_RETURN(JobRecord record, DecodeJobRecord(bytes, path));
+  if (record.job != job) return OtherValue(path, "job", job, record.job);
+  return record;
+}
+
 absl::StatusOr<CatalogEntry> ReadCatalogEntry(FileSystem& file_system,
                                               const std::string& job_directory,
                                               const std::string& job, const std::string& job_uuid,
@@ -227,20 +236,19 @@ absl::StatusOr<Catalog> ReadCatalog(FileSystem& file_system, const std::string& 
                                     const std::string& job) {
   RETURN_IF_ERROR(CheckJobName(job));
   const std::string directory = absl::StrCat(root, "/", job);
-  const std::string job_path = absl::StrCat(directory, "/", kJobFileName);
   Catalog catalog;
-  ASSIGN_OR_RETURN(const std::string bytes,
-                   ReadRecord(file_system, job_path, kSmallRecordBytesMax));
+  absl::StatusOr<JobRecord> job_record = ReadJobRecord(file_system, root, job);
+  if (!job_record.ok() && job_record.status().code() != absl::StatusCode::kDataLoss) {
+    return job_record.status();
+  }
   ASSIGN_OR_RETURN(const std::vector<std::string> names,
                    file_system.List(directory, 2 * kCheckpointsMax));
-  absl::StatusOr<JobRecord> job_record = DecodeJobRecord(bytes, job_path);
   if (!job_record.ok() && PublicationWasCutOff(names, kJobFileName)) {
-    return absl::NotFoundError(absl::StrFormat("%s: torn while it was published: %s", job_path,
-                                               job_record.status().message()));
+    return absl::NotFoundError(
+        absl::StrFormat("torn while it was published: %s", job_record.status().message()));
   }
   RETURN_IF_ERROR(job_record.status());
   catalog.job = *std::move(job_record);
-  if (catalog.job.job != job) return OtherValue(job_path, "job", job, catalog.job.job);
   ASSIGN_OR_RETURN(catalog.head, ReadHead(file_system, directory, names, catalog.job.job_uuid));
   for (const std::string& name : names) {
     const std::optional<CheckpointId> id = ParseCheckpointDirectoryName(name);

@@ -57,6 +57,11 @@ struct Catalog {
 // Names of the jobs in a root, sorted: directories with a legal name that hold a JOB.json.
 absl::StatusOr<std::vector<std::string>> ListJobs(FileSystem& file_system, const std::string& root);
 
+// The record of the job that the directory holds now. kNotFound: there is none; kDataLoss: it is
+// damaged, or that of a job of another name.
+absl::StatusOr<JobRecord> ReadJobRecord(FileSystem& file_system, const std::string& root,
+                                        const std::string& job);
+
 // Errors: kNotFound (no such job in the root), kDataLoss (JOB.json or the newest HEAD damaged, or
 // of another job), kResourceExhausted (a limit above, with both numbers), and the FileSystem's. A
 // single damaged checkpoint is an entry, not an error.

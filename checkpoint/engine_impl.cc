@@ -110,15 +110,17 @@ const EngineImpl::Entry* EngineImpl::Find(SessionId id) const {
   return found == sessions_.end() ? nullptr : &found->second;
 }
 
+std::unique_ptr<Job> EngineImpl::NewJob(const std::string& name) const {
+  return std::make_unique<Job>(Job::Options{.root = options_.root,
+                                            .name = name,
+                                            .writer = options_.writer,
+                                            .caching = options_.restore_caching},
+                               world_);
+}
+
 Job& EngineImpl::JobOf(const std::string& name) {
   std::unique_ptr<Job>& job = jobs_[name];
-  if (job == nullptr) {
-    job = std::make_unique<Job>(Job::Options{.root = options_.root,
-                                             .name = name,
-                                             .writer = options_.writer,
-                                             .caching = options_.restore_caching},
-                                world_);
-  }
+  if (job == nullptr) job = NewJob(name);
   return *job;
 }
 
@@ -149,21 +151,8 @@ void EngineImpl::Recover(std::vector<KeptDescriptor> kept, std::function<void()>
                        warnings_.push_back(absl::StrFormat(
                            "kept descriptor %s is none of the engine's", other.name));
                      }
-                     std::map<Job*, std::vector<Session*>> sessions_of;
-                     for (std::unique_ptr<Session>& session : recovered.sessions) {
-                       const SessionIdentity& identity = session->identity();
-                       next_session_id_ =
-                           std::max(next_session_id_, static_cast<uint64_t>(identity.session) + 1);
-                       if (absl::Status name = CheckJobName(identity.job); !name.ok()) {
-                         warnings_.push_back(std::string(name.message()));
-                         session->Forget();
-                         continue;
-                       }
-                       Job& job = JobOf(identity.job);
-                       Session* const raw = session.get();
-                       AddSession(std::move(session), job);
-                       sessions_of[&job].push_back(raw);
-                     }
+                     const std::map<Job*, std::vector<Session*>> sessions_of =
+                         AdoptSessions(std::move(recovered.sessions));
                      if (sessions_of.empty()) {
                        done();
                        return;
@@ -177,6 +166,44 @@ void EngineImpl::Recover(std::vector<KeptDescriptor> kept, std::function<void()>
                        });
                      }
                    });
+}
+
+// Which sessions each job has. One whose directory was replaced is a Job of its own beside its
+// successor, abandoned: numbers of its attempts mean nothing to the other.
+std::map<Job*, std::vector<Session*>> EngineImpl::AdoptSessions(
+    std::vector<std::unique_ptr<Session>> sessions) {
+  // Ids ascend, also over restarts of the worker: the last uuid is the newest job's.
+  std::map<std::string, std::string> newest_uuid;
+  for (const std::unique_ptr<Session>& session : sessions) {
+    newest_uuid[session->identity().job] = session->identity().job_uuid;
+  }
+  std::map<std::pair<std::string, std::string>, Job*> replaced;
+  std::map<Job*, std::vector<Session*>> sessions_of;
+  for (std::unique_ptr<Session>& session : sessions) {
+    const SessionIdentity& identity = session->identity();
+    next_session_id_ = std::max(next_session_id_, static_cast<uint64_t>(identity.session) + 1);
+    if (absl::Status name = CheckJobName(identity.job); !name.ok()) {
+      warnings_.push_back(std::string(name.message()));
+      session->Forget();
+      continue;
+    }
+    Job* job = nullptr;
+    if (identity.job_uuid == newest_uuid.at(identity.job)) {
+      job = &JobOf(identity.job);
+    } else {
+      Job*& of_uuid = replaced[{identity.job, identity.job_uuid}];
+      if (of_uuid == nullptr) {
+        orphaned_jobs_.push_back(NewJob(identity.job));
+        of_uuid = orphaned_jobs_.back().get();
+        of_uuid->Abandon();
+      }
+      job = of_uuid;
+    }
+    Session* const raw = session.get();
+    AddSession(std::move(session), *job);
+    sessions_of[job].push_back(raw);
+  }
+  return sessions_of;
 }
 
 // ---- Open ----

@@ -70,7 +70,10 @@ class EngineImpl final : public Engine {
   absl::StatusOr<OpenResult> MakeSession(OpenParameters& parameters, Job& job,
                                          const Job::Admission& admission);
   OpenResult ResultOf(Session& session, bool resumed) const;
+  std::unique_ptr<Job> NewJob(const std::string& name) const;
   Job& JobOf(const std::string& name);
+  std::map<Job*, std::vector<Session*>> AdoptSessions(
+      std::vector<std::unique_ptr<Session>> sessions);
   Entry& AddSession(std::unique_ptr<Session> session, Job& job);
   void MakeRegistration(SessionId id, int tries_left,
                         std::function<void(absl::StatusOr<RegisterResult>)> done);
@@ -101,7 +104,8 @@ class EngineImpl final : public Engine {
   uint64_t next_session_id_;
   std::vector<std::string> warnings_;
   std::map<std::string, std::unique_ptr<Job>> jobs_;  // outlive their sessions
-  std::vector<std::unique_ptr<Job>> orphaned_jobs_;   // their directories were replaced
+  // Their directories were replaced. They stay, for their sessions and whoever waits in a queue.
+  std::vector<std::unique_ptr<Job>> orphaned_jobs_;
   std::map<SessionId, Entry> sessions_;
   std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
 };

@@ -228,7 +228,8 @@ EngineHarness::EngineHarness(SimDisk& disk, const EngineHarnessOptions& options)
                                                   : *options.file_system),
       ring_(options.ring == nullptr ? static_cast<IoRing&>(disk) : *options.ring),
       scratch_(testing::TempDir()),
-      keeper_(std::make_unique<KeptInMemory>()) {
+      keeper_(std::make_unique<KeptInMemory>()),
+      next_uuid_bits_(options.uuid_bits) {
   if (!options_.root_exists && disk_.AllFiles().empty()) {
     CHECK_OK(disk_.CreateDirectory(kRoot));
     CHECK_OK(disk_.SyncDirectory("/"));
@@ -248,7 +249,9 @@ void EngineHarness::StartWorker(bool recover) {
   FileStore::Options store_options;
   store_options.root = kRoot;
   store_options.writer = absl::StrCat(options_.writer, worker_count_);
-  store_options.make_uuid = [] { return std::string("01234567-89ab-4cde-8f01-23456789abcd"); };
+  store_options.make_uuid = [this] {
+    return absl::StrFormat("01234567-89ab-4cde-8f01-%012x", next_uuid_bits_++);
+  };
   store_ = std::make_unique<FileStore>(file_system_, *executor_, store_options);
   EngineOptions engine_options;
   engine_options.root = kRoot;
@@ -483,6 +486,14 @@ void EngineHarness::Close(TestTrainer& trainer) {
 
 absl::StatusOr<Catalog> EngineHarness::ReadJob(const std::string& job) {
   return ReadCatalog(disk_, kRoot, job);
+}
+
+void EngineHarness::RemoveJobDirectory(const std::string& job) {
+  const std::string directory = absl::StrCat(kRoot, "/", job);
+  for (const std::string& path : disk_.AllFiles()) {
+    if (path.rfind(directory + "/", 0) == 0) disk_.RemoveFile(path);
+  }
+  disk_.RemoveFile(directory);
 }
 
 std::optional<uint64_t> EngineHarness::CommittedPower(const TestTrainer& trainer) {

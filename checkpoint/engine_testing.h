@@ -85,6 +85,8 @@ struct EngineHarnessOptions {
   FileSystem* file_system = nullptr;
   IoRing* ring = nullptr;
   std::string writer = "w";  // of the first worker; each next one appends its number
+  // Of the first job that this agent makes; each next one counts up from it.
+  uint64_t uuid_bits = 0x23456789abcd;
 };
 
 class EngineHarness {
@@ -126,6 +128,8 @@ class EngineHarness {
   FileStore& store() { return *store_; }
   KeptInMemory& keeper() { return *keeper_; }
   absl::StatusOr<Catalog> ReadJob(const std::string& job = "job");
+  // rm -rf <root>/<job>, by somebody else.
+  void RemoveJobDirectory(const std::string& job = "job");
   // What the trainer's page says: the newest step committed surviving power, and by process.
   static std::optional<uint64_t> CommittedPower(const TestTrainer& trainer);
   static std::optional<uint64_t> CommittedProcess(const TestTrainer& trainer);
@@ -144,6 +148,7 @@ class EngineHarness {
   std::unique_ptr<FileStore> store_;
   std::unique_ptr<Engine> engine_;
   std::vector<std::unique_ptr<TestTrainer>> trainers_;
+  uint64_t next_uuid_bits_;
   uint32_t worker_count_ = 0;
   uint32_t next_process_id_ = 100;
 };

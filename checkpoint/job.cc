@@ -13,6 +13,7 @@
 #include "base/status_macros.h"
 #include "checkpoint/describe.h"
 #include "checkpoint/job_impl.h"
+#include "hook/abi/messages.h"
 #include "hook/abi/shared_memory.h"
 
 namespace holdfast {
@@ -173,6 +174,11 @@ void Job::TryAdmit(Applicant applicant, int tries_left,
                         then(view.status);
                         return;
                       }
+                      if (abandoned_ || (!uuid_.empty() && view.uuid != uuid_)) {
+                        Abandon();
+                        then(absl::AbortedError(WasReplaced().message()));
+                        return;
+                      }
                       uuid_ = view.uuid;
                       const absl::StatusOr<bool> may_join = MayJoin(view.newest, applicant);
                       if (!may_join.ok()) {
@@ -217,10 +223,14 @@ void Job::BeginNext(const std::optional<AttemptRecord>& newest, Applicant applic
   const Attempt in_store = newest.has_value() ? newest->attempt : Attempt{0};
   OnPool<Begun>(
       [this_store = &world_.store, file_system = &world_.file_system, root = options_.root,
-       job = options_.name, in_store, key = applicant.attempt_key,
+       job = options_.name, uuid = uuid_, in_store, key = applicant.attempt_key,
        world_size = applicant.world_size] {
         Begun begun{ReadCatalog(*file_system, root, job)};
         if (!begun.catalog.ok()) return begun;
+        if (begun.catalog->job.job_uuid != uuid) {
+          begun.record = absl::AlreadyExistsError("replaced since it was looked at");
+          return begun;
+        }
         // A lost store cannot go back: the root knows attempts too.
         begun.record = BeginInStore(
             *this_store, job, std::max(in_store, begun.catalog->greatest_attempt), key, world_size);
@@ -258,11 +268,31 @@ void Job::Fence(Attempt newest) {
   groups_.FenceOlder(newest);
 }
 
+absl::Status Job::WasReplaced() const {
+  return absl::FailedPreconditionError(
+      absl::StrFormat("the directory of job %s was replaced: it is no longer that of the job of "
+                      "uuid %s, which publishes nothing more",
+                      options_.name, uuid_));
+}
+
 void Job::Abandon() {
-  orphaned_ = true;
-  Fence(Attempt{UINT32_MAX});
-  groups_.SettleFence(Attempt{UINT32_MAX}, std::nullopt);
-  groups_.ReleaseForRoom();
+  abandoned_ = true;
+  for (const auto& [id, session] : sessions_) session->Fence(Attempt{abi::kJobReplaced});
+  groups_.Abandon(WasReplaced());
+}
+
+absl::Status CheckSameJob(FileSystem& file_system, const std::string& root, const std::string& job,
+                          const std::string& uuid) {
+  const absl::StatusOr<JobRecord> record = ReadJobRecord(file_system, root, job);
+  if (record.status().code() == absl::StatusCode::kNotFound) {
+    return absl::FailedPreconditionError(
+        absl::StrFormat("job %s: expected the job of uuid %s in the root, found none", job, uuid));
+  }
+  RETURN_IF_ERROR(record.status());
+  if (record->job_uuid == uuid) return absl::OkStatus();
+  return absl::FailedPreconditionError(
+      absl::StrFormat("job %s: expected the job of uuid %s in the root, found another, of uuid %s",
+                      job, uuid, record->job_uuid));
 }
 
 void Job::RememberCommitted(const Catalog& catalog) {
@@ -415,12 +445,12 @@ void Job::TryRecover(std::vector<Session*> sessions, std::function<void()> then)
 void Job::StartRecovered(const std::vector<Session*>& sessions, const Loaded& loaded,
                          std::function<void()> then) {
   Attempt newest{UINT32_MAX};
-  if (loaded.uuid != uuid_) {
+  const bool replaced = abandoned_ || loaded.uuid != uuid_;
+  if (replaced) {
     Warn(
         absl::StrFormat("job %s: the root holds a job of uuid %s, the images in memory are of %s: "
                         "they will not be published",
                         options_.name, loaded.uuid, uuid_));
-    orphaned_ = true;
   } else if (loaded.newest.has_value()) {
     newest = loaded.newest->attempt;
     RememberCommitted(loaded.catalog);
@@ -432,7 +462,7 @@ void Job::StartRecovered(const std::vector<Session*>& sessions, const Loaded& lo
     session->Start(groups_);
   }
   // What the sessions report now comes before this.
-  world_.loop.Post([this, alive = std::weak_ptr<bool>(alive_), sessions, newest,
+  world_.loop.Post([this, alive = std::weak_ptr<bool>(alive_), sessions, newest, replaced,
                     point = loaded.restore_point, then = std::move(then)] {
     if (alive.expired()) return;
     groups_.EndRecovery({committed_.begin(), committed_.end()}, newest, point);
@@ -440,6 +470,7 @@ void Job::StartRecovered(const std::vector<Session*>& sessions, const Loaded& lo
       if (session->identity().attempt < newest && !session->is_fenced()) session->Fence(newest);
       SessionEnded(session->identity().session);
     }
+    if (replaced) Abandon();
     then();
   });
 }

@@ -72,7 +72,8 @@ class Job final : private SaveGroups::Host {
   // runs). It begins one unless the newest has this key and world size, has an open rank, and was
   // never joined by this rank (but by this very process, which did not hear of it). A resume joins
   // the attempt that it names if that is still the newest. Errors: kFailedPrecondition (fenced),
-  // kInvalidArgument (world size), the store's and the file system's.
+  // kInvalidArgument (world size), kAborted (the directory is another job's now, and this one is
+  // abandoned: ask a new Job), the store's and the file system's.
   void Admit(Applicant applicant, std::function<void(absl::StatusOr<Admission>)> done);
 
   // In `done` of Admit: the rank's session. Starts it.
@@ -85,6 +86,10 @@ class Job final : private SaveGroups::Host {
   void SessionEnded(SessionId session);
   // It is about to be destroyed.
   void RemoveSession(SessionId session);
+
+  // The directory is another job's now (somebody removed it and began anew): its attempts are
+  // fenced, it publishes nothing any more, and the memory of its images is given back.
+  void Abandon();
 
   // OK if the ranks of the session's attempt that have registered as often agree with this
   // document; else kInvalidArgument with both ranks and the first difference.
@@ -145,7 +150,7 @@ class Job final : private SaveGroups::Host {
   void BeginNext(const std::optional<AttemptRecord>& newest, Applicant applicant, int tries_left,
                  std::function<void(absl::StatusOr<Admission>)> then);
   void Fence(Attempt newest);
-  void Abandon();
+  absl::Status WasReplaced() const;
   AttemptState& AddAttempt(const AttemptRecord& record);
   void TryRecover(std::vector<Session*> sessions, std::function<void()> then);
   void StartRecovered(const std::vector<Session*>& sessions, const Loaded& loaded,
@@ -191,7 +196,7 @@ class Job final : private SaveGroups::Host {
   const EngineWorld world_;
   const std::string directory_;  // <root>/<name>
   std::string uuid_;
-  bool orphaned_ = false;  // the directory is another job's now
+  bool abandoned_ = false;
   std::map<SessionId, Session*> sessions_;
   std::map<Attempt, AttemptState> attempts_;
   std::set<CheckpointId> committed_;  // on storage, as far as known here

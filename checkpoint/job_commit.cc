@@ -67,10 +67,16 @@ void Job::MakeDirectory(CheckpointId id) {
   };
   Enqueue([this, id](Finish finish) {
     OnPool<Made>(
-        [file_system = &world_.file_system, store = &world_.store, job = options_.name,
-         directory = directory_, id] {
+        [file_system = &world_.file_system, store = &world_.store, root = options_.root,
+         job = options_.name, uuid = uuid_, directory = directory_, id] {
           Made made;
+          made.status = CheckSameJob(*file_system, root, job, uuid);
+          if (!made.status.ok()) return made;
           made.status = EnsureDirectory(*file_system, directory, CheckpointDirectoryName(id));
+          if (!made.status.ok()) return made;
+          // After the directory is there, too: one that was there when the job was still this one
+          // goes with it if somebody removes it.
+          made.status = CheckSameJob(*file_system, root, job, uuid);
           if (!made.status.ok()) return made;
           // After the directory is there: see the order in job.h.
           const absl::StatusOr<AttemptRecord> newest = store->NewestAttempt(job);
@@ -109,7 +115,7 @@ absl::Status Job::CheckMembers(const SaveGroup& group) {
 // ---- Commit ----
 
 absl::Status Job::CheckMayCommit(CheckpointId id) const {
-  if (orphaned_) return absl::FailedPreconditionError("the directory is another job's now");
+  if (abandoned_) return WasReplaced();
   const auto& [newest, attempt] = *attempts_.rbegin();
   // Until the newest attempt has decided where it starts, what the older ones have sealed may
   // still become that.
@@ -156,8 +162,10 @@ void Job::RunCommit(CheckpointId id, Finish finish) {
   request.writer = options_.writer;
   request.created_at = absl::FromUnixSeconds(absl::ToUnixSeconds(world_.clock.WallTime()));
   OnPool<absl::Status>(
-      [file_system = &world_.file_system, store = &world_.store, job = options_.name,
-       committed = committed_, id, parts, is_covered, request]() mutable -> absl::Status {
+      [file_system = &world_.file_system, store = &world_.store, root = options_.root,
+       job = options_.name, uuid = uuid_, committed = committed_, id, parts, is_covered,
+       request]() mutable -> absl::Status {
+        RETURN_IF_ERROR(CheckSameJob(*file_system, root, job, uuid));
         ASSIGN_OR_RETURN(request.parent, FindParent(*store, job, committed, id));
         ASSIGN_OR_RETURN(const Index index, BuildIndex(id, parts));
         if (!is_covered) RETURN_IF_ERROR(CheckIndexCover(index));

@@ -19,6 +19,10 @@ struct Job::Loaded {
   Catalog catalog;
 };
 
+// kFailedPrecondition: `root` holds another job of this name than the one of `uuid`, or none.
+absl::Status CheckSameJob(FileSystem& file_system, const std::string& root, const std::string& job,
+                          const std::string& uuid);
+
 template <typename T>
 void Job::OnPool(std::function<T()> work, std::function<void(T)> then) {
   const auto result = std::make_shared<std::optional<T>>();

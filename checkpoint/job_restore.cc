@@ -55,6 +55,10 @@ void Job::DecideRestorePoint(Attempt attempt,
 
 void Job::RunDecision(Attempt attempt, bool from_nothing,
                       std::function<void(absl::StatusOr<RestorePoint>)> then) {
+  if (abandoned_) {
+    then(WasReplaced());
+    return;
+  }
   const auto known = attempts_.find(attempt);
   if (known != attempts_.end() && known->second.restore_point.has_value()) {
     then(*known->second.restore_point);
@@ -66,7 +70,9 @@ void Job::RunDecision(Attempt attempt, bool from_nothing,
     return;
   }
   OnPool<absl::StatusOr<RestorePoint>>(
-      [store = &world_.store, job = options_.name, attempt] {
+      [file_system = &world_.file_system, store = &world_.store, root = options_.root,
+       job = options_.name, uuid = uuid_, attempt]() -> absl::StatusOr<RestorePoint> {
+        RETURN_IF_ERROR(CheckSameJob(*file_system, root, job, uuid));
         return store->GetRestorePoint(job, attempt);
       },
       [this, attempt, from_nothing,
@@ -93,6 +99,10 @@ void Job::Propose(Attempt attempt, bool from_nothing, int tries_left,
        then = std::move(then)](absl::StatusOr<Catalog> catalog) mutable {
         if (!catalog.ok()) {
           then(catalog.status());
+          return;
+        }
+        if (catalog->job.job_uuid != uuid_) {
+          then(WasReplaced());
           return;
         }
         RememberCommitted(*catalog);
@@ -161,8 +171,8 @@ void Job::FenceAndRecord(Attempt attempt, bool from_nothing, int tries_left, con
   };
   OnPool<Decided>(
       [file_system = &world_.file_system, store = &world_.store, root = options_.root,
-       job = options_.name, directory = directory_, writer = options_.writer, attempt, catalog,
-       candidate] {
+       job = options_.name, uuid = uuid_, directory = directory_, writer = options_.writer, attempt,
+       catalog, candidate] {
         Decided decided;
         const absl::Status fenced = FenceDirectories(*file_system, directory, writer, catalog,
                                                      candidate.checkpoint, attempt);
@@ -178,6 +188,10 @@ void Job::FenceAndRecord(Attempt attempt, bool from_nothing, int tries_left, con
         const auto newest_of = [](const Catalog& of) {
           return of.newest.has_value() ? std::optional(of.entries[*of.newest].id) : std::nullopt;
         };
+        if (second->job.job_uuid != uuid) {
+          decided.point = CheckSameJob(*file_system, root, job, uuid);
+          return decided;
+        }
         decided.again = newest_of(*second) != newest_of(catalog);
         if (!decided.again) decided.point = store->DecideRestorePoint(job, attempt, candidate);
         return decided;

@@ -104,6 +104,7 @@ SaveGroup* SaveGroups::FindMember(ImageId image, SaveGroup::Member** member) {
 absl::Status SaveGroups::CheckMayBegin(const AttemptState& attempt, Rank rank,
                                        CheckpointId id) const {
   if (recovering_) return absl::OkStatus();
+  if (!abandoned_.ok()) return abandoned_;
   if (attempt.fenced_by.has_value()) {
     return absl::FailedPreconditionError(absl::StrFormat(
         "attempt %d is fenced by attempt %d", Value(id.attempt), Value(*attempt.fenced_by)));
@@ -298,6 +299,17 @@ void SaveGroups::SettleFence(Attempt newest, std::optional<CheckpointId> restore
   CommitNext();
 }
 
+void SaveGroups::Abandon(const absl::Status& why) {
+  CHECK(!why.ok());
+  abandoned_ = why;
+  for (auto& [id, group] : groups_) {
+    if (group.phase != SaveGroup::Phase::kOpen) continue;
+    Fail(group, absl::Status(why.code(), absl::StrCat(Describe(id), ": ", why.message())),
+         group.reader_count == 0 ? Failure::kImages : Failure::kStorage);
+  }
+  Recycle();
+}
+
 // ---- Storage ----
 
 void SaveGroups::StartFlush(SaveGroup& group, Rank rank) {
@@ -380,6 +392,7 @@ void SaveGroups::EndRecovery(const std::vector<CheckpointId>& committed, Attempt
 
 bool SaveGroups::MayRelease(const SaveGroup& group, bool needs_room) const {
   if (!IsFinal(group) || group.reader_count > 0 || !HoldsMemory(group)) return false;
+  if (!abandoned_.ok()) return true;
   // What is not on storage may be what the newest attempt is about to restore: it makes room only
   // for later saves of its own attempt.
   if (needs_room && (group.phase == SaveGroup::Phase::kCommitted ||

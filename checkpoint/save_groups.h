@@ -95,6 +95,10 @@ class SaveGroups final : public ImageObserver {
   // Its restore point is decided: of the older attempts' uncommitted groups only that one goes on.
   void SettleFence(Attempt newest, std::optional<CheckpointId> restore_point);
 
+  // The directory is another job's now: nothing is published any more, and what nobody reads is
+  // given back, now and later.
+  void Abandon(const absl::Status& why);
+
   // Images reported between these are those of a former worker, in no order. `committed` are the
   // checkpoints that storage holds, `newest` the newest attempt, `restore_point` its, if decided.
   void BeginRecovery() { recovering_ = true; }
@@ -157,6 +161,7 @@ class SaveGroups final : public ImageObserver {
   std::map<Attempt, AttemptState> attempts_;
   std::map<CheckpointId, SaveGroup> groups_;
   bool recovering_ = false;
+  absl::Status abandoned_;  // not OK: why
 };
 
 }  // namespace holdfast

@@ -14,6 +14,7 @@
 #include "checkpoint/image_record.h"
 #include "checkpoint/session_impl.h"
 #include "checkpoint/shared_slots.h"
+#include "hook/abi/messages.h"
 
 namespace holdfast {
 namespace {
@@ -386,9 +387,12 @@ void Session::Fence(Attempt by) {
     std::atomic_ref<uint32_t>(BytesIn(*identity_memory_).fenced).store(1);
   }
   reports_->SetFencedBy(by);
+  const std::string reason =
+      Value(by) == abi::kJobReplaced
+          ? absl::StrFormat("the directory of job %s was replaced", identity_.job)
+          : absl::StrFormat("attempt %d of job %s has begun", Value(by), identity_.job);
   const absl::Status why = absl::FailedPreconditionError(
-      absl::StrFormat("attempt %d was fenced: attempt %d of job %s has begun",
-                      Value(identity_.attempt), Value(by), identity_.job));
+      absl::StrFormat("attempt %d was fenced: %s", Value(identity_.attempt), reason));
   for (const auto& [id, registered] : registered_) {
     registered->images->StopGranting(RankImages::UnusedGrant::kLeave);
     registered->images->Advance();

@@ -119,8 +119,9 @@ class Session {
   void Close();
   // The process is dead.
   void ProcessDied();
-  // A newer attempt runs: no grants any more, what is being captured is void, the page says so. A
-  // save that the trainer begins all the same is reported to the observer, which voids it.
+  // A newer attempt runs (abi::kJobReplaced: another job does, in the same directory): no grants
+  // any more, what is being captured is void, the page says so. A save that the trainer begins all
+  // the same is reported to the observer, which voids it.
   void Fence(Attempt by);
 
   // The images of a registration of this session; nullptr if unknown.

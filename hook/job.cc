@@ -41,6 +41,10 @@ abi::OpenRequest MakeOpenRequest(const Settings& settings) {
 }
 
 Error Fenced(uint32_t by) {
+  if (by == abi::kJobReplaced) {
+    return Error(HF_FAILED_PRECONDITION,
+                 "the job's directory was replaced: this run publishes nothing more");
+  }
   return Error(HF_FAILED_PRECONDITION,
                "attempt %u of the job has begun: this older one publishes nothing more", by);
 }

@@ -25,6 +25,8 @@ inline constexpr size_t kJobNameBytesMax = 128;
 inline constexpr size_t kAttemptKeyBytesMax = 255;
 inline constexpr size_t kPathBytesMax = 1023;
 inline constexpr uint64_t kNoStep = UINT64_MAX;
+// In the place of the attempt that fenced this one: another job is in the directory of this one.
+inline constexpr uint32_t kJobReplaced = UINT32_MAX;
 
 enum class MessageType : uint16_t {
   kOpen = 1,           // trainer -> agent, fds: [doorbell eventfd]

@@ -87,7 +87,7 @@ struct RankPage {
   // Written by the agent.
   std::atomic<uint32_t> agent_events;  // futex word: any change of this group or of `reports`, or
                                        // a slot granted
-  std::atomic<uint32_t> fenced_by;     // attempt that fenced this one; 0: none
+  std::atomic<uint32_t> fenced_by;     // attempt that fenced this one; 0: none; kJobReplaced
   std::atomic<uint64_t> committed_process_step;  // newest of this attempt; kNoStep: none
   std::atomic<uint64_t> committed_power_step;
   std::atomic<uint32_t> next_report_index;  // where the agent will write the next save's report
