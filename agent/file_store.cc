@@ -157,11 +157,42 @@ std::string FileStore::StoreDirectory(const std::string& job) const {
 }
 
 absl::Status FileStore::Publish(const std::string& directory, const std::string& name,
-                                const std::string& bytes) {
-  RETURN_IF_ERROR(
-      PublishFile(file_system_, directory, name, bytes,
-                  {.writer = options_.writer, .on_visible = nullptr, .on_durable = nullptr}));
+                                const std::string& bytes,
+                                std::function<bool(const std::string&)> is_whole) {
+  RETURN_IF_ERROR(PublishFile(file_system_, directory, name, bytes,
+                              {.writer = options_.writer,
+                               .on_visible = nullptr,
+                               .on_durable = nullptr,
+                               .is_whole = std::move(is_whole),
+                               .bytes_max = kSmallRecordBytesMax}));
   return file_system_.SyncDirectory(directory);
+}
+
+// Whether nothing can have been made under JOB.json yet: no checkpoint, no attempt.
+absl::StatusOr<bool> FileStore::HasOnlyBegun(const std::string& job) {
+  ASSIGN_OR_RETURN(const std::vector<std::string> names,
+                   file_system_.List(JobDirectory(job), kNamesMax));
+  for (const std::string& name : names) {
+    if (ParseCheckpointDirectoryName(name).has_value()) return false;
+  }
+  ASSIGN_OR_RETURN(const std::optional<Attempt> greatest, GreatestAttempt(job));
+  return !greatest.has_value();
+}
+
+// Whether a checkpoint of the attempt has been published: then its restore point was decided.
+absl::StatusOr<bool> FileStore::HasPublished(const std::string& job, Attempt attempt) {
+  ASSIGN_OR_RETURN(const std::vector<std::string> names,
+                   file_system_.List(JobDirectory(job), kNamesMax));
+  for (const std::string& name : names) {
+    const std::optional<CheckpointId> id = ParseCheckpointDirectoryName(name);
+    if (!id.has_value() || id->attempt != attempt) continue;
+    const absl::Status manifest =
+        file_system_.Stat(absl::StrCat(JobDirectory(job), "/", name, "/", kManifestFileName))
+            .status();
+    if (manifest.ok()) return true;
+    if (manifest.code() != absl::StatusCode::kNotFound) return manifest;
+  }
+  return false;
 }
 
 absl::StatusOr<std::string> FileStore::ReadUuid(const std::string& job) {
@@ -179,13 +210,12 @@ absl::StatusOr<std::string> FileStore::JobUuid(const std::string& job) {
   RETURN_IF_ERROR(CheckJobName(job));
   absl::StatusOr<std::string> uuid = ReadUuid(job);
   if (uuid.status().code() == absl::StatusCode::kDataLoss) {
-    // Torn while it was published, so nobody has used it: it makes room.
-    ASSIGN_OR_RETURN(const bool was_cut_off, PublicationWasCutOff(file_system_, JobDirectory(job),
-                                                                  kJobFileName, kNamesMax));
-    if (was_cut_off) {
-      RETURN_IF_ERROR(file_system_.Unlink(absl::StrCat(JobDirectory(job), "/", kJobFileName)));
-      uuid = absl::NotFoundError("torn");
-    }
+    // Torn while it was published, so nobody has used it: it makes room. But where something was
+    // made under it, it was whole once, and its loss is damage that no new uuid mends.
+    ASSIGN_OR_RETURN(const bool was_cut_off,
+                     PublicationWasCutOff(file_system_, JobDirectory(job), kJobFileName));
+    ASSIGN_OR_RETURN(const bool has_only_begun, HasOnlyBegun(job));
+    if (was_cut_off && has_only_begun) uuid = absl::NotFoundError("torn");
   }
   if (uuid.status().code() == absl::StatusCode::kNotFound) {
     RETURN_IF_ERROR(EnsureDirectory(file_system_, options_.root, job));
@@ -195,7 +225,8 @@ absl::StatusOr<std::string> FileStore::JobUuid(const std::string& job) {
     record.created_by = std::string(WriterVersion());
     record.created_at = absl::FromUnixSeconds(absl::ToUnixSeconds(clock_.WallTime()));
     const absl::Status published =
-        Publish(JobDirectory(job), kJobFileName, EncodeJobRecord(record));
+        Publish(JobDirectory(job), kJobFileName, EncodeJobRecord(record),
+                [](const std::string& bytes) { return DecodeJobRecord(bytes, "").ok(); });
     if (!published.ok() && published.code() != absl::StatusCode::kAlreadyExists) return published;
     uuid = ReadUuid(job);  // ours, or that of whoever came first
   }
@@ -231,7 +262,7 @@ absl::StatusOr<AttemptRecord> FileStore::NewestAttempt(const std::string& job) {
   absl::StatusOr<AttemptRecord> record = DecodeAttempt(bytes, path, *greatest);
   if (record.status().code() == absl::StatusCode::kDataLoss) {
     ASSIGN_OR_RETURN(const bool was_cut_off,
-                     PublicationWasCutOff(file_system_, StoreDirectory(job), name, kNamesMax));
+                     PublicationWasCutOff(file_system_, StoreDirectory(job), name));
     // Torn while it was published: nobody was ever told of this attempt, but its number is taken.
     if (was_cut_off) return AttemptRecord{*greatest, "", 0};
   }
@@ -251,24 +282,42 @@ absl::Status FileStore::BeginAttempt(const std::string& job, const AttemptRecord
       StoreDirectory(job), AttemptFileName(record.attempt),
       SealJson({"\"holdfast_store\": 1", absl::StrFormat("\"attempt\": %d", Value(record.attempt)),
                 absl::StrCat("\"key\": ", JsonString(record.key)),
-                absl::StrFormat("\"world_size\": %d", record.world_size)}));
+                absl::StrFormat("\"world_size\": %d", record.world_size)}),
+      nullptr);
 }
 
 absl::StatusOr<RestorePoint> FileStore::DecideRestorePoint(const std::string& job, Attempt attempt,
                                                            const RestorePoint& proposed) {
   RETURN_IF_ERROR(CheckJobName(job));
-  const absl::Status published =
-      Publish(StoreDirectory(job), RestoreFileName(attempt), EncodeRestorePoint(attempt, proposed));
+  const absl::Status published = Publish(
+      StoreDirectory(job), RestoreFileName(attempt), EncodeRestorePoint(attempt, proposed),
+      [attempt](const std::string& bytes) { return DecodeRestorePoint(bytes, "", attempt).ok(); });
   if (published.ok()) return proposed;
   if (published.code() != absl::StatusCode::kAlreadyExists) return published;
-  return GetRestorePoint(job, attempt);
+  absl::StatusOr<RestorePoint> recorded = GetRestorePoint(job, attempt);
+  if (recorded.status().code() == absl::StatusCode::kNotFound) {
+    return absl::UnavailableError(absl::StrFormat(
+        "job %s: another agent is deciding what attempt %d starts from", job, Value(attempt)));
+  }
+  return recorded;
 }
 
 absl::StatusOr<RestorePoint> FileStore::GetRestorePoint(const std::string& job, Attempt attempt) {
   RETURN_IF_ERROR(CheckJobName(job));
   const std::string path = absl::StrCat(StoreDirectory(job), "/", RestoreFileName(attempt));
   ASSIGN_OR_RETURN(const std::string bytes, file_system_.ReadSmallFile(path, kSmallRecordBytesMax));
-  ASSIGN_OR_RETURN(const RestorePoint point, DecodeRestorePoint(bytes, path, attempt));
+  const absl::StatusOr<RestorePoint> point = DecodeRestorePoint(bytes, path, attempt);
+  if (point.status().code() == absl::StatusCode::kDataLoss) {
+    // Torn while it was published: nobody was told of it, unless something came of it.
+    ASSIGN_OR_RETURN(const bool was_cut_off, PublicationWasCutOff(file_system_, StoreDirectory(job),
+                                                                  RestoreFileName(attempt)));
+    ASSIGN_OR_RETURN(const bool has_published, HasPublished(job, attempt));
+    if (was_cut_off && !has_published) {
+      return absl::NotFoundError(
+          absl::StrFormat("torn while it was published: %s", point.status().message()));
+    }
+  }
+  RETURN_IF_ERROR(point.status());
   // Whoever linked it may have died before the name was durable.
   RETURN_IF_ERROR(file_system_.SyncDirectory(StoreDirectory(job)));
   return point;

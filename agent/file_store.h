@@ -8,7 +8,8 @@
 //
 // Every record is sealed JSON (last line: CRC32C of what is before it) and is published: contents,
 // sync, link under its final name (fails if the name exists: that is the compare-and-set), sync of
-// the directory (checkpoint/publish.h). No record is ever changed or removed.
+// the directory (checkpoint/publish.h). No record is ever changed or removed, but one that was torn
+// while it was published, so that nobody was told of it.
 #ifndef HOLDFAST_AGENT_FILE_STORE_H_
 #define HOLDFAST_AGENT_FILE_STORE_H_
 
@@ -53,7 +54,9 @@ class FileStore final : public CoordinationStore {
   std::string JobDirectory(const std::string& job) const;
   std::string StoreDirectory(const std::string& job) const;
   absl::Status Publish(const std::string& directory, const std::string& name,
-                       const std::string& bytes);
+                       const std::string& bytes, std::function<bool(const std::string&)> is_whole);
+  absl::StatusOr<bool> HasOnlyBegun(const std::string& job);
+  absl::StatusOr<bool> HasPublished(const std::string& job, Attempt attempt);
   absl::StatusOr<std::string> ReadUuid(const std::string& job);
   absl::StatusOr<std::optional<Attempt>> GreatestAttempt(const std::string& job);
 

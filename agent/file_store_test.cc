@@ -131,8 +131,18 @@ TEST(FileStore, OldOrNewAtEveryCut) {
           ASSERT_THAT(newest, IsNotFound()) << cut_after << " " << where;
         }
         EXPECT_GE(number, has_second ? 2u : has_first ? 1u : 0u) << cut_after << " " << where;
-        if (has_point) {
-          EXPECT_EQ(again.GetRestorePoint("job", Attempt{2})->checkpoint, point);
+        if (has_second) {
+          // Decided, or not: then it can be, and is.
+          const absl::StatusOr<RestorePoint> found = again.GetRestorePoint("job", Attempt{2});
+          if (found.ok()) {
+            EXPECT_EQ(found->checkpoint, point) << cut_after << " " << where;
+          } else {
+            EXPECT_FALSE(has_point) << cut_after << " " << where;
+            ASSERT_THAT(found, IsNotFound()) << cut_after << " " << where;
+            ASSERT_OK(again.DecideRestorePoint("job", Attempt{2}, {}).status())
+                << cut_after << " " << where;
+            EXPECT_EQ(again.GetRestorePoint("job", Attempt{2})->checkpoint, std::nullopt);
+          }
         }
         ASSERT_OK(again.BeginAttempt("job", {Attempt{number + 1}, "c", 1}))
             << cut_after << " " << where;
@@ -140,6 +150,67 @@ TEST(FileStore, OldOrNewAtEveryCut) {
       }
     }
     EXPECT_GT(states, 80);
+  }
+}
+
+// What was torn is void as long as nothing came of it; after that it is damage.
+TEST(FileStore, TornRecordsMakeRoomUntilSomethingWasMadeUnderThem) {
+  const std::unique_ptr<SimDisk> disk = NewDisk(/*links_supported=*/false);
+  SimExecutor clock;
+  FileStore store(*disk, clock, StoreOptions("w"));
+  disk->PutFile("/root/job/JOB.json", "{");
+  disk->PutFile("/root/job/JOB.json.exclusive.dead", "");
+  EXPECT_THAT(store.JobUuid("job"), IsOkAndHolds(kUuid));
+  ASSERT_OK(store.BeginAttempt("job", {Attempt{1}, "", 1}));
+  const std::string record = disk->Contents("/root/job/JOB.json").value();
+  disk->PutFile("/root/job/JOB.json", "{");
+  disk->PutFile("/root/job/JOB.json.exclusive.dead", "");
+  EXPECT_THAT(store.JobUuid("job"), StatusIs(absl::StatusCode::kDataLoss));
+  disk->PutFile("/root/job/JOB.json", record);
+  EXPECT_THAT(store.JobUuid("job"), IsOkAndHolds(kUuid));
+
+  const std::string path = "/root/job/store/attempt-1.restore.json";
+  disk->PutFile(path, "");
+  EXPECT_THAT(store.GetRestorePoint("job", Attempt{1}), StatusIs(absl::StatusCode::kDataLoss));
+  disk->PutFile(path + ".exclusive.dead", "");
+  EXPECT_THAT(store.GetRestorePoint("job", Attempt{1}), IsNotFound());
+  disk->PutFile("/root/job/s000000000001.a0001/MANIFEST.json", "");
+  EXPECT_THAT(store.GetRestorePoint("job", Attempt{1}), StatusIs(absl::StatusCode::kDataLoss));
+  disk->RemoveFile("/root/job/s000000000001.a0001/MANIFEST.json");
+  ASSERT_OK_AND_ASSIGN(const RestorePoint point, store.DecideRestorePoint("job", Attempt{1}, {}));
+  EXPECT_EQ(point.checkpoint, std::nullopt);
+  EXPECT_OK(store.GetRestorePoint("job", Attempt{1}).status());
+}
+
+// A disk that was full for a moment: the same agent goes on.
+TEST(FileStore, GoesOnAfterAFullDisk) {
+  for (const bool links : {true, false}) {
+    int faults = 0;
+    for (uint64_t index = 0;; ++index) {
+      const std::unique_ptr<SimDisk> disk = NewDisk(links);
+      SimExecutor clock;
+      FileStore store(*disk, clock, StoreOptions("w"));
+      disk->FailOperation(SimDisk::Operation::kAppend, index, absl::ResourceExhaustedError("full"));
+      bool failed = !store.JobUuid("job").ok();
+      ASSERT_THAT(store.JobUuid("job"), IsOkAndHolds(kUuid)) << links << index;
+      Attempt attempt{1};
+      if (!store.BeginAttempt("job", {attempt, "a", 1}).ok()) {
+        failed = true;
+        // Its number may be gone.
+        const absl::StatusOr<AttemptRecord> newest = store.NewestAttempt("job");
+        if (newest.ok()) attempt = Attempt{2};
+        ASSERT_OK(store.BeginAttempt("job", {attempt, "a", 1})) << links << index;
+      }
+      if (!store.DecideRestorePoint("job", attempt, {}).ok()) {
+        failed = true;
+        ASSERT_OK(store.DecideRestorePoint("job", attempt, {}).status()) << links << index;
+      }
+      EXPECT_OK(store.GetRestorePoint("job", attempt).status());
+      EXPECT_EQ(failed, disk->fault_count() > 0);
+      if (disk->fault_count() == 0) break;
+      ++faults;
+    }
+    EXPECT_EQ(faults, links ? 3 : 9);
   }
 }
 

@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cstdio>
 #include <memory>
 #include <optional>
 #include <string>
@@ -11,6 +12,7 @@
 #include "checkpoint/engine_testing.h"
 #include "checkpoint/readback_testing.h"
 #include "hook/abi/messages.h"
+#include "tests/support/interrupting_file_system.h"
 #include "tests/support/status_matchers.h"
 
 namespace holdfast {
@@ -262,62 +264,130 @@ TEST(Replaced, ANewWorkerKeepsTheTwoApart) {
 // loop takes in two saves; the newer one begins, decides where it starts, and saves; then the older
 // one goes on. Whatever it had reported by then is an ancestor of the newer one's checkpoint, and
 // nothing else of it is ever published.
+struct FencingCounts {
+  int paused = 0;
+  int failed = 0;  // saves of the old attempt
+  int seen = 0;    // old checkpoints that the new attempt started from
+};
+
+// The new attempt: begins, and decides where it starts. Nothing: from the beginning.
+std::optional<CheckpointId> BeginNew(EngineHarness& agent, std::vector<TestTrainer*>& trainers) {
+  const auto launched = agent.Launch(2, "b");
+  EXPECT_OK(launched);
+  if (!launched.ok()) return std::nullopt;
+  trainers = *launched;
+  const RestoreOutcome outcome = agent.Restore(*trainers[0]);
+  if (outcome.status.ok()) return outcome.checkpoint;
+  EXPECT_THAT(outcome.status, IsNotFound());
+  return std::nullopt;
+}
+
+// After both have gone on.
+void ExpectOnlyWhatTheNewOneHasSeen(SimDisk& disk, const ReadBack& read_back,
+                                    const std::vector<TestTrainer*>& old,
+                                    const std::optional<uint64_t>& told,
+                                    const std::optional<CheckpointId>& point,
+                                    FencingCounts& counts) {
+  counts.seen += point.has_value() ? 1 : 0;
+  if (told.has_value()) {
+    ASSERT_TRUE(point.has_value());
+    EXPECT_GE(Value(point->step), *told);
+  }
+  ASSERT_OK_AND_ASSIGN(const std::vector<CheckpointId> found, read_back.CheckAll(disk));
+  ASSERT_FALSE(found.empty());
+  EXPECT_EQ(found.back(), (CheckpointId{Attempt{2}, Step{5}}));
+  const std::optional<CheckpointId> before =
+      found.size() > 1 ? std::optional(found[found.size() - 2]) : std::nullopt;
+  EXPECT_EQ(before, point);
+  // And it was told so.
+  for (const TestTrainer* trainer : old) {
+    const std::optional<uint64_t> committed = EngineHarness::CommittedPower(*trainer);
+    EXPECT_LE(committed.value_or(0), point.has_value() ? Value(point->step) : 0);
+    for (const uint64_t step : {1, 2}) {
+      const auto report = trainer->script->ReportOf(step);
+      if (!report.has_value() || report->state == 4u) continue;
+      EXPECT_EQ(report->state, 5u);
+      ++counts.failed;
+    }
+  }
+}
+
 TEST(Fencing, APausedOldAttemptPublishesNothingThatTheNewOneHasNotSeen) {
   const ReadBack read_back(2);
-  int fenced = 0;
-  int seen = 0;
-  for (int pause_after = 0;; ++pause_after) {
-    SimDisk disk;
-    EngineHarness old_agent(disk, {.writer = "old"});
-    ASSERT_OK_AND_ASSIGN(const auto old, old_agent.Launch(2, "a"));
-    for (const uint64_t step : {1, 2}) {
-      for (TestTrainer* trainer : old) ASSERT_TRUE(old_agent.Save(*trainer, step));
-    }
-    bool idle = false;
-    for (int i = 0; i < pause_after && !idle; ++i) idle = !old_agent.executor().RunOne();
-    const std::optional<uint64_t> told = EngineHarness::CommittedPower(*old[0]);
-
-    EngineHarness new_agent(disk, {.root_exists = true, .writer = "new"});
-    ASSERT_OK_AND_ASSIGN(const auto trainers, new_agent.Launch(2, "b"));
-    const RestoreOutcome outcome = new_agent.Restore(*trainers[0]);
-    std::optional<CheckpointId> point;
-    if (outcome.status.ok()) {
-      point = outcome.checkpoint;
-      ++seen;
-    } else {
-      ASSERT_THAT(outcome.status, IsNotFound()) << pause_after;
-    }
-    if (told.has_value()) {
-      ASSERT_TRUE(point.has_value()) << pause_after;
-      EXPECT_GE(Value(point->step), *told) << pause_after;
-    }
-
-    old_agent.Settle();
-    new_agent.SaveAll(trainers, 5);
-    old_agent.Settle();
-    EXPECT_EQ(EngineHarness::CommittedPower(*trainers[1]), 5u) << pause_after;
-
-    ASSERT_OK_AND_ASSIGN(const std::vector<CheckpointId> found, read_back.CheckAll(disk));
-    ASSERT_FALSE(found.empty());
-    EXPECT_EQ(found.back(), (CheckpointId{Attempt{2}, Step{5}}));
-    const std::optional<CheckpointId> before =
-        found.size() > 1 ? std::optional(found[found.size() - 2]) : std::nullopt;
-    EXPECT_EQ(before, point) << pause_after;
-    // And it was told so.
-    for (const TestTrainer* trainer : old) {
-      const std::optional<uint64_t> committed = EngineHarness::CommittedPower(*trainer);
-      EXPECT_LE(committed.value_or(0), point.has_value() ? Value(point->step) : 0) << pause_after;
+  for (const bool links : {true, false}) {
+    FencingCounts counts;
+    for (int pause_after = 0;; ++pause_after) {
+      SCOPED_TRACE(testing::Message() << "links " << links << ", paused after " << pause_after);
+      SimDisk::Options options;
+      options.links_supported = links;
+      SimDisk disk(options);
+      EngineHarness old_agent(disk, {.writer = "old"});
+      ASSERT_OK_AND_ASSIGN(const auto old, old_agent.Launch(2, "a"));
       for (const uint64_t step : {1, 2}) {
-        const auto report = trainer->script->ReportOf(step);
-        if (!report.has_value() || report->state == 4u) continue;
-        EXPECT_EQ(report->state, 5u) << pause_after;
-        fenced += report->text.find("fenced") != std::string::npos ? 1 : 0;
+        for (TestTrainer* trainer : old) ASSERT_TRUE(old_agent.Save(*trainer, step));
       }
+      bool idle = false;
+      for (int i = 0; i < pause_after && !idle; ++i) idle = !old_agent.executor().RunOne();
+      const std::optional<uint64_t> told = EngineHarness::CommittedPower(*old[0]);
+      EngineHarness new_agent(disk, {.root_exists = true, .writer = "new"});
+      std::vector<TestTrainer*> trainers;
+      const std::optional<CheckpointId> point = BeginNew(new_agent, trainers);
+      ASSERT_FALSE(HasFailure());
+      old_agent.Settle();
+      new_agent.SaveAll(trainers, 5);
+      old_agent.Settle();
+      EXPECT_EQ(EngineHarness::CommittedPower(*trainers[1]), 5u);
+      ExpectOnlyWhatTheNewOneHasSeen(disk, read_back, old, told, point, counts);
+      if (idle || HasFailure()) break;
     }
-    if (idle || HasFailure()) break;
+    EXPECT_GT(counts.failed, 50);
+    EXPECT_GT(counts.seen, 5);
   }
-  EXPECT_GT(fenced, 50);
-  EXPECT_GT(seen, 5);
+}
+
+// The same between any two operations of the old attempt on the disk, also in the middle of its
+// commit.
+TEST(Fencing, NorBetweenAnyTwoOperationsOnTheDisk) {
+  const ReadBack read_back(2);
+  for (const bool links : {true, false}) {
+    FencingCounts counts;
+    for (uint64_t pause_before = 0;; ++pause_before) {
+      SCOPED_TRACE(testing::Message() << "links " << links << ", operation " << pause_before);
+      SimDisk::Options options;
+      options.links_supported = links;
+      SimDisk disk(options);
+      InterruptingFileSystem paused(disk);
+      EngineHarness old_agent(disk, {.file_system = &paused, .writer = "old"});
+      ASSERT_OK_AND_ASSIGN(const auto old, old_agent.Launch(2, "a"));
+      std::unique_ptr<EngineHarness> new_agent;
+      std::vector<TestTrainer*> trainers;
+      std::optional<CheckpointId> point;
+      std::optional<uint64_t> told;
+      paused.InterruptBefore(pause_before, [&] {
+        told = EngineHarness::CommittedPower(*old[0]);
+        new_agent = std::make_unique<EngineHarness>(
+            disk, EngineHarnessOptions{.root_exists = true, .writer = "new"});
+        point = BeginNew(*new_agent, trainers);
+      });
+      for (const uint64_t step : {1, 2}) {
+        for (TestTrainer* trainer : old) ASSERT_TRUE(old_agent.Save(*trainer, step));
+        old_agent.Settle();
+        if (paused.was_interrupted()) break;
+      }
+      if (!paused.was_interrupted() || HasFailure()) break;
+      ++counts.paused;
+      new_agent->SaveAll(trainers, 5);
+      old_agent.Settle();
+      EXPECT_EQ(EngineHarness::CommittedPower(*trainers[1]), 5u);
+      ExpectOnlyWhatTheNewOneHasSeen(disk, read_back, old, told, point, counts);
+      if (HasFailure()) break;
+    }
+    std::printf("links %d: %d pauses, %d saves failed, %d seen\n", links, counts.paused,
+                counts.failed, counts.seen);
+    EXPECT_GT(counts.paused, links ? 60 : 80);
+    EXPECT_GT(counts.failed, 30);
+    EXPECT_GT(counts.seen, 30);
+  }
 }
 
 }  // namespace

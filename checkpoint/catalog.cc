@@ -215,8 +215,9 @@ absl::StatusOr<CatalogEntry> ReadCatalogEntry(FileSystem& file_system,
   absl::StatusOr<std::string> bytes = ReadRecord(file_system, path, kManifestBytesMax);
   if (bytes.ok()) {
     Judge(*bytes, path, job, job_uuid, entry);
-    if (entry.state == CatalogEntry::State::kDamaged &&
-        PublicationWasCutOff(names, kManifestFileName)) {
+    const bool was_cut_off = PublicationWasCutOff(names, kManifestFileName);
+    entry.has_stale_marker = was_cut_off && entry.state == CatalogEntry::State::kCommitted;
+    if (entry.state == CatalogEntry::State::kDamaged && was_cut_off) {
       entry.state = CatalogEntry::State::kIncomplete;
       entry.why = absl::StrCat("torn while it was published: ", entry.why);
     }

@@ -39,6 +39,8 @@ struct CatalogEntry {
   std::string why;                   // of kIncomplete, kFenced, kDamaged: for people
   std::optional<Manifest> manifest;  // if it could be read
   std::vector<BadMark> bad_marks;    // not empty: marked bad
+  // Of kCommitted: a publication without links left its marker (publish.h).
+  bool has_stale_marker = false;
   Branch branch = Branch::kUnknown;  // of kCommitted and kDamaged
 };
 

@@ -98,13 +98,31 @@ absl::Status CheckTakenBySame(FileSystem& file_system, const std::string& path,
       absl::StrFormat("%s: another checkpoint was committed under this name", path));
 }
 
+// Whether a file under the manifest's name is one: this or another's, or a fence.
+bool IsWholeManifest(const std::string& bytes, CheckpointId id) {
+  return DecodeFence(bytes, id, "").ok() || DecodeManifest(bytes, "").ok();
+}
+
+PublishOptions ManifestOptions(const std::string& writer, CheckpointId id) {
+  return {.writer = writer,
+          .on_visible = nullptr,
+          .on_durable = nullptr,
+          .is_whole = [id](const std::string& bytes) { return IsWholeManifest(bytes, id); },
+          .bytes_max = kManifestBytesMax};
+}
+
 absl::Status PublishIndex(FileSystem& file_system, const CommitRequest& request,
                           const std::string& directory, std::span<const std::byte> bytes) {
   const absl::Status published =
       PublishFile(file_system, directory, kIndexFileName, AsText(bytes),
                   {.writer = request.writer,
                    .on_visible = [] { KillPoint("commit.index_written"); },
-                   .on_durable = nullptr});
+                   .on_durable = nullptr,
+                   .is_whole =
+                       [](const std::string& found) {
+                         return DecodeIndex(std::as_bytes(std::span(found))).ok();
+                       },
+                   .bytes_max = kIndexBytesMax});
   if (published.code() != absl::StatusCode::kAlreadyExists) return published;
   const std::string path = absl::StrCat(directory, "/", kIndexFileName);
   ASSIGN_OR_RETURN(const std::string found, file_system.ReadSmallFile(path, kIndexBytesMax));
@@ -138,14 +156,14 @@ absl::Status CommitCheckpoint(FileSystem& file_system, const CommitRequest& requ
   const std::string manifest_text = EncodeManifest(manifest);
   RETURN_IF_ERROR(CheckReadBack(file_system, directory, manifest_text));
 
+  PublishOptions options = ManifestOptions(request.writer, index.checkpoint);
+  options.on_durable = [] { KillPoint("commit.manifest_written"); };
   const absl::Status published =
-      PublishFile(file_system, directory, kManifestFileName, manifest_text,
-                  {.writer = request.writer, .on_visible = nullptr, .on_durable = [] {
-                     KillPoint("commit.manifest_written");
-                   }});
+      PublishFile(file_system, directory, kManifestFileName, manifest_text, options);
   if (published.code() == absl::StatusCode::kAlreadyExists) {
     RETURN_IF_ERROR(
         CheckTakenBySame(file_system, absl::StrCat(directory, "/", kManifestFileName), manifest));
+    RETURN_IF_ERROR(RemoveMarkers(file_system, directory, kManifestFileName));
   } else if (!published.ok()) {
     return published;
   }
@@ -163,12 +181,18 @@ absl::Status FenceCheckpoint(FileSystem& file_system, const std::string& job_dir
                 absl::StrFormat("\"step\": %d", Value(id.step)),
                 absl::StrFormat("\"fenced_by\": %d", Value(fenced_by))});
   const absl::Status published =
-      PublishFile(file_system, directory, kManifestFileName, text,
-                  {.writer = writer, .on_visible = nullptr, .on_durable = nullptr});
+      PublishFile(file_system, directory, kManifestFileName, text, ManifestOptions(writer, id));
   if (published.code() == absl::StatusCode::kAlreadyExists) {
     const std::string path = absl::StrCat(directory, "/", kManifestFileName);
     ASSIGN_OR_RETURN(const std::string bytes, file_system.ReadSmallFile(path, kManifestBytesMax));
-    if (!DecodeFence(bytes, id, path).ok()) return published;
+    if (!DecodeFence(bytes, id, path).ok()) {
+      if (const absl::StatusOr<Manifest> committed = DecodeManifest(bytes, path); committed.ok()) {
+        return published;
+      } else {
+        return absl::UnavailableError(absl::StrFormat("%s: neither a manifest nor a fence: %s",
+                                                      path, committed.status().message()));
+      }
+    }
   } else if (!published.ok()) {
     return published;
   }

@@ -38,7 +38,8 @@ struct CommitRequest {
 // manifest is visible and its durability unknown: the save has failed all the same, loudly, and a
 // reader that finds it finds a whole checkpoint.
 // Errors: kDataLoss (the pieces do not cover the tensors; read back something else),
-// kFailedPrecondition (fenced), kAlreadyExists (another commit under this name), the FileSystem's.
+// kFailedPrecondition (fenced), kAlreadyExists (another commit under this name), kUnavailable
+// (without links: a newer attempt is fencing it), the FileSystem's.
 absl::Status CommitCheckpoint(FileSystem& file_system, const CommitRequest& request,
                               const Index& index);
 
@@ -48,7 +49,8 @@ absl::Status CheckIndexCover(const Index& index);
 
 // Makes sure that checkpoint `id`, whose directory exists, will never be committed, unless it is
 // already: publishes a fence under the manifest's name. OK: fenced (by this or an earlier attempt).
-// kAlreadyExists: it is committed.
+// kAlreadyExists: it is committed. kUnavailable: what has the name is neither a manifest nor a
+// fence, or another writer is at it: read the catalog again.
 absl::Status FenceCheckpoint(FileSystem& file_system, const std::string& job_directory,
                              const std::string& writer, CheckpointId id, Attempt fenced_by);
 

@@ -533,6 +533,28 @@ TEST(Engine, ABadBlockEverywhereNamesFileTensorAndOffset) {
                                                   HasSubstr("bytes ["), HasSubstr("(param)"))));
 }
 
+// Without links: the marker of a worker that died behind its publication makes nothing void later.
+TEST(Engine, DamageIsDamageAlsoWhereAMarkerWasLeftBehind) {
+  SimDisk::Options options;
+  options.links_supported = false;
+  SimDisk disk(options);
+  const std::string manifest = "/root/job/s000000000002.a0001/MANIFEST.json";
+  {
+    EngineHarness harness(disk, {});
+    ASSERT_OK_AND_ASSIGN(const auto trainers, harness.Launch(1));
+    harness.SaveAll(trainers, 1);
+    harness.SaveAll(trainers, 2);
+    disk.PutFile(manifest + ".exclusive.dead", "");
+    ASSERT_OK_AND_ASSIGN(const Catalog catalog, harness.ReadJob());
+    EXPECT_TRUE(catalog.entries[1].has_stale_marker);
+  }
+  EngineHarness harness(disk, {.writer = "x"});
+  ASSERT_OK_AND_ASSIGN(const auto trainers, harness.Launch(1));
+  disk.FlipBit(manifest, 40, 3);
+  EXPECT_THAT(harness.Restore(*trainers[0]).status,
+              StatusIs(absl::StatusCode::kDataLoss, HasSubstr("step 2 of attempt 1")));
+}
+
 // ---- Workers that die ----
 
 // Kills the worker after every step of its loop during a save, with and without what was in flight.

@@ -13,6 +13,7 @@
 #include "base/status_macros.h"
 #include "checkpoint/describe.h"
 #include "checkpoint/job_impl.h"
+#include "checkpoint/publish.h"
 #include "hook/abi/messages.h"
 #include "hook/abi/shared_memory.h"
 
@@ -46,6 +47,15 @@ StoreView ReadStore(CoordinationStore& store, const std::string& job) {
     view.status = newest.status();
   }
   return view;
+}
+
+// Damage that comes later must not pass for a publication that was cut off.
+void RemoveStaleMarkers(FileSystem& file_system, const Catalog& catalog) {
+  for (const CatalogEntry& entry : catalog.entries) {
+    if (!entry.has_stale_marker) continue;
+    // Dropped on purpose: whoever looks next tries again.
+    RemoveMarkers(file_system, entry.directory, kManifestFileName).IgnoreError();
+  }
 }
 
 // kAlreadyExists: another agent was faster.
@@ -231,6 +241,7 @@ void Job::BeginNext(const std::optional<AttemptRecord>& newest, Applicant applic
           begun.record = absl::AlreadyExistsError("replaced since it was looked at");
           return begun;
         }
+        RemoveStaleMarkers(*file_system, *begun.catalog);
         // A lost store cannot go back: the root knows attempts too.
         begun.record = BeginInStore(
             *this_store, job, std::max(in_store, begun.catalog->greatest_attempt), key, world_size);
@@ -417,6 +428,7 @@ void Job::TryRecover(std::vector<Session*> sessions, std::function<void()> then)
         loaded.uuid = view.uuid;
         loaded.newest = view.newest;
         ASSIGN_OR_RETURN(loaded.catalog, ReadCatalog(*file_system, root, job));
+        RemoveStaleMarkers(*file_system, loaded.catalog);
         if (!loaded.newest.has_value()) return loaded;
         absl::StatusOr<RestorePoint> point = store->GetRestorePoint(job, loaded.newest->attempt);
         if (point.ok()) {

@@ -178,6 +178,8 @@ void Job::FenceAndRecord(Attempt attempt, bool from_nothing, int tries_left, con
                                                      candidate.checkpoint, attempt);
         if (!fenced.ok()) {
           decided.point = fenced;
+          // Somebody is at that very name.
+          decided.again = fenced.code() == absl::StatusCode::kUnavailable;
           return decided;
         }
         const absl::StatusOr<Catalog> second = ReadCatalog(*file_system, root, job);
