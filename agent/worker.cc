@@ -219,6 +219,7 @@ absl::Status Worker::BuildEngine() {
   options.images_per_rank_max = config_.images_in_memory;
   options.due_every_steps = config_.due_every_steps;
   options.flush_writes_in_flight_max = config_.flush_writes_in_flight;
+  options.on_warning = LogWarning;
   if (config_.direct == DirectIo::kOff || !refusal.empty()) {
     flush_caching_ = Caching::kBuffered;
   }

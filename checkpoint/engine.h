@@ -41,6 +41,8 @@ struct EngineOptions {
   uint32_t flush_writes_in_flight_max = 8;   // of one image
   Caching flush_caching = Caching::kDirect;  // as probed for the root's mount
   Caching restore_caching = Caching::kDirect;  // the same, for blocks of any size
+  // Gets every warning of StatusJson() when it arises, for a log. May be empty.
+  std::function<void(const std::string&)> on_warning;
   // Makes names of partial files and numbers of sessions unlike those of every other agent that
   // ever wrote in the root: [a-z0-9]{1,32}. Empty: made up at random.
   std::string writer;
@@ -127,7 +129,9 @@ class Engine {
 
   // Takes over what a dead worker left in the keeper: sessions go on where they were, sealed images
   // are flushed and committed. What is damaged is dropped with a warning in StatusJson(). Call
-  // once, before anything else. `done` runs when trainers may resume.
+  // once, before anything else. `done` runs when trainers may resume. A job whose storage cannot be
+  // read by then is looked at again until it can; its trainers, and who opens it, are refused with
+  // kDataLoss (it is damaged) or kUnavailable meanwhile.
   virtual void Recover(std::vector<KeptDescriptor> kept, std::function<void()> done) = 0;
 
   // Joins the job's current attempt or begins the next (DESIGN section 3). Errors: kInvalidArgument

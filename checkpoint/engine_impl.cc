@@ -114,7 +114,8 @@ std::unique_ptr<Job> EngineImpl::NewJob(const std::string& name) const {
   return std::make_unique<Job>(Job::Options{.root = options_.root,
                                             .name = name,
                                             .writer = options_.writer,
-                                            .caching = options_.restore_caching},
+                                            .caching = options_.restore_caching,
+                                            .on_warning = options_.on_warning},
                                world_);
 }
 
@@ -138,75 +139,19 @@ EngineImpl::Entry& EngineImpl::AddSession(std::unique_ptr<Session> session, Job&
   return entry;
 }
 
-// ---- After a restart ----
-
-void EngineImpl::Recover(std::vector<KeptDescriptor> kept, std::function<void()> done) {
-  CHECK(sessions_.empty() && jobs_.empty());
-  Session::Recover(std::move(kept), session_world_,
-                   [this, alive = std::weak_ptr<bool>(alive_),
-                    done = std::move(done)](Session::Recovered recovered) {
-                     if (alive.expired()) return;
-                     warnings_ = std::move(recovered.warnings);
-                     for (const KeptDescriptor& other : recovered.others) {
-                       warnings_.push_back(absl::StrFormat(
-                           "kept descriptor %s is none of the engine's", other.name));
-                     }
-                     const std::map<Job*, std::vector<Session*>> sessions_of =
-                         AdoptSessions(std::move(recovered.sessions));
-                     if (sessions_of.empty()) {
-                       done();
-                       return;
-                     }
-                     const auto jobs_left = std::make_shared<size_t>(sessions_of.size());
-                     for (const auto& [job, sessions] : sessions_of) {
-                       job->Recover(sessions, [this, jobs_left, done] {
-                         if (--*jobs_left > 0) return;
-                         for (const auto& [id, entry] : sessions_) ReapLater(id);
-                         done();
-                       });
-                     }
-                   });
-}
-
-// Which sessions each job has. One whose directory was replaced is a Job of its own beside its
-// successor, abandoned: numbers of its attempts mean nothing to the other.
-std::map<Job*, std::vector<Session*>> EngineImpl::AdoptSessions(
-    std::vector<std::unique_ptr<Session>> sessions) {
-  // Ids ascend, also over restarts of the worker: the last uuid is the newest job's.
-  std::map<std::string, std::string> newest_uuid;
-  for (const std::unique_ptr<Session>& session : sessions) {
-    newest_uuid[session->identity().job] = session->identity().job_uuid;
-  }
-  std::map<std::pair<std::string, std::string>, Job*> replaced;
-  std::map<Job*, std::vector<Session*>> sessions_of;
-  for (std::unique_ptr<Session>& session : sessions) {
-    const SessionIdentity& identity = session->identity();
-    next_session_id_ = std::max(next_session_id_, static_cast<uint64_t>(identity.session) + 1);
-    if (absl::Status name = CheckJobName(identity.job); !name.ok()) {
-      warnings_.push_back(std::string(name.message()));
-      session->Forget();
-      continue;
-    }
-    Job* job = nullptr;
-    if (identity.job_uuid == newest_uuid.at(identity.job)) {
-      job = &JobOf(identity.job);
-    } else {
-      Job*& of_uuid = replaced[{identity.job, identity.job_uuid}];
-      if (of_uuid == nullptr) {
-        orphaned_jobs_.push_back(NewJob(identity.job));
-        of_uuid = orphaned_jobs_.back().get();
-        of_uuid->Abandon();
-      }
-      job = of_uuid;
-    }
-    Session* const raw = session.get();
-    AddSession(std::move(session), *job);
-    sessions_of[job].push_back(raw);
-  }
-  return sessions_of;
-}
-
 // ---- Open ----
+
+void EngineImpl::Warn(std::string text) {
+  if (options_.on_warning) options_.on_warning(text);
+  warnings_.push_back(std::move(text));
+}
+
+absl::Status EngineImpl::CheckServed(const Entry* entry) const {
+  if (entry == nullptr || !entry->session->is_open()) {
+    return absl::FailedPreconditionError("the session has ended");
+  }
+  return entry->job->recovery_error();
+}
 
 absl::Status EngineImpl::CheckOpen(const OpenParameters& parameters) const {
   RETURN_IF_ERROR(CheckJobName(parameters.job));
@@ -263,6 +208,10 @@ bool EngineImpl::Resume(OpenParameters& parameters,
       identity.process_id != parameters.process_id || !session.is_open()) {
     return false;
   }
+  if (absl::Status recovered = entry->job->recovery_error(); !recovered.ok()) {
+    world_.loop.Post([done, recovered] { done(recovered); });
+    return true;
+  }
   if (session.is_fenced()) {
     world_.loop.Post([done, attempt = identity.attempt, job = identity.job] {
       done(absl::FailedPreconditionError(absl::StrFormat(
@@ -316,7 +265,7 @@ void EngineImpl::Admit(const std::shared_ptr<OpenParameters>& parameters,
     if (admission.status().code() == absl::StatusCode::kAborted && current != jobs_.end() &&
         current->second.get() == &job) {
       // It stays until its sessions are gone.
-      warnings_.push_back(std::string(admission.status().message()));
+      Warn(std::string(admission.status().message()));
       orphaned_jobs_.push_back(std::move(current->second));
       jobs_.erase(current);
     }
@@ -356,9 +305,8 @@ absl::StatusOr<OpenResult> EngineImpl::MakeSession(OpenParameters& parameters, J
 void EngineImpl::Register(SessionId id, UniqueFd document, uint64_t document_bytes,
                           std::function<void(absl::StatusOr<RegisterResult>)> done) {
   Entry* entry = Find(id);
-  if (entry == nullptr || !entry->session->is_open()) {
-    world_.loop.Post(
-        [done = std::move(done)] { done(absl::FailedPreconditionError("the session has ended")); });
+  if (absl::Status served = CheckServed(entry); !served.ok()) {
+    world_.loop.Post([done = std::move(done), served] { done(served); });
     return;
   }
   // Its staging blocks belong to the registration that will be replaced.
@@ -418,9 +366,9 @@ void EngineImpl::MakeRegistration(SessionId id, int tries_left,
 
 void EngineImpl::Restore(SessionId id, uint64_t registration_id, Begun begun, Ended ended) {
   Entry* entry = Find(id);
-  absl::Status refused;
-  if (entry == nullptr || !entry->session->is_open()) {
-    refused = absl::FailedPreconditionError("the session has ended");
+  absl::Status refused = CheckServed(entry);
+  if (!refused.ok()) {
+    // Nothing more to ask.
   } else if (registration_id == 0 || registration_id != entry->session->current_registration_id()) {
     refused = absl::FailedPreconditionError(
         absl::StrFormat("registration: expected %d, the current one, found %d",
@@ -531,7 +479,7 @@ void EngineImpl::Doorbell(SessionId id) {
 
 void EngineImpl::Close(SessionId id) {
   Entry* entry = Find(id);
-  if (entry == nullptr) return;
+  if (entry == nullptr || !entry->job->recovery_error().ok()) return;
   CancelRestores(*entry, absl::AbortedError("the session was closed"),
                  holdfast::Restore::Report::kNo);
   entry->session->Close();
@@ -541,6 +489,10 @@ void EngineImpl::Close(SessionId id) {
 void EngineImpl::ProcessDied(SessionId id) {
   Entry* entry = Find(id);
   if (entry == nullptr) return;
+  if (!entry->job->recovery_error().ok()) {
+    entry->died_unseen = true;
+    return;
+  }
   CancelRestores(*entry, absl::AbortedError("the training process died"),
                  holdfast::Restore::Report::kNo);
   entry->session->ProcessDied();
@@ -604,13 +556,14 @@ std::vector<SessionId> EngineImpl::sessions() const {
 
 size_t EngineImpl::open_session_count() const {
   return static_cast<size_t>(
-      std::count_if(sessions_.begin(), sessions_.end(),
-                    [](const auto& entry) { return entry.second.session->is_open(); }));
+      std::count_if(sessions_.begin(), sessions_.end(), [](const auto& entry) {
+        return entry.second.session->is_open() && !entry.second.died_unseen;
+      }));
 }
 
 size_t EngineImpl::pending_image_count() const {
   size_t count = 0;
-  for (const auto& [name, job] : jobs_) count += job->groups().pending_image_count();
+  for (const auto& [name, job] : jobs_) count += job->pending_image_count();
   return count;
 }
 

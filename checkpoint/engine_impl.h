@@ -56,10 +56,15 @@ class EngineImpl final : public Engine {
     // The last one is the current one; the others are over, and wait for what is in flight.
     std::vector<std::unique_ptr<holdfast::Restore>> restores;
     uint64_t restore_number = 0;  // of the newest; changes when one is asked for, left or cancelled
+    bool died_unseen = false;  // while its job was not recovered
   };
   using Begun = holdfast::Restore::Begun;
   using Ended = holdfast::Restore::Ended;
 
+  void Warn(std::string text);
+  void JobRecovered(const Job& job);
+  // OK if the session is open and its job recovered.
+  absl::Status CheckServed(const Entry* entry) const;
   absl::Status CheckOpen(const OpenParameters& parameters) const;
   // Goes on with a session that this engine knows. False: it does not.
   bool Resume(OpenParameters& parameters,

@@ -583,5 +583,55 @@ TEST(Engine, AWorkerThatDiesAnywhereInASaveLosesNothing) {
   }
 }
 
+// What one job's storage cannot tell is in nobody else's way, and loses nothing that is in memory.
+TEST(Engine, ADamagedJobStaysAloneAfterARestartOfTheWorker) {
+  const std::vector<std::string> records = {"/root/one/store/attempt-1.json",
+                                            "/root/one/store/attempt-1.restore.json",
+                                            "/root/one/JOB.json"};
+  for (const std::string& record : records) {
+    for (const bool dies : {false, true}) {
+      SCOPED_TRACE(testing::Message() << record << ", dies " << dies);
+      SimDisk disk;
+      EngineHarness harness(disk, {});
+      ASSERT_OK_AND_ASSIGN(const auto one, harness.Launch(2, "a", "one"));
+      ASSERT_OK_AND_ASSIGN(const auto two, harness.Launch(1, "a", "two"));
+      harness.SaveAll(one, 1);
+      harness.SaveAll(two, 1);
+      for (TestTrainer* trainer : one) ASSERT_TRUE(harness.Save(*trainer, 2));
+      for (int i = 0; i < 4; ++i) ASSERT_TRUE(harness.executor().RunOne());
+      disk.FlipBit(record, 30, 2);
+      harness.CrashWorker(SimDisk::InFlight::kAll);
+
+      harness.SaveAll(two, 2);
+      EXPECT_EQ(EngineHarness::CommittedPower(*two[0]), 2u);
+      EXPECT_THAT(harness.Reconnect(*one[0]).status(),
+                  StatusIs(absl::StatusCode::kDataLoss, HasSubstr(record)));
+      EXPECT_THAT(harness.Open(Rank{0}, 2, "b", "one").status(),
+                  StatusIs(absl::StatusCode::kDataLoss, HasSubstr(record)));
+      EXPECT_EQ(harness.engine().pending_image_count(), 2u);
+      EXPECT_THAT(harness.warnings(), testing::Contains(HasSubstr(record)));
+      const size_t warned = harness.warnings().size();
+      harness.executor().AdvanceTime(absl::Seconds(10));
+      EXPECT_EQ(harness.warnings().size(), warned);  // once
+      if (dies) harness.Kill(*one[1]);
+
+      disk.FlipBit(record, 30, 2);
+      harness.executor().AdvanceTime(absl::Seconds(2));
+      ASSERT_OK_AND_ASSIGN(const OpenResult resumed, harness.Reconnect(*one[0]));
+      EXPECT_TRUE(resumed.resumed);
+      harness.Settle();
+      EXPECT_EQ(EngineHarness::CommittedPower(*one[0]), 2u);
+      EXPECT_EQ(harness.engine().pending_image_count(), 0u);
+      if (dies) {
+        EXPECT_EQ(harness.engine().open_session_count(), 2u);
+        continue;
+      }
+      ASSERT_OK(harness.Reconnect(*one[1]).status());
+      harness.SaveAll(one, 3);
+      EXPECT_EQ(EngineHarness::CommittedPower(*one[1]), 3u);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace holdfast

@@ -127,6 +127,8 @@ class EngineHarness {
   SimExecutor& executor() { return *executor_; }
   FileStore& store() { return *store_; }
   KeptInMemory& keeper() { return *keeper_; }
+  // What all workers have warned of.
+  const std::vector<std::string>& warnings() const { return warnings_; }
   absl::StatusOr<Catalog> ReadJob(const std::string& job = "job");
   // rm -rf <root>/<job>, by somebody else.
   void RemoveJobDirectory(const std::string& job = "job");
@@ -148,6 +150,7 @@ class EngineHarness {
   std::unique_ptr<FileStore> store_;
   std::unique_ptr<Engine> engine_;
   std::vector<std::unique_ptr<TestTrainer>> trainers_;
+  std::vector<std::string> warnings_;
   uint64_t next_uuid_bits_;
   uint32_t worker_count_ = 0;
   uint32_t next_process_id_ = 100;

@@ -104,6 +104,7 @@ void Job::StartNext() {
 }
 
 void Job::Warn(std::string text) {
+  if (options_.on_warning) options_.on_warning(text);
   warnings_.push_back(std::move(text));
   if (warnings_.size() > kWarningsKept) warnings_.pop_front();
 }
@@ -111,6 +112,10 @@ void Job::Warn(std::string text) {
 // ---- Admission ----
 
 void Job::Admit(Applicant applicant, std::function<void(absl::StatusOr<Admission>)> done) {
+  if (!recovery_error_.ok()) {
+    world_.loop.Post([done = std::move(done), why = recovery_error_] { done(why); });
+    return;
+  }
   Enqueue([this, applicant = std::move(applicant), done = std::move(done)](Finish finish) {
     TryAdmit(applicant, kAdmissionTries,
              [done, finish = std::move(finish)](absl::StatusOr<Admission> admission) {
@@ -399,7 +404,10 @@ absl::Status Job::CheckLayout(SessionId id, std::shared_ptr<const Registration> 
 
 // ---- After a restart ----
 
-void Job::Recover(const std::vector<Session*>& sessions, std::function<void()> done) {
+void Job::Recover(const std::vector<Session*>& sessions, std::function<void()> looked,
+                  std::function<void()> recovered) {
+  recovery_error_ =
+      absl::UnavailableError(absl::StrFormat("job %s is being recovered", options_.name));
   for (Session* session : sessions) {
     const SessionIdentity& identity = session->identity();
     sessions_[identity.session] = session;
@@ -410,52 +418,76 @@ void Job::Recover(const std::vector<Session*>& sessions, std::function<void()> d
     newest = std::max(newest, identity.session);
     uuid_ = identity.job_uuid;
   }
-  Enqueue([this, sessions, done = std::move(done)](Finish finish) {
-    TryRecover(sessions, [done, finish = std::move(finish)] {
+  Enqueue([this, looked = std::move(looked), recovered = std::move(recovered)](Finish finish) {
+    TryRecover(looked, [recovered, finish = std::move(finish)] {
       finish();
-      done();
+      recovered();
     });
   });
 }
 
-void Job::TryRecover(std::vector<Session*> sessions, std::function<void()> then) {
+absl::StatusOr<Job::Loaded> Job::Load(const EngineWorld& world, const std::string& root,
+                                      const std::string& job, const std::set<Attempt>& attempts) {
+  Loaded loaded;
+  const StoreView view = ReadStore(world.store, job);
+  RETURN_IF_ERROR(view.status);
+  loaded.uuid = view.uuid;
+  loaded.newest = view.newest;
+  ASSIGN_OR_RETURN(loaded.catalog, ReadCatalog(world.file_system, root, job));
+  RemoveStaleMarkers(world.file_system, loaded.catalog);
+  // Whoever linked the newest manifest of an attempt may have died before its name was durable.
+  for (const Attempt attempt : attempts) {
+    const auto newest = std::find_if(loaded.catalog.entries.rbegin(), loaded.catalog.entries.rend(),
+                                     [attempt](const CatalogEntry& entry) {
+                                       return entry.id.attempt == attempt &&
+                                              entry.state == CatalogEntry::State::kCommitted;
+                                     });
+    if (newest == loaded.catalog.entries.rend()) continue;
+    RETURN_IF_ERROR(world.file_system.SyncDirectory(newest->directory));
+  }
+  if (!loaded.newest.has_value()) return loaded;
+  absl::StatusOr<RestorePoint> point = world.store.GetRestorePoint(job, loaded.newest->attempt);
+  if (point.ok()) {
+    loaded.restore_point = *std::move(point);
+  } else if (point.status().code() != absl::StatusCode::kNotFound) {
+    return point.status();
+  }
+  return loaded;
+}
+
+void Job::TryRecover(std::function<void()> looked, std::function<void()> recovered) {
+  std::set<Attempt> attempts;
+  for (const auto& [attempt, state] : attempts_) attempts.insert(attempt);
   OnPool<absl::StatusOr<Loaded>>(
-      [store = &world_.store, file_system = &world_.file_system, root = options_.root,
-       job = options_.name]() -> absl::StatusOr<Loaded> {
-        Loaded loaded;
-        const StoreView view = ReadStore(*store, job);
-        RETURN_IF_ERROR(view.status);
-        loaded.uuid = view.uuid;
-        loaded.newest = view.newest;
-        ASSIGN_OR_RETURN(loaded.catalog, ReadCatalog(*file_system, root, job));
-        RemoveStaleMarkers(*file_system, loaded.catalog);
-        if (!loaded.newest.has_value()) return loaded;
-        absl::StatusOr<RestorePoint> point = store->GetRestorePoint(job, loaded.newest->attempt);
-        if (point.ok()) {
-          loaded.restore_point = *std::move(point);
-        } else if (point.status().code() != absl::StatusCode::kNotFound) {
-          return point.status();
-        }
-        return loaded;
+      [world = world_, root = options_.root, job = options_.name, attempts] {
+        return Load(world, root, job, attempts);
       },
-      [this, sessions = std::move(sessions),
-       then = std::move(then)](absl::StatusOr<Loaded> loaded) mutable {
+      [this, looked = std::move(looked),
+       recovered = std::move(recovered)](absl::StatusOr<Loaded> loaded) mutable {
         if (loaded.ok()) {
-          StartRecovered(sessions, *loaded, std::move(then));
+          StartRecovered(*loaded, [this, looked, recovered] {
+            recovery_error_ = absl::OkStatus();
+            recovered();
+            if (looked) looked();
+          });
           return;
         }
-        Warn(absl::StrFormat("job %s is not recovered yet: %s", options_.name,
-                             loaded.status().message()));
-        world_.loop.RunAfter(kRecoverRetry,
-                             [this, alive = std::weak_ptr<bool>(alive_),
-                              sessions = std::move(sessions), then = std::move(then)] {
-                               if (!alive.expired()) TryRecover(sessions, then);
-                             });
+        const absl::Status why(loaded.status().code() == absl::StatusCode::kDataLoss
+                                   ? absl::StatusCode::kDataLoss
+                                   : absl::StatusCode::kUnavailable,
+                               absl::StrFormat("job %s is not recovered yet: %s", options_.name,
+                                               loaded.status().message()));
+        if (why != recovery_error_) Warn(std::string(why.message()));
+        recovery_error_ = why;
+        if (looked) looked();
+        world_.loop.RunAfter(kRecoverRetry, [this, alive = std::weak_ptr<bool>(alive_),
+                                             recovered = std::move(recovered)] {
+          if (!alive.expired()) TryRecover(nullptr, recovered);
+        });
       });
 }
 
-void Job::StartRecovered(const std::vector<Session*>& sessions, const Loaded& loaded,
-                         std::function<void()> then) {
+void Job::StartRecovered(const Loaded& loaded, std::function<void()> then) {
   Attempt newest{UINT32_MAX};
   const bool replaced = abandoned_ || loaded.uuid != uuid_;
   if (replaced) {
@@ -469,22 +501,34 @@ void Job::StartRecovered(const std::vector<Session*>& sessions, const Loaded& lo
     AddAttempt(*loaded.newest).restore_point = loaded.restore_point;
   }
   groups_.BeginRecovery();
-  for (Session* session : sessions) {
+  for (const auto& [id, session] : sessions_) {
     RaiseCommitted(*session);
     session->Start(groups_);
   }
   // What the sessions report now comes before this.
-  world_.loop.Post([this, alive = std::weak_ptr<bool>(alive_), sessions, newest, replaced,
+  world_.loop.Post([this, alive = std::weak_ptr<bool>(alive_), newest, replaced,
                     point = loaded.restore_point, then = std::move(then)] {
     if (alive.expired()) return;
     groups_.EndRecovery({committed_.begin(), committed_.end()}, newest, point);
-    for (Session* session : sessions) {
+    for (const auto& [id, session] : sessions_) {
       if (session->identity().attempt < newest && !session->is_fenced()) session->Fence(newest);
-      SessionEnded(session->identity().session);
+      SessionEnded(id);
     }
     if (replaced) Abandon();
     then();
   });
+}
+
+size_t Job::pending_image_count() const {
+  if (recovery_error_.ok()) return groups_.pending_image_count();
+  // Nobody knows yet what became of them.
+  size_t count = 0;
+  for (const auto& [id, session] : sessions_) {
+    for (const RankImages::Counters& image : session->counters()) {
+      count += image.state == "capturing" || image.state == "sealed" ? 1 : 0;
+    }
+  }
+  return count;
 }
 
 std::vector<Job::AttemptView> Job::attempts() const {

@@ -51,6 +51,7 @@ class Job final : private SaveGroups::Host {
     std::string name;    // checked
     std::string writer;  // as PublishOptions::writer
     Caching caching = Caching::kDirect;
+    std::function<void(const std::string&)> on_warning;  // may be empty
   };
   Job(Options options, const EngineWorld& world);
   ~Job() override;
@@ -78,9 +79,14 @@ class Job final : private SaveGroups::Host {
 
   // In `done` of Admit: the rank's session. Starts it.
   void AddSession(Session& session);
-  // Sessions that a former worker left, once, before anything else; `done` when they are started
-  // and what they hold is known. Storage that cannot be read is tried again until it can.
-  void Recover(const std::vector<Session*>& sessions, std::function<void()> done);
+  // Sessions that a former worker left, once, before anything else. `recovered` when they are
+  // started and what they hold is known; `looked` after that, or after the first look at storage
+  // that cannot be read: that is tried again until it can.
+  void Recover(const std::vector<Session*>& sessions, std::function<void()> looked,
+               std::function<void()> recovered);
+  // Not OK: it is not recovered, and why: kDataLoss, or kUnavailable. Admissions are refused with
+  // it, and nothing may be asked of its sessions.
+  const absl::Status& recovery_error() const { return recovery_error_; }
   // Closed or dead: it saves nothing more. Call it in a later turn of the loop than the session's
   // own Close or ProcessDied, which may report captures that began before.
   void SessionEnded(SessionId session);
@@ -103,6 +109,8 @@ class Job final : private SaveGroups::Host {
   void OpenSource(CheckpointId id,
                   std::function<void(absl::StatusOr<std::shared_ptr<RestoreSource>>)> done);
 
+  // As Engine::pending_image_count.
+  size_t pending_image_count() const;
   SaveGroups& groups() { return groups_; }
   const SaveGroups& groups() const { return groups_; }
   const std::string& name() const { return options_.name; }
@@ -152,9 +160,10 @@ class Job final : private SaveGroups::Host {
   void Fence(Attempt newest);
   absl::Status WasReplaced() const;
   AttemptState& AddAttempt(const AttemptRecord& record);
-  void TryRecover(std::vector<Session*> sessions, std::function<void()> then);
-  void StartRecovered(const std::vector<Session*>& sessions, const Loaded& loaded,
-                      std::function<void()> then);
+  static absl::StatusOr<Loaded> Load(const EngineWorld& world, const std::string& root,
+                                     const std::string& job, const std::set<Attempt>& attempts);
+  void TryRecover(std::function<void()> looked, std::function<void()> recovered);
+  void StartRecovered(const Loaded& loaded, std::function<void()> then);
   Session* FindSession(SessionId id) const;
   RankImages* FindImages(ImageId id) const;
   void RaiseCommitted(Session& session) const;
@@ -197,6 +206,7 @@ class Job final : private SaveGroups::Host {
   const std::string directory_;  // <root>/<name>
   std::string uuid_;
   bool abandoned_ = false;
+  absl::Status recovery_error_;
   std::map<SessionId, Session*> sessions_;
   std::map<Attempt, AttemptState> attempts_;
   std::set<CheckpointId> committed_;  // on storage, as far as known here
