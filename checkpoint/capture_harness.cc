@@ -157,8 +157,8 @@ void CaptureHarness::MakeWorld() {
   executor_ = std::make_unique<SimExecutor>(options_.seed);
   executor_->Drive(disk_);
   budget_ = std::make_unique<MemoryBudget>(options_.budget_bytes);
-  memories_ =
-      std::make_unique<RankMemories>(MemoryWorld{disk_, *executor_, *executor_, keeper_, *budget_});
+  memories_ = std::make_unique<RankMemories>(
+      MemoryWorld{disk_, *executor_, *executor_, keeper_, *budget_, options_.populate});
 }
 
 SessionWorld CaptureHarness::World() {

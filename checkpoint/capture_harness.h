@@ -68,6 +68,7 @@ struct HarnessOptions {
   uint32_t writes_in_flight_max = 4;
   bool flush_by_itself = true;
   std::string layout;  // empty: TestLayout(1)
+  PopulateMemory populate = nullptr;
 };
 
 // Tensors of several dtypes and shapes, one spanning blocks, one scalar, one empty; replicated on

@@ -25,6 +25,7 @@
 #include "checkpoint/coordination_store.h"
 #include "checkpoint/descriptor_keeper.h"
 #include "checkpoint/image_events.h"
+#include "checkpoint/populate_memory.h"
 #include "io/file_system.h"
 #include "io/io_ring.h"
 #include "io/unique_fd.h"
@@ -57,6 +58,7 @@ struct EngineWorld {
   const Clock& clock;
   CoordinationStore& store;
   DescriptorKeeper& keeper;
+  PopulateMemory populate = nullptr;  // nullptr: the kernel's
 };
 
 struct OpenParameters {

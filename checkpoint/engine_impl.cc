@@ -81,7 +81,7 @@ EngineImpl::EngineImpl(EngineOptions options, const EngineWorld& world)
     : options_(std::move(options)),
       world_(world),
       budget_(options_.host_memory_bytes_max),
-      memories_({world.ring, world.loop, world.pool, world.keeper, budget_}),
+      memories_({world.ring, world.loop, world.pool, world.keeper, budget_, world.populate}),
       session_world_{.image = {.file_system = world.file_system,
                                .ring = world.ring,
                                .loop = world.loop,

@@ -583,6 +583,33 @@ TEST(Engine, AWorkerThatDiesAnywhereInASaveLosesNothing) {
   }
 }
 
+// Committed images are given back to make room for a registration whose pages the machine does not
+// have; the worker stays up whether that helps or not.
+TEST(Engine, ARegistrationThatFindsNoPagesFailsAloneOrIsTriedAgain) {
+  for (const int failures : {1, 2, 100}) {
+    SimDisk disk;
+    int failures_left = 0;
+    EngineHarness harness(disk, {.populate = [&](int, uint64_t, std::span<std::byte>) {
+                            return --failures_left >= 0 ? absl::ResourceExhaustedError("ENOMEM")
+                                                        : absl::OkStatus();
+                          }});
+    ASSERT_OK_AND_ASSIGN(const auto one, harness.Launch(1, "a", "one"));
+    harness.SaveAll(one, 1);
+    failures_left = failures;
+    ASSERT_OK_AND_ASSIGN(TestTrainer* const two, harness.Open(Rank{0}, 1, "a", "two"));
+    const absl::Status registered = harness.Register(*two);
+    if (failures == 100) {
+      EXPECT_THAT(registered, StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("ENOMEM")));
+    } else {
+      ASSERT_OK(registered);
+      harness.SaveAll({two}, 1);
+      EXPECT_EQ(EngineHarness::CommittedPower(*two), 1u);
+    }
+    harness.SaveAll(one, 2);
+    EXPECT_EQ(EngineHarness::CommittedPower(*one[0]), 2u);
+  }
+}
+
 // What one job's storage cannot tell is in nobody else's way, and loses nothing that is in memory.
 TEST(Engine, ADamagedJobStaysAloneAfterARestartOfTheWorker) {
   const std::vector<std::string> records = {"/root/one/store/attempt-1.json",

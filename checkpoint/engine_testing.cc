@@ -262,9 +262,9 @@ void EngineHarness::StartWorker(bool recover) {
   engine_options.flush_writes_in_flight_max = 4;
   engine_options.writer = store_options.writer;
   engine_options.on_warning = [this](const std::string& text) { warnings_.push_back(text); };
-  absl::StatusOr<std::unique_ptr<Engine>> engine = Engine::Create(
-      engine_options,
-      EngineWorld{file_system_, ring_, *executor_, *executor_, *executor_, *store_, *keeper_});
+  absl::StatusOr<std::unique_ptr<Engine>> engine =
+      Engine::Create(engine_options, EngineWorld{file_system_, ring_, *executor_, *executor_,
+                                                 *executor_, *store_, *keeper_, options_.populate});
   CHECK_OK(engine.status());
   engine_ = *std::move(engine);
   if (!recover) return;

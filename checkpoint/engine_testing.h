@@ -84,6 +84,7 @@ struct EngineHarnessOptions {
   // In the place of the disk itself, to which they lead.
   FileSystem* file_system = nullptr;
   IoRing* ring = nullptr;
+  PopulateMemory populate = nullptr;
   std::string writer = "w";  // of the first worker; each next one appends its number
   // Of the first job that this agent makes; each next one counts up from it.
   uint64_t uuid_bits = 0x23456789abcd;

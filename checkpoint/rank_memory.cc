@@ -115,6 +115,10 @@ void RankMemory::RemoveUser() {
   if (--user_count_ == 0) world_.keeper.Drop(MemoryName(id_));
 }
 
+void RankMemory::DropIfUnused() {
+  if (user_count_ == 0) world_.keeper.Drop(MemoryName(id_));
+}
+
 void RankMemory::Prefault() {
   if (prefault_running_ || is_distrusted_) return;
   prefault_running_ = true;
@@ -141,8 +145,10 @@ void RankMemory::PrefaultNext(uint32_t first) {
   const uint64_t offset = first * block_bytes_;
   const uint64_t length = count * block_bytes_;
   world_.pool.Run(
-      [mapping = mapping_, status, offset, length] {
-        *status = Populate(mapping->fd(), offset, mapping->bytes().subspan(offset, length));
+      [mapping = mapping_, populate = world_.populate, status, offset, length] {
+        const std::span<std::byte> part = mapping->bytes().subspan(offset, length);
+        *status = populate ? populate(mapping->fd(), offset, part)
+                           : Populate(mapping->fd(), offset, part);
       },
       [this, alive = std::weak_ptr<bool>(alive_), status, first, count] {
         if (alive.expired()) return;

@@ -25,6 +25,7 @@
 #include "checkpoint/block_pool.h"
 #include "checkpoint/descriptor_keeper.h"
 #include "checkpoint/memory_budget.h"
+#include "checkpoint/populate_memory.h"
 #include "checkpoint/shared_mapping.h"
 #include "io/io_ring.h"
 #include "io/unique_fd.h"
@@ -44,6 +45,7 @@ struct MemoryWorld {
   WorkPool& pool;
   DescriptorKeeper& keeper;
   MemoryBudget& budget;
+  PopulateMemory populate = nullptr;  // nullptr: the kernel's
 };
 
 // Threads: the event loop's, except that bytes() may be read on pool threads by whoever holds
@@ -92,6 +94,8 @@ class RankMemory {
   // Registrations that use it. When the last one is gone it is dropped from the keeper.
   void AddUser() { ++user_count_; }
   void RemoveUser();
+  // Drops it from the keeper if no registration came of it.
+  void DropIfUnused();
   uint32_t user_count() const { return user_count_; }
 
   // A descriptor of the same memory through which nothing can be written or mapped writable.

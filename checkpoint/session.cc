@@ -183,17 +183,26 @@ void Session::Prepare(
 }
 
 absl::StatusOr<Session::Registered*> Session::MakeRegistered() {
-  const uint64_t id = last_registration_id_ + 1;
-  auto registered = std::make_unique<Registered>();
   const RankMemory* own = memory(current_registration_id_);
   uint32_t own_writer_count = 0;
   for (const auto& [other_id, other] : registered_) {
     if (other->memory.get() == own && other->is_writer) ++own_writer_count;
   }
-  ASSIGN_OR_RETURN(registered->memory,
+  ASSIGN_OR_RETURN(const std::shared_ptr<RankMemory> memory,
                    world_.memories.Obtain(identity_.job_uuid, identity_.rank, world_.block_bytes,
                                           prepared_->block_count(), world_.images_per_rank_max, own,
                                           own_writer_count));
+  absl::StatusOr<Registered*> made = MakeRegisteredIn(memory);
+  if (!made.ok()) memory->DropIfUnused();
+  return made;
+}
+
+// After an error `prepared_` is as it was.
+absl::StatusOr<Session::Registered*> Session::MakeRegisteredIn(
+    const std::shared_ptr<RankMemory>& memory) {
+  const uint64_t id = last_registration_id_ + 1;
+  auto registered = std::make_unique<Registered>();
+  registered->memory = memory;
   const auto slot_count = static_cast<uint32_t>(
       std::min<uint64_t>({world_.images_per_rank_max, abi::kSlotsMax,
                           registered->memory->pool().block_count() / prepared_->block_count()}));
@@ -310,6 +319,10 @@ void Session::AnswerRegister() {
   if (!current.memory->prefault_status().ok() && !has_grant) {
     const absl::Status why = current.memory->prefault_status();
     current.images->StopGranting(RankImages::UnusedGrant::kTakeBack);
+    // What was prepared is good: it may be asked for again.
+    Registered& refused = *registered_.at(current_registration_id_);
+    prepared_ = refused.registration;
+    prepared_document_ = std::move(refused.document);
     DropRegistered(current_registration_id_);
     current_registration_id_ = 0;
     done(why);

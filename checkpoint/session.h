@@ -105,8 +105,8 @@ class Session {
   // Makes `registration` (the last one Prepared) the current one: memory, record, grants. The
   // former one's images go on; its unused grants are taken back. `done` when at least one image's
   // memory is there. Errors: kResourceExhausted: over the budget (the former registration still
-  // holds, and the call may be repeated when memory was released), or the machine could not give
-  // what the budget allows (then no registration is current).
+  // holds), or the machine could not give what the budget allows (then no registration is current).
+  // In both cases the call may be repeated when memory was released.
   void Register(std::function<void(absl::StatusOr<RegisterResult>)> done);
 
   // A trainer that has reconnected uses this registration: a newer one, whose reply it never got,
@@ -164,6 +164,7 @@ class Session {
   std::string Name(const std::string& part) const;
   std::string Name(uint64_t registration_id, const std::string& part) const;
   absl::StatusOr<Registered*> MakeRegistered();
+  absl::StatusOr<Registered*> MakeRegisteredIn(const std::shared_ptr<RankMemory>& memory);
   void AddRegistered(uint64_t registration_id, std::unique_ptr<Registered> registered);
   void AnswerRegister();
   RegisterResult ResultOf(uint64_t registration_id, const Registered& registered) const;

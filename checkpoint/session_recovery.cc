@@ -206,7 +206,10 @@ class SessionRecovery : public std::enable_shared_from_this<SessionRecovery> {
     for (const auto& [id, fd] : memory_fds_) {
       if (memories_.count(id) == 0) world_.keeper.Drop(MemoryName(MemoryId{id}));
     }
-    for (const auto& [id, memory] : memories_) memory->Prefault();
+    for (const auto& [id, memory] : memories_) {
+      memory->DropIfUnused();
+      if (memory->user_count() > 0) memory->Prefault();
+    }
     done_(std::move(result_));
   }
 

@@ -2,6 +2,7 @@
 // other, what is kept, and what a recovery drops.
 #include "checkpoint/session.h"
 
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <string>
@@ -104,6 +105,51 @@ TEST(SessionTest, TheNextAttemptUsesTheSameMemoryOnceTheOldProcessIsDead) {
   EXPECT_TRUE(harness.session(old_id).IsFinished());
   EXPECT_TRUE(harness.session(second).IsFinished());
   EXPECT_FALSE(harness.session(third).IsFinished());
+}
+
+// The machine has less memory than the budget allows.
+TEST(SessionTest, WhatCannotBePrefaultedIsRefusedAndCanBeAskedForAgain) {
+  int failures_left = 2;
+  HarnessOptions options;
+  options.populate = [&](int, uint64_t, std::span<std::byte>) {
+    return --failures_left >= 0 ? absl::ResourceExhaustedError("ENOMEM") : absl::OkStatus();
+  };
+  CaptureHarness harness(options);
+  const SessionId id = harness.Open(kRank0);
+  for (int i = 0; i < 2; ++i) {
+    EXPECT_THAT(harness.Register(id),
+                StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("ENOMEM")));
+    EXPECT_EQ(harness.budget().used_bytes(), 0u);
+    EXPECT_EQ(harness.session(id).current_registration_id(), 0u);
+    EXPECT_THAT(harness.keeper().Names(), SizeIs(3));  // the session alone
+  }
+  ASSERT_OK(harness.Register(id));
+  SaveAndExpectDurable(harness, id, 1);
+}
+
+// The process runs out of descriptors in the middle of it, at any place.
+TEST(SessionTest, ARegistrationThatFailsLeavesNothingInTheKeeper) {
+  rlimit before{};
+  ASSERT_EQ(getrlimit(RLIMIT_NOFILE, &before), 0);
+  int failures = 0;
+  for (rlim_t spare = 0; spare < 40; ++spare) {
+    CaptureHarness harness({});
+    const SessionId id = harness.Open(kRank0);
+    const int next = dup(0);
+    ASSERT_GE(next, 0);
+    close(next);
+    const rlimit small{static_cast<rlim_t>(next) + spare, before.rlim_max};
+    ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &small), 0);
+    const absl::Status registered = harness.Register(id);
+    ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &before), 0);
+    if (registered.ok()) break;
+    ++failures;
+    EXPECT_THAT(harness.keeper().Names(), SizeIs(3)) << spare << ": " << registered;
+    EXPECT_EQ(harness.budget().used_bytes(), 0u) << spare;
+    ASSERT_OK(harness.Register(id)) << spare;
+  }
+  EXPECT_GE(failures, 3);
+  EXPECT_LT(failures, 40);
 }
 
 TEST(SessionTest, ForgettingLeavesNothingInTheKeeper) {
