@@ -326,7 +326,13 @@ void EngineImpl::Register(SessionId id, UniqueFd document, uint64_t document_byt
           done(same);
           return;
         }
-        MakeRegistration(id, kRegisterTries, done);
+        MakeRegistration(id, kRegisterTries,
+                         [job = prepared.job, attempt = prepared.session->identity().attempt,
+                          rank = prepared.session->identity().rank,
+                          done](absl::StatusOr<RegisterResult> result) {
+                           job->RegistrationEnded(attempt, rank, result.status());
+                           done(std::move(result));
+                         });
       });
 }
 

@@ -248,6 +248,42 @@ TEST(Engine, RanksWithDifferentLayoutsAreNamed) {
   EXPECT_EQ(EngineHarness::CommittedPower(*first), 1u);
 }
 
+// Repeated and failed registrations put no rank ahead of the others.
+TEST(Engine, OnlyAChangeOfTheLayoutThatWasMadeBeginsARound) {
+  SimDisk disk;
+  int failures_left = 0;
+  EngineHarness harness(disk, {.populate = [&](int, uint64_t, std::span<std::byte>) {
+                          return --failures_left >= 0 ? absl::ResourceExhaustedError("ENOMEM")
+                                                      : absl::OkStatus();
+                        }});
+  std::string other = SmallLayout(2);
+  other.replace(other.find("[11,3]"), 6, "[12,3]");
+  ASSERT_OK_AND_ASSIGN(TestTrainer* const first, harness.Open(Rank{0}, 2));
+  ASSERT_OK_AND_ASSIGN(TestTrainer* const second, harness.Open(Rank{1}, 2));
+  // Failed, of another layout; then twice of the right one.
+  failures_left = 100;
+  EXPECT_THAT(harness.Register(*first, other), StatusIs(absl::StatusCode::kResourceExhausted));
+  failures_left = 0;
+  ASSERT_OK(harness.Register(*first));
+  ASSERT_OK(harness.Register(*first));
+  EXPECT_THAT(harness.Register(*second, other), StatusIs(absl::StatusCode::kInvalidArgument));
+  ASSERT_OK(harness.Register(*second));
+  harness.SaveAll({first, second}, 1);
+  EXPECT_EQ(EngineHarness::CommittedPower(*first), 1u);
+  // Another layout on both, the second rank first; the old one is not accepted beside it.
+  ASSERT_OK(harness.Register(*second, other));
+  ASSERT_OK(harness.Register(*second, other));
+  ASSERT_OK(harness.Register(*first, other));
+  std::string third = SmallLayout(2);
+  third.replace(third.find("[11,3]"), 6, "[13,3]");
+  ASSERT_OK(harness.Register(*first, third));
+  EXPECT_THAT(harness.Register(*second),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("[13,3]")));
+  ASSERT_OK(harness.Register(*second, third));
+  harness.SaveAll({first, second}, 2);
+  EXPECT_EQ(EngineHarness::CommittedPower(*second), 2u);
+}
+
 TEST(Engine, TwoJobsInOneRoot) {
   SimDisk disk;
   EngineHarness harness(disk, {});

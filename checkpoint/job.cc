@@ -391,15 +391,36 @@ void Job::RemoveSession(SessionId id) {
 absl::Status Job::CheckLayout(SessionId id, std::shared_ptr<const Registration> registration) {
   const Session* session = FindSession(id);
   CHECK(session != nullptr);
+  const Rank rank = session->identity().rank;
   AttemptState& attempt = attempts_.at(session->identity().attempt);
-  size_t& round = attempt.registration_count[session->identity().rank];
-  if (round < attempt.layouts.size()) {
-    RETURN_IF_ERROR(CheckSameLayout(*attempt.layouts[round], *registration));
-  } else {
-    attempt.layouts.push_back(std::move(registration));
+  const size_t finished = attempt.rounds_finished[rank];
+  if (finished > 0 && CheckSameLayout(*attempt.rounds[finished - 1].first, *registration).ok()) {
+    return absl::OkStatus();
   }
-  ++round;
+  if (finished == attempt.rounds.size()) attempt.rounds.emplace_back();
+  AttemptState::Round& round = attempt.rounds[finished];
+  round.ranks.erase(rank);
+  if (round.ranks.empty()) {
+    round.first = std::move(registration);
+  } else {
+    RETURN_IF_ERROR(CheckSameLayout(*round.first, *registration));
+  }
+  round.ranks.insert(rank);
   return absl::OkStatus();
+}
+
+void Job::RegistrationEnded(Attempt attempt_id, Rank rank, const absl::Status& status) {
+  const auto known = attempts_.find(attempt_id);
+  if (known == attempts_.end()) return;
+  AttemptState& attempt = known->second;
+  size_t& finished = attempt.rounds_finished[rank];
+  // Of the layout that it had.
+  if (finished == attempt.rounds.size() || !attempt.rounds[finished].ranks.contains(rank)) return;
+  if (status.ok()) {
+    ++finished;
+  } else {
+    attempt.rounds[finished].ranks.erase(rank);
+  }
 }
 
 // ---- After a restart ----

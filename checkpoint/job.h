@@ -97,9 +97,13 @@ class Job final : private SaveGroups::Host {
   // fenced, it publishes nothing any more, and the memory of its images is given back.
   void Abandon();
 
-  // OK if the ranks of the session's attempt that have registered as often agree with this
-  // document; else kInvalidArgument with both ranks and the first difference.
+  // Registrations of an attempt come in rounds, one for each change of the layout: a rank is in the
+  // round after the last that it has finished; a registration of the layout that it has already
+  // is of no new one. OK if the other ranks of the round have this layout; else kInvalidArgument
+  // with both ranks and the first difference. After OK call RegistrationEnded.
   absl::Status CheckLayout(SessionId session, std::shared_ptr<const Registration> registration);
+  // It was made, or failed. The session may have ended.
+  void RegistrationEnded(Attempt attempt, Rank rank, const absl::Status& status);
 
   // The attempt's restore point, deciding it if it is not yet. Errors: kDataLoss (the newest
   // checkpoint is damaged, or the branch cannot be told), kFailedPrecondition (all are marked bad;
@@ -132,9 +136,12 @@ class Job final : private SaveGroups::Host {
     AttemptRecord record;
     std::map<Rank, SessionId> sessions;  // the newest of each rank that ever joined
     std::optional<RestorePoint> restore_point;
-    // The first registration of each round, and how many rounds each rank has done.
-    std::vector<std::shared_ptr<const Registration>> layouts;
-    std::map<Rank, size_t> registration_count;
+    struct Round {
+      std::shared_ptr<const Registration> first;
+      std::set<Rank> ranks;  // that have finished it, or are about to
+    };
+    std::vector<Round> rounds;
+    std::map<Rank, size_t> rounds_finished;
   };
   struct Loaded;  // what the store and the root know
 
