@@ -646,6 +646,29 @@ TEST(Engine, ARegistrationThatFindsNoPagesFailsAloneOrIsTriedAgain) {
   }
 }
 
+// A step that was sealed, failed on storage, and is saved again all the same, in a slot before it.
+TEST(Engine, ASealedImageIsNotGivenUpForAVoidOneOfItsStep) {
+  SimDisk disk;
+  EngineHarness harness(disk, {});
+  ASSERT_OK_AND_ASSIGN(const auto trainers, harness.Launch(1));
+  harness.SaveAll(trainers, 1);
+  disk.FailOperationsFrom(SimDisk::Operation::kRingSync, 0, absl::DataLossError("EIO"));
+  std::optional<uint32_t> sealed_slot = harness.BeginSave(*trainers[0], 2);
+  ASSERT_EQ(sealed_slot, 1u);
+  harness.FinishSave(*trainers[0], *sealed_slot);
+  harness.Settle();
+  disk.ClearFaults();
+  EXPECT_EQ(EngineHarness::CommittedProcess(*trainers[0]), 2u);
+  EXPECT_EQ(trainers[0]->script->ReportOf(2)->state, 5u);
+  ASSERT_EQ(harness.BeginSave(*trainers[0], 2), 0u);  // its capture does not end
+  harness.Settle();
+  harness.CrashWorker(SimDisk::InFlight::kAll);
+  EXPECT_EQ(EngineHarness::CommittedProcess(*trainers[0]), 2u);
+  KillAll(harness, trainers);
+  ASSERT_OK_AND_ASSIGN(const auto again, harness.Launch(1));
+  ExpectState(harness.Restore(*again[0]), *again[0], 2, 1);
+}
+
 // What one job's storage cannot tell is in nobody else's way, and loses nothing that is in memory.
 TEST(Engine, ADamagedJobStaysAloneAfterARestartOfTheWorker) {
   const std::vector<std::string> records = {"/root/one/store/attempt-1.json",

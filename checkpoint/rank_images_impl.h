@@ -160,6 +160,7 @@ class RankImagesImpl final : public RankImages {
   // rank_images_recovery.cc
   absl::Status AdoptSlot(Slot& slot, const SlotRecord& record);
   void ResumeSlot(Slot& slot);
+  bool HasImageOf(uint64_t step) const;
   void ResumeCapture(Slot& slot);
   void ResumeSealed(Slot& slot);
   absl::Status CheckSealedRecord(const Slot& slot) const;

@@ -1,7 +1,9 @@
 // Taking over what a former worker left, and the trainer's death. The record says what was; blocks
 // without a recorded checksum are looked at anew. The stamp is written again: it is a function of
 // the record, so blocks that were checksummed with it do not change.
+#include <algorithm>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -63,9 +65,14 @@ void RankImagesImpl::Start(ImageObserver& observer, Trainer trainer) {
   CHECK(observer_ == nullptr);
   observer_ = &observer;
   listener_ = memory_->AddListener([this] { MaybeGrant(); });
+  // Those of use first: where a step has a void image too, it is the other that counts.
+  std::vector<Slot*> of_use;
+  std::vector<Slot*> given_up;
   for (const std::unique_ptr<Slot>& slot : slots_) {
-    if (!slot->is_lost) ResumeSlot(*slot);
+    if (!slot->is_lost) (slot->is(State::kVoid) ? given_up : of_use).push_back(slot.get());
   }
+  for (Slot* slot : of_use) ResumeSlot(*slot);
+  for (Slot* slot : given_up) ResumeSlot(*slot);
   if (trainer == Trainer::kDead) {
     TrainerGone();
   } else {
@@ -93,7 +100,7 @@ void RankImagesImpl::ResumeSlot(Slot& slot) {
       return;
     case State::kVoid:
       slot.void_reported = true;
-      if (slot.record.step != abi::kNoStep) {
+      if (slot.record.step != abi::kNoStep && !HasImageOf(slot.record.step)) {
         const absl::Status why(static_cast<absl::StatusCode>(slot.record.code), slot.record.text);
         parts_.reports->Begin(Step{slot.record.step}, block_count(),
                               absl::Nanoseconds(slot.record.begun_ns));
@@ -107,6 +114,12 @@ void RankImagesImpl::ResumeSlot(Slot& slot) {
       DropFile(slot);
       return;
   }
+}
+
+bool RankImagesImpl::HasImageOf(uint64_t step) const {
+  return std::any_of(slots_.begin(), slots_.end(), [step](const std::unique_ptr<Slot>& slot) {
+    return !slot->is_lost && slot->IsImage() && slot->record.step == step;
+  });
 }
 
 void RankImagesImpl::ResumeCapture(Slot& slot) {

@@ -142,7 +142,8 @@ void SaveGroups::OnCaptureBegun(ImageId id, Rank rank, CheckpointId checkpoint) 
   }
   SaveGroup::Member& member = group.members[rank];
   if (member.image != ImageId{} && member.image != id) {
-    // Only hostile shared memory of a recovered rank can bring the same step twice.
+    // A trainer that saves a step twice in spite of the hook's refusal. Images that are void come
+    // after those of use here, so that this never gives up a sealed one for a void one.
     host_.Void(id, absl::AlreadyExistsError(absl::StrFormat("rank %d has two images of %s",
                                                             Value(rank), Describe(checkpoint))));
     return;
