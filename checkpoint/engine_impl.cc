@@ -445,8 +445,12 @@ void EngineImpl::StartRestore(const Opening& opening,
       holdfast::Restore::Options{}, std::move(begun),
       [this, alive = std::weak_ptr<bool>(alive_), id = opening.session,
        ended = std::move(ended)](absl::StatusOr<RestoreEnded> result) {
+        const bool restored = result.ok();
         ended(std::move(result));
-        if (!alive.expired()) ReapLater(id);
+        if (alive.expired()) return;
+        const Entry* restoring = Find(id);
+        if (restored && restoring != nullptr) restoring->job->SessionRestored(id);
+        ReapLater(id);
       }));
 }
 

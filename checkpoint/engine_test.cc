@@ -365,6 +365,37 @@ TEST(Engine, TheNewestSealedStateIsRestoredFromMemory) {
             (CheckpointId{Attempt{1}, Step{1}}));
 }
 
+// A budget of one image per rank, a disk that was full, a restart: what the disk did not take, and
+// the new attempt has loaded (or will never load), gives way to its next save.
+TEST(Engine, AnOlderAttemptsImageThatIsOnlyInMemoryMakesRoom) {
+  for (const bool is_point : {true, false}) {
+    SCOPED_TRACE(is_point);
+    SimDisk disk;
+    EngineHarness harness(disk, {.images_per_rank_max = 1});
+    ASSERT_OK_AND_ASSIGN(const auto trainers, harness.Launch(2));
+    harness.SaveAll(trainers, 1);
+    disk.FailOperationsFrom(SimDisk::Operation::kRingSync, 0, absl::DataLossError("EIO"));
+    harness.SaveAll(trainers, 2);
+    EXPECT_EQ(EngineHarness::CommittedProcess(*trainers[0]), 2u);
+    KillAll(harness, trainers);
+    disk.ClearFaults();
+    // Marked as bad by somebody: then it is not the point.
+    if (!is_point) disk.PutFile("/root/job/s000000000002.a0001/BAD.1", "?");
+
+    ASSERT_OK_AND_ASSIGN(const auto again, harness.Launch(2));
+    ExpectState(harness.Restore(*again[0]), *again[0], is_point ? 2 : 1, 2);
+    harness.Settle();
+    // The other rank has not loaded it yet.
+    EXPECT_EQ(again[0]->script->HasGrant(), !is_point);
+    ExpectState(harness.Restore(*again[1]), *again[1], is_point ? 2 : 1, 2);
+    harness.Settle();
+    harness.SaveAll(again, 3);
+    EXPECT_EQ(EngineHarness::CommittedPower(*again[0]), 3u);
+    harness.SaveAll(again, 4);
+    EXPECT_EQ(EngineHarness::CommittedPower(*again[1]), 4u);
+  }
+}
+
 TEST(Engine, ARestorePointThatWasOnlyInMemoryAndIsLostIsAClearError) {
   SimDisk disk;
   EngineHarness harness(disk, {});

@@ -366,6 +366,12 @@ void Job::AddSession(Session& session) {
   session.Start(groups_);
 }
 
+void Job::SessionRestored(SessionId id) {
+  const Session* session = FindSession(id);
+  if (session == nullptr) return;
+  groups_.RankRestored(session->identity().attempt, session->identity().rank);
+}
+
 void Job::SessionEnded(SessionId id) {
   const Session* session = FindSession(id);
   if (session == nullptr || session->is_open()) return;

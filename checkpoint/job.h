@@ -87,6 +87,8 @@ class Job final : private SaveGroups::Host {
   // Not OK: it is not recovered, and why: kDataLoss, or kUnavailable. Admissions are refused with
   // it, and nothing may be asked of its sessions.
   const absl::Status& recovery_error() const { return recovery_error_; }
+  // Its restore has ended well.
+  void SessionRestored(SessionId session);
   // Closed or dead: it saves nothing more. Call it in a later turn of the loop than the session's
   // own Close or ProcessDied, which may report captures that began before.
   void SessionEnded(SessionId session);

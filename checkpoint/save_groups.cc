@@ -61,7 +61,15 @@ void SaveGroups::AddAttempt(Attempt attempt, uint32_t world_size) {
   if (is_new) entry->second.world_size = world_size;
 }
 
-void SaveGroups::RankJoined(Attempt attempt, Rank rank) { attempts_.at(attempt).ended.erase(rank); }
+void SaveGroups::RankJoined(Attempt attempt, Rank rank) {
+  attempts_.at(attempt).ended.erase(rank);
+  attempts_.at(attempt).restored.erase(rank);
+}
+
+void SaveGroups::RankRestored(Attempt attempt, Rank rank) {
+  attempts_.at(attempt).restored.insert(rank);
+  Recycle();
+}
 
 void SaveGroups::RankEnded(Attempt attempt, Rank rank, const std::string& why) {
   attempts_.at(attempt).ended.try_emplace(rank, why);
@@ -284,6 +292,8 @@ void SaveGroups::FenceOlder(Attempt newest) {
 }
 
 void SaveGroups::SettleFence(Attempt newest, std::optional<CheckpointId> restore_point) {
+  settled_by_ = newest;
+  settled_point_ = restore_point;
   for (auto& [id, group] : groups_) {
     // One that is committing waits in the host's queue, and is judged there.
     if (id.attempt >= newest || id == restore_point || IsFinal(group) ||
@@ -394,6 +404,11 @@ void SaveGroups::EndRecovery(const std::vector<CheckpointId>& committed, Attempt
 bool SaveGroups::MayRelease(const SaveGroup& group, bool needs_room) const {
   if (!IsFinal(group) || group.reader_count > 0 || !HoldsMemory(group)) return false;
   if (!abandoned_.ok()) return true;
+  const bool is_settled = settled_by_.has_value() && group.id.attempt < *settled_by_;
+  // Nobody will ever start from it.
+  if (is_settled && group.id != settled_point_) return true;
+  // Only in memory, and all that there is of that state but the ranks' own: they save the next one.
+  if (is_settled && needs_room && HasEveryRankItsState(attempts_.at(*settled_by_))) return true;
   // What is not on storage may be what the newest attempt is about to restore: it makes room only
   // for later saves of its own attempt.
   if (needs_room && (group.phase == SaveGroup::Phase::kCommitted ||
@@ -404,6 +419,16 @@ bool SaveGroups::MayRelease(const SaveGroup& group, bool needs_room) const {
     if (newer->second.sealed || newer->second.phase == SaveGroup::Phase::kCommitted) return true;
   }
   return false;
+}
+
+// Who saves has restored, or did not want to.
+bool SaveGroups::HasEveryRankItsState(const AttemptState& attempt) const {
+  for (uint32_t number = 0; number < attempt.world_size; ++number) {
+    if (!attempt.restored.contains(Rank{number}) && !attempt.newest_step.contains(Rank{number})) {
+      return false;
+    }
+  }
+  return true;
 }
 
 void SaveGroups::Recycle() {

@@ -17,13 +17,15 @@
 //
 // Blocks are given back (recycling) when the group is committed or failed, nobody reads it, and
 //   a newer checkpoint is committed, or a newer group is sealed, or the ranks have no room for
-//   another image.
+//   another image, or it is of an older attempt and the newest has started from another. What the
+//   newest has started from, and is not on storage, makes room only when all its ranks have it.
 #ifndef HOLDFAST_CHECKPOINT_SAVE_GROUPS_H_
 #define HOLDFAST_CHECKPOINT_SAVE_GROUPS_H_
 
 #include <cstdint>
 #include <map>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -89,6 +91,8 @@ class SaveGroups final : public ImageObserver {
   // of it ("rank 3 is dead").
   void RankEnded(Attempt attempt, Rank rank, const std::string& why);
   void RankJoined(Attempt attempt, Rank rank);
+  // It has all of its attempt's restore point in its own memory.
+  void RankRestored(Attempt attempt, Rank rank);
 
   // A newer attempt has begun: what the older ones have not sealed is void. Sealed groups go on.
   void FenceOlder(Attempt newest);
@@ -140,6 +144,7 @@ class SaveGroups final : public ImageObserver {
     std::map<Rank, std::string> ended;  // why
     std::map<Rank, Step> newest_step;   // that the rank has begun to save
     std::optional<Attempt> fenced_by;
+    std::set<Rank> restored;
   };
   SaveGroup* FindMember(ImageId image, SaveGroup::Member** member);
   absl::Status CheckMayBegin(const AttemptState& attempt, Rank rank, CheckpointId id) const;
@@ -154,12 +159,16 @@ class SaveGroups final : public ImageObserver {
   void CheckSealed(SaveGroup& group);
   void CommitNext();
   bool MayRelease(const SaveGroup& group, bool needs_room) const;
+  bool HasEveryRankItsState(const AttemptState& attempt) const;
   void Forget();
 
   const std::string job_directory_;
   Host& host_;
   std::map<Attempt, AttemptState> attempts_;
   std::map<CheckpointId, SaveGroup> groups_;
+  // The newest attempt whose restore point is decided, and that.
+  std::optional<Attempt> settled_by_;
+  std::optional<CheckpointId> settled_point_;
   bool recovering_ = false;
   absl::Status abandoned_;  // not OK: why
 };
