@@ -700,6 +700,41 @@ TEST(Engine, ASealedImageIsNotGivenUpForAVoidOneOfItsStep) {
   ExpectState(harness.Restore(*again[0]), *again[0], 2, 1);
 }
 
+// All ranks have sealed it; then a trainer finds that its source changed meanwhile (or a look finds
+// it): it is not committed for anything any more.
+TEST(Engine, WhatIsTakenBackIsNotCalledCommitted) {
+  for (const bool has_older : {false, true}) {
+    for (const bool crash : {false, true}) {
+      SimDisk disk;
+      EngineHarness harness(disk, {});
+      ASSERT_OK_AND_ASSIGN(const auto trainers, harness.Launch(2));
+      if (has_older) harness.SaveAll(trainers, 1);
+      std::vector<uint32_t> slots;
+      for (TestTrainer* trainer : trainers) {
+        slots.push_back(harness.BeginSave(*trainer, 2).value());
+        harness.FinishSave(*trainer, slots.back());
+      }
+      while (EngineHarness::CommittedProcess(*trainers[0]) != 2u) {
+        ASSERT_TRUE(harness.executor().RunOne());
+      }
+      ASSERT_NE(EngineHarness::CommittedPower(*trainers[0]), 2u);
+      trainers[0]->script->GiveUp(slots[0], 10, "the source changed");
+      if (crash) harness.CrashWorker(SimDisk::InFlight::kNone);
+      harness.Settle();
+      for (const TestTrainer* trainer : trainers) {
+        const auto report = trainer->script->ReportOf(2);
+        EXPECT_EQ(report->state, 5u);
+        EXPECT_THAT(report->text, HasSubstr("the source changed"));
+        EXPECT_EQ(EngineHarness::CommittedProcess(*trainer),
+                  has_older ? std::optional<uint64_t>(1) : std::nullopt);
+      }
+      harness.SaveAll(trainers, 3);
+      EXPECT_EQ(EngineHarness::CommittedProcess(*trainers[0]), 3u);
+      EXPECT_EQ(EngineHarness::CommittedPower(*trainers[0]), 3u);
+    }
+  }
+}
+
 // What one job's storage cannot tell is in nobody else's way, and loses nothing that is in memory.
 TEST(Engine, ADamagedJobStaysAloneAfterARestartOfTheWorker) {
   const std::vector<std::string> records = {"/root/one/store/attempt-1.json",

@@ -541,6 +541,8 @@ void Job::StartRecovered(const Loaded& loaded, std::function<void()> then) {
       if (session->identity().attempt < newest && !session->is_fenced()) session->Fence(newest);
       SessionEnded(id);
     }
+    // What the former worker said of an image that was lost with it.
+    for (const auto& [attempt, state] : attempts_) LowerCommitted(attempt);
     if (replaced) Abandon();
     then();
   });

@@ -177,6 +177,7 @@ class Job final : private SaveGroups::Host {
   RankImages* FindImages(ImageId id) const;
   void RaiseCommitted(Session& session) const;
   void ReportEarlierCommits(Session& session) const;
+  void LowerCommitted(Attempt attempt) const;
   void RememberCommitted(const Catalog& catalog);
 
   // ---- Restore points (job_restore.cc) ----
@@ -205,6 +206,7 @@ class Job final : private SaveGroups::Host {
   void ReportSealed(CheckpointId id) override;
   void ReportCommitted(CheckpointId id) override;
   void ReportFailed(CheckpointId id, const absl::Status& why) override;
+  void ReportLost(CheckpointId id) override { LowerCommitted(id.attempt); }
   bool NeedsRoom() override;
   void ForEachSession(Attempt attempt, const std::function<void(Session&)>& action) const;
   void RunCommit(CheckpointId id, Finish finish);

@@ -211,6 +211,17 @@ void Job::ReportFailed(CheckpointId id, const absl::Status& why) {
   ForEachSession(id.attempt, [&](Session& session) { session.reports().SetFailed(id.step, why); });
 }
 
+void Job::LowerCommitted(Attempt attempt) const {
+  std::optional<Step> newest;
+  for (const CheckpointId id : committed_) {
+    if (id.attempt == attempt) newest = std::max(newest, std::optional(id.step));
+  }
+  for (const auto& [id, group] : groups_.groups()) {
+    if (id.attempt == attempt && group.sealed) newest = std::max(newest, std::optional(id.step));
+  }
+  ForEachSession(attempt, [&](Session& session) { session.reports().LowerCommitted(newest); });
+}
+
 bool Job::NeedsRoom() {
   if (attempts_.empty()) return false;
   bool needs_room = false;

@@ -205,7 +205,7 @@ void SaveGroups::OnVoid(ImageId id, Rank rank, CheckpointId checkpoint, absl::St
   if (group == nullptr) return;  // it was refused at its beginning, or belongs to no group any more
   if (afterwards == Afterwards::kGone) {
     member->gone = true;
-    group->sealed = false;
+    Unseal(*group);
   }
   const Failure failure = afterwards == Afterwards::kGone ? Failure::kImages : Failure::kStorage;
   if (!IsFinal(*group)) {
@@ -270,7 +270,12 @@ void SaveGroups::ReleaseMembers(SaveGroup& group) {
       host_.Void(member.image, group.failure);  // OnVoid follows
     }
   }
-  group.sealed = false;
+  Unseal(group);
+}
+
+void SaveGroups::Unseal(SaveGroup& group) {
+  if (!std::exchange(group.sealed, false)) return;
+  if (group.phase != SaveGroup::Phase::kCommitted) host_.ReportLost(group.id);
 }
 
 void SaveGroups::FenceOlder(Attempt newest) {
@@ -473,7 +478,7 @@ void SaveGroups::SessionGone(SessionId session) {
     for (auto& [rank, member] : group.members) {
       if (member.image.session != session || member.gone) continue;
       member.gone = true;
-      group.sealed = false;
+      Unseal(group);
       if (IsFinal(group)) continue;
       Fail(group,
            absl::AbortedError(absl::StrFormat("%s: rank %d is gone", Describe(id), Value(rank))),

@@ -79,6 +79,8 @@ class SaveGroups final : public ImageObserver {
     virtual void ReportSealed(CheckpointId id) = 0;
     virtual void ReportCommitted(CheckpointId id) = 0;
     virtual void ReportFailed(CheckpointId id, const absl::Status& why) = 0;
+    // It was sealed, and is neither in memory any more nor committed.
+    virtual void ReportLost(CheckpointId id) = 0;
     // Whether an open rank of the newest attempt can begin no save, because its memory is full.
     virtual bool NeedsRoom() = 0;
   };
@@ -155,6 +157,7 @@ class SaveGroups final : public ImageObserver {
   enum class Failure { kImages, kStorage };
   void Fail(SaveGroup& group, const absl::Status& why, Failure failure);
   void ReleaseMembers(SaveGroup& group);
+  void Unseal(SaveGroup& group);
   void StartFlush(SaveGroup& group, Rank rank);
   void CheckSealed(SaveGroup& group);
   void CommitNext();

@@ -192,6 +192,13 @@ void SaveReports::RaiseCommitted(Step step, Survives survives) {
     Wake();
 }
 
+void SaveReports::LowerCommitted(std::optional<Step> newest) {
+  newest = std::max(newest, committed_[static_cast<size_t>(Survives::kPower)]);
+  committed_[static_cast<size_t>(Survives::kProcess)] = newest;
+  const uint64_t step = newest.has_value() ? Value(*newest) : abi::kNoStep;
+  if (page().committed_process_step.exchange(step, std::memory_order_release) != step) Wake();
+}
+
 void SaveReports::SetFencedBy(Attempt attempt) {
   page().fenced_by.store(Value(attempt), std::memory_order_release);
   Wake();

@@ -66,6 +66,9 @@ class SaveReports {
   // newly opened session).
   void RaiseCommitted(Step step, Survives survives);
 
+  // An image that was committed for `process` alone is lost: `newest` is the newest of this attempt
+  // that still is (what survives power counts anyway).
+  void LowerCommitted(std::optional<Step> newest);
   void SetFencedBy(Attempt attempt);
   // A slot was granted, or something else that a trainer may sleep for.
   void Wake();

@@ -477,7 +477,7 @@ TEST_F(CaptureTest, WrongBlobsAreNamed) {
   EXPECT_EQ(agent_.BlobBytes(0, 0), 16u);
 }
 
-TEST_F(CaptureTest, AStepIsSavedOnceButAFailedSaveCanBeRepeated) {
+TEST_F(CaptureTest, AStepIsSavedOnceAlsoIfItFailed) {
   std::mt19937 random(13);
   Open(&host_);
   TestBuffers buffers;
@@ -490,7 +490,8 @@ TEST_F(CaptureTest, AStepIsSavedOnceButAFailedSaveCanBeRepeated) {
   agent_.Report(6, HF_SAVE_CAPTURED);
   EXPECT_EQ(job_->Save(6, NoOptions()).code(), HF_ALREADY_EXISTS);
   agent_.Report(5, HF_SAVE_FAILED, HF_RESOURCE_EXHAUSTED, "disk full");
-  EXPECT_TRUE(job_->Save(5, NoOptions()).ok());
+  EXPECT_EQ(job_->Save(5, NoOptions()).code(), HF_ALREADY_EXISTS);
+  EXPECT_TRUE(job_->Save(7, NoOptions()).ok());
   EXPECT_EQ(job_->Save(abi::kNoStep, NoOptions()).code(), HF_FAILED_PRECONDITION);
   ASSERT_TRUE(job_->WaitCaptured(HF_ALL_GROUPS, Deadline::After(kPatienceNs)).ok());
   EXPECT_EQ(job_->Save(abi::kNoStep, NoOptions()).code(), HF_INVALID_ARGUMENT);

@@ -159,7 +159,8 @@ typedef struct hf_save_options {
 /* Starts capturing the state after `step`. No allocation, at most two system calls, however many
  * tensors. Errors: HF_RESOURCE_EXHAUSTED (no free image: earlier ones are still flushing),
  * HF_FAILED_PRECONDITION (the last capture has not been waited for; fenced; not registered),
- * HF_INVALID_ARGUMENT (a blob not registered or too large, named), HF_ALREADY_EXISTS,
+ * HF_INVALID_ARGUMENT (a blob not registered or too large, named), HF_ALREADY_EXISTS (this attempt
+ * has saved this step, or tried to: a save that failed is not repeated, the next step is saved),
  * HF_UNAVAILABLE. */
 HF_API hf_code hf_save(hf_job* job, uint64_t step, const hf_save_options* options, hf_error* error);
 

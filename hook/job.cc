@@ -164,10 +164,12 @@ Error Job::CheckMaySave(uint64_t step) {
   if (fenced_by != 0) return Fenced(fenced_by);
   const std::optional<AgentReport> report = FindReport(page, step);
   const SaveRecord* record = FindRecord(step);
-  const bool saved_here = record != nullptr && record->state != HF_SAVE_FAILED &&
-                          record->session_id == snapshot_.session.id;
-  if (report.has_value() ? report->state != HF_SAVE_FAILED : saved_here) {
-    return Error(HF_ALREADY_EXISTS, "step %llu has been saved by this attempt", Print(step));
+  const bool begun_here = record != nullptr && record->session_id == snapshot_.session.id;
+  // Also what has failed: other ranks may have given that step up, and go on.
+  if (report.has_value() || begun_here) {
+    return Error(HF_ALREADY_EXISTS,
+                 "step %llu has been saved, or tried, by this attempt: a step is not saved twice",
+                 Print(step));
   }
   return Error();
 }
