@@ -2,8 +2,11 @@
 // another checkpoint's files in: whoever reads must say so (P3), and verify must name the place.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <cstdio>
+#include <fstream>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -12,7 +15,9 @@
 #include "checkpoint/engine_testing.h"
 #include "checkpoint/readback_testing.h"
 #include "checkpoint/verify.h"
+#include "io/posix_file_system.h"
 #include "tests/support/status_matchers.h"
+#include "tests/support/temporary_directory.h"
 
 namespace holdfast {
 namespace {
@@ -73,6 +78,29 @@ TEST(Corruption, EveryFlippedBitIsDetected) {
   EXPECT_EQ(flips, 8 * bytes);
   ASSERT_OK_AND_ASSIGN(const VerifyReport good, Verify(disk, kSecondId));
   EXPECT_EQ(good.verdict, Verdict::kGood);
+}
+
+// A manifest and a file that agree about a size that nobody has memory for: a hole takes no space.
+TEST(Corruption, AnIndexOfAnImpossibleSizeIsDamageAndNotAnAllocation) {
+  SimDisk disk;
+  MakeJob(disk);
+  ASSERT_OK_AND_ASSIGN(const Catalog catalog, ReadCatalog(disk, "/root", "job"));
+  Manifest manifest = *catalog.Find(kSecondId)->manifest;
+  const TemporaryDirectory directory;
+  const std::string path = directory.path() + "/INDEX";
+  std::ofstream(path).close();
+  const std::unique_ptr<FileSystem> file_system = NewPosixFileSystem();
+  for (const uint64_t bytes : {uint64_t{1} << 40, uint64_t{INT64_MAX}}) {
+    manifest.index_bytes = bytes;
+    // Not every file system takes the larger one.
+    if (truncate(path.c_str(), static_cast<off_t>(bytes)) != 0) {
+      ASSERT_EQ(bytes, uint64_t{INT64_MAX});
+    }
+    EXPECT_THAT(LoadIndex(*file_system, directory.path(), manifest),
+                StatusIs(absl::StatusCode::kDataLoss,
+                         testing::AllOf(testing::HasSubstr(std::to_string(bytes)),
+                                        testing::HasSubstr(std::to_string(kIndexBytesMax)))));
+  }
 }
 
 // The job's own records: an agent refuses them, and the catalog refuses JOB.json.

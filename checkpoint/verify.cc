@@ -160,8 +160,13 @@ absl::StatusOr<VerifyReport> VerifyCheckpoint(FileSystem& file_system, const Rea
 absl::StatusOr<Index> LoadIndex(FileSystem& file_system, const std::string& directory,
                                 const Manifest& manifest) {
   const std::string path = absl::StrCat(directory, "/", kIndexFileName);
+  // Before anything is allocated: a manifest can say anything, and a file can be one large hole.
+  if (manifest.index_bytes > kIndexBytesMax) {
+    return absl::DataLossError(absl::StrFormat("%s: expected at most %d bytes, found %d in %s",
+                                               path, kIndexBytesMax, manifest.index_bytes,
+                                               kManifestFileName));
+  }
   ASSIGN_OR_RETURN(const FileInfo info, file_system.Stat(path));
-  // Before anything is read: the manifest is checked, so its size is a bound.
   if (info.kind != FileInfo::Kind::kFile || info.size_bytes != manifest.index_bytes) {
     return absl::DataLossError(absl::StrFormat("%s: expected a file of %d bytes, found %d", path,
                                                manifest.index_bytes, info.size_bytes));
