@@ -18,8 +18,8 @@ void FakeKeeper::Keep(const std::string& name, int fd) {
   CHECK(fds_.count(name) == 0);
   CHECK(!name.empty() && name.size() <= 64 &&
         name.find_first_not_of("abcdefghijklmnopqrstuvwxyz0123456789./-") == std::string::npos);
+  // Like the real one, it keeps the name where descriptors are short.
   fds_[name] = UniqueFd(fcntl(fd, F_DUPFD_CLOEXEC, 0));
-  CHECK(fds_[name].get() >= 0);
 }
 
 void FakeKeeper::Drop(const std::string& name) { fds_.erase(name); }
