@@ -18,7 +18,6 @@ namespace holdfast {
 namespace {
 
 constexpr char kRoot[] = "/root";
-constexpr uint64_t kBlockBytes = 4096;
 
 UniqueFd Duplicate(int fd) {
   UniqueFd copy(fcntl(fd, F_DUPFD_CLOEXEC, 0));
@@ -257,7 +256,7 @@ void EngineHarness::StartWorker(bool recover) {
   engine_options.root = kRoot;
   engine_options.scratch_directory = scratch_;
   engine_options.host_memory_bytes_max = options_.host_memory_bytes;
-  engine_options.block_bytes = kBlockBytes;
+  engine_options.block_bytes = options_.block_bytes;
   engine_options.images_per_rank_max = options_.images_per_rank_max;
   engine_options.flush_writes_in_flight_max = 4;
   engine_options.writer = store_options.writer;

@@ -1,8 +1,9 @@
-// Lets somebody else act between two operations of whoever uses a FileSystem: what another process
-// can do at any moment, at a moment of the test's choice.
+// Lets somebody else act between two operations of whoever uses a FileSystem, or ends him there:
+// what another process or a SIGKILL can do at any moment, at a moment of the test's choice.
 //
-// Model: operations are atomic; the action runs between two of them, whole. Not modelled: anything
-// in the middle of an operation (SimDisk's faults and power cuts do that).
+// Model: operations are atomic; the action runs between two of them, whole. Of a process that was
+// stopped no operation has any effect any more; that it goes on to run is the test's to prevent.
+// Not modelled: anything in the middle of an operation (SimDisk's faults and power cuts do that).
 #ifndef HOLDFAST_TESTS_SUPPORT_INTERRUPTING_FILE_SYSTEM_H_
 #define HOLDFAST_TESTS_SUPPORT_INTERRUPTING_FILE_SYSTEM_H_
 
@@ -13,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/status_macros.h"
 #include "io/file_system.h"
 
 namespace holdfast {
@@ -29,53 +31,60 @@ class InterruptingFileSystem final : public FileSystem {
   }
   bool was_interrupted() const { return was_interrupted_; }
 
+  // The process is killed before the `index`-th operation from now, until the next one starts.
+  void StopBefore(uint64_t index) {
+    InterruptBefore(index, [this] { stopped_ = true; });
+  }
+  bool is_stopped() const { return stopped_; }
+  void StartAgain() { stopped_ = false; }
+
   absl::StatusOr<std::unique_ptr<WritableFile>> CreateNew(const std::string& path) override {
-    Begin();
+    RETURN_IF_ERROR(Begin());
     absl::StatusOr<std::unique_ptr<WritableFile>> file = base_.CreateNew(path);
     if (!file.ok()) return file;
     return std::unique_ptr<WritableFile>(new Writable(*this, *std::move(file)));
   }
   absl::StatusOr<std::unique_ptr<IoFile>> CreateSized(const std::string& path, uint64_t size_bytes,
                                                       Caching caching) override {
-    Begin();
+    RETURN_IF_ERROR(Begin());
     return base_.CreateSized(path, size_bytes, caching);
   }
   absl::StatusOr<std::unique_ptr<IoFile>> OpenForRead(const std::string& path,
                                                       Caching caching) override {
-    Begin();
+    RETURN_IF_ERROR(Begin());
     return base_.OpenForRead(path, caching);
   }
   absl::StatusOr<std::string> ReadSmallFile(const std::string& path, uint64_t bytes_max) override {
-    Begin();
+    RETURN_IF_ERROR(Begin());
     return base_.ReadSmallFile(path, bytes_max);
   }
   absl::Status Link(const std::string& from, const std::string& to) override {
-    Begin();
+    RETURN_IF_ERROR(Begin());
     return base_.Link(from, to);
   }
   absl::Status Unlink(const std::string& path) override {
-    Begin();
+    RETURN_IF_ERROR(Begin());
     return base_.Unlink(path);
   }
   absl::Status CreateDirectory(const std::string& path) override {
-    Begin();
+    RETURN_IF_ERROR(Begin());
     return base_.CreateDirectory(path);
   }
   absl::Status SyncDirectory(const std::string& path) override {
-    Begin();
+    RETURN_IF_ERROR(Begin());
     return base_.SyncDirectory(path);
   }
   absl::StatusOr<std::vector<std::string>> List(const std::string& path,
                                                 size_t count_max) override {
-    Begin();
+    RETURN_IF_ERROR(Begin());
     return base_.List(path, count_max);
   }
   absl::StatusOr<FileInfo> Stat(const std::string& path) override {
-    Begin();
+    RETURN_IF_ERROR(Begin());
     return base_.Stat(path);
   }
   absl::StatusOr<Space> SpaceOf(const std::string& path) override {
-    Begin();
+    RETURN_IF_ERROR(Begin());
     return base_.SpaceOf(path);
   }
 
@@ -85,11 +94,11 @@ class InterruptingFileSystem final : public FileSystem {
     Writable(InterruptingFileSystem& owner, std::unique_ptr<WritableFile> file)
         : owner_(owner), file_(std::move(file)) {}
     absl::Status Append(std::span<const std::byte> data) override {
-      owner_.Begin();
+      RETURN_IF_ERROR(owner_.Begin());
       return file_->Append(data);
     }
     absl::Status Sync() override {
-      owner_.Begin();
+      RETURN_IF_ERROR(owner_.Begin());
       return file_->Sync();
     }
 
@@ -98,16 +107,19 @@ class InterruptingFileSystem final : public FileSystem {
     const std::unique_ptr<WritableFile> file_;
   };
 
-  void Begin() {
-    if (action_ == nullptr || countdown_-- > 0) return;
-    was_interrupted_ = true;
-    std::exchange(action_, nullptr)();
+  absl::Status Begin() {
+    if (action_ != nullptr && countdown_-- == 0) {
+      was_interrupted_ = true;
+      std::exchange(action_, nullptr)();
+    }
+    return stopped_ ? absl::UnavailableError("this process is dead") : absl::OkStatus();
   }
 
   FileSystem& base_;
   uint64_t countdown_ = 0;
   std::function<void()> action_;
   bool was_interrupted_ = false;
+  bool stopped_ = false;
 };
 
 }  // namespace holdfast

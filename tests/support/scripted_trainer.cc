@@ -208,8 +208,12 @@ std::optional<uint32_t> ScriptedTrainer::BeginSave(
 void ScriptedTrainer::CopyBlock(uint32_t slot, uint32_t block) {
   const uint64_t begin = block * block_bytes_;
   const uint64_t end = begin + block_bytes_;
-  for (const abi::CaptureOp& op : ops_) {
-    if (op.image_offset >= end || op.image_offset + op.run_bytes * op.count <= begin) continue;
+  // They ascend and do not overlap.
+  const auto first = std::partition_point(ops_.begin(), ops_.end(), [&](const abi::CaptureOp& op) {
+    return op.image_offset + op.run_bytes * op.count <= begin;
+  });
+  for (auto at = first; at != ops_.end() && at->image_offset < end; ++at) {
+    const abi::CaptureOp& op = *at;
     for (uint64_t run = 0; run < op.count; ++run) {
       const uint64_t run_begin = op.image_offset + run * op.run_bytes;
       const uint64_t from = std::max(begin, run_begin);
