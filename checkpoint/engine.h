@@ -42,6 +42,9 @@ struct EngineOptions {
   uint32_t flush_writes_in_flight_max = 8;   // of one image
   Caching flush_caching = Caching::kDirect;  // as probed for the root's mount
   Caching restore_caching = Caching::kDirect;  // the same, for blocks of any size
+  // Of all blobs of a checkpoint together, which every rank that restores it is handed. A save with
+  // more fails.
+  uint64_t blobs_bytes_max = uint64_t{4} << 30;
   // Gets every warning of StatusJson() when it arises, for a log. May be empty.
   std::function<void(const std::string&)> on_warning;
   // Makes names of partial files and numbers of sessions unlike those of every other agent that

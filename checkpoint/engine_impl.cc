@@ -115,6 +115,7 @@ std::unique_ptr<Job> EngineImpl::NewJob(const std::string& name) const {
                                             .name = name,
                                             .writer = options_.writer,
                                             .caching = options_.restore_caching,
+                                            .blobs_bytes_max = options_.blobs_bytes_max,
                                             .on_warning = options_.on_warning},
                                world_);
 }

@@ -4,6 +4,13 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/stat.h>
+
+#include <memory>
+#include <optional>
+#include <set>
+#include <string>
+#include <vector>
 
 #include "absl/strings/str_format.h"
 #include "checkpoint/engine_testing.h"
@@ -544,6 +551,56 @@ TEST(Engine, WhatWasNotComparedIsNeverCommitted) {
     const CatalogEntry* const entry = catalog.Find({Attempt{1}, Step{2}});
     EXPECT_TRUE(entry == nullptr || entry->state != CatalogEntry::State::kCommitted);
   }
+}
+
+// However many ranks restore at a time, the blobs are in memory once.
+TEST(Engine, RanksThatRestoreTogetherShareTheBlobs) {
+  for (const bool from_memory : {true, false}) {
+    SimDisk disk;
+    auto harness = std::make_unique<EngineHarness>(disk, EngineHarnessOptions{});
+    ASSERT_OK_AND_ASSIGN(const auto trainers, harness->Launch(2));
+    harness->SaveAll(trainers, 1);
+    KillAll(*harness, trainers);
+    if (!from_memory) {
+      harness.reset();
+      harness = std::make_unique<EngineHarness>(disk, EngineHarnessOptions{.writer = "x"});
+    }
+    ASSERT_OK_AND_ASSIGN(const auto again, harness->Launch(3));
+    std::set<ino_t> memories;
+    size_t begun_count = 0;
+    for (TestTrainer* trainer : again) {
+      harness->engine().Restore(
+          trainer->session, trainer->registration_id,
+          [&](absl::StatusOr<RestoreBegun> begun) {
+            ASSERT_OK(begun);
+            struct stat info {};
+            ASSERT_EQ(fstat(begun->blobs_fd.get(), &info), 0);
+            EXPECT_EQ(static_cast<uint64_t>(info.st_size), begun->blobs_bytes);
+            memories.insert(info.st_ino);
+            ++begun_count;
+          },
+          [](absl::StatusOr<RestoreEnded>) {});
+    }
+    harness->executor().RunUntilIdle();
+    EXPECT_EQ(begun_count, 3u);
+    EXPECT_EQ(memories.size(), 1u);
+    // And each can restore after that, alone.
+    ExpectState(harness->Restore(*again[2]), *again[2], 1, 2);
+  }
+}
+
+// What could not be handed out is not committed.
+TEST(Engine, BlobsBeyondTheirLimitFailTheSave) {
+  SimDisk disk;
+  EngineHarness harness(disk, {.blobs_bytes_max = 44});  // 12 and twice 16 at steps of one digit
+  ASSERT_OK_AND_ASSIGN(const auto trainers, harness.Launch(2));
+  harness.SaveAll(trainers, 9);
+  EXPECT_EQ(EngineHarness::CommittedPower(*trainers[0]), 9u);
+  harness.SaveAll(trainers, 10);
+  EXPECT_EQ(trainers[1]->script->ReportOf(10)->state, 5u);
+  EXPECT_THAT(trainers[1]->script->ReportOf(10)->text,
+              AllOf(HasSubstr("47 bytes"), HasSubstr("at most 44")));
+  EXPECT_EQ(EngineHarness::CommittedProcess(*trainers[0]), 9u);
 }
 
 // ---- Damaged bytes ----

@@ -257,6 +257,7 @@ void EngineHarness::StartWorker(bool recover) {
   engine_options.scratch_directory = scratch_;
   engine_options.host_memory_bytes_max = options_.host_memory_bytes;
   engine_options.block_bytes = options_.block_bytes;
+  engine_options.blobs_bytes_max = options_.blobs_bytes_max;
   engine_options.images_per_rank_max = options_.images_per_rank_max;
   engine_options.flush_writes_in_flight_max = 4;
   engine_options.writer = store_options.writer;

@@ -81,6 +81,7 @@ struct EngineHarnessOptions {
   uint64_t host_memory_bytes = uint64_t{64} << 20;
   uint32_t images_per_rank_max = 2;
   uint64_t block_bytes = 4096;
+  uint64_t blobs_bytes_max = uint64_t{1} << 20;
   bool root_exists = false;
   // In the place of the disk itself, to which they lead.
   FileSystem* file_system = nullptr;

@@ -51,6 +51,7 @@ class Job final : private SaveGroups::Host {
     std::string name;    // checked
     std::string writer;  // as PublishOptions::writer
     Caching caching = Caching::kDirect;
+    uint64_t blobs_bytes_max = UINT64_MAX;               // as in EngineOptions
     std::function<void(const std::string&)> on_warning;  // may be empty
   };
   Job(Options options, const EngineWorld& world);
@@ -192,6 +193,8 @@ class Job final : private SaveGroups::Host {
   void SetRestorePoint(Attempt attempt, const RestorePoint& point);
   std::vector<GroupPart> PartsOf(const SaveGroup& group) const;
   std::vector<std::optional<MemoryImage>> MemoryOf(const SaveGroup& group) const;
+  // One that another rank is using, if this may use it, too.
+  std::shared_ptr<RestoreSource> SharedSource(CheckpointId id) const;
   void MakeSource(CheckpointId id, bool in_memory, absl::StatusOr<Index> index,
                   std::string directory,
                   std::function<void(absl::StatusOr<std::shared_ptr<RestoreSource>>)> done);
@@ -217,6 +220,7 @@ class Job final : private SaveGroups::Host {
   const std::string directory_;  // <root>/<name>
   std::string uuid_;
   bool abandoned_ = false;
+  std::map<CheckpointId, std::weak_ptr<RestoreSource>> sources_;  // in use
   absl::Status recovery_error_;
   std::map<SessionId, Session*> sessions_;
   std::map<Attempt, AttemptState> attempts_;

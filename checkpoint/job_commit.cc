@@ -98,6 +98,7 @@ void Job::MakeDirectory(CheckpointId id) {
 
 absl::Status Job::CheckMembers(const SaveGroup& group) {
   std::shared_ptr<const Registration> first;
+  uint64_t blobs_bytes = 0;  // cannot overflow: they are in memory
   for (const auto& [rank, member] : group.members) {
     const Session* session = FindSession(member.image.session);
     const std::shared_ptr<const Registration> registration =
@@ -108,6 +109,16 @@ absl::Status Job::CheckMembers(const SaveGroup& group) {
     }
     if (first == nullptr) first = registration;
     RETURN_IF_ERROR(CheckSameLayout(*first, *registration));
+    for (const uint64_t bytes : member.sealed->blob_bytes) {
+      if (bytes != kBlobAbsent) blobs_bytes += bytes;
+    }
+  }
+  // Whoever restores gets them all, in memory.
+  if (blobs_bytes > options_.blobs_bytes_max) {
+    return absl::ResourceExhaustedError(
+        absl::StrFormat("%s: the blobs of all ranks have %d bytes together, at most %d can be "
+                        "restored",
+                        Describe(group.id), blobs_bytes, options_.blobs_bytes_max));
   }
   return absl::OkStatus();
 }

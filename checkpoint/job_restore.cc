@@ -262,6 +262,10 @@ void Job::OpenSource(CheckpointId id,
     absl::StatusOr<Index> index = absl::UnknownError("not read");
     std::string directory;  // empty: not usable on storage
   };
+  if (std::shared_ptr<RestoreSource> shared = SharedSource(id)) {
+    world_.loop.Post([done = std::move(done), shared = std::move(shared)] { done(shared); });
+    return;
+  }
   const SaveGroup* group = groups_.Find(id);
   const bool in_memory = group != nullptr && group->sealed;
   std::vector<GroupPart> parts;
@@ -314,6 +318,14 @@ void Job::OpenSource(CheckpointId id,
       });
 }
 
+std::shared_ptr<RestoreSource> Job::SharedSource(CheckpointId id) const {
+  const auto known = sources_.find(id);
+  std::shared_ptr<RestoreSource> source = known == sources_.end() ? nullptr : known->second.lock();
+  if (source == nullptr || !source->is_sound()) return nullptr;
+  // One from before the commit knows no second place for a block that is bad in memory.
+  return source->has_storage() || !committed_.contains(id) ? source : nullptr;
+}
+
 void Job::MakeSource(CheckpointId id, bool in_memory, absl::StatusOr<Index> index,
                      std::string directory,
                      std::function<void(absl::StatusOr<std::shared_ptr<RestoreSource>>)> done) {
@@ -328,6 +340,12 @@ void Job::MakeSource(CheckpointId id, bool in_memory, absl::StatusOr<Index> inde
   if (!index.ok()) {
     if (parts.release) parts.release();
     done(index.status());
+    return;
+  }
+  // Another rank may have been faster.
+  if (std::shared_ptr<RestoreSource> shared = SharedSource(id)) {
+    if (parts.release) parts.release();
+    done(std::move(shared));
     return;
   }
   parts.index = *std::move(index);
@@ -348,7 +366,10 @@ void Job::MakeSource(CheckpointId id, bool in_memory, absl::StatusOr<Index> inde
         "the restore point, %s, was only in memory and is there no longer", DescribePoint({id}))));
     return;
   }
-  done(RestoreSource::Create(std::move(parts), world));
+  std::shared_ptr<RestoreSource> source = RestoreSource::Create(std::move(parts), world);
+  std::erase_if(sources_, [](const auto& entry) { return entry.second.expired(); });
+  sources_[id] = source;
+  done(std::move(source));
 }
 
 }  // namespace holdfast

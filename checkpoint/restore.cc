@@ -8,8 +8,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <climits>
-#include <cstdlib>
-#include <cstring>
 #include <map>
 
 #include "absl/strings/str_format.h"
@@ -21,15 +19,6 @@
 
 namespace holdfast {
 namespace {
-
-constexpr uint64_t kPageBytes = 4096;
-
-// Memory for one block of an image, aligned for direct reads.
-std::shared_ptr<std::byte> AlignedBlock(uint64_t bytes) {
-  void* memory = std::aligned_alloc(kPageBytes, bytes);
-  CHECK(memory != nullptr);
-  return {static_cast<std::byte*>(memory), [](std::byte* block) { std::free(block); }};
-}
 
 void WakeAll(std::atomic<uint32_t>& word) {
   // The count of the woken is of no interest; the call cannot fail on mapped memory.
@@ -96,60 +85,19 @@ void Restore::Plan() {
 }
 
 void Restore::ReadBlobs() {
-  const Index& index = source_->index();
-  for (const IndexBlob& blob : index.blobs) {
-    blob_bytes_.emplace_back(blob.bytes);
-    if (blob.bytes == 0) continue;
-    const uint64_t block_bytes = index.images[blob.image].block_bytes;
-    const uint64_t last = (blob.offset_bytes + blob.bytes - 1) / block_bytes;
-    for (uint64_t block = blob.offset_bytes / block_bytes; block <= last; ++block) {
-      blob_blocks_.emplace_back(blob.image, block);
-    }
-  }
-  std::sort(blob_blocks_.begin(), blob_blocks_.end());
-  blob_blocks_.erase(std::unique(blob_blocks_.begin(), blob_blocks_.end()), blob_blocks_.end());
-  FetchBlobBlock(0);
-}
-
-void Restore::FetchBlobBlock(size_t position) {
-  if (position == blob_blocks_.size()) {
-    FinishBlobs();
-    return;
-  }
-  const auto [image, block] = blob_blocks_[position];
-  const uint64_t block_bytes = source_->index().images[image].block_bytes;
-  const std::shared_ptr<std::byte> memory = AlignedBlock(block_bytes);
   ++in_flight_count_;
-  source_->Fetch(image, block, {std::span(memory.get(), block_bytes)},
-                 [this, alive = std::weak_ptr<bool>(alive_), memory, position,
-                  block_bytes](absl::StatusOr<RestoreSource::From> from) {
-                   if (alive.expired()) return;
-                   --in_flight_count_;
-                   if (phase_ != Phase::kBlobs) return;
-                   if (!from.ok()) {
-                     Fail(from.status());
-                     return;
-                   }
-                   const auto [at_image, at_block] = blob_blocks_[position];
-                   const uint64_t begin = at_block * block_bytes;
-                   const uint64_t end = begin + block_bytes;
-                   const std::vector<IndexBlob>& blobs = source_->index().blobs;
-                   for (size_t i = 0; i < blobs.size(); ++i) {
-                     if (blobs[i].image != at_image) continue;
-                     const uint64_t first = std::max(begin, blobs[i].offset_bytes);
-                     const uint64_t last = std::min(end, blobs[i].offset_bytes + blobs[i].bytes);
-                     if (first >= last) continue;
-                     std::memcpy(blob_bytes_[i].data() + (first - blobs[i].offset_bytes),
-                                 memory.get() + (first - begin), last - first);
-                   }
-                   FetchBlobBlock(position + 1);
-                 });
-}
-
-void Restore::FinishBlobs() {
-  encoded_blobs_ = EncodeRestoredBlobs(source_->index(), blob_bytes_);
-  blob_bytes_.clear();
-  Begin();
+  source_->Blobs([this, alive = std::weak_ptr<bool>(alive_)](
+                     absl::StatusOr<std::shared_ptr<const SealedBlobs>> blobs) {
+    if (alive.expired()) return;
+    --in_flight_count_;
+    if (phase_ != Phase::kBlobs) return;
+    if (!blobs.ok()) {
+      Fail(blobs.status());
+      return;
+    }
+    blobs_ = *std::move(blobs);
+    Begin();
+  });
 }
 
 absl::StatusOr<RestoreBegun> Restore::Describe() {
@@ -159,10 +107,11 @@ absl::StatusOr<RestoreBegun> Restore::Describe() {
   begun.world_size = index.world_size;
   begun.op_count = plan_.ops.size();
   begun.operations_bytes = BytesOf(plan_.ops).size();
-  begun.blobs_bytes = encoded_blobs_.size();
+  begun.blobs_bytes = blobs_->bytes;
   begun.bytes = plan_.bytes;
   ASSIGN_OR_RETURN(begun.operations_fd, SealedMemory("holdfast-restore", BytesOf(plan_.ops)));
-  ASSIGN_OR_RETURN(begun.blobs_fd, SealedMemory("holdfast-blobs", encoded_blobs_));
+  begun.blobs_fd.Reset(fcntl(blobs_->fd.get(), F_DUPFD_CLOEXEC, 0));
+  if (!begun.blobs_fd) return ErrnoStatus(errno, "duplicate", "the memory of the blobs");
 
   map_ids_.assign(index.images.size(), 0);
   std::map<const SharedMapping*, uint32_t> id_of = {{staging_->mapping(), 0}};

@@ -4,7 +4,8 @@
 //
 //   1. plan: format/planner gives copies image -> buffer; they are cut at block borders and ordered
 //      by (image, block). What reads one block is one piece.
-//   2. blobs are read and verified: all global ones, and those of all old ranks.
+//   2. blobs are read and verified, all global ones and those of all old ranks: once for all ranks
+//      that restore from one source.
 //   3. begun(): operations and blobs go out as sealed memory.
 //   4. pieces are fetched, several at a time, and go into the ring as they are verified; a piece's
 //      memory is free again when the trainer has consumed it.
@@ -56,10 +57,6 @@ struct RestorePlan {
 // Pure; may take long: for a WorkPool. Errors: those of PlanCopy.
 absl::StatusOr<RestorePlan> PlanRestore(const Index& index, const Registration& target,
                                         uint64_t piece_bytes_max);
-
-// The bytes of the blobs memfd. `bytes_of` gives the bytes of index.blobs[i].
-std::vector<std::byte> EncodeRestoredBlobs(const Index& index,
-                                           const std::vector<std::vector<std::byte>>& bytes_of);
 
 // Free blocks of the restoring rank's memory (RankImages::TakeStaging), as an interface so that a
 // test needs no session.
@@ -121,8 +118,6 @@ class Restore {
 
   void Plan();
   void ReadBlobs();
-  void FetchBlobBlock(size_t position);
-  void FinishBlobs();
   absl::StatusOr<RestoreBegun> Describe();
   void Begin();
   void StartFetches();
@@ -151,10 +146,7 @@ class Restore {
   std::vector<Unit> units_;
   std::vector<uint32_t> map_ids_;  // of images that are handed out in place; see Describe()
 
-  // Blobs: the blocks in which they lie, fetched one after another.
-  std::vector<std::pair<uint32_t, uint64_t>> blob_blocks_;  // (image, block), ascending
-  std::vector<std::vector<std::byte>> blob_bytes_;          // of each blob of the index
-  std::vector<std::byte> encoded_blobs_;
+  std::shared_ptr<const SealedBlobs> blobs_;
 
   size_t next_unit_ = 0;
   std::deque<Unit> again_;  // were bad in place: to be fetched elsewhere

@@ -90,41 +90,37 @@ absl::StatusOr<RestorePlan> PlanRestore(const Index& index, const Registration& 
   return plan;
 }
 
-std::vector<std::byte> EncodeRestoredBlobs(const Index& index,
-                                           const std::vector<std::vector<std::byte>>& bytes_of) {
-  CHECK(bytes_of.size() == index.blobs.size());
+RestoredBlobsFrame FrameRestoredBlobs(const Index& index) {
   const abi::RestoredBlobs header{.magic = abi::kProtocolMagic,
                                   .version = abi::kProtocolVersion,
                                   .blob_count = index.blobs.size()};
+  RestoredBlobsFrame frame;
   std::vector<abi::RestoredBlob> entries;
   uint64_t at = sizeof(header) + index.blobs.size() * sizeof(abi::RestoredBlob);
-  for (size_t i = 0; i < index.blobs.size(); ++i) {
-    const IndexBlob& blob = index.blobs[i];
+  for (const IndexBlob& blob : index.blobs) {
     abi::RestoredBlob entry{};
     entry.name_offset = at;
     entry.name_bytes = static_cast<uint32_t>(blob.name.size());
     at += blob.name.size();
     entry.data_offset = at;
-    entry.data_bytes = bytes_of[i].size();
-    at += bytes_of[i].size();
+    entry.data_bytes = blob.bytes;
+    at += blob.bytes;
     entry.scope = static_cast<uint32_t>(blob.scope);
     entry.rank = Value(blob.rank);
     entries.push_back(entry);
   }
-  std::vector<std::byte> encoded(at);
-  std::memcpy(encoded.data(), &header, sizeof(header));
+  frame.bytes.resize(at);
+  std::memcpy(frame.bytes.data(), &header, sizeof(header));
   if (!entries.empty()) {
-    std::memcpy(encoded.data() + sizeof(header), entries.data(),
+    std::memcpy(frame.bytes.data() + sizeof(header), entries.data(),
                 entries.size() * sizeof(abi::RestoredBlob));
   }
   for (size_t i = 0; i < entries.size(); ++i) {
-    std::memcpy(encoded.data() + entries[i].name_offset, index.blobs[i].name.data(),
+    std::memcpy(frame.bytes.data() + entries[i].name_offset, index.blobs[i].name.data(),
                 index.blobs[i].name.size());
-    if (!bytes_of[i].empty()) {
-      std::memcpy(encoded.data() + entries[i].data_offset, bytes_of[i].data(), bytes_of[i].size());
-    }
+    frame.data_offsets.push_back(entries[i].data_offset);
   }
-  return encoded;
+  return frame;
 }
 
 }  // namespace holdfast

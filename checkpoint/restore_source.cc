@@ -1,5 +1,7 @@
 #include "checkpoint/restore_source.h"
 
+#include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <utility>
 
@@ -8,10 +10,20 @@
 #include "absl/strings/str_join.h"
 #include "base/check.h"
 #include "base/crc32c.h"
+#include "checkpoint/shared_mapping.h"
 #include "checkpoint/verify.h"
 
 namespace holdfast {
 namespace {
+
+constexpr uint64_t kPageBytes = 4096;
+
+// Memory for one block of an image, aligned for direct reads.
+std::shared_ptr<std::byte> AlignedBlock(uint64_t bytes) {
+  void* memory = std::aligned_alloc(kPageBytes, bytes);
+  CHECK(memory != nullptr);
+  return {static_cast<std::byte*>(memory), [](std::byte* block) { std::free(block); }};
+}
 
 // Direct where that works, else through the page cache.
 absl::StatusOr<std::unique_ptr<IoFile>> OpenImage(FileSystem& file_system, const std::string& path,
@@ -195,6 +207,96 @@ void RestoreSource::VerifyRead(const std::shared_ptr<Request>& request) {
                                                                  expected, request->found_crc32c)));
         }
       });
+}
+
+bool RestoreSource::is_sound() const {
+  return blobs_error_.ok() && std::all_of(files_.begin(), files_.end(),
+                                          [](const ImageFile& file) { return file.error.ok(); });
+}
+
+// ---- Blobs ----
+
+void RestoreSource::Blobs(BlobsDone done) {
+  if (blobs_ != nullptr) {
+    world_.loop.Post([done = std::move(done), blobs = blobs_] { done(blobs); });
+    return;
+  }
+  blobs_waiting_.push_back(std::move(done));
+  if (blobs_waiting_.size() > 1) return;  // being read
+  const Index& index = parts_.index;
+  auto load = std::make_shared<BlobLoad>();
+  load->frame = FrameRestoredBlobs(index);
+  for (const IndexBlob& blob : index.blobs) {
+    if (blob.bytes == 0) continue;
+    const uint64_t block_bytes = index.images[blob.image].block_bytes;
+    const uint64_t last = (blob.offset_bytes + blob.bytes - 1) / block_bytes;
+    for (uint64_t block = blob.offset_bytes / block_bytes; block <= last; ++block) {
+      load->blocks.emplace_back(blob.image, block);
+    }
+  }
+  std::sort(load->blocks.begin(), load->blocks.end());
+  load->blocks.erase(std::unique(load->blocks.begin(), load->blocks.end()), load->blocks.end());
+  LoadBlobs(load);
+}
+
+void RestoreSource::LoadBlobs(const std::shared_ptr<BlobLoad>& load) {
+  if (load->next == load->blocks.size()) {
+    SealBlobs(load);
+    return;
+  }
+  const auto [image, block] = load->blocks[load->next];
+  const uint64_t block_bytes = parts_.index.images[image].block_bytes;
+  const std::shared_ptr<std::byte> memory = AlignedBlock(block_bytes);
+  const std::span<std::byte> bytes(memory.get(), block_bytes);
+  Fetch(image, block, {bytes},
+        [self = shared_from_this(), load, memory, bytes](absl::StatusOr<From> from) {
+          if (!from.ok()) {
+            self->BlobsEnded(from.status());
+            return;
+          }
+          self->CopyBlobs(*load, bytes);
+          ++load->next;
+          self->LoadBlobs(load);
+        });
+}
+
+void RestoreSource::CopyBlobs(BlobLoad& load, std::span<const std::byte> block) const {
+  const auto [image, number] = load.blocks[load.next];
+  const uint64_t begin = number * block.size();
+  const uint64_t end = begin + block.size();
+  const std::vector<IndexBlob>& blobs = parts_.index.blobs;
+  for (size_t i = 0; i < blobs.size(); ++i) {
+    if (blobs[i].image != image) continue;
+    const uint64_t first = std::max(begin, blobs[i].offset_bytes);
+    const uint64_t last = std::min(end, blobs[i].offset_bytes + blobs[i].bytes);
+    if (first >= last) continue;
+    std::memcpy(
+        load.frame.bytes.data() + load.frame.data_offsets[i] + (first - blobs[i].offset_bytes),
+        block.data() + (first - begin), last - first);
+  }
+}
+
+void RestoreSource::SealBlobs(const std::shared_ptr<BlobLoad>& load) {
+  world_.pool.Run([load] { load->sealed = SealedMemory("holdfast-blobs", load->frame.bytes); },
+                  [self = shared_from_this(), load] {
+                    if (!load->sealed.ok()) {
+                      self->BlobsEnded(load->sealed.status());
+                      return;
+                    }
+                    auto blobs = std::make_shared<SealedBlobs>();
+                    blobs->fd = *std::move(load->sealed);
+                    blobs->bytes = load->frame.bytes.size();
+                    self->BlobsEnded(std::shared_ptr<const SealedBlobs>(std::move(blobs)));
+                  });
+}
+
+void RestoreSource::BlobsEnded(absl::StatusOr<std::shared_ptr<const SealedBlobs>> blobs) {
+  if (blobs.ok()) {
+    blobs_ = *blobs;
+  } else {
+    blobs_error_ = blobs.status();
+  }
+  for (const BlobsDone& done : std::exchange(blobs_waiting_, {})) done(blobs);
 }
 
 absl::Status RestoreSource::BadBlock(const Request& request, const std::string& what) const {

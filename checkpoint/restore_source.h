@@ -16,6 +16,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -27,6 +28,7 @@
 #include "format/index.h"
 #include "io/file_system.h"
 #include "io/io_ring.h"
+#include "io/unique_fd.h"
 
 namespace holdfast {
 
@@ -45,6 +47,20 @@ struct RestoreSourceParts {
   std::string directory;  // empty: not committed on storage
   // Keeps the images from being recycled; runs at the end of the source's life, on the loop.
   std::function<void()> release;
+};
+
+// The bytes of the blobs memfd, without those of the blobs themselves: those of index.blobs[i]
+// belong at data_offsets[i].
+struct RestoredBlobsFrame {
+  std::vector<std::byte> bytes;
+  std::vector<uint64_t> data_offsets;
+};
+RestoredBlobsFrame FrameRestoredBlobs(const Index& index);
+
+// All blobs of a checkpoint (abi::RestoredBlobs), in a memfd that is sealed against every change.
+struct SealedBlobs {
+  UniqueFd fd;
+  uint64_t bytes = 0;
 };
 
 // An image is identified by its index in Index::images.
@@ -82,7 +98,22 @@ class RestoreSource : public std::enable_shared_from_this<RestoreSource> {
   void Fetch(uint32_t image, uint64_t block, std::vector<std::span<std::byte>> targets,
              std::function<void(absl::StatusOr<From>)> done);
 
+  // The blobs, read and verified at the first call; the same memory for every caller.
+  using BlobsDone = std::function<void(absl::StatusOr<std::shared_ptr<const SealedBlobs>>)>;
+  void Blobs(BlobsDone done);
+
+  // Whether another rank may use it, too: nothing of it has failed so far.
+  bool is_sound() const;
+  bool has_storage() const { return !parts_.directory.empty(); }
+
  private:
+  // On the way to SealedBlobs: blocks are fetched one after another.
+  struct BlobLoad {
+    RestoredBlobsFrame frame;
+    std::vector<std::pair<uint32_t, uint64_t>> blocks;  // (image, block), ascending
+    size_t next = 0;
+    absl::StatusOr<UniqueFd> sealed = absl::UnknownError("not run");
+  };
   struct Request {
     uint32_t image = 0;
     uint64_t block = 0;
@@ -109,12 +140,19 @@ class RestoreSource : public std::enable_shared_from_this<RestoreSource> {
   void OpenFile(uint32_t image, std::function<void()> opened);
   void ReadParts(const std::shared_ptr<Request>& request);
   void VerifyRead(const std::shared_ptr<Request>& request);
+  void LoadBlobs(const std::shared_ptr<BlobLoad>& load);
+  void CopyBlobs(BlobLoad& load, std::span<const std::byte> block) const;
+  void SealBlobs(const std::shared_ptr<BlobLoad>& load);
+  void BlobsEnded(absl::StatusOr<std::shared_ptr<const SealedBlobs>> blobs);
   // kDataLoss with file, tensors and offset.
   absl::Status BadBlock(const Request& request, const std::string& what) const;
 
   const RestoreSourceParts parts_;
   const RestoreSourceWorld world_;
   std::vector<ImageFile> files_;  // one per image
+  std::shared_ptr<const SealedBlobs> blobs_;
+  absl::Status blobs_error_;
+  std::vector<BlobsDone> blobs_waiting_;
 };
 
 }  // namespace holdfast
