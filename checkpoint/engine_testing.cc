@@ -505,4 +505,21 @@ std::optional<uint64_t> EngineHarness::CommittedProcess(const TestTrainer& train
   return StepOf(trainer.script->page().committed_process_step);
 }
 
+void ExpectState(const RestoreOutcome& outcome, const TestTrainer& trainer, uint64_t step,
+                 uint32_t old_world_size) {
+  ASSERT_TRUE(outcome.status.ok()) << outcome.status;
+  EXPECT_EQ(Value(outcome.checkpoint.step), step);
+  EXPECT_EQ(outcome.world_size, old_world_size);
+  EXPECT_TRUE(outcome.buffers == StateAfter(*trainer.layout, trainer.rank, step));
+  ASSERT_EQ(outcome.blobs.size(), old_world_size + 1);
+  EXPECT_EQ(outcome.blobs.at({0, "args", 0}), BlobText("args", step, 0));
+  for (uint32_t rank = 0; rank < old_world_size; ++rank) {
+    EXPECT_EQ(outcome.blobs.at({1, "rng", rank}), BlobText("rng", step, rank));
+  }
+}
+
+void KillAll(EngineHarness& harness, const std::vector<TestTrainer*>& trainers) {
+  for (TestTrainer* trainer : trainers) harness.Kill(*trainer);
+}
+
 }  // namespace holdfast

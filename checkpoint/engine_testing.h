@@ -159,6 +159,11 @@ class EngineHarness {
   uint32_t next_process_id_ = 100;
 };
 
+// Expects that the restored state is bit for bit that after `step`, blobs included.
+void ExpectState(const RestoreOutcome& outcome, const TestTrainer& trainer, uint64_t step,
+                 uint32_t old_world_size);
+void KillAll(EngineHarness& harness, const std::vector<TestTrainer*>& trainers);
+
 }  // namespace holdfast
 
 #endif  // HOLDFAST_CHECKPOINT_ENGINE_TESTING_H_
