@@ -202,18 +202,20 @@ absl::Status CaptureHarness::Register(SessionId id) {
   executor_->RunUntilIdle();
   CHECK(prepared.has_value());
   if (!prepared->ok()) return *prepared;
-  std::optional<absl::StatusOr<RegisterResult>> answer;
-  session.Register([&](absl::StatusOr<RegisterResult> result) { answer = std::move(result); });
+  std::optional<absl::Status> answer;
+  session.Register([&](absl::StatusOr<RegisterResult> result) {
+    answer = result.status();
+    if (!result.ok()) return;
+    trainers_[id] = std::make_unique<ScriptedTrainer>(
+        ScriptedTrainer::Descriptors{session.reports().fd(), result->memory_fd,
+                                     result->registration_memory_fd, result->capture_plan_fd},
+        TestBuffers());
+    granted_when_answered_ = trainers_[id]->HasGrant();
+  });
   CHECK(!answer.has_value());  // never inside the call
   executor_->RunUntilIdle();
   CHECK(answer.has_value());
-  if (!answer->ok()) return answer->status();
-  const RegisterResult& result = **answer;
-  trainers_[id] = std::make_unique<ScriptedTrainer>(
-      ScriptedTrainer::Descriptors{session.reports().fd(), result.memory_fd,
-                                   result.registration_memory_fd, result.capture_plan_fd},
-      TestBuffers());
-  return absl::OkStatus();
+  return *answer;
 }
 
 SessionId CaptureHarness::OpenAndRegister(Rank rank, uint32_t world_size, Attempt attempt) {

@@ -91,6 +91,8 @@ class CaptureHarness {
   SessionId Open(Rank rank, uint32_t world_size = 1, Attempt attempt = Attempt{1});
   // hf_register with the test's layout, buffers and blobs. The status of the answer.
   absl::Status Register(SessionId session);
+  // Whether the last one had a grant when it was told that it is registered.
+  bool granted_when_answered() const { return granted_when_answered_; }
   // Everything a fresh session needs.
   SessionId OpenAndRegister(Rank rank, uint32_t world_size = 1, Attempt attempt = Attempt{1});
 
@@ -147,6 +149,7 @@ class CaptureHarness {
   std::vector<std::string> warnings_;
   uint64_t next_session_ = 1;
   uint64_t steps_ = 0;
+  bool granted_when_answered_ = false;
   std::optional<uint64_t> crash_at_step_;
   SimDisk::InFlight crash_in_flight_ = SimDisk::InFlight::kAll;
   uint64_t crash_count_ = 0;

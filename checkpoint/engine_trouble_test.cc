@@ -21,6 +21,21 @@ namespace {
 using testing::AllOf;
 using testing::HasSubstr;
 
+// A tensor that the checkpoint does not have is an error that names it. "Not found" would say that
+// there is no checkpoint, and the trainer would begin from nothing.
+TEST(EngineTrouble, ATensorThatIsNotInTheCheckpointIsNoMissingCheckpoint) {
+  SimDisk disk;
+  EngineHarness harness(disk, {});
+  ASSERT_OK_AND_ASSIGN(const auto trainers, harness.Launch(1, "a"));
+  harness.SaveAll(trainers, 1);
+  ASSERT_OK_AND_ASSIGN(TestTrainer* const renamed, harness.Open(Rank{0}, 1, "b"));
+  ASSERT_OK(harness.Register(
+      *renamed, R"({"holdfast_layout":1,"mesh":[],"tensors":[{"name":"renamed","shape":[2],)"
+                R"("states":[{"state":"param","dtype":"float32"}]}]})"));
+  EXPECT_THAT(harness.Restore(*renamed).status,
+              StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("\"renamed\"")));
+}
+
 // A budget of one image per rank, a disk that was full, a restart: what the disk did not take, and
 // the new attempt has loaded (or will never load), gives way to its next save.
 TEST(EngineTrouble, AnOlderAttemptsImageThatIsOnlyInMemoryMakesRoom) {

@@ -295,7 +295,12 @@ void Session::Register(std::function<void(absl::StatusOr<RegisterResult>)> done)
 }
 
 void Session::BlocksFreed() {
-  AnswerRegister();
+  // Behind this turn, in which the images grant: who is answered has a grant, if there will be one.
+  if (register_done_ != nullptr) {
+    world_.image.loop.Post([this, alive = std::weak_ptr<bool>(alive_)] {
+      if (!alive.expired()) AnswerRegister();
+    });
+  }
   std::vector<uint64_t> finished;
   for (const auto& [id, registered] : registered_) {
     if (!resumed_ && !process_dead_) break;

@@ -169,6 +169,16 @@ TEST(SessionTest, ForgettingLeavesNothingInTheKeeper) {
   EXPECT_THAT(harness.keeper().Names(), IsEmpty());
 }
 
+// hf_save right behind hf_register, without waiting for room, is not refused.
+TEST(SessionTest, WhoHasRegisteredHasAGrant) {
+  CaptureHarness harness({});
+  const SessionId id = harness.OpenAndRegister(kRank0);
+  EXPECT_TRUE(harness.granted_when_answered());
+  harness.Settle();
+  ASSERT_OK(harness.Register(id));
+  EXPECT_TRUE(harness.granted_when_answered());
+}
+
 TEST(SessionTest, ASecondRegistrationReplacesTheFirstWhoseImagesGoOn) {
   CaptureHarness harness({});
   const SessionId id = harness.OpenAndRegister(kRank0);

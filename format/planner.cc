@@ -95,7 +95,7 @@ absl::Status NotInSource(const std::vector<TensorState>& source, const TensorSta
       names.push_back(each.tensor);
     }
   }
-  return absl::NotFoundError(
+  return absl::FailedPreconditionError(
       absl::StrCat(Describe(wanted), ": expected it in the checkpoint, found ",
                    states.empty() ? absl::StrCat("no such tensor", DidYouMean(wanted.tensor, names))
                                   : absl::StrCat("only its states ", states)));

@@ -66,8 +66,9 @@ absl::Status CheckCover(const SourceView& source);
 
 // The plan that fills all segments of `target` (indices of `target_states`), from the same tensor
 // states of `source`. Of replicas it takes those in the image from which it reads least so far.
-// Errors, naming tensor and state: kNotFound (not in the source), kFailedPrecondition (other shape
-// or dtype: expected and found), kDataLoss (as CheckCover, within the tensor states needed).
+// Errors, naming tensor and state: kFailedPrecondition (not in the source, or of another shape or
+// dtype: expected and found; never kNotFound, by which a restore says that there is no checkpoint),
+// kDataLoss (as CheckCover, within the tensor states needed).
 // O((m + n) log(m + n)) for m pieces of these tensor states and n segments, plus the plan's size.
 absl::StatusOr<CopyPlan> PlanCopy(const SourceView& source,
                                   const std::vector<TensorState>& target_states,

@@ -177,14 +177,14 @@ TEST(Planner, WhatTheCheckpointHasNotIsNamed) {
     return PlanCopy(stored.View(), {wanted}, WholeTensor(wanted)).status();
   };
   EXPECT_TRUE(plan_of({"w", "param", Dtype::kInt8, {4}}).ok());
-  EXPECT_EQ(
-      plan_of({"v", "param", Dtype::kInt8, {4}}).ToString(),
-      "NOT_FOUND: tensor \"v\", state \"param\": expected it in the checkpoint, found no such "
-      "tensor; did you mean \"w\"?");
-  EXPECT_EQ(
-      plan_of({"w", "exp_avg_sq", Dtype::kInt8, {4}}).ToString(),
-      "NOT_FOUND: tensor \"w\", state \"exp_avg_sq\": expected it in the checkpoint, found only "
-      "its states param, exp_avg");
+  EXPECT_EQ(plan_of({"v", "param", Dtype::kInt8, {4}}).ToString(),
+            "FAILED_PRECONDITION: tensor \"v\", state \"param\": expected it in the checkpoint, "
+            "found no such "
+            "tensor; did you mean \"w\"?");
+  EXPECT_EQ(plan_of({"w", "exp_avg_sq", Dtype::kInt8, {4}}).ToString(),
+            "FAILED_PRECONDITION: tensor \"w\", state \"exp_avg_sq\": expected it in the "
+            "checkpoint, found only "
+            "its states param, exp_avg");
   EXPECT_EQ(
       plan_of({"w", "param", Dtype::kInt8, {2, 2}}).ToString(),
       "FAILED_PRECONDITION: tensor \"w\", state \"param\": expected int8[2, 2], as the layout "

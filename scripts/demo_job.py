@@ -160,7 +160,10 @@ class Training:
         environment.update({
             "HOLDFAST_JOB": JOB, "HOLDFAST_ROOT": str(place / "root"),
             "HOLDFAST_RUNTIME_DIR": str(place / "run"), "HOLDFAST_LINGER": "2s",
-            "HOLDFAST_HOST_MEMORY": "6GiB", "HOLDFASTD": str(BUILD / "agent" / "holdfastd"),
+            "HOLDFAST_HOST_MEMORY": "6GiB",
+            # The agent follows captures from their first block, so that a drill can stop it in the middle.
+            "HOLDFAST_CAPTURE_HEAD_START_MS": "0",
+            "HOLDFASTD": str(BUILD / "agent" / "holdfastd"),
             "XDG_CONFIG_HOME": str(place / "config"), "XDG_STATE_HOME": str(place / "state"),
         })
         if drill:
