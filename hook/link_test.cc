@@ -329,7 +329,7 @@ TEST_F(LinkTest, DueFollowsTheAgentsSchedule) {
   EXPECT_EQ(job_->Save(4, NoOptions()).code(), HF_FAILED_PRECONDITION);
   agent_.SetDueEvery(3);
   agent_.ReplaceAgent();
-  ASSERT_TRUE(AwaitConnected(1));
+  ASSERT_TRUE(AwaitReconnects(1));
   expect_same("another agent");
   agent_.Vanish();
   ASSERT_TRUE(agent_.Await([&] { return job_->Save(4, NoOptions()).code() == HF_UNAVAILABLE; }));
@@ -414,7 +414,7 @@ TEST_F(LinkTest, WhatIsCommittedStaysSoWithANewAgent) {
     agent_.Grant(1);
   }
   agent_.ReplaceAgent();
-  ASSERT_TRUE(AwaitConnected(1));
+  ASSERT_TRUE(AwaitReconnects(1));
   hf_save_report report = {};
   // Before the new agent has said anything, and with what a page can say of any step.
   ASSERT_TRUE(job_->Report(2, &report).ok());
