@@ -231,6 +231,7 @@ absl::StatusOr<std::string> FileStore::JobUuid(const std::string& job) {
     uuid = ReadUuid(job);  // ours, or that of whoever came first
   }
   RETURN_IF_ERROR(uuid.status());
+  RETURN_IF_ERROR(RemoveMarkers(file_system_, JobDirectory(job), kJobFileName));
   // In any case: whoever made these names may have died before they were durable.
   RETURN_IF_ERROR(file_system_.SyncDirectory(options_.root));
   RETURN_IF_ERROR(EnsureDirectory(file_system_, JobDirectory(job), kStoreDirectoryName));
@@ -318,6 +319,7 @@ absl::StatusOr<RestorePoint> FileStore::GetRestorePoint(const std::string& job, 
     }
   }
   RETURN_IF_ERROR(point.status());
+  RETURN_IF_ERROR(RemoveMarkers(file_system_, StoreDirectory(job), RestoreFileName(attempt)));
   // Whoever linked it may have died before the name was durable.
   RETURN_IF_ERROR(file_system_.SyncDirectory(StoreDirectory(job)));
   return point;

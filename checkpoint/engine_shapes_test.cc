@@ -126,7 +126,7 @@ void ExpectRoundTrip(const LayoutOf& layout, uint32_t from, uint32_t to,
 
 TEST(EngineShapes, GoFromTheSaveToTheRestoreInOtherNumbersOfRanks) {
   for (const Shape& shape : Shapes()) {
-    for (const auto [from, to] : {std::pair(1u, 3u), std::pair(3u, 2u), std::pair(2u, 2u)}) {
+    for (const auto& [from, to] : {std::pair(1u, 3u), std::pair(3u, 2u), std::pair(2u, 2u)}) {
       SCOPED_TRACE(testing::Message() << shape.name << ", " << from << " to " << to);
       ExpectRoundTrip(shape.layout, from, to, {});
       if (HasFatalFailure()) return;

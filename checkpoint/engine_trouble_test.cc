@@ -50,7 +50,13 @@ TEST(EngineTrouble, AnOlderAttemptsImageThatIsOnlyInMemoryMakesRoom) {
     while (EngineHarness::CommittedProcess(*trainers[0]) != 2u) {
       ASSERT_TRUE(harness.executor().RunOne());
     }
-    KillAll(harness, trainers);  // before they could ask for room
+    // Both at once, before one that is left could ask for room.
+    for (TestTrainer* trainer : trainers) {
+      trainer->dead = true;
+      trainer->script.reset();
+      harness.engine().ProcessDied(trainer->session);
+    }
+    harness.executor().RunUntilIdle();
     EXPECT_GT(disk.fault_count(), 0u);
     disk.ClearFaults();
     // Marked as bad by somebody: then it is not the point.

@@ -470,6 +470,7 @@ absl::StatusOr<Job::Loaded> Job::Load(const EngineWorld& world, const std::strin
                                               entry.state == CatalogEntry::State::kCommitted;
                                      });
     if (newest == loaded.catalog.entries.rend()) continue;
+    RETURN_IF_ERROR(RemoveMarkers(world.file_system, newest->directory, kManifestFileName));
     RETURN_IF_ERROR(world.file_system.SyncDirectory(newest->directory));
   }
   if (!loaded.newest.has_value()) return loaded;

@@ -93,6 +93,15 @@ class ExclusivePublication {
     return absl::AlreadyExistsError(absl::StrFormat("%s: exists", path_));
   }
 
+  // Who wrote it may have died before he synced it. Who takes it for his own relies on that.
+  absl::Status WholeTaken(bool owner_may_be_dead) const {
+    if (owner_may_be_dead || may_be_torn_) {
+      RETURN_IF_ERROR(file_system_.SyncFile(path_));
+      RETURN_IF_ERROR(file_system_.SyncDirectory(directory_));
+    }
+    return Taken();
+  }
+
   // Whether nothing, or nothing whole, has the name.
   absl::StatusOr<bool> IsFreeOrBroken() const {
     const absl::StatusOr<std::string> found = file_system_.ReadSmallFile(path_, options_.bytes_max);
@@ -107,9 +116,9 @@ class ExclusivePublication {
   absl::Status MakeRoom() {
     if (options_.is_whole == nullptr) return Taken();
     ASSIGN_OR_RETURN(const bool is_broken, IsFreeOrBroken());
-    if (!is_broken) return Taken();
     ASSIGN_OR_RETURN(const std::vector<std::string> markers,
                      MarkersOf(file_system_, directory_, name_));
+    if (!is_broken) return WholeTaken(markers.size() > 1);
     for (const std::string& marker : markers) {
       if (marker == marker_) continue;
       const absl::Status removed = file_system_.Unlink(absl::StrCat(directory_, "/", marker));
@@ -119,7 +128,7 @@ class ExclusivePublication {
     }
     if (!may_be_torn_) return Taken();  // damaged
     ASSIGN_OR_RETURN(const bool is_still_broken, IsFreeOrBroken());
-    if (!is_still_broken) return Taken();
+    if (!is_still_broken) return WholeTaken(/*owner_may_be_dead=*/true);
     const absl::Status removed = file_system_.Unlink(path_);
     if (!removed.ok() && removed.code() != absl::StatusCode::kNotFound) return removed;
     return file_system_.SyncDirectory(directory_);
@@ -191,6 +200,7 @@ absl::Status RemoveMarkers(FileSystem& file_system, const std::string& directory
                            std::string_view name) {
   ASSIGN_OR_RETURN(const std::vector<std::string> markers, MarkersOf(file_system, directory, name));
   if (markers.empty()) return absl::OkStatus();
+  RETURN_IF_ERROR(file_system.SyncFile(absl::StrCat(directory, "/", std::string(name))));
   for (const std::string& marker : markers) {
     const absl::Status removed = file_system.Unlink(absl::StrCat(directory, "/", marker));
     if (!removed.ok() && removed.code() != absl::StatusCode::kNotFound) return removed;

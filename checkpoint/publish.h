@@ -49,9 +49,9 @@ struct PublishOptions {
 };
 
 // After OK the file is visible and its contents are durable. Errors: kAlreadyExists: the name is
-// taken, by a whole file or a damaged one (nothing was changed); kUnavailable (without links):
-// another writer is at the same name: look what is there now; the FileSystem's: the name does not
-// exist, or (without links) is torn, or whole and not known to be durable.
+// taken, by a whole file, which is durable, or a damaged one (nothing was changed); kUnavailable
+// (without links): another writer is at the same name: look what is there now; the FileSystem's:
+// the name does not exist, or (without links) is torn, or whole and not known to be durable.
 absl::Status PublishFile(FileSystem& file_system, const std::string& directory,
                          const std::string& name, std::string_view bytes,
                          const PublishOptions& options);
@@ -63,8 +63,8 @@ bool PublicationWasCutOff(const std::vector<std::string>& names, std::string_vie
 absl::StatusOr<bool> PublicationWasCutOff(FileSystem& file_system, const std::string& directory,
                                           std::string_view name);
 
-// For a file that is whole: removes the markers of writers that died between 2 and 3, so that
-// damage that comes later is not taken for theirs.
+// For a file that is whole: makes it durable, because its writer may have died before he did, and
+// removes the markers of such writers, so that damage that comes later is not taken for theirs.
 absl::Status RemoveMarkers(FileSystem& file_system, const std::string& directory,
                            std::string_view name);
 

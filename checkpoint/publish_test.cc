@@ -144,6 +144,34 @@ TEST(Publish, TwoWritersAreNeverBothToldThatTheyHavePublished) {
   }
 }
 
+// A writer is killed anywhere, the machine lives; who comes next and finds the name taken may count
+// on what is there.
+TEST(Publish, WhatADeadWriterLeftIsDurableWhenItCounts) {
+  for (const bool links : {true, false}) {
+    int taken = 0;
+    for (uint64_t stop_before = 0;; ++stop_before) {
+      SCOPED_TRACE(testing::Message() << "links " << links << ", operation " << stop_before);
+      const std::unique_ptr<SimDisk> disk = NewDisk(links);
+      InterruptingFileSystem dying(*disk);
+      dying.StopBefore(stop_before);
+      const absl::Status first = Publish(dying, "a", "mine.");
+      if (!dying.is_stopped()) break;
+      const absl::Status second = Publish(*disk, "b", "mine.");
+      if (!second.ok()) {
+        EXPECT_THAT(second, StatusIs(absl::StatusCode::kAlreadyExists));
+        ++taken;
+      }
+      ASSERT_OK(RemoveMarkers(*disk, kDirectory, "RECORD"));
+      ASSERT_OK(disk->SyncDirectory(kDirectory));
+      disk->CutPowerNow();
+      const std::unique_ptr<SimDisk> after = disk->RebootedCopy(Survivors::None());
+      EXPECT_THAT(after->Contents(kPath), IsOkAndHolds("mine."));
+      EXPECT_THAT(PublicationWasCutOff(*after, kDirectory, "RECORD"), IsOkAndHolds(false));
+    }
+    EXPECT_GT(taken, links ? 0 : 3);
+  }
+}
+
 TEST(Publish, DamageWithoutAMarkerKeepsTheName) {
   const std::unique_ptr<SimDisk> disk = NewDisk(/*links=*/false);
   disk->PutFile(kPath, "rotten");

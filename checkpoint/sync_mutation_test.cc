@@ -54,6 +54,9 @@ class SyncDropper final : public FileSystem, public IoRing {
   absl::Status Link(const std::string& from, const std::string& to) override {
     return disk_.Link(from, to);
   }
+  absl::Status SyncFile(const std::string& path) override {
+    return IsDropped("file " + path) ? absl::OkStatus() : disk_.SyncFile(path);
+  }
   absl::Status Unlink(const std::string& path) override { return disk_.Unlink(path); }
   absl::Status CreateDirectory(const std::string& path) override {
     return disk_.CreateDirectory(path);

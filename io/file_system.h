@@ -105,6 +105,10 @@ class FileSystem {
   // once, durable after SyncDirectory.
   [[nodiscard]] virtual absl::Status Link(const std::string& from, const std::string& to) = 0;
 
+  // After OK the bytes of an existing regular file that are visible are durable, whoever wrote them
+  // (he may have died before he could make sure).
+  [[nodiscard]] virtual absl::Status SyncFile(const std::string& path) = 0;
+
   // Removes a file's name. Only for what was never published, and the *.partial.* of a publication.
   [[nodiscard]] virtual absl::Status Unlink(const std::string& path) = 0;
 

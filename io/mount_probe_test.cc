@@ -53,6 +53,7 @@ class RefusingFileSystem final : public FileSystem {
     return links ? real_->Link(from, to) : ErrnoStatus(EOPNOTSUPP, "link", to);
   }
   absl::Status Unlink(const std::string& path) override { return real_->Unlink(path); }
+  absl::Status SyncFile(const std::string& path) override { return real_->SyncFile(path); }
   absl::Status CreateDirectory(const std::string& path) override {
     return real_->CreateDirectory(path);
   }

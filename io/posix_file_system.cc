@@ -217,6 +217,11 @@ class PosixFileSystem final : public FileSystem {
     return SyncFd(fd.get(), path);
   }
 
+  absl::Status SyncFile(const std::string& path) override {
+    ASSIGN_OR_RETURN(const OpenedFile file, OpenRegular(path));
+    return SyncFd(file.fd.get(), path);
+  }
+
   absl::StatusOr<std::vector<std::string>> List(const std::string& path,
                                                 size_t count_max) override {
     const std::unique_ptr<DIR, CloseDirectory> directory(opendir(path.c_str()));

@@ -62,6 +62,10 @@ class InterruptingFileSystem final : public FileSystem {
     RETURN_IF_ERROR(Begin());
     return base_.Link(from, to);
   }
+  absl::Status SyncFile(const std::string& path) override {
+    RETURN_IF_ERROR(Begin());
+    return base_.SyncFile(path);
+  }
   absl::Status Unlink(const std::string& path) override {
     RETURN_IF_ERROR(Begin());
     return base_.Unlink(path);

@@ -433,6 +433,15 @@ absl::Status SimDisk::CreateDirectory(const std::string& path) {
   return absl::OkStatus();
 }
 
+absl::Status SimDisk::SyncFile(const std::string& path) {
+  const absl::StatusOr<uint64_t> node = FindFile("sync", path);
+  if (!node.ok()) {
+    RETURN_IF_ERROR(Begin(Operation::kSyncFile, "sync", path));
+    return node.status();
+  }
+  return SyncNode(Operation::kSyncFile, *node, state_.last_sequence());
+}
+
 absl::Status SimDisk::SyncDirectory(const std::string& path) {
   const absl::StatusOr<uint64_t> node = FindDirectory("sync directory", path);
   if (!node.ok()) {

@@ -135,6 +135,7 @@ class SimDisk final : public FileSystem, public IoRing {
                                                       Caching caching) override;
   absl::StatusOr<std::string> ReadSmallFile(const std::string& path, uint64_t bytes_max) override;
   absl::Status Link(const std::string& from, const std::string& to) override;
+  absl::Status SyncFile(const std::string& path) override;
   absl::Status Unlink(const std::string& path) override;
   absl::Status CreateDirectory(const std::string& path) override;
   absl::Status SyncDirectory(const std::string& path) override;
