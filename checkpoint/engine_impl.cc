@@ -98,7 +98,10 @@ EngineImpl::EngineImpl(EngineOptions options, const EngineWorld& world)
       // Unlike those of an agent before this one, so that a trainer that outlived it is recognised.
       next_session_id_((uint64_t{Crc32c(std::as_bytes(std::span(options_.writer)))} << 24) + 1) {}
 
-EngineImpl::~EngineImpl() = default;
+EngineImpl::~EngineImpl() {
+  // Before sessions and jobs: a source that ends gives its images back to them.
+  for (auto& [id, entry] : sessions_) entry.restores.clear();
+}
 
 EngineImpl::Entry* EngineImpl::Find(SessionId id) {
   const auto found = sessions_.find(id);
