@@ -271,6 +271,7 @@ class RegistrationBuilder {
     for (size_t i = 0; i < pieces.size(); ++i) {
       result_->stored_pieces_.push_back({pieces[i], image.piece_offsets()[i]});
     }
+    result_->stored_boxes_ = stored_.boxes;
     return absl::OkStatus();
   }
 

@@ -89,6 +89,24 @@ TEST(RegistrationTest, EveryByteOfAnImageHasOneWriterOnEveryRank) {
   }
 }
 
+TEST(RegistrationTest, APieceOfABoxIsStoredWithItsBox) {
+  const std::string layout =
+      R"({"holdfast_layout":1,"mesh":[{"axis":"tp","size":2}],"tensors":[
+      {"name":"w","shape":[4,5],"states":[{"state":"param","dtype":"float32",
+       "place":[{"op":"shard","dim":1,"axis":"tp","rule":"ceil"}]}]}]})";
+  for (const uint32_t rank : {0u, 1u}) {
+    ASSERT_OK_AND_ASSIGN(const auto registration,
+                         Build({{"param/w", 4 * 3 * 4, 0}}, {}, layout, Owner(rank, 2)));
+    ASSERT_EQ(registration->stored_pieces().size(), 1u);
+    const Piece& piece = registration->stored_pieces()[0].piece;
+    ASSERT_LT(piece.box, registration->stored_boxes().size());
+    const BoxView box = registration->stored_boxes()[piece.box];
+    EXPECT_THAT(box.lo, testing::ElementsAre(0, rank == 0 ? 0 : 3));
+    EXPECT_THAT(box.size, testing::ElementsAre(4, rank == 0 ? 3 : 2));
+    ExpectOneWriterPerByte(*registration);
+  }
+}
+
 TEST(RegistrationTest, TheSameDocumentGivesTheSameImage) {
   ASSERT_OK_AND_ASSIGN(const auto first, Build(TestBuffers(), TestBlobs()));
   ASSERT_OK_AND_ASSIGN(const auto second, Build(TestBuffers(), TestBlobs()));
