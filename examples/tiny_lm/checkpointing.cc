@@ -67,7 +67,8 @@ void Checkpointing::PrintError(const std::string& call, const hf_error& error) c
                                                error.code, JsonString(error.text)));
 }
 
-RestoreOutcome Checkpointing::RegisterAndRestore(TrainingState& state,
+RestoreOutcome Checkpointing::RegisterAndRestore(const std::string& layout_document,
+                                                 TrainingState& state,
                                                  const std::vector<BlobSlot>& blobs,
                                                  uint64_t& step) {
   if (job_ == nullptr) return RestoreOutcome::kNoHoldfast;
@@ -82,7 +83,7 @@ RestoreOutcome Checkpointing::RegisterAndRestore(TrainingState& state,
         {blob.name.c_str(), blob.per_rank ? HF_BLOB_RANK : HF_BLOB_GLOBAL, blob.capacity_bytes});
   }
   hf_error error;
-  if (hf_register(job_, state.LayoutJson().c_str(), buffers.data(), buffers.size(), slots.data(),
+  if (hf_register(job_, layout_document.c_str(), buffers.data(), buffers.size(), slots.data(),
                   slots.size(), options_.restore_deadline_ns, &error) != HF_OK) {
     PrintError("hf_register", error);
     return RestoreOutcome::kNoHoldfast;

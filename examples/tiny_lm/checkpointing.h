@@ -52,9 +52,10 @@ class Checkpointing {
   // 0 without Holdfast.
   uint32_t attempt() const;
 
-  // Registers, and fills the buffers from the newest safe checkpoint. `step` is set on kRestored.
-  RestoreOutcome RegisterAndRestore(TrainingState& state, const std::vector<BlobSlot>& blobs,
-                                    uint64_t& step);
+  // Registers, and fills the buffers from the newest safe checkpoint, whatever its layout. `step`
+  // is set on kRestored.
+  RestoreOutcome RegisterAndRestore(const std::string& layout_document, TrainingState& state,
+                                    const std::vector<BlobSlot>& blobs, uint64_t& step);
   // A blob of the restored checkpoint; `old_rank` for a blob per rank, else -1.
   absl::StatusOr<std::string> RestoredBlob(const std::string& name, int64_t old_rank);
   uint32_t restored_world_size() const { return restored_world_size_; }

@@ -2,7 +2,7 @@
 //
 // Floating-point addition is not associative, so a sum over ranks would depend on how many there
 // are. Here every sum that a layout could cut (over samples, and over the blocks of a contraction
-// that tensor parallelism would cut) is taken over blocks of a FIXED size: each block is summed in
+// that tensor parallelism cuts) is taken over blocks of a FIXED size: each block is summed in
 // floating point by one rank, rounded once to a multiple of 2^-40, and added in int64. Any grouping
 // of the blocks over ranks then gives the same bits.
 //
@@ -31,6 +31,19 @@ inline int64_t ToFixedPoint(double value, int64_t& overflow_count) {
 }
 inline double FromFixedPoint(int64_t fixed) {
   return static_cast<double>(fixed) / kFixedPointScale;
+}
+
+// A number's bits, to be summed over ranks of which all but one give 0: a way to pass on a value
+// that one rank has, exactly, with the sum that is there anyway.
+template <typename Real>
+int64_t ToBits(Real value) {
+  if constexpr (sizeof(Real) == sizeof(int64_t)) return std::bit_cast<int64_t>(value);
+  return std::bit_cast<int32_t>(static_cast<float>(value));
+}
+template <typename Real>
+Real FromBits(int64_t bits) {
+  if constexpr (sizeof(Real) == sizeof(int64_t)) return std::bit_cast<Real>(bits);
+  return std::bit_cast<float>(static_cast<int32_t>(bits));
 }
 
 // bfloat16, rounded to nearest even. Not for NaN.

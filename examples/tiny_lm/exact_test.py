@@ -13,12 +13,28 @@ import sys
 import tempfile
 import unittest
 
+import runs
+
 NO_LIMITS = '--no-limits' in sys.argv
 if NO_LIMITS:
     sys.argv.remove('--no-limits')
 LAUNCH, TINY_LM, CORPUS = sys.argv[1:4]
 del sys.argv[1:4]
-STEPS = 6
+STEPS = 5
+# Uneven in every way: samples over dp, micro-batches, layers over stages, heads, hidden units and
+# vocabulary over tensor ranks; some ranks have no sample, no layer or no head.
+MODEL = ('--layers', '3', '--batch', '7', '--bytes', '300K')
+LAYOUTS = (
+    (1, '--zero 0'), (1, '--zero 1 --micro-batch 1'), (1, '--zero 3'),
+    (2, '--zero 0'), (3, '--zero 1 --micro-batch 1'), (5, '--zero 1'), (4, '--zero 2 --micro-batch 1'),
+    (3, '--zero 3'), (8, '--zero 3 --micro-batch 2'),
+    (2, '--tp 2'), (3, '--tp 3 --zero 0'), (4, '--tp 2 --zero 3'), (5, '--tp 5'),
+    (2, '--pp 2 --micro-batch 1'), (3, '--pp 3 --pp-layers 2,0,1'), (3, '--pp 3 --pp-layers 0,2,1'),
+    (4, '--pp 4 --micro-batch 2 --zero 0'), (4, '--pp 2 --zero 2 --micro-batch 1'),
+    (6, '--pp 3 --zero 3 --micro-batch 1'), (6, '--pp 2 --zero 1 --pp-layers 1,2'),
+    (4, '--pp 2 --tp 2 --micro-batch 2'), (6, '--pp 2 --tp 3 --zero 0'),
+    (8, '--pp 2 --tp 2 --zero 3 --micro-batch 1'), (8, '--pp 2 --tp 2 --zero 2 --pp-layers 3,0'),
+)
 
 
 def train(world, *flags):
@@ -58,33 +74,34 @@ class ExactTest(unittest.TestCase):
         self.assertEqual(result.returncode, 0, result.stderr)
         return result
 
-    def test_losses_and_states_are_bit_equal_in_every_layout_and_world(self):
+    def check_layouts(self, *model):
         reference = None
-        for zero in '01':
-            for world in (1, 2, 3, 4, 5):
-                result = self.run_ok(world, '--steps', str(STEPS), '--zero', zero, '--bytes', '300K',
+        for world, flags in LAYOUTS:
+            with self.subTest(world=world, flags=flags):
+                result = self.run_ok(world, '--steps', str(STEPS), *MODEL, *model, *flags.split(),
                                      '--check-restore')
                 steps = events(result, 'step')
                 self.assertEqual(sorted(steps), list(range(world)))
-                losses = [[(e['step'], e['samples'], e['loss']) for e in steps[rank]]
-                          for rank in range(world)]
-                whole = {}
-                for digest in events(result, 'final_digest').values():
-                    for piece in digest[0]['pieces']:
-                        name = piece['state'], piece['tensor']
-                        if piece['replicated']:
-                            self.assertIn(whole.get(name, piece['digest']), piece['digest'])
-                            whole[name] = piece['digest']
-                        else:
-                            total = int(whole.get(name, '0'), 16) + int(piece['digest'], 16)
-                            whole[name] = '%016x' % (total % 2 ** 64)
+                losses = [[(e['step'], e['samples'], e['loss'], e['overflows'])
+                           for e in steps[rank]] for rank in range(world)]
+                whole = runs.whole_digests(
+                    digest[0]['pieces'] for digest in events(result, 'final_digest').values())
                 if reference is None:
                     reference = losses[0], whole
                 for rank in range(world):
-                    self.assertEqual(losses[rank], reference[0], (zero, world, rank))
-                self.assertEqual(whole, reference[1], (zero, world))
-        self.assertEqual([step for step, _, _ in reference[0]], list(range(1, STEPS + 1)))
-        self.assertEqual(len({loss for _, _, loss in reference[0]}), STEPS)
+                    self.assertEqual(losses[rank], reference[0], rank)
+                self.assertEqual(whole, reference[1])
+        self.assertEqual([step for step, _, _, _ in reference[0]], list(range(1, STEPS + 1)))
+        self.assertEqual(len({loss for _, _, loss, _ in reference[0]}), STEPS)
+        self.assertEqual({overflows for _, _, _, overflows in reference[0]}, {0})
+        return reference
+
+    def test_losses_and_states_are_bit_equal_in_every_layout_and_world(self):
+        untied, tied = self.check_layouts(), self.check_layouts('--tied')
+        self.assertNotEqual(untied[0], tied[0])
+        self.assertEqual({key for key in untied[1] if key not in tied[1]},
+                         {(state, 'head.weight')
+                          for state in ('param', 'master', 'exp_avg', 'exp_avg_sq')})
 
     def test_it_learns(self):
         losses = [float.fromhex(e['loss'])
@@ -99,9 +116,14 @@ class ExactTest(unittest.TestCase):
     def test_a_rank_that_waits_is_small(self):
         if NO_LIMITS:
             self.skipTest('a sanitizer takes memory and time of its own')
-        # Rank 1 has no sample: it only waits, sums and updates.
-        result = self.run_ok(2, '--steps', '10', '--batch', '1', '--device-ms', '200')
-        idle = events(result, 'finished')[1][0]
+        # Rank 1 has no sample: it only waits, sums and updates. Then it has no layer, and passes on.
+        for world, flags in ((2, ()), (3, ('--pp', '3', '--pp-layers', '1,0,1'))):
+            with self.subTest(flags=flags):
+                result = self.run_ok(world, '--steps', '10', '--batch', '1', '--device-ms', '200',
+                                     *flags)
+                self.check_small(events(result, 'finished')[1][0])
+
+    def check_small(self, idle):
         self.assertGreater(idle['rss_max_bytes'], 1 << 20)
         self.assertLessEqual(idle['rss_max_bytes'], 64 << 20)
         self.assertGreater(idle['wall_ms'], 2000)
@@ -132,6 +154,9 @@ class ExactTest(unittest.TestCase):
         result = train(1, '--corpus', '/nowhere/text.md')
         self.assertEqual(result.returncode, 1)
         self.assertIn('/nowhere/text.md', result.stderr)
+        result = train(3, '--tp', '2')
+        self.assertEqual(result.returncode, 1)
+        self.assertIn('--pp 1 --tp 2: expected a multiple of 2 ranks, found 3', result.stderr)
         result = subprocess.run([TINY_LM, '--corpus', CORPUS, '--no-holdfast'], env={},
                                 capture_output=True, text=True, timeout=100)
         self.assertEqual(result.returncode, 1)

@@ -8,10 +8,15 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_split.h"
+#include "absl/strings/string_view.h"
 #include "examples/collectives/status_macros.h"
 
 namespace tiny_lm {
 namespace {
+
+constexpr uint32_t kAxisMax = 1024;
+constexpr uint32_t kLayersMax = 1024;
 
 // Sets an option from the flag's value, which is empty for a flag without one.
 using Setter = std::function<absl::Status(TrainerOptions&, const std::string&)>;
@@ -67,9 +72,32 @@ Setter Switch(bool TrainerOptions::*member, bool value) {
   };
 }
 
+Setter Ranks(uint32_t ParallelOptions::*member) {
+  return [=](TrainerOptions& options, const std::string& text) -> absl::Status {
+    uint32_t value = 0;
+    if (!absl::SimpleAtoi(text, &value) || value < 1 || value > kAxisMax) {
+      return Expected(absl::StrFormat("a number from 1 to %d", kAxisMax).c_str(), text);
+    }
+    options.parallel.*member = value;
+    return absl::OkStatus();
+  };
+}
+
 absl::Status SetZero(TrainerOptions& options, const std::string& text) {
-  if (text != "0" && text != "1") return Expected("0 or 1", text);
-  options.zero = text == "0" ? Zero::kReplicated : Zero::kOptimizer;
+  if (text.size() != 1 || text[0] < '0' || text[0] > '3') return Expected("0, 1, 2 or 3", text);
+  options.parallel.zero = static_cast<Zero>(text[0] - '0');
+  return absl::OkStatus();
+}
+
+absl::Status SetStageLayers(TrainerOptions& options, const std::string& text) {
+  options.parallel.pp_layers.clear();
+  for (const absl::string_view part : absl::StrSplit(text, ',')) {
+    uint32_t count = 0;
+    if (!absl::SimpleAtoi(part, &count) || count > kLayersMax) {
+      return Expected("numbers of layers, as 3,2,1", text);
+    }
+    options.parallel.pp_layers.push_back(count);
+  }
   return absl::OkStatus();
 }
 
@@ -84,10 +112,24 @@ const std::vector<Flag>& Flags() {
       {"steps", "N", "train to this step", Count(&TrainerOptions::steps, 1, kMax)},
       {"save-every", "K", "save every K steps; 0 (the default): when a save is due",
        Count(&TrainerOptions::save_every, 0, kMax)},
-      {"zero", "0|1",
-       "0: replicate all; 1 (the default): cut optimizer states and ballast over ranks", SetZero},
+      {"tp", "N",
+       "tensor parallel: cut heads, hidden units and vocabulary over N ranks (default 1)",
+       Ranks(&ParallelOptions::tp)},
+      {"pp", "N", "pipeline parallel: cut the layers into N stages (default 1)",
+       Ranks(&ParallelOptions::pp)},
+      {"pp-layers", "N,N,...", "layers of each stage, as 3,2,1; may be 0 (default: even)",
+       SetStageLayers},
+      {"zero", "0|1|2|3",
+       "cut over the data-parallel ranks: 0 nothing; 1 (the default) optimizer states and ballast; "
+       "2 gradients too; 3 parameters too",
+       SetZero},
+      {"layers", "N", "layers of the model (default 2)",
+       Count(&TrainerOptions::layers, 1, kLayersMax)},
+      {"tied", nullptr, "the head is the token embedding", Switch(&TrainerOptions::tied, true)},
       {"batch", "N", "samples of a step, of all ranks together",
        Count(&TrainerOptions::batch, 1, 4096)},
+      {"micro-batch", "N", "samples that go through the model at once (default 4)",
+       Count(&TrainerOptions::micro_batch, 1, 4096)},
       {"seed", "N", "of the data's order and the first parameters",
        Count(&TrainerOptions::seed, 0, std::numeric_limits<uint64_t>::max())},
       {"device-ms", "MS", "what forward and backward shall take; the rest is waited",
@@ -95,8 +137,7 @@ const std::vector<Flag>& Flags() {
       {"device-jitter", "PERCENT", "up to so much longer",
        Real(&TrainerOptions::device_jitter_percent)},
       {"bytes", "SIZE",
-       "ballast of the whole job, as 512M: cut over the ranks with --zero 1, on every rank with "
-       "--zero 0",
+       "ballast of the whole job, as 512M: on every rank with --zero 0, else cut over all ranks",
        [](TrainerOptions& options, const std::string& text) -> absl::Status {
          ASSIGN_OR_RETURN(options.ballast_bytes, ParseSize(text));
          return absl::OkStatus();

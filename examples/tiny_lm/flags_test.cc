@@ -20,7 +20,17 @@ TEST(Flags, EveryFlagSetsItsOption) {
                                                             "7",
                                                             "--save-every=3",
                                                             "--zero",
-                                                            "0",
+                                                            "3",
+                                                            "--tp=2",
+                                                            "--pp",
+                                                            "3",
+                                                            "--pp-layers",
+                                                            "3,2,0",
+                                                            "--layers",
+                                                            "5",
+                                                            "--tied",
+                                                            "--micro-batch",
+                                                            "2",
                                                             "--batch",
                                                             "12",
                                                             "--seed",
@@ -45,7 +55,13 @@ TEST(Flags, EveryFlagSetsItsOption) {
   EXPECT_THAT(parsed->corpus_paths, testing::ElementsAre("a", "b"));
   EXPECT_EQ(parsed->steps, 7U);
   EXPECT_EQ(parsed->save_every, 3U);
-  EXPECT_EQ(parsed->zero, Zero::kReplicated);
+  EXPECT_EQ(parsed->parallel.zero, Zero::kParameters);
+  EXPECT_EQ(parsed->parallel.tp, 2U);
+  EXPECT_EQ(parsed->parallel.pp, 3U);
+  EXPECT_THAT(parsed->parallel.pp_layers, testing::ElementsAre(3, 2, 0));
+  EXPECT_EQ(parsed->model().layers, 5U);
+  EXPECT_TRUE(parsed->model().tied);
+  EXPECT_EQ(parsed->micro_batch, 2U);
   EXPECT_EQ(parsed->batch, 12U);
   EXPECT_EQ(parsed->seed, 5U);
   EXPECT_EQ(parsed->device_ms, 1.5);
@@ -68,7 +84,11 @@ TEST(Flags, WhatIsWrongIsNamed) {
       {{"--corpus", "a", "--steps"}, "--steps: expected N"},
       {{"--corpus", "a", "--steps", "-1"}, "found '-1'"},
       {{"--corpus", "a", "--steps", "3x"}, "found '3x'"},
-      {{"--corpus", "a", "--zero", "2"}, "--zero: expected 0 or 1, found '2'"},
+      {{"--corpus", "a", "--zero", "4"}, "--zero: expected 0, 1, 2 or 3, found '4'"},
+      {{"--corpus", "a", "--zero", "12"}, "found '12'"},
+      {{"--corpus", "a", "--tp", "0"}, "--tp: expected a number from 1 to 1024, found '0'"},
+      {{"--corpus", "a", "--pp-layers", "2,,1"}, "--pp-layers: expected numbers of layers"},
+      {{"--corpus", "a", "--pp-layers", "2,-1"}, "found '2,-1'"},
       {{"--corpus", "a", "--batch", "0"}, "from 1 to 4096"},
       {{"--corpus", "a", "--device-ms", "nan"}, "--device-ms"},
       {{"--corpus", "a", "--no-holdfast=1"}, "--no-holdfast: expected no value"},

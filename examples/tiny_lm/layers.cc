@@ -233,22 +233,44 @@ void Layers<Real>::GeluBackward(const Real* x, const Real* d_y, size_t count, Re
 }
 
 template <typename Real>
-Real Layers<Real>::CrossEntropy(Real* logits, const uint8_t* targets, size_t rows, size_t width,
-                                int64_t& overflow_count) {
+void Layers<Real>::GreatestLogits(Vocabulary vocabulary, const Real* logits, size_t rows,
+                                  Real* greatest) {
+  for (size_t row = 0; row < rows; ++row, logits += vocabulary.stride) {
+    greatest[row] = -INFINITY;
+    for (size_t i = 0; i < vocabulary.count; ++i)
+      greatest[row] = std::max(greatest[row], logits[i]);
+  }
+}
+
+template <typename Real>
+void Layers<Real>::SoftmaxPartial(Vocabulary vocabulary, Real* logits, const uint8_t* targets,
+                                  size_t rows, const Real* greatest, Partial partial) {
+  for (size_t row = 0; row < rows; ++row, logits += vocabulary.stride) {
+    const size_t target = targets[row] - vocabulary.first;  // wraps if it is below
+    partial.sums[rows + row] =
+        target < vocabulary.count ? ToBits(logits[target] - greatest[row]) : 0;
+    int64_t sum = 0;
+    for (size_t i = 0; i < vocabulary.count; ++i) {
+      logits[i] = std::exp(logits[i] - greatest[row]);
+      sum += ToFixedPoint(logits[i], partial.overflow_count);
+    }
+    partial.sums[row] = sum;
+  }
+}
+
+template <typename Real>
+Real Layers<Real>::CrossEntropy(Vocabulary vocabulary, Real* logits, const uint8_t* targets,
+                                size_t rows, const int64_t* denominators,
+                                const int64_t* target_bits) {
   const Real n = static_cast<Real>(rows);
   Real loss = 0;
-  for (size_t row = 0; row < rows; ++row, logits += width) {
-    const Real greatest = *std::max_element(logits, logits + width);
-    const Real target = logits[targets[row]] - greatest;
-    int64_t fixed_sum = 0;
-    for (size_t i = 0; i < width; ++i) {
-      logits[i] = std::exp(logits[i] - greatest);
-      fixed_sum += ToFixedPoint(logits[i], overflow_count);
-    }
-    const Real sum = static_cast<Real>(FromFixedPoint(fixed_sum));
-    loss += std::log(sum) - target;
-    for (size_t i = 0; i < width; ++i) logits[i] = logits[i] / sum / n;
-    logits[targets[row]] -= Real{1} / n;
+  for (size_t row = 0; row < rows; ++row, logits += vocabulary.stride) {
+    const Real sum = static_cast<Real>(FromFixedPoint(denominators[row]));
+    loss += std::log(sum) - FromBits<Real>(target_bits[row]);
+    for (size_t i = 0; i < vocabulary.count; ++i) logits[i] = logits[i] / sum / n;
+    std::fill(logits + vocabulary.count, logits + vocabulary.stride, Real{0});
+    const size_t target = targets[row] - vocabulary.first;
+    if (target < vocabulary.count) logits[target] -= Real{1} / n;
   }
   return loss / n;
 }

@@ -1,9 +1,13 @@
-// Layers, forward and backward, by hand. Each works on one sample: `rows` positions, row-major.
+// Layers, forward and backward, by hand. Each works on `rows` positions, row-major: attention, the
+// mean of the cross entropy and the gradients of weights on those of one sample, all else on those
+// of any number of samples.
 //
-// Nothing here knows how the model is distributed. Where tensor parallelism would cut a contraction
+// Nothing here knows how the model is distributed. Where tensor parallelism cuts a contraction
 // (a projection over heads or hidden units, or the gradient that flows back through one), the sum
 // is left in int64 fixed point (exact.h) in a buffer of the caller: another rank's part can be
 // added to it before FromPartial() turns it into numbers.
+//
+// A part of a contraction, of heads or of the vocabulary may be empty.
 //
 // A gradient argument (d_...) of a weight is added to; one of an activation is overwritten, unless
 // it says otherwise. Matrices are [outputs, inputs], as in torch.nn.Linear. Sizes of inputs, heads
@@ -20,7 +24,7 @@ namespace tiny_lm {
 // Elements of a contraction that are summed in floating point before they go to fixed point.
 inline constexpr size_t kBlock = 8;
 
-// Sums in fixed point, and what did not fit. All parts of a sample share one.
+// Sums in fixed point, and what did not fit.
 struct Partial {
   std::span<int64_t> sums;
   int64_t& overflow_count;
@@ -77,10 +81,24 @@ struct Layers {
   static void GeluForward(const Real* x, size_t count, Real* y);
   static void GeluBackward(const Real* x, const Real* d_y, size_t count, Real* d_x);
 
-  // Mean cross entropy of softmax(logits) over the rows; turns logits into their gradient. The
-  // softmax's denominators are sums in fixed point, so that the vocabulary could be cut.
-  static Real CrossEntropy(Real* logits, const uint8_t* targets, size_t rows, size_t width,
-                           int64_t& overflow_count);
+  // Cross entropy of softmax(logits), whose columns may be cut over ranks: [first, first + count)
+  // of them are here, in rows of `stride`. Three steps, with sums over the ranks between them.
+  struct Vocabulary {
+    size_t first;
+    size_t count;
+    size_t stride;  // columns of padding behind them are turned into gradients of 0
+  };
+  // 1. The greatest logit of each row that is here; -infinity without any.
+  static void GreatestLogits(Vocabulary vocabulary, const Real* logits, size_t rows,
+                             Real* greatest);
+  // 2. With the greatest of all ranks: logits become their exponentials. In `partial`, the rows'
+  //    denominators, then the bits of the targets' logits (0 if a target is elsewhere).
+  static void SoftmaxPartial(Vocabulary vocabulary, Real* logits, const uint8_t* targets,
+                             size_t rows, const Real* greatest, Partial partial);
+  // 3. With the sums over all ranks: the mean loss over the rows, and the logits' gradient in their
+  //    place.
+  static Real CrossEntropy(Vocabulary vocabulary, Real* logits, const uint8_t* targets, size_t rows,
+                           const int64_t* denominators, const int64_t* target_bits);
 };
 
 }  // namespace tiny_lm

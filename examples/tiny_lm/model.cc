@@ -1,233 +1,351 @@
 #include "examples/tiny_lm/model.h"
 
 #include <algorithm>
-#include <cmath>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "examples/tiny_lm/random.h"
+#include "examples/collectives/status_macros.h"
+#include "examples/tiny_lm/exact.h"
 
 namespace tiny_lm {
-
-ParameterTable::ParameterTable(const ModelConfig& config) {
-  const size_t width = config.width;
-  const float deep = 0.08F / std::sqrt(2.0F * static_cast<float>(config.layers));
-  Add("embed.tokens", {config.vocabulary, width}, 0, 0.08F);
-  Add("embed.positions", {config.context, width}, 0, 0.08F);
-  for (size_t layer = 0; layer < config.layers; ++layer) {
-    const std::string prefix = absl::StrCat("layers.", layer, ".");
-    Add(prefix + "norm1.weight", {width}, 1, 0);
-    Add(prefix + "norm1.bias", {width}, 0, 0);
-    Add(prefix + "attention.qkv.weight", {3 * width, width}, 0, 0.08F);
-    Add(prefix + "attention.qkv.bias", {3 * width}, 0, 0);
-    Add(prefix + "attention.out.weight", {width, width}, 0, deep);
-    Add(prefix + "attention.out.bias", {width}, 0, 0);
-    Add(prefix + "norm2.weight", {width}, 1, 0);
-    Add(prefix + "norm2.bias", {width}, 0, 0);
-    Add(prefix + "mlp.up.weight", {config.hidden, width}, 0, 0.08F);
-    Add(prefix + "mlp.up.bias", {config.hidden}, 0, 0);
-    Add(prefix + "mlp.down.weight", {width, config.hidden}, 0, deep);
-    Add(prefix + "mlp.down.bias", {width}, 0, 0);
-  }
-  Add("norm.weight", {width}, 1, 0);
-  Add("norm.bias", {width}, 0, 0);
-  Add("head.weight", {config.vocabulary, width}, 0, 0.08F);
-}
-
-void ParameterTable::Add(const std::string& name, std::vector<size_t> shape, float start,
-                         float deviation) {
-  size_t count = 1;
-  for (const size_t size : shape) count *= size;
-  parameters_.push_back({name, std::move(shape), element_count_, count, start, deviation});
-  element_count_ += count;
-}
-
-float ParameterTable::StartValue(uint64_t seed, const Parameter& parameter, size_t index) {
-  Random random(Mix(seed) ^ Mix(index));
-  // Four uniform numbers: nearly normal, and without the mathematics library.
-  double sum = -2;
-  for (int i = 0; i < 4; ++i) sum += random.Uniform();
-  return parameter.start + parameter.deviation * static_cast<float>(sum * 1.7320508075688772);
-}
-
-size_t ParameterTable::Offset(const std::string& name) const {
-  return std::find_if(parameters_.begin(), parameters_.end(),
-                      [&](const Parameter& parameter) { return parameter.name == name; })
-      ->offset;
-}
+namespace {
 
 template <typename Real>
-Model<Real>::Model(const ModelConfig& config) : config_(config) {
-  const ParameterTable table(config);
-  tokens_ = table.Offset("embed.tokens");
-  positions_ = table.Offset("embed.positions");
-  norm_weight_ = table.Offset("norm.weight");
-  norm_bias_ = table.Offset("norm.bias");
-  head_weight_ = table.Offset("head.weight");
-  const size_t rows = config.context;
-  const size_t state = rows * config.width;
-  for (size_t layer = 0; layer < config.layers; ++layer) {
+typename Layers<Real>::Vocabulary VocabularyOf(const ModelConfig& config, uint32_t tp_count,
+                                               uint32_t tp) {
+  const Slice own = CeilPart(config.vocabulary, 1, tp_count, tp);
+  return {own.begin, own.count, CeilPart(config.vocabulary, 1, tp_count, 0).count};
+}
+
+}  // namespace
+
+template <typename Real>
+Model<Real>::Model(const ModelConfig& config, const Partition& partition, TensorGroup group,
+                   size_t batch_count, size_t samples_max)
+    : config_(config),
+      group_(group),
+      has_embedding_(partition.is_first_stage()),
+      has_head_(partition.is_last_stage()),
+      is_tensor_leader_(partition.at().tp == 0),
+      head_count_(
+          CeilPart(config.width, config.head_size(), partition.layout().mesh.tp, partition.at().tp)
+              .count /
+          config.head_size()),
+      hidden_count_(
+          CeilPart(config.hidden, kBlock, partition.layout().mesh.tp, partition.at().tp).count),
+      vocabulary_(VocabularyOf<Real>(config, partition.layout().mesh.tp, partition.at().tp)) {
+  tokens_ = PlaceOf(partition, "embed.tokens");
+  positions_ = PlaceOf(partition, "embed.positions");
+  norm_weight_ = PlaceOf(partition, "norm.weight");
+  norm_bias_ = PlaceOf(partition, "norm.bias");
+  head_weight_ = config.tied ? tokens_ : PlaceOf(partition, "head.weight");
+  const Slice own_layers = partition.layout().LayersOf(partition.at().pp);
+  for (size_t layer = own_layers.begin; layer < own_layers.begin + own_layers.count; ++layer) {
     const auto at = [&](const char* name) {
-      return table.Offset(absl::StrCat("layers.", layer, ".", name));
+      return PlaceOf(partition, absl::StrCat("layers.", layer, ".", name));
     };
     layers_.push_back(
         {at("norm1.weight"), at("norm1.bias"), at("attention.qkv.weight"), at("attention.qkv.bias"),
          at("attention.out.weight"), at("attention.out.bias"), at("norm2.weight"), at("norm2.bias"),
          at("mlp.up.weight"), at("mlp.up.bias"), at("mlp.down.weight"), at("mlp.down.bias")});
-    Activations& a = activations_.emplace_back();
-    for (std::vector<Real>* vector : {&a.input, &a.norm1, &a.heads, &a.middle, &a.norm2}) {
-      vector->resize(state);
-    }
-    for (std::vector<Real>* vector : {&a.mean1, &a.deviation1, &a.mean2, &a.deviation2}) {
-      vector->resize(rows);
-    }
-    a.qkv.resize(3 * state);
-    a.attention_weights.resize(config.heads * rows * rows);
-    a.up.resize(rows * config.hidden);
-    a.gelu.resize(rows * config.hidden);
   }
-  for (std::vector<Real>* vector : {&stream_, &d_stream_, &final_norm_, &scratch_}) {
-    vector->resize(state);
+  const size_t rows = samples_max * config.context;
+  for (size_t i = 0; i < batch_count; ++i) {
+    batches_.push_back({std::vector<Activations>(layers_.size(), MakeActivations(samples_max)),
+                        std::vector<Real>(rows * config.width),
+                        std::vector<Real>(rows * config.width)});
   }
-  final_mean_.resize(rows);
-  final_deviation_.resize(rows);
-  logits_.resize(rows * config.vocabulary);
-  d_wide_.resize(std::max(3 * state, rows * config.hidden));
-  d_hidden_.resize(rows * config.hidden);
-  partial_.resize(state);
+  for (std::vector<Real>* vector : {&final_mean_, &final_deviation_, &greatest_}) {
+    vector->resize(rows);
+  }
+  final_norm_.resize(rows * config.width);
+  logits_.resize(rows * vocabulary_.stride);
+  scratch_.resize(rows * config.width);
+  const size_t wide = std::max(3 * head_count_ * config.head_size(), hidden_count_);
+  d_wide_.resize(rows * wide);
+  d_local_.resize(rows * wide);
+  partial_.resize(rows * config.width);
+  softmax_sums_.resize(2 * rows);
+  targets_.resize(rows);
+  size_t parameter_max = sample_elements();
+  for (const LocalParameter& local : partition.parameters()) {
+    parameter_max = std::max(parameter_max, local.slot_count);
+  }
+  d_weight_.resize(parameter_max);
+  d_bias_.resize(parameter_max);
 }
 
 template <typename Real>
-typename Layers<Real>::Matrix Model<Real>::Qkv(const Real* parameters,
-                                               const LayerOffsets& at) const {
-  return {parameters + at.qkv_weight, parameters + at.qkv_bias, 3 * config_.width, config_.width};
-}
-template <typename Real>
-typename Layers<Real>::Matrix Model<Real>::Out(const Real* parameters,
-                                               const LayerOffsets& at) const {
-  return {parameters + at.out_weight, parameters + at.out_bias, config_.width, config_.width};
-}
-template <typename Real>
-typename Layers<Real>::Matrix Model<Real>::Up(const Real* parameters,
-                                              const LayerOffsets& at) const {
-  return {parameters + at.up_weight, parameters + at.up_bias, config_.hidden, config_.width};
-}
-template <typename Real>
-typename Layers<Real>::Matrix Model<Real>::Down(const Real* parameters,
-                                                const LayerOffsets& at) const {
-  return {parameters + at.down_weight, parameters + at.down_bias, config_.width, config_.hidden};
+typename Model<Real>::Activations Model<Real>::MakeActivations(size_t samples) const {
+  const size_t rows = samples * config_.context;
+  Activations a;
+  for (std::vector<Real>* vector : {&a.input, &a.norm1, &a.middle, &a.norm2}) {
+    vector->resize(rows * config_.width);
+  }
+  for (std::vector<Real>* vector : {&a.mean1, &a.deviation1, &a.mean2, &a.deviation2}) {
+    vector->resize(rows);
+  }
+  a.heads.resize(rows * head_count_ * config_.head_size());
+  a.qkv.resize(3 * a.heads.size());
+  a.attention_weights.resize(head_count_ * rows * config_.context);
+  a.up.resize(rows * hidden_count_);
+  a.gelu.resize(rows * hidden_count_);
+  return a;
 }
 
 template <typename Real>
-void Model<Real>::Embed(const Real* parameters, std::span<const uint8_t> window) {
+typename Model<Real>::Place Model<Real>::PlaceOf(const Partition& partition,
+                                                 const std::string& name) const {
+  const LocalParameter* local = partition.Find(name);
+  if (local == nullptr) return {};
+  return {local->slot, local->slot_count, local->parameter->cut.has_value() || is_tensor_leader_};
+}
+
+template <typename Real>
+typename Layers<Real>::Matrix Model<Real>::Qkv(const Real* weights, const Layer& layer) const {
+  return {weights + layer.qkv_weight.offset, weights + layer.qkv_bias.offset,
+          3 * head_count_ * config_.head_size(), config_.width};
+}
+template <typename Real>
+typename Layers<Real>::Matrix Model<Real>::Out(const Real* weights, const Layer& layer) const {
+  return {weights + layer.out_weight.offset, weights + layer.out_bias.offset, config_.width,
+          head_count_ * config_.head_size()};
+}
+template <typename Real>
+typename Layers<Real>::Matrix Model<Real>::Up(const Real* weights, const Layer& layer) const {
+  return {weights + layer.up_weight.offset, weights + layer.up_bias.offset, hidden_count_,
+          config_.width};
+}
+template <typename Real>
+typename Layers<Real>::Matrix Model<Real>::Down(const Real* weights, const Layer& layer) const {
+  return {weights + layer.down_weight.offset, weights + layer.down_bias.offset, config_.width,
+          hidden_count_};
+}
+
+template <typename Real>
+absl::Status Model<Real>::SumPartial(size_t rows, const Real* bias) {
+  const std::span<int64_t> sums = partial(rows).sums;
+  RETURN_IF_ERROR(group_.Sum(sums));
+  L::FromPartial(sums, bias, config_.width, scratch_.data());
+  return absl::OkStatus();
+}
+
+template <typename Real>
+absl::Status Model<Real>::Embed(const Real* weights, const Windows& windows,
+                                std::span<Real> stream) {
   const size_t width = config_.width;
-  for (size_t row = 0; row < config_.context; ++row) {
-    const Real* token = parameters + tokens_ + window[row] * width;
-    const Real* position = parameters + positions_ + row * width;
-    for (size_t i = 0; i < width; ++i) stream_[row * width + i] = token[i] + position[i];
+  const size_t rows = windows.size() * config_.context;
+  const std::span<int64_t> bits = partial(rows).sums;
+  for (size_t row = 0; row < rows; ++row) {
+    const size_t token = windows[row / config_.context][row % config_.context] - vocabulary_.first;
+    const std::span<int64_t> row_bits = bits.subspan(row * width, width);
+    std::fill(row_bits.begin(), row_bits.end(), 0);
+    if (token >= vocabulary_.count) continue;  // another rank's
+    const Real* vector = weights + tokens_.offset + token * width;
+    std::transform(vector, vector + width, row_bits.begin(), ToBits<Real>);
+  }
+  RETURN_IF_ERROR(group_.Sum(bits));
+  for (size_t i = 0; i < stream.size(); ++i) {
+    stream[i] = FromBits<Real>(bits[i]) + weights[positions_.offset + i % sample_elements()];
+  }
+  return absl::OkStatus();
+}
+
+template <typename Real>
+absl::Status Model<Real>::ForwardLayer(const Real* weights, const Layer& layer, Activations& a,
+                                       size_t samples, std::span<Real> stream) {
+  const size_t context = config_.context;
+  const size_t rows = samples * context;
+  const size_t width = config_.width;
+  const typename L::Heads heads{head_count_, config_.head_size()};
+  std::copy(stream.begin(), stream.end(), a.input.begin());
+  L::NormForward(a.input.data(), weights + layer.norm1_weight.offset,
+                 weights + layer.norm1_bias.offset, rows, width, a.norm1.data(), a.mean1.data(),
+                 a.deviation1.data());
+  L::LinearForward(Qkv(weights, layer), a.norm1.data(), rows, a.qkv.data());
+  for (size_t sample = 0; sample < samples; ++sample) {
+    const size_t at = sample * context * heads.count * heads.size;
+    L::AttentionForward(heads, a.qkv.data() + 3 * at, context, a.heads.data() + at,
+                        a.attention_weights.data() + sample * heads.count * context * context);
+  }
+  L::LinearForwardPartial(Out(weights, layer), a.heads.data(), rows, partial(rows));
+  RETURN_IF_ERROR(SumPartial(rows, weights + layer.out_bias.offset));
+  for (size_t i = 0; i < stream.size(); ++i) stream[i] += scratch_[i];
+
+  std::copy(stream.begin(), stream.end(), a.middle.begin());
+  L::NormForward(a.middle.data(), weights + layer.norm2_weight.offset,
+                 weights + layer.norm2_bias.offset, rows, width, a.norm2.data(), a.mean2.data(),
+                 a.deviation2.data());
+  L::LinearForward(Up(weights, layer), a.norm2.data(), rows, a.up.data());
+  L::GeluForward(a.up.data(), rows * hidden_count_, a.gelu.data());
+  L::LinearForwardPartial(Down(weights, layer), a.gelu.data(), rows, partial(rows));
+  RETURN_IF_ERROR(SumPartial(rows, weights + layer.down_bias.offset));
+  for (size_t i = 0; i < stream.size(); ++i) stream[i] += scratch_[i];
+  return absl::OkStatus();
+}
+
+template <typename Real>
+absl::Status Model<Real>::Forward(size_t batch, std::span<const Real> weights,
+                                  const Windows& windows) {
+  const std::span<Real> own_stream = stream(batch, windows.size());
+  if (has_embedding_) RETURN_IF_ERROR(Embed(weights.data(), windows, own_stream));
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    RETURN_IF_ERROR(ForwardLayer(weights.data(), layers_[i], batches_[batch].layers[i],
+                                 windows.size(), own_stream));
+  }
+  return absl::OkStatus();
+}
+
+template <typename Real>
+void Model<Real>::AddSample(const Place& place, const std::vector<Real>& gradient, StepSums& sums) {
+  int64_t overflow_count = 0;
+  for (size_t i = 0; i < place.count; ++i) {
+    sums.gradients[place.offset + i] += ToFixedPoint(gradient[i], overflow_count);
+  }
+  if (place.is_counted) overflow_count_ += overflow_count;
+}
+
+template <typename Real>
+void Model<Real>::AddWeightGradient(const typename L::Matrix& matrix, const Place& weight,
+                                    const Place& bias, const Real* x, const Real* d_y,
+                                    size_t samples, StepSums& sums) {
+  for (size_t sample = 0; sample < samples; ++sample) {
+    const size_t row = sample * config_.context;
+    std::fill_n(d_weight_.begin(), weight.count, Real{0});
+    std::fill_n(d_bias_.begin(), bias.count, Real{0});
+    L::LinearBackwardWeight(matrix, x + row * matrix.inputs, d_y + row * matrix.outputs,
+                            config_.context,
+                            {d_weight_.data(), matrix.bias == nullptr ? nullptr : d_bias_.data()});
+    AddSample(weight, d_weight_, sums);
+    AddSample(bias, d_bias_, sums);
   }
 }
 
 template <typename Real>
-void Model<Real>::ForwardLayer(const Real* parameters, const LayerOffsets& at, Activations& a) {
-  const size_t rows = config_.context;
-  const size_t width = config_.width;
-  a.input = stream_;
-  L::NormForward(a.input.data(), parameters + at.norm1_weight, parameters + at.norm1_bias, rows,
-                 width, a.norm1.data(), a.mean1.data(), a.deviation1.data());
-  L::LinearForward(Qkv(parameters, at), a.norm1.data(), rows, a.qkv.data());
-  L::AttentionForward(heads(), a.qkv.data(), rows, a.heads.data(), a.attention_weights.data());
-  L::LinearForwardPartial(Out(parameters, at), a.heads.data(), rows, partial());
-  L::FromPartial(partial_, parameters + at.out_bias, width, scratch_.data());
-  for (size_t i = 0; i < stream_.size(); ++i) stream_[i] += scratch_[i];
-
-  a.middle = stream_;
-  L::NormForward(a.middle.data(), parameters + at.norm2_weight, parameters + at.norm2_bias, rows,
-                 width, a.norm2.data(), a.mean2.data(), a.deviation2.data());
-  L::LinearForward(Up(parameters, at), a.norm2.data(), rows, a.up.data());
-  L::GeluForward(a.up.data(), a.up.size(), a.gelu.data());
-  L::LinearForwardPartial(Down(parameters, at), a.gelu.data(), rows, partial());
-  L::FromPartial(partial_, parameters + at.down_bias, width, scratch_.data());
-  for (size_t i = 0; i < stream_.size(); ++i) stream_[i] += scratch_[i];
+void Model<Real>::BackwardNorm(const Real* weights, const Place& weight, const Place& bias,
+                               const Real* x, const Real* mean, const Real* deviation,
+                               size_t samples, std::span<Real> d_stream, StepSums& sums) {
+  for (size_t sample = 0; sample < samples; ++sample) {
+    const size_t row = sample * config_.context;
+    const size_t at = row * config_.width;
+    std::fill_n(d_weight_.begin(), config_.width, Real{0});
+    std::fill_n(d_bias_.begin(), config_.width, Real{0});
+    L::NormBackward(x + at, weights + weight.offset, scratch_.data() + at, mean + row,
+                    deviation + row, config_.context, config_.width, d_stream.data() + at,
+                    d_weight_.data(), d_bias_.data());
+    AddSample(weight, d_weight_, sums);
+    AddSample(bias, d_bias_, sums);
+  }
 }
 
 template <typename Real>
-Real Model<Real>::ForwardAndBackwardHead(const Real* parameters, std::span<const uint8_t> window,
-                                         Real* gradient) {
-  const size_t rows = config_.context;
-  const size_t width = config_.width;
-  const typename L::Matrix head{parameters + head_weight_, nullptr, config_.vocabulary, width};
-  L::NormForward(stream_.data(), parameters + norm_weight_, parameters + norm_bias_, rows, width,
-                 final_norm_.data(), final_mean_.data(), final_deviation_.data());
+absl::Status Model<Real>::BackwardHead(const Real* weights, const Windows& windows,
+                                       std::span<const Real> stream, std::span<Real> d_stream,
+                                       StepSums& sums) {
+  const size_t context = config_.context;
+  const size_t samples = windows.size();
+  const size_t rows = samples * context;
+  const typename L::Matrix head{weights + head_weight_.offset, nullptr, vocabulary_.stride,
+                                config_.width};
+  L::NormForward(stream.data(), weights + norm_weight_.offset, weights + norm_bias_.offset, rows,
+                 config_.width, final_norm_.data(), final_mean_.data(), final_deviation_.data());
   L::LinearForward(head, final_norm_.data(), rows, logits_.data());
-  const Real loss =
-      L::CrossEntropy(logits_.data(), window.data() + 1, rows, config_.vocabulary, overflow_count_);
-  L::LinearBackwardWeight(head, final_norm_.data(), logits_.data(), rows,
-                          {gradient + head_weight_, nullptr});
-  L::LinearBackwardInputPartial(head, logits_.data(), rows, 1, partial());
-  L::FromPartial(partial_, nullptr, width, scratch_.data());
-  std::fill(d_stream_.begin(), d_stream_.end(), Real{0});
-  L::NormBackward(stream_.data(), parameters + norm_weight_, scratch_.data(), final_mean_.data(),
-                  final_deviation_.data(), rows, width, d_stream_.data(), gradient + norm_weight_,
-                  gradient + norm_bias_);
-  return loss;
+  for (size_t row = 0; row < rows; ++row) targets_[row] = windows[row / context][row % context + 1];
+
+  L::GreatestLogits(vocabulary_, logits_.data(), rows, greatest_.data());
+  RETURN_IF_ERROR(group_.Greatest(std::span(greatest_).first(rows)));
+  const std::span<int64_t> softmax = std::span(softmax_sums_).first(2 * rows);
+  L::SoftmaxPartial(vocabulary_, logits_.data(), targets_.data(), rows, greatest_.data(),
+                    {softmax, overflow_count_});
+  RETURN_IF_ERROR(group_.Sum(softmax));
+  for (size_t sample = 0; sample < samples; ++sample) {
+    const size_t row = sample * context;
+    const Real loss =
+        L::CrossEntropy(vocabulary_, logits_.data() + row * vocabulary_.stride,
+                        targets_.data() + row, context, &softmax[row], &softmax[rows + row]);
+    if (is_tensor_leader_) sums.loss += ToFixedPoint(loss, overflow_count_);
+  }
+
+  AddWeightGradient(head, head_weight_, {}, final_norm_.data(), logits_.data(), samples, sums);
+  L::LinearBackwardInputPartial(head, logits_.data(), rows, 1, partial(rows));
+  RETURN_IF_ERROR(SumPartial(rows, nullptr));
+  std::fill(d_stream.begin(), d_stream.end(), Real{0});
+  BackwardNorm(weights, norm_weight_, norm_bias_, stream.data(), final_mean_.data(),
+               final_deviation_.data(), samples, d_stream, sums);
+  return absl::OkStatus();
+}
+
+// d_stream is the gradient of the layer's output, and of what the residual path carries.
+template <typename Real>
+absl::Status Model<Real>::BackwardLayer(const Real* weights, const Layer& layer,
+                                        const Activations& a, size_t samples,
+                                        std::span<Real> d_stream, StepSums& sums) {
+  const size_t context = config_.context;
+  const size_t rows = samples * context;
+  const typename L::Heads heads{head_count_, config_.head_size()};
+  AddWeightGradient(Down(weights, layer), layer.down_weight, layer.down_bias, a.gelu.data(),
+                    d_stream.data(), samples, sums);
+  L::LinearBackwardInput(Down(weights, layer), d_stream.data(), rows, d_local_.data());
+  L::GeluBackward(a.up.data(), d_local_.data(), rows * hidden_count_, d_wide_.data());
+  AddWeightGradient(Up(weights, layer), layer.up_weight, layer.up_bias, a.norm2.data(),
+                    d_wide_.data(), samples, sums);
+  L::LinearBackwardInputPartial(Up(weights, layer), d_wide_.data(), rows, kBlock, partial(rows));
+  RETURN_IF_ERROR(SumPartial(rows, nullptr));
+  BackwardNorm(weights, layer.norm2_weight, layer.norm2_bias, a.middle.data(), a.mean2.data(),
+               a.deviation2.data(), samples, d_stream, sums);
+
+  AddWeightGradient(Out(weights, layer), layer.out_weight, layer.out_bias, a.heads.data(),
+                    d_stream.data(), samples, sums);
+  L::LinearBackwardInput(Out(weights, layer), d_stream.data(), rows, d_local_.data());
+  for (size_t sample = 0; sample < samples; ++sample) {
+    const size_t at = sample * context * heads.count * heads.size;
+    L::AttentionBackward(heads, a.qkv.data() + 3 * at,
+                         a.attention_weights.data() + sample * heads.count * context * context,
+                         d_local_.data() + at, context, d_wide_.data() + 3 * at);
+  }
+  AddWeightGradient(Qkv(weights, layer), layer.qkv_weight, layer.qkv_bias, a.norm1.data(),
+                    d_wide_.data(), samples, sums);
+  L::LinearBackwardInputPartial(Qkv(weights, layer), d_wide_.data(), rows, kBlock, partial(rows));
+  RETURN_IF_ERROR(SumPartial(rows, nullptr));
+  BackwardNorm(weights, layer.norm1_weight, layer.norm1_bias, a.input.data(), a.mean1.data(),
+               a.deviation1.data(), samples, d_stream, sums);
+  return absl::OkStatus();
 }
 
 template <typename Real>
-void Model<Real>::BackwardLayer(const Real* parameters, const LayerOffsets& at,
-                                const Activations& a, Real* gradient) {
-  const size_t rows = config_.context;
+void Model<Real>::BackwardEmbed(const Windows& windows, std::span<const Real> d_stream,
+                                StepSums& sums) {
   const size_t width = config_.width;
-  // d_stream_ is the gradient of the layer's output, and of what the residual path carries.
-  L::LinearBackwardWeight(Down(parameters, at), a.gelu.data(), d_stream_.data(), rows,
-                          {gradient + at.down_weight, gradient + at.down_bias});
-  L::LinearBackwardInput(Down(parameters, at), d_stream_.data(), rows, d_hidden_.data());
-  L::GeluBackward(a.up.data(), d_hidden_.data(), a.up.size(), d_wide_.data());
-  L::LinearBackwardWeight(Up(parameters, at), a.norm2.data(), d_wide_.data(), rows,
-                          {gradient + at.up_weight, gradient + at.up_bias});
-  L::LinearBackwardInputPartial(Up(parameters, at), d_wide_.data(), rows, kBlock, partial());
-  L::FromPartial(partial_, nullptr, width, scratch_.data());
-  L::NormBackward(a.middle.data(), parameters + at.norm2_weight, scratch_.data(), a.mean2.data(),
-                  a.deviation2.data(), rows, width, d_stream_.data(), gradient + at.norm2_weight,
-                  gradient + at.norm2_bias);
-
-  L::LinearBackwardWeight(Out(parameters, at), a.heads.data(), d_stream_.data(), rows,
-                          {gradient + at.out_weight, gradient + at.out_bias});
-  L::LinearBackwardInput(Out(parameters, at), d_stream_.data(), rows, scratch_.data());
-  L::AttentionBackward(heads(), a.qkv.data(), a.attention_weights.data(), scratch_.data(), rows,
-                       d_wide_.data());
-  L::LinearBackwardWeight(Qkv(parameters, at), a.norm1.data(), d_wide_.data(), rows,
-                          {gradient + at.qkv_weight, gradient + at.qkv_bias});
-  L::LinearBackwardInputPartial(Qkv(parameters, at), d_wide_.data(), rows, kBlock, partial());
-  L::FromPartial(partial_, nullptr, width, scratch_.data());
-  L::NormBackward(a.input.data(), parameters + at.norm1_weight, scratch_.data(), a.mean1.data(),
-                  a.deviation1.data(), rows, width, d_stream_.data(), gradient + at.norm1_weight,
-                  gradient + at.norm1_bias);
-}
-
-template <typename Real>
-Real Model<Real>::LossAndGradient(std::span<const Real> parameters, std::span<const uint8_t> window,
-                                  std::span<Real> gradient, int64_t& overflow_count) {
-  overflow_count_ = 0;
-  Embed(parameters.data(), window);
-  for (size_t layer = 0; layer < layers_.size(); ++layer) {
-    ForwardLayer(parameters.data(), layers_[layer], activations_[layer]);
-  }
-  const Real loss = ForwardAndBackwardHead(parameters.data(), window, gradient.data());
-  for (size_t layer = layers_.size(); layer-- > 0;) {
-    BackwardLayer(parameters.data(), layers_[layer], activations_[layer], gradient.data());
-  }
-  const size_t width = config_.width;
-  for (size_t row = 0; row < config_.context; ++row) {
-    Real* token = gradient.data() + tokens_ + window[row] * width;
-    Real* position = gradient.data() + positions_ + row * width;
-    for (size_t i = 0; i < width; ++i) {
-      token[i] += d_stream_[row * width + i];
-      position[i] += d_stream_[row * width + i];
+  for (size_t sample = 0; sample < windows.size(); ++sample) {
+    const std::span<const Real> d_rows =
+        d_stream.subspan(sample * sample_elements(), sample_elements());
+    std::fill_n(d_weight_.begin(), tokens_.count, Real{0});
+    for (size_t row = 0; row < config_.context; ++row) {
+      const size_t token = windows[sample][row] - vocabulary_.first;
+      if (token >= vocabulary_.count) continue;
+      for (size_t i = 0; i < width; ++i) d_weight_[token * width + i] += d_rows[row * width + i];
     }
+    AddSample(tokens_, d_weight_, sums);
+    std::copy(d_rows.begin(), d_rows.end(), d_weight_.begin());
+    AddSample(positions_, d_weight_, sums);
   }
-  overflow_count += overflow_count_;
-  return loss;
+}
+
+template <typename Real>
+absl::Status Model<Real>::Backward(size_t batch, std::span<const Real> weights,
+                                   const Windows& windows, StepSums& sums) {
+  const std::span<Real> own_d_stream = d_stream(batch, windows.size());
+  if (has_head_) {
+    RETURN_IF_ERROR(
+        BackwardHead(weights.data(), windows, stream(batch, windows.size()), own_d_stream, sums));
+  }
+  for (size_t i = layers_.size(); i-- > 0;) {
+    RETURN_IF_ERROR(BackwardLayer(weights.data(), layers_[i], batches_[batch].layers[i],
+                                  windows.size(), own_d_stream, sums));
+  }
+  if (has_embedding_) BackwardEmbed(windows, own_d_stream, sums);
+  sums.overflow_count += std::exchange(overflow_count_, 0);
+  return absl::OkStatus();
 }
 
 template class Model<float>;

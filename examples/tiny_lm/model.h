@@ -1,7 +1,13 @@
-// The language model: which parameters it has, and the loss and gradient of one sample.
+// The language model: forward and backward pass of micro-batches through what of it is on a rank.
 //
-// Parameters are one flat array in the order of a table of names and shapes; every distribution and
-// every checkpoint is described with that table. The model itself knows nothing of ranks.
+// A rank has a stage: the embedding (first stage), consecutive layers, norm and head (last stage);
+// of these the part that tensor parallelism leaves it. The whole model on one rank is a special
+// case. Between stages goes the residual stream, and its gradient back (pipeline.h moves them);
+// between the ranks of a tensor group go sums in fixed point.
+//
+// The sample is the block of every sum over the batch: what a sample adds to a parameter's gradient
+// is summed in floating point by one rank, rounded once, and added in int64 (exact.h). A tied
+// embedding gets two such terms per sample, one from each end of the model.
 #ifndef HOLDFAST_EXAMPLES_TINY_LM_MODEL_H_
 #define HOLDFAST_EXAMPLES_TINY_LM_MODEL_H_
 
@@ -11,101 +17,126 @@
 #include <string>
 #include <vector>
 
-#include "examples/tiny_lm/corpus.h"
+#include "absl/status/status.h"
 #include "examples/tiny_lm/layers.h"
+#include "examples/tiny_lm/parameters.h"
+#include "examples/tiny_lm/partition.h"
+#include "examples/tiny_lm/tensor_group.h"
 
 namespace tiny_lm {
 
-// width = heads * a multiple of kBlock.
-struct ModelConfig {
-  size_t context = 32;  // tokens of a sample
-  size_t width = 32;
-  size_t heads = 4;
-  size_t layers = 2;
-  size_t hidden = 128;  // of the MLP, a multiple of kBlock
-  size_t vocabulary = kVocabularySize;
+// One per sample: context + 1 tokens, of which each predicts the next.
+using Windows = std::vector<std::span<const uint8_t>>;
+
+// Fixed-point sums over samples. What several ranks of a tensor group compute alike is counted by
+// the first of them; gradients are on all.
+struct StepSums {
+  std::vector<int64_t> gradients;  // as slots
+  int64_t loss = 0;                // of the samples' means over tokens; on the last stage
+  int64_t overflow_count = 0;      // sums that did not fit
 };
 
-struct Parameter {
-  std::string name;
-  std::vector<size_t> shape;
-  size_t offset = 0;  // elements, in the flat array
-  size_t count = 0;
-  // At the start: `start` plus random values of this deviation.
-  float start = 0;
-  float deviation = 0;
-};
-
-class ParameterTable {
- public:
-  explicit ParameterTable(const ModelConfig& config);
-  const std::vector<Parameter>& parameters() const { return parameters_; }
-  size_t element_count() const { return element_count_; }
-  // The first value of an element of the flat array: a function of seed and index alone, so that
-  // every rank can make its own part.
-  static float StartValue(uint64_t seed, const Parameter& parameter, size_t index);
-  // Where a parameter begins. It must be in the table.
-  size_t Offset(const std::string& name) const;
-
- private:
-  void Add(const std::string& name, std::vector<size_t> shape, float start, float deviation);
-  std::vector<Parameter> parameters_;
-  size_t element_count_ = 0;
-};
-
-// Loss and gradient of one sample. Real is float to train, and double to check the gradient.
+// Real is float to train, and double to check the gradient.
 //
 // Threads: one at a time (it owns its activations).
+// Lifetime: what the tensor group refers to must outlive it.
 template <typename Real>
 class Model {
  public:
-  explicit Model(const ModelConfig& config);
+  // Keeps the activations of up to `batch_count` micro-batches, of up to `samples_max` samples.
+  Model(const ModelConfig& config, const Partition& partition, TensorGroup group,
+        size_t batch_count, size_t samples_max);
 
-  // `window` is context + 1 tokens: each predicts the next. Returns the mean loss over the tokens
-  // and ADDS its gradient to `gradient`; both arrays are flat, as in the table. `overflow_count`
-  // grows by the sums that did not fit fixed point.
-  Real LossAndGradient(std::span<const Real> parameters, std::span<const uint8_t> window,
-                       std::span<Real> gradient, int64_t& overflow_count);
+  // Between stages, of micro-batch number `batch`: what Forward takes (but on the first stage) and
+  // leaves, and what Backward takes (but on the last stage) and leaves.
+  std::span<Real> stream(size_t batch, size_t samples) {
+    return std::span(batches_[batch].stream).first(samples * sample_elements());
+  }
+  std::span<Real> d_stream(size_t batch, size_t samples) {
+    return std::span(batches_[batch].d_stream).first(samples * sample_elements());
+  }
+
+  // `weights` are as slots, the same in both calls, the padding 0. Errors: those of the tensor
+  // group.
+  absl::Status Forward(size_t batch, std::span<const Real> weights, const Windows& windows);
+  // Once after Forward. ADDS to `sums`.
+  absl::Status Backward(size_t batch, std::span<const Real> weights, const Windows& windows,
+                        StepSums& sums);
 
  private:
   using L = Layers<Real>;
-  // Offsets in the flat array.
-  struct LayerOffsets {
-    size_t norm1_weight, norm1_bias, qkv_weight, qkv_bias, out_weight, out_bias;
-    size_t norm2_weight, norm2_bias, up_weight, up_bias, down_weight, down_bias;
+  // Where a parameter is in the slots; of `count` 0 if nothing of it is here.
+  struct Place {
+    size_t offset = 0;
+    size_t count = 0;
+    bool is_counted = true;  // this rank counts the overflows of its sums
+  };
+  struct Layer {
+    Place norm1_weight, norm1_bias, qkv_weight, qkv_bias, out_weight, out_bias;
+    Place norm2_weight, norm2_bias, up_weight, up_bias, down_weight, down_bias;
   };
   struct Activations {
     std::vector<Real> input, mean1, deviation1, norm1, qkv, attention_weights, heads;
     std::vector<Real> middle, mean2, deviation2, norm2, up, gelu;
   };
+  struct Batch {
+    std::vector<Activations> layers;
+    std::vector<Real> stream;
+    std::vector<Real> d_stream;
+  };
 
-  void Embed(const Real* parameters, std::span<const uint8_t> window);
-  void ForwardLayer(const Real* parameters, const LayerOffsets& at, Activations& a);
-  Real ForwardAndBackwardHead(const Real* parameters, std::span<const uint8_t> window,
-                              Real* gradient);
-  void BackwardLayer(const Real* parameters, const LayerOffsets& at, const Activations& a,
-                     Real* gradient);
-  typename L::Matrix Qkv(const Real* parameters, const LayerOffsets& at) const;
-  typename L::Matrix Out(const Real* parameters, const LayerOffsets& at) const;
-  typename L::Matrix Up(const Real* parameters, const LayerOffsets& at) const;
-  typename L::Matrix Down(const Real* parameters, const LayerOffsets& at) const;
-  typename L::Heads heads() const { return {config_.heads, config_.width / config_.heads}; }
-  Partial partial() { return {partial_, overflow_count_}; }
+  Activations MakeActivations(size_t samples) const;
+  Place PlaceOf(const Partition& partition, const std::string& name) const;
+  typename L::Matrix Qkv(const Real* weights, const Layer& layer) const;
+  typename L::Matrix Out(const Real* weights, const Layer& layer) const;
+  typename L::Matrix Up(const Real* weights, const Layer& layer) const;
+  typename L::Matrix Down(const Real* weights, const Layer& layer) const;
+
+  absl::Status Embed(const Real* weights, const Windows& windows, std::span<Real> stream);
+  absl::Status ForwardLayer(const Real* weights, const Layer& layer, Activations& a, size_t samples,
+                            std::span<Real> stream);
+  absl::Status BackwardHead(const Real* weights, const Windows& windows,
+                            std::span<const Real> stream, std::span<Real> d_stream, StepSums& sums);
+  absl::Status BackwardLayer(const Real* weights, const Layer& layer, const Activations& a,
+                             size_t samples, std::span<Real> d_stream, StepSums& sums);
+  void BackwardEmbed(const Windows& windows, std::span<const Real> d_stream, StepSums& sums);
+
+  // Adds the partial sums of the other ranks, then turns them into numbers in scratch_.
+  absl::Status SumPartial(size_t rows, const Real* bias);
+  void AddWeightGradient(const typename L::Matrix& matrix, const Place& weight, const Place& bias,
+                         const Real* x, const Real* d_y, size_t samples, StepSums& sums);
+  // With the gradient of the norm's output in scratch_. Adds to d_stream.
+  void BackwardNorm(const Real* weights, const Place& weight, const Place& bias, const Real* x,
+                    const Real* mean, const Real* deviation, size_t samples,
+                    std::span<Real> d_stream, StepSums& sums);
+  void AddSample(const Place& place, const std::vector<Real>& gradient, StepSums& sums);
+
+  size_t sample_elements() const { return config_.context * config_.width; }
+  Partial partial(size_t rows) {
+    return {std::span(partial_).first(rows * config_.width), overflow_count_};
+  }
 
   const ModelConfig config_;
-  size_t tokens_ = 0;
-  size_t positions_ = 0;
-  std::vector<LayerOffsets> layers_;
-  size_t norm_weight_ = 0;
-  size_t norm_bias_ = 0;
-  size_t head_weight_ = 0;
+  TensorGroup group_;
+  const bool has_embedding_;
+  const bool has_head_;
+  const bool is_tensor_leader_;
+  const size_t head_count_;    // on this rank
+  const size_t hidden_count_;  // on this rank
+  const typename L::Vocabulary vocabulary_;
 
-  std::vector<Activations> activations_;
-  std::vector<Real> stream_;  // between layers: the residual stream
-  std::vector<Real> d_stream_;
-  std::vector<Real> final_mean_, final_deviation_, final_norm_, logits_;
-  std::vector<Real> scratch_, d_wide_, d_hidden_;
-  std::vector<int64_t> partial_;  // rows x width
+  std::vector<Layer> layers_;
+  Place tokens_, positions_, norm_weight_, norm_bias_, head_weight_;
+
+  std::vector<Batch> batches_;
+  // Of one micro-batch.
+  std::vector<Real> final_mean_, final_deviation_, final_norm_, logits_, greatest_;
+  std::vector<Real> scratch_, d_wide_, d_local_;
+  std::vector<int64_t> partial_;       // rows x width
+  std::vector<int64_t> softmax_sums_;  // 2 x rows
+  std::vector<uint8_t> targets_;
+  // Of one sample.
+  std::vector<Real> d_weight_, d_bias_;
   int64_t overflow_count_ = 0;
 };
 

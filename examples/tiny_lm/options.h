@@ -6,7 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "examples/tiny_lm/state.h"
+#include "examples/tiny_lm/parallel.h"
+#include "examples/tiny_lm/parameters.h"
 
 namespace tiny_lm {
 
@@ -19,9 +20,12 @@ struct CheckpointingOptions {
 
 struct TrainerOptions {
   std::vector<std::string> corpus_paths;
-  Zero zero = Zero::kOptimizer;
+  ParallelOptions parallel;
+  uint64_t layers = 2;
+  bool tied = false;  // the head is the token embedding
   uint64_t seed = 1;
-  uint64_t batch = 24;  // samples of a step, of all ranks together
+  uint64_t batch = 24;       // samples of a step, of all ranks together
+  uint64_t micro_batch = 4;  // samples that go through the model at once
   uint64_t steps = 20;
   uint64_t save_every = 0;  // 0: when hf_due says so
   uint64_t ballast_bytes = 0;
@@ -31,6 +35,13 @@ struct TrainerOptions {
   bool check_restore = false;
   bool wait_committed_at_end = true;
   CheckpointingOptions checkpointing;
+
+  ModelConfig model() const {
+    ModelConfig config;
+    config.layers = layers;
+    config.tied = tied;
+    return config;
+  }
 };
 
 }  // namespace tiny_lm

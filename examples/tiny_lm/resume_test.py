@@ -4,92 +4,30 @@ undisturbed run bit for bit, and the restored state is the one that was committe
 
 Usage: resume_test.py LAUNCH TINY_LM HOLDFASTD CORPUS [--no-limits]   (a build with a sanitizer)
 """
-import json
+import functools
 import os
-import pathlib
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import unittest
+
+import runs
 
 NO_LIMITS = '--no-limits' in sys.argv
 if NO_LIMITS:
     sys.argv.remove('--no-limits')
 LAUNCH, TINY_LM, HOLDFASTD, CORPUS = sys.argv[1:5]
 del sys.argv[1:5]
-TIMEOUT_SECONDS = 100
-
-
-class Run:
-    """One job run by examples/launch, with a log directory of its own."""
-
-    def __init__(self, place, name, world, *flags, restarts=0, **environment):
-        self.logs = pathlib.Path(place, name)
-        self.launch_log = pathlib.Path(place, name + '.events')
-        variables = {key: value for key, value in os.environ.items()
-                     if not key.startswith('HOLDFAST')}
-        variables.update(HOLDFAST_JOB='test', HOLDFAST_ROOT=os.path.join(place, 'root'),
-                         HOLDFAST_RUNTIME_DIR=os.path.join(place, 'run'), HOLDFASTD=HOLDFASTD,
-                         HOLDFAST_HOST_MEMORY='256MiB', HOLDFAST_LINGER='1s', **environment)
-        self.process = subprocess.Popen(
-            ['/usr/bin/python3', LAUNCH, '--nproc', str(world), '--max-restarts', str(restarts),
-             '--log-dir', self.logs, '--events', self.launch_log, '--', TINY_LM, '--corpus',
-             CORPUS, '--check-restore', '--save-wait-ms', '20000', *flags],
-            env=variables, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, text=True)
-
-    def finish(self):
-        _, errors = self.process.communicate(timeout=TIMEOUT_SECONDS)
-        return self.process.returncode, errors + self.standard_errors()
-
-    def standard_errors(self):
-        return ''.join(path.read_text() for path in sorted(self.logs.rglob('*.err')))
-
-    def events(self, name, restart=0):
-        """Events of that name of one start, by rank. Lines that are being written are left out."""
-        found = {}
-        for path in sorted(self.logs.glob('restart-%d/*.out' % restart)):
-            for line in path.read_text().split('\n')[:-1]:
-                event = json.loads(line)
-                if event['event'] == name:
-                    found.setdefault(event['rank'], []).append(event)
-        return found
-
-    def starts(self):
-        return [event for event in map(json.loads, self.launch_log.read_text().splitlines())
-                if event['event'] == 'start']
-
-    def losses(self, restart=0):
-        """step: loss. All ranks must agree."""
-        losses = {}
-        for events in self.events('step', restart).values():
-            for event in events:
-                assert losses.setdefault(event['step'], event['loss']) == event['loss'], event
-        return losses
-
-    def digests(self, name, restart=0):
-        """(state, tensor): digest of the whole tensor, out of all ranks' pieces."""
-        whole = {}
-        for events in self.events(name, restart).values():
-            for piece in events[0]['pieces']:
-                key, digest = (piece['state'], piece['tensor']), int(piece['digest'], 16)
-                if piece['replicated']:
-                    assert whole.setdefault(key, digest) == digest, key
-                else:
-                    whole[key] = (whole.get(key, 0) + digest) % 2 ** 64
-        return whole
-
-    def pid(self, rank):
-        return [event['pid'] for event in self.starts() if event['rank'] == rank][-1]
+Run = functools.partial(runs.Run, (LAUNCH, TINY_LM, HOLDFASTD, CORPUS))
 
 
 class ResumeTest(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         with tempfile.TemporaryDirectory() as place:
-            reference = Run(place, 'reference', 1, '--no-holdfast', '--steps', '20')
+            reference = runs.Run((LAUNCH, TINY_LM, None, CORPUS), place, 'reference', 1,
+                                 '--steps', '20')
             status, errors = reference.finish()
             assert status == 0, errors
             cls.reference = reference.losses()
@@ -149,10 +87,10 @@ class ResumeTest(unittest.TestCase):
         self.assertLessEqual(idle['rss_max_bytes'], 64 << 20)
         self.assertLess(idle['cpu_ms'], 0.05 * idle['wall_ms'])
 
-    def kill_and_go_on(self, kill):
-        run = Run(self.place, 'run', 3, '--steps', '20', '--save-every', '2', '--bytes', '3M',
-                  '--device-ms', '100', restarts=1)
-        deadline = time.monotonic() + TIMEOUT_SECONDS
+    def kill_and_go_on(self, kill, world, *flags):
+        run = Run(self.place, 'run', world, '--steps', '20', '--save-every', '2', '--bytes', '3M',
+                  '--device-ms', '100', *flags, restarts=1)
+        deadline = time.monotonic() + runs.TIMEOUT_SECONDS
         while not any(event['state'] == 'committed_power'
                       for event in run.events('save_ended').get(0, ())):
             self.assertLess(time.monotonic(), deadline)
@@ -161,16 +99,22 @@ class ResumeTest(unittest.TestCase):
         kill(run)
         return run
 
-    def test_a_killed_rank_costs_the_steps_since_the_last_commit_and_no_bit(self):
-        run = self.kill_and_go_on(lambda run: os.kill(run.pid(1), signal.SIGKILL))
+    def check_a_killed_rank(self, world, *flags):
+        run = self.kill_and_go_on(lambda run: os.kill(run.pid(1), signal.SIGKILL), world, *flags)
         self.finish_ok(run, restart=1)
-        self.assertEqual(len(run.starts()), 6, 'the kill missed')
+        self.assertEqual(len(run.starts()), 2 * world, 'the kill missed')
         restored = {event[0]['step'] for event in run.events('restored', restart=1).values()}
         self.assertEqual(len(restored), 1)
         step = restored.pop()
         self.assertGreater(step, 0)
         self.assertEqual(step % 2, 0)
         self.check_losses(run, step + 1, 20, restart=1)
+
+    def test_a_killed_rank_costs_the_steps_since_the_last_commit_and_no_bit(self):
+        self.check_a_killed_rank(3)
+
+    def test_the_same_with_stages_tensor_ranks_and_cut_parameters(self):
+        self.check_a_killed_rank(8, '--pp', '2', '--tp', '2', '--zero', '3')
 
     def test_another_seed_or_corpus_is_refused_by_name(self):
         self.finish_ok(Run(self.place, 'one', 2, '--steps', '2', '--bytes', '1M'))

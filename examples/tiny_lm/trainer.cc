@@ -15,6 +15,8 @@
 #include "absl/strings/str_join.h"
 #include "examples/collectives/status_macros.h"
 #include "examples/tiny_lm/exact.h"
+#include "examples/tiny_lm/layout_document.h"
+#include "examples/tiny_lm/optimizer.h"
 
 namespace tiny_lm {
 namespace {
@@ -73,31 +75,67 @@ class Trainer::Phases {
   std::string text_;
 };
 
-Trainer::Trainer(const TrainerOptions& options, const collectives::Options& ranks, Corpus corpus)
+Trainer::Trainer(const TrainerOptions& options, const JobLayout& layout, uint32_t rank,
+                 Corpus corpus)
     : options_(options),
-      layout_{options.zero, ranks.rank, ranks.world_size, options.ballast_bytes},
-      log_(ranks.rank),
+      rank_(rank),
+      log_(rank),
       corpus_(std::move(corpus)),
-      table_(config_),
-      model_(config_),
-      state_(table_, layout_, options.seed),
+      table_(options.model()),
+      partition_(table_, layout, rank),
+      state_(partition_, options.seed),
       sampler_(options.seed, corpus_.window_count()),
-      jitter_(JitterSeed(options.seed, ranks.rank)),
-      weights_(table_.element_count()),
-      sample_gradient_(table_.element_count()),
-      gradient_sums_(state_.parameters.size()),
-      metrics_(2) {}
+      jitter_(JitterSeed(options.seed, rank)),
+      weights_(partition_.slot_count()),
+      metrics_(2) {
+  const uint64_t share_max = collectives::SegmentOf(options.batch, layout.mesh.dp, 0).count;
+  micro_batch_count_ = (share_max + options.micro_batch - 1) / options.micro_batch;
+  sums_.gradients.resize(partition_.slot_count());
+}
 
 absl::StatusOr<std::unique_ptr<Trainer>> Trainer::Create(const TrainerOptions& options) {
   ASSIGN_OR_RETURN(const collectives::Options ranks, collectives::Options::FromEnvironment());
+  ASSIGN_OR_RETURN(const JobLayout layout, MakeJobLayout(options.parallel, options.layers,
+                                                         ranks.world_size, options.ballast_bytes));
   ASSIGN_OR_RETURN(Corpus corpus, Corpus::Load(options.corpus_paths, ModelConfig().context + 1));
   ASSIGN_OR_RETURN(std::unique_ptr<collectives::Context> context,
                    collectives::Context::Create(ranks));
-  std::unique_ptr<Trainer> trainer(new Trainer(options, ranks, std::move(corpus)));
-  trainer->context_ = std::move(context);
-  ASSIGN_OR_RETURN(trainer->data_parallel_, trainer->context_->CreateCommunicator("dp"));
-  ASSIGN_OR_RETURN(trainer->metrics_ranks_, trainer->context_->CreateCommunicator("metrics"));
+  std::unique_ptr<Trainer> trainer(new Trainer(options, layout, ranks.rank, std::move(corpus)));
+  RETURN_IF_ERROR(trainer->Join(std::move(context)));
   return trainer;
+}
+
+absl::Status Trainer::Join(std::unique_ptr<collectives::Context> context) {
+  context_ = std::move(context);
+  const Mesh& mesh = partition_.layout().mesh;
+  const Coordinates& at = partition_.at();
+  const auto join = [&](std::unique_ptr<collectives::Communicator>& communicator,
+                        const std::string& name,
+                        const std::vector<uint32_t>& ranks) -> absl::Status {
+    if (ranks.size() < 2) return absl::OkStatus();
+    ASSIGN_OR_RETURN(communicator, context_->CreateCommunicator(name, ranks));
+    return absl::OkStatus();
+  };
+  ASSIGN_OR_RETURN(metrics_ranks_, context_->CreateCommunicator("metrics"));
+  const std::vector<uint32_t> stages = mesh.Stages(at);
+  RETURN_IF_ERROR(
+      join(data_ranks_, absl::StrFormat("dp.pp%d.tp%d", at.pp, at.tp), mesh.DataRanks(at)));
+  RETURN_IF_ERROR(
+      join(tensor_ranks_, absl::StrFormat("tp.pp%d.dp%d", at.pp, at.dp), mesh.TensorRanks(at)));
+  RETURN_IF_ERROR(join(stages_, absl::StrFormat("pp.dp%d.tp%d", at.dp, at.tp), stages));
+  if (options_.tied && mesh.pp > 1 && (partition_.is_first_stage() || partition_.is_last_stage())) {
+    RETURN_IF_ERROR(join(tied_stages_, absl::StrFormat("tied.dp%d.tp%d", at.dp, at.tp),
+                         {stages.front(), stages.back()}));
+  }
+  const size_t samples_max = std::min(
+      options_.micro_batch, uint64_t{collectives::SegmentOf(options_.batch, mesh.dp, 0).count});
+  model_ =
+      std::make_unique<Model<float>>(options_.model(), partition_, TensorGroup(tensor_ranks_.get()),
+                                     UnderWayMax(at.pp, mesh.pp, micro_batch_count_), samples_max);
+  pipeline_ = std::make_unique<Pipeline>(*model_, stages_.get(), micro_batch_count_);
+  data_parallel_ =
+      std::make_unique<DataParallel>(partition_, state_, data_ranks_.get(), tied_stages_.get());
+  return absl::OkStatus();
 }
 
 absl::Status Trainer::Run() {
@@ -141,8 +179,11 @@ void Trainer::PrintFinished() const {
 
 // What a checkpoint must agree about to go on exactly. World size and layout may differ.
 std::string Trainer::Arguments() const {
-  return absl::StrFormat("{\"seed\":%d,\"batch\":%d,\"ballast_bytes\":%d,\"corpus\":\"%016x\"}",
-                         options_.seed, options_.batch, options_.ballast_bytes, corpus_.digest());
+  return absl::StrFormat(
+      "{\"seed\":%d,\"batch\":%d,\"ballast_bytes\":%d,\"corpus\":\"%016x\",\"layers\":%d,"
+      "\"tied\":%s}",
+      options_.seed, options_.batch, options_.ballast_bytes, corpus_.digest(), options_.layers,
+      options_.tied ? "true" : "false");
 }
 
 std::vector<Blob> Trainer::Blobs() const {
@@ -163,7 +204,8 @@ absl::Status Trainer::Restore() {
                                        {"cursor", false, 8},
                                        {"arguments", false, 4096},
                                        {"jitter", true, 8}};
-  const RestoreOutcome outcome = checkpointing_->RegisterAndRestore(state_, slots, step_);
+  const RestoreOutcome outcome = checkpointing_->RegisterAndRestore(
+      LayoutDocument(table_, partition_.layout()), state_, slots, step_);
   RETURN_IF_ERROR(AgreeOn(outcome));
   if (outcome != RestoreOutcome::kRestored) return absl::OkStatus();
   RETURN_IF_ERROR(RestoreBlobs());
@@ -188,23 +230,23 @@ absl::Status Trainer::RestoreBlobs() {
   RETURN_IF_ERROR(sampler_.Restore(sampler));
   // A rank goes on with its own generator, or, in another world, with one made from an old rank's.
   const uint32_t old_world_size = checkpointing_->restored_world_size();
-  if (old_world_size == layout_.world_size) {
+  if (old_world_size == partition_.layout().mesh.world_size()) {
     ASSIGN_OR_RETURN(const uint64_t own, NumberOf(checkpointing_->RestoredBlob("jitter", -1)));
     jitter_ = Random(own);
     return absl::OkStatus();
   }
-  const uint32_t old_rank = layout_.rank % old_world_size;
+  const uint32_t old_rank = rank_ % old_world_size;
   ASSIGN_OR_RETURN(const uint64_t old, NumberOf(checkpointing_->RestoredBlob("jitter", old_rank)));
-  jitter_ = Random(JitterSeed(old, layout_.rank));
+  jitter_ = Random(JitterSeed(old, rank_));
   return absl::OkStatus();
 }
 
 absl::Status Trainer::AgreeOn(RestoreOutcome outcome) {
-  const uint32_t size = layout_.world_size;
+  const uint32_t size = partition_.layout().mesh.world_size();
   // (outcome, step) of every rank.
   std::vector<int64_t> all(2 * size, 0);
-  all[2 * layout_.rank] = static_cast<int64_t>(outcome);
-  all[2 * layout_.rank + 1] = static_cast<int64_t>(step_);
+  all[2 * rank_] = static_cast<int64_t>(outcome);
+  all[2 * rank_ + 1] = static_cast<int64_t>(step_);
   RETURN_IF_ERROR(metrics_ranks_->AllReduce(std::span(all)).Wait());
   for (uint32_t rank = 0; rank < size; ++rank) {
     const RestoreOutcome other = static_cast<RestoreOutcome>(all[2 * rank]);
@@ -214,7 +256,7 @@ absl::Status Trainer::AgreeOn(RestoreOutcome outcome) {
     }
     if (other_step != static_cast<int64_t>(step_)) {
       return absl::AbortedError(absl::StrFormat("rank %d begins after step %d, rank %d after %d",
-                                                rank, other_step, layout_.rank, step_));
+                                                rank, other_step, rank_, step_));
     }
   }
   return absl::OkStatus();
@@ -223,11 +265,11 @@ absl::Status Trainer::AgreeOn(RestoreOutcome outcome) {
 void Trainer::PrintDigests(const std::string& event) const {
   std::vector<std::string> texts;
   for (const Piece& piece : state_.Pieces()) {
-    texts.push_back(absl::StrFormat(
-        "{\"tensor\":%s,\"state\":\"%s\",\"begin\":%d,\"count\":%d,\"replicated\":%s,"
-        "\"digest\":\"%016x\"}",
-        JsonString(piece.tensor), piece.state, piece.begin, piece.count,
-        piece.replicated ? "true" : "false", DigestOf(piece)));
+    texts.push_back(
+        absl::StrFormat("{\"tensor\":%s,\"state\":\"%s\",\"first\":%d,\"count\":%d,\"replica\":%d,"
+                        "\"digest\":\"%016x\"}",
+                        JsonString(piece.tensor), piece.state, piece.index.Of(piece.begin),
+                        piece.count, piece.replica, DigestOf(piece)));
   }
   const Sampler::State& sampler = sampler_.state();
   log_.Print(event, absl::StrFormat("\"step\":%d,\"samples_consumed\":%d,\"shuffle\":\"%016x\","
@@ -236,33 +278,26 @@ void Trainer::PrintDigests(const std::string& event) const {
                                     sampler.cursor, jitter_.state(), absl::StrJoin(texts, ",")));
 }
 
-std::vector<size_t> Trainer::NextWindows() {
+std::vector<Windows> Trainer::NextMicroBatches() {
   const collectives::Segment mine =
-      collectives::SegmentOf(options_.batch, layout_.world_size, layout_.rank);
-  std::vector<size_t> windows;
+      collectives::SegmentOf(options_.batch, partition_.layout().mesh.dp, partition_.at().dp);
+  std::vector<Windows> micro_batches(micro_batch_count_);
   for (uint64_t i = 0; i < options_.batch; ++i) {
     const size_t window = sampler_.Next();
-    if (i >= mine.begin && i < mine.begin + mine.count) windows.push_back(window);
+    if (i < mine.begin || i >= mine.begin + mine.count) continue;
+    micro_batches[(i - mine.begin) / options_.micro_batch].push_back(corpus_.Window(window));
   }
-  return windows;
+  return micro_batches;
 }
 
-void Trainer::ForwardBackward(const std::vector<size_t>& windows) {
-  std::transform(state_.parameters.begin(),
-                 state_.parameters.begin() + static_cast<ptrdiff_t>(weights_.size()),
-                 weights_.begin(), FromBfloat16);
-  std::fill(gradient_sums_.begin(), gradient_sums_.end(), 0);
-  std::fill(metrics_.begin(), metrics_.end(), 0);
-  // The sample is the block of the sum over the batch: its gradient is rounded once.
-  for (const size_t window : windows) {
-    std::fill(sample_gradient_.begin(), sample_gradient_.end(), 0.0F);
-    const float loss =
-        model_.LossAndGradient(weights_, corpus_.Window(window), sample_gradient_, metrics_[1]);
-    metrics_[0] += ToFixedPoint(loss, metrics_[1]);
-    for (size_t i = 0; i < sample_gradient_.size(); ++i) {
-      gradient_sums_[i] += ToFixedPoint(sample_gradient_[i], metrics_[1]);
-    }
-  }
+absl::Status Trainer::ForwardBackward(const std::vector<Windows>& micro_batches) {
+  RETURN_IF_ERROR(data_parallel_->Weights(weights_));
+  data_parallel_->Begin(sums_.gradients);
+  sums_.loss = sums_.overflow_count = 0;
+  return pipeline_->Run(weights_, micro_batches, sums_, [this](size_t micro_batch) {
+    const bool is_last = micro_batch + 1 == micro_batch_count_;
+    return is_last ? absl::OkStatus() : data_parallel_->MicroBatchDone(sums_.gradients);
+  });
 }
 
 // Waits as long as a device would have computed since `began`. Waiting, not spinning: the ranks of
@@ -280,34 +315,22 @@ void Trainer::WaitForDevice(Clock::time_point began) {
 }
 
 absl::Status Trainer::SumOverRanks() {
+  metrics_ = {sums_.loss, sums_.overflow_count};
   const collectives::Handle metrics = metrics_ranks_->AllReduce(std::span(metrics_));
-  const collectives::Handle gradients =
-      options_.zero == Zero::kReplicated ? data_parallel_->AllReduce(std::span(gradient_sums_))
-                                         : data_parallel_->ReduceScatter(std::span(gradient_sums_));
-  RETURN_IF_ERROR(gradients.Wait());
-  return metrics.Wait();
-}
-
-absl::Status Trainer::OptimizerStep() {
-  const Slice own = state_.own();
-  ++state_.optimizer_step;
-  AdamStep(AdamConfig(), state_.optimizer_step,
-           std::span(gradient_sums_).subspan(own.begin, own.count), options_.batch,
-           {state_.master, state_.exp_avg, state_.exp_avg_sq,
-            std::span(state_.parameters).subspan(own.begin, own.count)});
-  state_.ballast.Stamp(static_cast<uint64_t>(state_.optimizer_step));
-  if (options_.zero == Zero::kReplicated) return absl::OkStatus();
-  return data_parallel_->AllGather(std::span(state_.parameters)).Wait();
+  const absl::Status reduced = data_parallel_->Reduce(sums_.gradients);
+  // Both are waited for: an operation that goes on must not lose its buffer.
+  const absl::Status summed = metrics.Wait();
+  return reduced.ok() ? summed : reduced;
 }
 
 absl::Status Trainer::Step(uint64_t step) {
   if (checkpointing_ != nullptr) checkpointing_->Heartbeat(step);
   Phases phases;
   const uint64_t first_sample = sampler_.state().samples_consumed;
-  const std::vector<size_t> windows = NextWindows();
+  const std::vector<Windows> micro_batches = NextMicroBatches();
   phases.End("data");
   const Clock::time_point began = phases.began();
-  ForwardBackward(windows);
+  RETURN_IF_ERROR(ForwardBackward(micro_batches));
   WaitForDevice(began);
   phases.End("forward_backward");
   RETURN_IF_ERROR(SumOverRanks());
@@ -315,7 +338,8 @@ absl::Status Trainer::Step(uint64_t step) {
   // The optimizer changes what the last save may still be reading.
   if (checkpointing_ != nullptr) checkpointing_->WaitCaptured();
   phases.End("wait_captured");
-  RETURN_IF_ERROR(OptimizerStep());
+  RETURN_IF_ERROR(data_parallel_->Update(AdamConfig(), options_.batch));
+  state_.ballast.Stamp(static_cast<uint64_t>(state_.optimizer_step));
   phases.End("optimizer");
   if (checkpointing_ != nullptr) {
     const bool due =

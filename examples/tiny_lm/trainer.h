@@ -13,10 +13,14 @@
 #include "examples/collectives/collectives.h"
 #include "examples/tiny_lm/checkpointing.h"
 #include "examples/tiny_lm/corpus.h"
+#include "examples/tiny_lm/data_parallel.h"
 #include "examples/tiny_lm/events.h"
 #include "examples/tiny_lm/model.h"
-#include "examples/tiny_lm/optimizer.h"
 #include "examples/tiny_lm/options.h"
+#include "examples/tiny_lm/parallel.h"
+#include "examples/tiny_lm/parameters.h"
+#include "examples/tiny_lm/partition.h"
+#include "examples/tiny_lm/pipeline.h"
 #include "examples/tiny_lm/random.h"
 #include "examples/tiny_lm/state.h"
 
@@ -36,8 +40,10 @@ class Trainer {
   // Time from one phase to the next.
   class Phases;
 
-  Trainer(const TrainerOptions& options, const collectives::Options& ranks, Corpus corpus);
+  Trainer(const TrainerOptions& options, const JobLayout& layout, uint32_t rank, Corpus corpus);
 
+  // Meets the other ranks.
+  absl::Status Join(std::unique_ptr<collectives::Context> context);
   absl::Status Train();
   absl::Status Restore();
   absl::Status RestoreBlobs();
@@ -50,38 +56,45 @@ class Trainer {
   std::vector<Blob> Blobs() const;
 
   absl::Status Step(uint64_t step);
-  // The windows of this rank's share of the batch.
-  std::vector<size_t> NextWindows();
-  void ForwardBackward(const std::vector<size_t>& windows);
+  // This rank's share of the batch. All ranks have as many micro-batches; some of them may be short
+  // or empty.
+  std::vector<Windows> NextMicroBatches();
+  absl::Status ForwardBackward(const std::vector<Windows>& micro_batches);
   void WaitForDevice(std::chrono::steady_clock::time_point began);
   absl::Status SumOverRanks();
-  absl::Status OptimizerStep();
   void PrintStep(uint64_t step, uint64_t first_sample, const Phases& phases) const;
 
   const std::chrono::steady_clock::time_point began_ = std::chrono::steady_clock::now();
   const TrainerOptions options_;
-  const Layout layout_;
+  const uint32_t rank_;
   EventLog log_;
   const Corpus corpus_;
-  const ModelConfig config_;
   const ParameterTable table_;
-  Model<float> model_;
+  const Partition partition_;
   TrainingState state_;
   Sampler sampler_;
   Random jitter_;  // this rank's own
   uint64_t step_ = 0;
 
-  std::vector<float> weights_;          // the parameters as the model computes with them
-  std::vector<float> sample_gradient_;  // of one sample
-  std::vector<int64_t> gradient_sums_;  // fixed point, over samples; padded as the parameters
-  // Fixed-point sum of the samples' losses, and sums that did not fit.
+  size_t micro_batch_count_ = 1;  // of a step and rank
+  std::vector<float> weights_;    // the parameters as the model computes with them
+  StepSums sums_;
+  // Of all ranks: fixed-point sum of the samples' losses, and sums that did not fit.
   std::vector<int64_t> metrics_;
 
-  // Destroyed in reverse: communicators, context, then Holdfast's part.
+  // Destroyed in reverse: communicators (which may still read buffers after an error), context,
+  // Holdfast's part, then what has the buffers.
+  std::unique_ptr<Model<float>> model_;
+  std::unique_ptr<Pipeline> pipeline_;
+  std::unique_ptr<DataParallel> data_parallel_;
   std::unique_ptr<Checkpointing> checkpointing_;
   std::unique_ptr<collectives::Context> context_;
-  std::unique_ptr<collectives::Communicator> data_parallel_;
   std::unique_ptr<collectives::Communicator> metrics_ranks_;
+  // Null where this rank would be alone in it.
+  std::unique_ptr<collectives::Communicator> data_ranks_;
+  std::unique_ptr<collectives::Communicator> tensor_ranks_;
+  std::unique_ptr<collectives::Communicator> stages_;
+  std::unique_ptr<collectives::Communicator> tied_stages_;
 };
 
 }  // namespace tiny_lm
