@@ -18,8 +18,16 @@ def mix(x):
     return x ^ (x >> numpy.uint64(31))
 
 
-def piece_digest(path, offset, count, element_bytes, begin):
-    """Of `count` elements at `offset` of the file, the first of which is element `begin`."""
+def box_index(local, lo, size, shape):
+    """Indices in a tensor of this shape of the elements `local` of a box of it."""
+    coordinates = numpy.unravel_index(local, size)
+    moved = [axis + numpy.intp(first) for axis, first in zip(coordinates, lo)]
+    return numpy.ravel_multi_index(moved, shape).astype(numpy.uint64)
+
+
+def piece_digest(path, offset, count, element_bytes, begin, box=None):
+    """Of `count` elements at `offset` of the file, the first of which is element `begin`: of the tensor,
+    or of `box`, (first elements, extents, the tensor's shape)."""
     if count == 0:
         return 0
     kind = numpy.dtype(f"<u{element_bytes}")
@@ -29,6 +37,8 @@ def piece_digest(path, offset, count, element_bytes, begin):
         for at in range(0, count, CHUNK_ELEMENTS):
             bits = data[at:at + CHUNK_ELEMENTS].astype(numpy.uint64)
             index = numpy.arange(begin + at, begin + at + len(bits), dtype=numpy.uint64)
+            if box:
+                index = box_index(index.astype(numpy.intp), *box)
             total += int(numpy.sum(mix(mix(index) + bits), dtype=numpy.uint64))
     return total % 2**64
 
@@ -45,12 +55,14 @@ def checkpoint_digests(directory):
                 state = group.attrs["name"]
                 for dataset in group.values():
                     begin, end = (int(value) for value in dataset.attrs["range"])
+                    box = None
                     if "box_lo" in dataset.attrs:
-                        raise ValueError(f"{path}: {dataset.name} is a box; tiny_lm has ranges only")
+                        box = [tuple(int(value) for value in dataset.attrs[name])
+                               for name in ("box_lo", "box_size", "shape")]
                     key = (text(dataset.attrs["name"]), text(state))
                     elements[key] += end - begin
                     digests[key] += piece_digest(path, dataset.id.get_offset() or 0, end - begin,
-                                                 dataset.id.get_type().get_size(), begin)
+                                                 dataset.id.get_type().get_size(), begin, box)
     return {key: (digests[key] % 2**64, elements[key]) for key in digests}
 
 
@@ -81,18 +93,14 @@ def text(value):
 
 def restored_digests(lines):
     """The same out of the lines ("restore_digest") of all ranks of one attempt."""
-    digests = collections.defaultdict(int)
-    elements = collections.defaultdict(int)
-    replicas = {}
+    copies = collections.defaultdict(lambda: [0, 0])
     for line in lines:
         for piece in line["pieces"]:
-            key = (piece["tensor"], piece["state"])
-            if piece["replicated"]:
-                if replicas.setdefault(key, piece["digest"]) != piece["digest"]:
-                    raise ValueError(f"ranks disagree about {key}")
-                digests[key] = int(piece["digest"], 16)
-                elements[key] = piece["count"]
-            else:
-                digests[key] += int(piece["digest"], 16)
-                elements[key] += piece["count"]
-    return {key: (digests[key] % 2**64, elements[key]) for key in digests}
+            copy = copies[piece["tensor"], piece["state"], piece["replica"]]
+            copy[0] = (copy[0] + int(piece["digest"], 16)) % 2**64
+            copy[1] += piece["count"]
+    whole = {}
+    for (tensor, state, replica), found in copies.items():
+        if whole.setdefault((tensor, state), tuple(found)) != tuple(found):
+            raise ValueError(f"copy {replica} of {tensor} {state} differs")
+    return whole
