@@ -126,7 +126,7 @@ class Communicator {
 
 // Threads: any.
 // Lifetime: outlives its communicators. Destroying it tells the others that this rank leaves, which
-// is no loss.
+// is no loss: only operations that still need something of it fail.
 class Context {
  public:
   // Joins the job: blocks until all ranks have come. Errors: kDeadlineExceeded (says how many

@@ -526,5 +526,41 @@ TEST(LostPeer, ARankThatLeavesInGoodOrderIsNoLoss) {
   for (std::thread& thread : threads) thread.join();
 }
 
+// It opens no links any more: whoever waits for one waits no longer.
+TEST(LostPeer, ARankThatLeavesBeforeItHasSentAnythingIsNotWaitedFor) {
+  World world(2);
+  RunRanks(world, [&](Context& context, uint32_t rank) {
+    auto ring = *context.CreateCommunicator("ring");
+    auto pair = *context.CreateCommunicator("pair");
+    if (rank == 1) return;
+    std::vector<std::byte> data(100);
+    for (const Handle& handle : {ring->Broadcast(data, 1), pair->Receive(data, 1)}) {
+      const absl::Status status = handle.Wait();
+      EXPECT_TRUE(absl::IsUnavailable(status)) << status;
+      EXPECT_THAT(std::string(status.message()), HasSubstr("has left without sending"));
+    }
+  });
+}
+
+// What it has sent before is not lost, however late it is fetched.
+TEST(LostPeer, WhatARankHasSentBeforeItLeftArrives) {
+  World world(2);
+  std::latch left(1);
+  RunRanks(world, [&](Context& context, uint32_t rank) {
+    auto pair = *context.CreateCommunicator("pair");
+    std::vector<std::byte> data(40, std::byte{7});
+    if (rank == 1) {
+      EXPECT_TRUE(pair->Send(data, 0).Wait().ok());
+      pair.reset();
+      left.count_down();
+      return;
+    }
+    left.wait();
+    std::vector<std::byte> received(40);
+    EXPECT_TRUE(pair->Receive(received, 1).Wait().ok());
+    EXPECT_EQ(received, data);
+  });
+}
+
 }  // namespace
 }  // namespace collectives

@@ -13,7 +13,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// How long a broken link waits for rank 0 to say who was lost first.
+// How long a broken link waits for rank 0 to say who was lost first, and a peer that has left for
+// the links that it had opened.
 constexpr std::chrono::seconds kLossGrace{2};
 
 }  // namespace
@@ -178,6 +179,7 @@ absl::Status Proxy::Progress() {
     if (!suspect_.has_value()) RETURN_IF_ERROR(DriveReceives(peer));
   }
   RETURN_IF_ERROR(CheckLosses());
+  RETURN_IF_ERROR(CheckLeavers());
   return CheckDeadlines();
 }
 
@@ -325,6 +327,29 @@ absl::Status Proxy::CheckLosses() const {
                absl::StrFormat("%s is lost; seen in %s", Describe(suspect_->peer), suspect_->text));
 }
 
+bool Proxy::WaitsForLink(uint32_t peer) const {
+  if (!peers_[peer].receives.empty() && !peers_[peer].receiver.has_value()) return true;
+  if (collectives_.empty() || peer != previous() || ring_receiver_.has_value()) return false;
+  const Collective& collective = collectives_.front();
+  return !collective.program[collective.step].receive.empty();
+}
+
+absl::Status Proxy::CheckLeavers() {
+  if (fabric_.options().lost_peer == LostPeer::kHang) return absl::OkStatus();
+  uint32_t peer = 0;
+  while (peer < peers_.size() && !(WaitsForLink(peer) && fabric_.HasLeft(ranks_[peer]))) ++peer;
+  if (peer == peers_.size()) {
+    leaver_.reset();
+    return absl::OkStatus();
+  }
+  if (!leaver_.has_value() || leaver_->peer != peer) {
+    leaver_ = Suspect{peer, "", Clock::now() + kLossGrace};
+  }
+  if (Clock::now() < leaver_->deadline) return absl::OkStatus();
+  return Error(absl::StatusCode::kUnavailable,
+               absl::StrCat(Describe(peer), " has left without sending what is waited for"));
+}
+
 absl::Status Proxy::CheckDeadlines() const {
   const Deadline now = Clock::now();
   if (!collectives_.empty() && collectives_.front().deadline <= now) {
@@ -365,12 +390,14 @@ void Proxy::FailAll(const absl::Status& status) {
   ring_sender_.reset();
   ring_receiver_.reset();
   suspect_.reset();
+  leaver_.reset();
 }
 
 void Proxy::WaitForEvents() {
   std::vector<pollfd> entries;
   Deadline deadline = Clock::now() + std::chrono::hours(1);
   entries.push_back({wake_.fd(), POLLIN, 0});
+  if (leaver_.has_value()) deadline = std::min(deadline, leaver_->deadline);
   if (suspect_.has_value()) {
     deadline = std::min(deadline, suspect_->deadline);
   } else {

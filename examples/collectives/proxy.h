@@ -124,6 +124,9 @@ class Proxy {
   absl::Status LinkFailed(uint32_t peer, const std::string& during, const absl::Status& status,
                           bool& silent);
   absl::Status CheckLosses() const;
+  // A peer that has left opens no link any more.
+  absl::Status CheckLeavers();
+  bool WaitsForLink(uint32_t peer) const;
   absl::Status CheckDeadlines() const;
   void FailAll(const absl::Status& status);
   void WaitForEvents();
@@ -150,6 +153,8 @@ class Proxy {
   uint64_t collective_count_ = 0;  // finished: the sequence number of the front
   std::vector<Peer> peers_;
   std::optional<Suspect> suspect_;
+  // Has left without the link that we wait for; one that it had opened may be on its way.
+  std::optional<Suspect> leaver_;
   absl::Status broken_;
 
   Mutex mutex_;
