@@ -27,7 +27,7 @@ void AddPieces(const Registration& registration, uint32_t image, Index& index) {
   }
   for (const RegisteredPiece& stored : registration.stored_pieces()) {
     IndexPiece piece{stored.piece, image, stored.image_offset_bytes};
-    if (piece.piece.box != kWholeTensor) piece.piece.box = box_of[piece.piece.box];
+    if (piece.piece.box != kWholeTensor) piece.piece.box = box_of.at(piece.piece.box);
     index.pieces.push_back(piece);
   }
 }
