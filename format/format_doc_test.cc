@@ -1,5 +1,6 @@
-// docs/FORMAT.md ends in a worked example. It is made again here, from the public API, and
-// compared, so that the page cannot rot. HOLDFAST_UPDATE_DOCS=1 writes it into the page instead.
+// docs/FORMAT.md ends in a worked example, and has test vectors. They are made again here, from the
+// public API, and compared, so that the page cannot rot. HOLDFAST_UPDATE_DOCS=1 writes it into the
+// page instead.
 #include <gtest/gtest.h>
 #include <unistd.h>
 
@@ -10,11 +11,14 @@
 #include <iterator>
 #include <map>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "base/crc32c.h"
+#include "format/fingerprint.h"
 #include "format/hdf5_template.h"
 #include "format/image.h"
 #include "format/index.h"
@@ -138,6 +142,9 @@ absl::StatusOr<Example> MakeExample(const std::string& scratch) {
   }
   index.tensor_states = tensor_states;
   index.facts.resize(1);
+  index.facts[0].fingerprint =
+      FingerprintOfShape(tensor_states[0]) +
+      Fingerprinter().OfRun(tensor_states[0], 0, std::span(example.image).subspan(piece_at, 24));
   index.pieces = {{pieces[0], 0, piece_at}};
   index.blobs = {{BlobScope::kGlobal, Rank{0}, "args", 0, blob_at, blob.size()}};
   return example;
@@ -157,6 +164,20 @@ bool ReplaceBlock(std::string& page, const std::string& name, const std::string&
   if (to == std::string::npos) return false;
   page.replace(from + begin.size(), to - from - begin.size(), contents);
   return true;
+}
+
+// That the page has these examples; or writes them there.
+void ExpectOnPage(const std::map<std::string, std::string>& blocks) {
+  const std::string page = ReadPage();
+  std::string made = page;
+  for (const auto& [name, contents] : blocks) {
+    EXPECT_TRUE(ReplaceBlock(made, name, contents)) << "docs/FORMAT.md has no example " << name;
+  }
+  if (std::getenv("HOLDFAST_UPDATE_DOCS") != nullptr) {
+    std::ofstream(kPage, std::ios::binary) << made;
+  } else {
+    EXPECT_EQ(page, made) << "HOLDFAST_UPDATE_DOCS=1 writes the example into docs/FORMAT.md";
+  }
 }
 
 TEST(FormatDocTest, TheWorkedExampleIsWhatTheCodeWrites) {
@@ -196,16 +217,61 @@ TEST(FormatDocTest, TheWorkedExampleIsWhatTheCodeWrites) {
       {"HEAD.1", EncodeHead({1, kUuid, kCheckpoint, Attempt{3}, "the loss went up", writer, time})},
       {"BAD.1", EncodeBadMark({1, kUuid, kCheckpoint, "NaN in \"w\"", writer, time})},
   };
-  const std::string page = ReadPage();
-  std::string made = page;
-  for (const auto& [name, contents] : blocks) {
-    EXPECT_TRUE(ReplaceBlock(made, name, contents)) << "docs/FORMAT.md has no example " << name;
+  ExpectOnPage(blocks);
+}
+
+struct Vector {
+  Dtype dtype;
+  std::vector<uint64_t> shape;
+  const char* contents;  // as the page explains them
+};
+
+Fingerprint FingerprintOf(const Vector& vector) {
+  const TensorState state{"t", "param", vector.dtype, vector.shape};
+  const std::string_view contents = vector.contents;
+  uint64_t first_byte = 0;
+  std::vector<std::byte> bytes;  // zeros have no term
+  if (contents == "counting") {
+    for (uint64_t n = 0; n < state.Bytes(); ++n) {
+      bytes.push_back(static_cast<std::byte>(151 * n + n / 256));
+    }
+  } else if (contents == "last") {
+    first_byte = state.Bytes() - ElementBytes(state.dtype);
+    bytes = {std::byte{1}};
   }
-  if (std::getenv("HOLDFAST_UPDATE_DOCS") != nullptr) {
-    std::ofstream(kPage, std::ios::binary) << made;
-  } else {
-    EXPECT_EQ(page, made) << "HOLDFAST_UPDATE_DOCS=1 writes the example into docs/FORMAT.md";
+  return FingerprintOfShape(state) + Fingerprinter().OfRun(state, first_byte, bytes);
+}
+
+TEST(FormatDocTest, TheTestVectorsAreWhatTheCodeComputes) {
+  const uint64_t many = (uint64_t{1} << 33) + 1;
+  const Vector vectors[] = {
+      {Dtype::kFloat32, {}, "zeros"},
+      {Dtype::kFloat32, {0}, "zeros"},
+      {Dtype::kFloat32, {2, 3}, "zeros"},
+      {Dtype::kFloat32, {3, 2}, "zeros"},
+      {Dtype::kInt32, {2, 3}, "zeros"},
+      {Dtype::kFloat32, {}, "counting"},
+      {Dtype::kFloat32, {2, 3}, "counting"},
+      {Dtype::kInt32, {2, 3}, "counting"},
+      {Dtype::kInt8, {7}, "counting"},
+      {Dtype::kBfloat16, {5}, "counting"},
+      {Dtype::kInt64, {3}, "counting"},
+      {Dtype::kFloat8E4m3fn, {4097}, "counting"},
+      {Dtype::kBfloat16, {3, 1000}, "counting"},
+      {Dtype::kFloat32, {3, 1000}, "counting"},
+      {Dtype::kFloat64, {50, 100}, "counting"},
+      {Dtype::kBool, {many}, "last"},
+      {Dtype::kBfloat16, {many}, "last"},
+      {Dtype::kFloat32, {3, many}, "last"},
+      {Dtype::kFloat64, {uint64_t{1} << 20, uint64_t{1} << 30}, "last"},
+  };
+  std::string text;
+  for (const Vector& vector : vectors) {
+    absl::StrAppendFormat(&text, "%-13s  %-21s  %-8s  %s\n", DtypeName(vector.dtype),
+                          absl::StrCat("[", absl::StrJoin(vector.shape, ", "), "]"),
+                          vector.contents, FingerprintOf(vector).Hex());
   }
+  ExpectOnPage({{"fingerprints", text}});
 }
 
 }  // namespace

@@ -120,6 +120,11 @@ absl::Status CheckTensorStates(const Index& index) {
                                    NameOf("tensor_states", i), Describe(index.tensor_states[i - 1]),
                                    Describe(tensor_state)));
     }
+    if (index.facts[i].fingerprint.has_value() &&
+        index.facts[i].undefined_fingerprint.has_value()) {
+      return Wrong(
+          absl::StrFormat("%s: expected at most one fingerprint, found 2", NameOf("facts", i)));
+    }
   }
   return absl::OkStatus();
 }

@@ -21,6 +21,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "base/ids.h"
+#include "format/fingerprint.h"
 #include "format/image.h"
 #include "format/manifest.h"
 #include "format/tensor_piece.h"
@@ -44,7 +45,10 @@ uint32_t ChecksumRoot(std::span<const uint32_t> block_crc32c);
 
 // What is known of a tensor state as a whole. Empty: not computed.
 struct TensorFacts {
-  std::optional<std::array<std::byte, 16>> fingerprint;
+  std::optional<Fingerprint> fingerprint;
+  // Of no function that is defined: from before there was one. It cannot be compared with anything.
+  // Not together with `fingerprint`.
+  std::optional<std::array<std::byte, 16>> undefined_fingerprint;
   std::optional<uint64_t> non_finite_count;  // NaN and infinities
   std::optional<uint64_t> marks;             // bits; none is defined in format 1
   friend bool operator==(const TensorFacts&, const TensorFacts&) = default;

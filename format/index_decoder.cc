@@ -29,6 +29,21 @@ uint64_t LoadLittleEndian(std::span<const std::byte> bytes) {
   return value;
 }
 
+absl::Status SetFingerprint(const std::string& what, uint8_t function,
+                            const std::array<std::byte, 16>& bytes, TensorFacts& facts) {
+  if (function == kUndefinedFunction) {
+    facts.undefined_fingerprint = bytes;
+    return absl::OkStatus();
+  }
+  if (function != kFingerprintFunction) {
+    return Wrong(absl::StrFormat("%s: function of the fingerprint: expected %d or %d, found %d",
+                                 what, kUndefinedFunction, kFingerprintFunction, function));
+  }
+  facts.fingerprint = Fingerprint::FromBytes(bytes);
+  if (facts.fingerprint.has_value()) return absl::OkStatus();
+  return Wrong(absl::StrFormat("%s: fingerprint: expected less than 2^127 - 1, found more", what));
+}
+
 // Reads fields of a record one after another.
 class Fields {
  public:
@@ -268,17 +283,21 @@ absl::Status Decoder::ReadTensorStates() {
     if (flags > (kHasFingerprint | kHasNonFiniteCount | kHasMarks)) {
       return Wrong(absl::StrFormat("%s: flags: expected at most 7, found %d", what, flags));
     }
-    RETURN_IF_ERROR(Expect(absl::StrCat(what, ": reserved"), 0, record.Get8()));
+    const uint8_t function = record.Get8();
     RETURN_IF_ERROR(Expect(absl::StrCat(what, ": reserved"), 0, record.Get8()));
     std::array<std::byte, 16> fingerprint = {};
     std::ranges::copy(record.GetBytes(16), fingerprint.begin());
     const uint64_t non_finite_count = record.Get64();
     const uint64_t marks = record.Get64();
     TensorFacts facts;
-    if ((flags & kHasFingerprint) != 0) facts.fingerprint = fingerprint;
+    if ((flags & kHasFingerprint) != 0) {
+      RETURN_IF_ERROR(SetFingerprint(what, function, fingerprint, facts));
+    } else {
+      RETURN_IF_ERROR(Expect(absl::StrCat(what, ": function of no fingerprint"), 0, function));
+    }
     if ((flags & kHasNonFiniteCount) != 0) facts.non_finite_count = non_finite_count;
     if ((flags & kHasMarks) != 0) facts.marks = marks;
-    if ((!facts.fingerprint.has_value() && fingerprint != std::array<std::byte, 16>{}) ||
+    if (((flags & kHasFingerprint) == 0 && fingerprint != std::array<std::byte, 16>{}) ||
         (!facts.non_finite_count.has_value() && non_finite_count != 0) ||
         (!facts.marks.has_value() && marks != 0)) {
       return Wrong(

@@ -98,12 +98,17 @@ void Encoder::AddTensorStates() {
     record.Put64(piece - first_piece);
     record.Put32(static_cast<uint32_t>(tensor_state.shape.size()));
     record.Put8(static_cast<uint8_t>(tensor_state.dtype));
-    record.Put8(static_cast<uint8_t>((facts.fingerprint.has_value() ? kHasFingerprint : 0) |
+    const bool has_fingerprint =
+        facts.fingerprint.has_value() || facts.undefined_fingerprint.has_value();
+    record.Put8(static_cast<uint8_t>((has_fingerprint ? kHasFingerprint : 0) |
                                      (facts.non_finite_count.has_value() ? kHasNonFiniteCount : 0) |
                                      (facts.marks.has_value() ? kHasMarks : 0)));
+    record.Put8(facts.fingerprint.has_value() ? kFingerprintFunction : kUndefinedFunction);
     record.Put8(0);
-    record.Put8(0);
-    for (const std::byte byte : facts.fingerprint.value_or(std::array<std::byte, 16>{})) {
+    for (const std::byte byte :
+         facts.fingerprint.has_value()
+             ? facts.fingerprint->Bytes()
+             : facts.undefined_fingerprint.value_or(std::array<std::byte, 16>{})) {
       record.Put8(std::to_integer<uint8_t>(byte));
     }
     record.Put64(facts.non_finite_count.value_or(0));

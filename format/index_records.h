@@ -49,6 +49,9 @@ inline constexpr uint64_t kTableEnd = kHeaderBytes + kSectionCount * kSectionEnt
 inline constexpr uint8_t kHasFingerprint = 1;
 inline constexpr uint8_t kHasNonFiniteCount = 2;
 inline constexpr uint8_t kHasMarks = 4;
+// Which function a fingerprint is of.
+inline constexpr uint8_t kUndefinedFunction = 0;
+inline constexpr uint8_t kFingerprintFunction = 1;  // format/fingerprint.h
 
 // A reference to a name: offset in the names section in the upper 48 bits, length in the lower 16.
 inline constexpr uint64_t kNameOffsetMax = (uint64_t{1} << 48) - 1;

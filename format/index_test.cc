@@ -67,10 +67,11 @@ Index Example() {
       {std::string(300, 'n'), "state", Dtype::kBool, {5}},
   };
   index.facts.resize(6);
-  index.facts[0].fingerprint.emplace().fill(std::byte{0xA5});
+  index.facts[0].fingerprint.emplace(absl::MakeUint128(0x25A5A5A5A5A5A5A5, 0x0123456789ABCDEF));
   index.facts[1].non_finite_count = 0;
   index.facts[2].marks = 0x8000000000000001;
   index.facts[4] = index.facts[0];
+  index.facts[5].undefined_fingerprint.emplace().fill(std::byte{0xA5});
   const uint64_t lo[] = {2, 5};
   const uint64_t size[] = {3, 5};
   const uint32_t box = index.boxes.Add(lo, size);
@@ -103,8 +104,10 @@ std::string Show(const Index& index) {
     const TensorFacts& facts = index.facts[i];
     absl::StrAppendFormat(&text, "state %s %s %s", s.tensor, s.state, DtypeName(s.dtype));
     for (const uint64_t extent : s.shape) absl::StrAppend(&text, " ", extent);
-    if (facts.fingerprint.has_value()) {
-      for (const std::byte b : *facts.fingerprint) {
+    if (facts.fingerprint.has_value()) absl::StrAppend(&text, " ", facts.fingerprint->Hex());
+    if (facts.undefined_fingerprint.has_value()) {
+      text += " undefined";
+      for (const std::byte b : *facts.undefined_fingerprint) {
         absl::StrAppend(&text, " ", std::to_integer<int>(b));
       }
     }
@@ -186,6 +189,37 @@ TEST(IndexTest, TheChecksumOfTheWholeFileDependsOnItsContents) {
   Index other = Example();
   other.pieces[0].offset_bytes += 64;
   EXPECT_NE(Crc32c(Encode(other)), Crc32c(Encode(Example())));
+}
+
+// Flags, function and value of a fingerprint have one spelling each.
+TEST(IndexTest, AFingerprintOfNoKnownFunctionOrValueIsRefused) {
+  Index index = Example();
+  index.facts.assign(6, {});
+  const std::vector<std::byte> without = Encode(index);
+  index.facts[0].fingerprint.emplace(1);
+  const std::vector<std::byte> with = Encode(index);
+  // The flags of tensor state 0, its function, and its fingerprint.
+  const auto flags = static_cast<size_t>(
+      std::mismatch(without.begin(), without.end() - 8, with.begin()).first - without.begin());
+  const size_t value = flags + 3;
+  ASSERT_EQ(with[flags + 1], std::byte{1});
+  ASSERT_EQ(with[value], std::byte{1});
+  const auto error = [](std::vector<std::byte> bytes, size_t at, uint64_t number, size_t count) {
+    Store(bytes, at, number, count);
+    Reseal(bytes);
+    return DecodeIndex(bytes).status();
+  };
+  const auto refused = [](const char* text) {
+    return StatusIs(absl::StatusCode::kDataLoss, HasSubstr(text));
+  };
+  EXPECT_THAT(error(with, flags + 1, 2, 1), refused("expected 0 or 1, found 2"));
+  EXPECT_THAT(error(with, flags + 2, 1, 1), refused("reserved"));
+  EXPECT_THAT(error(without, flags + 1, 1, 1), refused("no fingerprint: expected 0, found 1"));
+  EXPECT_THAT(error(without, value, 1, 1), refused("expected zeros"));
+  std::vector<std::byte> prime = with;
+  Store(prime, value, UINT64_MAX, 8);
+  EXPECT_THAT(error(prime, value + 8, INT64_MAX, 8), refused("less than 2^127 - 1"));
+  EXPECT_OK(error(prime, value + 8, INT64_MAX - 1, 8));
 }
 
 // What a decoder may do with bytes of a good checksum: refuse them, or read something that could
@@ -328,6 +362,8 @@ TEST(IndexTest, WhatBreaksARuleIsNamedAndNeverWritten) {
   EXPECT_THAT(error([](I i) { i.images[0].block_crc32c.pop_back(); }),
               wrong("images[0]", "2 blocks"));
   EXPECT_THAT(error([](I i) { i.facts.pop_back(); }), wrong("facts", "5"));
+  EXPECT_THAT(error([](I i) { i.facts[0].undefined_fingerprint.emplace(); }),
+              wrong("facts[0]", "one fingerprint"));
   EXPECT_THAT(error([](I i) { i.tensor_states[0].tensor = ""; }),
               wrong("tensor_states[0]", "tensor"));
   EXPECT_THAT(error([](I i) { std::swap(i.tensor_states[0], i.tensor_states[1]); }),

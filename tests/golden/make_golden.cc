@@ -163,7 +163,7 @@ absl::Status MakeGolden(const std::string& root) {
   index.layouts = {layout->text()};
   index.tensor_states = layout->tensor_states();
   index.facts.resize(index.tensor_states.size());
-  index.facts[0].fingerprint.emplace().fill(std::byte{0x5A});
+  index.facts[0].undefined_fingerprint.emplace().fill(std::byte{0x5A});
   index.facts[0].non_finite_count = 7;
   index.facts[1].marks = 0;
   for (const Rank rank : {Rank{0}, Rank{1}}) {
