@@ -1,4 +1,7 @@
-// Computes checksums of blocks on the pool: a queue, and a few jobs that take what has gathered.
+// Computes checksums of blocks on the pool: two queues, and a few jobs that take what has gathered.
+//
+// The first look at a block is on the way to "captured". A second look, which also takes the sums
+// of fingerprints, is not: first looks go before it, and it never holds the last job.
 #ifndef HOLDFAST_CHECKPOINT_BLOCK_CHECKSUMS_H_
 #define HOLDFAST_CHECKPOINT_BLOCK_CHECKSUMS_H_
 
@@ -9,7 +12,9 @@
 #include <vector>
 
 #include "base/executor.h"
+#include "checkpoint/registration.h"
 #include "checkpoint/shared_mapping.h"
+#include "format/image_fingerprints.h"
 
 namespace holdfast {
 
@@ -21,14 +26,21 @@ class BlockChecksums {
     uint32_t slot = 0;          // whose, for pending() and Cancel()
     uint32_t block = 0;         // of the image; for the caller
     uint32_t memory_block = 0;  // where it lies
-    uint32_t purpose = 0;       // for the caller
+    enum class Look : uint8_t { kFirst, kSecond } look = Look::kFirst;
+    uint32_t try_number = 0;  // for the caller
   };
-  using Done = std::function<void(const Request& request, uint32_t crc32c)>;
+  struct Found {
+    uint32_t crc32c = 0;
+    // kSecond: of the very bytes that have this checksum, whoever writes them meanwhile.
+    std::vector<FingerprintPart> parts;
+  };
+  using Done = std::function<void(const Request& request, const Found& found)>;
   using Idle = std::function<void(uint32_t slot)>;
 
   // On the loop, `done` is called for every request that was not cancelled, `idle` when the last
-  // one of a slot, cancelled or not, is over.
-  BlockChecksums(std::shared_ptr<SharedMapping> memory, uint64_t block_bytes, uint32_t slot_count,
+  // one of a slot, cancelled or not, is over. The memory has blocks of registration->block_bytes().
+  BlockChecksums(std::shared_ptr<SharedMapping> memory,
+                 std::shared_ptr<const Registration> registration, uint32_t slot_count,
                  WorkPool& pool, Done done, Idle idle);
 
   void Add(const Request& request);
@@ -41,17 +53,20 @@ class BlockChecksums {
  private:
   struct Job;
   void StartJobs();
+  void StartJob(std::deque<Request>& queue);
   void Finish(const Job& job);
 
   const std::shared_ptr<SharedMapping> memory_;
-  const uint64_t block_bytes_;
+  const std::shared_ptr<const Registration> registration_;
   WorkPool& pool_;
   const Done done_;
   const Idle idle_;
-  std::deque<Request> queue_;
+  std::deque<Request> first_looks_;
+  std::deque<Request> second_looks_;
   std::vector<uint32_t> pending_;
   std::vector<uint64_t> epoch_;  // of each slot; a cancelled request is of an older one
   uint32_t jobs_in_flight_ = 0;
+  uint32_t second_jobs_in_flight_ = 0;
   std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
 };
 

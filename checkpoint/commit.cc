@@ -4,7 +4,8 @@
 //   1. The pieces cover every tensor exactly once (the planner's proof), and the index is
 //   consistent.
 //   2. INDEX is published: contents, sync, name. Its bytes depend on the images only, so a worker
-//      that crashed here and one that goes on write the same.
+//      that crashed here and one that goes on write the same; but for fingerprints, which one of
+//      them may know and the other not: then that of the first stands.
 //   3. SyncDirectory: the names of the images and of INDEX are durable.
 //   4. What a reader would read is read back: INDEX (bytes against the manifest's checksum,
 //   decoded),
@@ -19,6 +20,8 @@
 // durable before its name could be.
 #include "checkpoint/commit.h"
 
+#include <algorithm>
+#include <optional>
 #include <span>
 #include <utility>
 #include <vector>
@@ -111,8 +114,28 @@ PublishOptions ManifestOptions(const std::string& writer, CheckpointId id) {
           .bytes_max = kManifestBytesMax};
 }
 
-absl::Status PublishIndex(FileSystem& file_system, const CommitRequest& request,
-                          const std::string& directory, std::span<const std::byte> bytes) {
+// Whether `found`, a file that is there already, says what `index` says, but for fingerprints that
+// only one of them has.
+bool IsSameIndex(const Index& index, std::span<const std::byte> index_bytes,
+                 std::span<const std::byte> found) {
+  absl::StatusOr<Index> other = DecodeIndex(found);
+  if (!other.ok() || other->facts.size() != index.facts.size()) return false;
+  for (size_t i = 0; i < index.facts.size(); ++i) {
+    const std::optional<Fingerprint>& mine = index.facts[i].fingerprint;
+    std::optional<Fingerprint>& theirs = other->facts[i].fingerprint;
+    if (mine.has_value() && theirs.has_value() && mine != theirs) return false;
+    theirs = mine;
+  }
+  const absl::StatusOr<std::vector<std::byte>> bytes = EncodeIndex(*other);
+  return bytes.ok() && std::ranges::equal(*bytes, index_bytes);
+}
+
+// The bytes that INDEX has then: these, or those of a worker that died since.
+absl::StatusOr<std::vector<std::byte>> PublishIndex(FileSystem& file_system,
+                                                    const CommitRequest& request,
+                                                    const std::string& directory,
+                                                    const Index& index) {
+  ASSIGN_OR_RETURN(std::vector<std::byte> bytes, EncodeIndex(index));
   const absl::Status published =
       PublishFile(file_system, directory, kIndexFileName, AsText(bytes),
                   {.writer = request.writer,
@@ -123,13 +146,18 @@ absl::Status PublishIndex(FileSystem& file_system, const CommitRequest& request,
                          return DecodeIndex(std::as_bytes(std::span(found))).ok();
                        },
                    .bytes_max = kIndexBytesMax});
+  if (published.ok()) return bytes;
   if (published.code() != absl::StatusCode::kAlreadyExists) return published;
   const std::string path = absl::StrCat(directory, "/", kIndexFileName);
   ASSIGN_OR_RETURN(const std::string found, file_system.ReadSmallFile(path, kIndexBytesMax));
-  if (found == AsText(bytes)) return absl::OkStatus();
+  if (found == AsText(bytes)) return bytes;
+  const std::span<const std::byte> found_bytes = std::as_bytes(std::span(found));
+  if (IsSameIndex(index, bytes, found_bytes)) {
+    return std::vector<std::byte>(found_bytes.begin(), found_bytes.end());
+  }
   return absl::AlreadyExistsError(absl::StrFormat(
       "%s: expected none, or one of %d bytes with CRC32C %08x; found one of %d bytes with %08x",
-      path, bytes.size(), Crc32c(bytes), found.size(), Crc32c(std::as_bytes(std::span(found)))));
+      path, bytes.size(), Crc32c(bytes), found.size(), Crc32c(found_bytes)));
 }
 
 }  // namespace
@@ -147,8 +175,8 @@ absl::Status CommitCheckpoint(FileSystem& file_system, const CommitRequest& requ
                               const Index& index) {
   const std::string directory =
       absl::StrCat(request.job_directory, "/", CheckpointDirectoryName(index.checkpoint));
-  ASSIGN_OR_RETURN(const std::vector<std::byte> index_bytes, EncodeIndex(index));
-  RETURN_IF_ERROR(PublishIndex(file_system, request, directory, index_bytes));
+  ASSIGN_OR_RETURN(const std::vector<std::byte> index_bytes,
+                   PublishIndex(file_system, request, directory, index));
   RETURN_IF_ERROR(file_system.SyncDirectory(directory));
   KillPoint("commit.index_durable");
 

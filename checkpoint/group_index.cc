@@ -25,7 +25,7 @@ void AddPieces(const Registration& registration, uint32_t image, Index& index) {
     const BoxView view = registration.stored_boxes()[box];
     box_of[box] = index.boxes.Add(view.lo, view.size);
   }
-  for (const RegisteredPiece& stored : registration.stored_pieces()) {
+  for (const PlacedPiece& stored : registration.stored_pieces()) {
     IndexPiece piece{stored.piece, image, stored.image_offset_bytes};
     if (piece.piece.box != kWholeTensor) piece.piece.box = box_of.at(piece.piece.box);
     index.pieces.push_back(piece);
@@ -45,6 +45,29 @@ void AddBlobs(const GroupPart& part, uint32_t image, Index& index) {
                            .image = image,
                            .offset_bytes = *blobs[i].image_offset_bytes,
                            .bytes = part.image.blob_bytes[i]});
+  }
+}
+
+// Before SortIndex: tensor states are in the order of the layout.
+void AddFingerprints(const std::vector<GroupPart>& parts, Index& index) {
+  std::vector<bool> is_known(index.tensor_states.size(), true);
+  for (const GroupPart& part : parts) {
+    if (part.fingerprints.has_value()) {
+      CHECK(part.fingerprints->size() == index.tensor_states.size());
+      continue;
+    }
+    for (const PlacedPiece& stored : part.registration->stored_pieces()) {
+      is_known[stored.piece.tensor_state] = false;
+    }
+  }
+  index.facts.resize(index.tensor_states.size());
+  for (size_t i = 0; i < index.facts.size(); ++i) {
+    if (!is_known[i]) continue;
+    Fingerprint sum = FingerprintOfShape(index.tensor_states[i]);
+    for (const GroupPart& part : parts) {
+      if (part.fingerprints.has_value()) sum += (*part.fingerprints)[i];
+    }
+    index.facts[i].fingerprint = sum;
   }
 }
 
@@ -87,6 +110,7 @@ absl::StatusOr<Index> BuildIndex(CheckpointId checkpoint, const std::vector<Grou
     AddPieces(*part.registration, i, index);
     AddBlobs(part, i, index);
   }
+  AddFingerprints(parts, index);
   SortIndex(index);
   RETURN_IF_ERROR(CheckIndex(index));
   return index;

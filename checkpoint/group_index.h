@@ -4,12 +4,14 @@
 #define HOLDFAST_CHECKPOINT_GROUP_INDEX_H_
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
 #include "checkpoint/image_events.h"
 #include "checkpoint/registration.h"
+#include "format/fingerprint.h"
 #include "format/index.h"
 
 namespace holdfast {
@@ -19,13 +21,16 @@ struct GroupPart {
   std::shared_ptr<const Registration> registration;
   SealedImage image;
   std::string file;  // name in the checkpoint's directory
+  // What the image adds to the fingerprint of every tensor state of the layout; nothing: unknown.
+  std::optional<std::vector<Fingerprint>> fingerprints = std::nullopt;
 };
 
 // OK if all parts have the same layout document; else kInvalidArgument that names the ranks and the
 // first difference.
 absl::Status CheckSameLayout(const Registration& a, const Registration& b);
 
-// `parts` in order of the ranks, all of them. Pure, may take long: for a WorkPool. Errors:
+// `parts` in order of the ranks, all of them. The fingerprint of a tensor state is given if those
+// of all images with a piece of it are known. Pure, may take long: for a WorkPool. Errors:
 // CheckIndex, CheckSameLayout.
 absl::StatusOr<Index> BuildIndex(CheckpointId checkpoint, const std::vector<GroupPart>& parts);
 

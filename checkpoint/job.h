@@ -213,6 +213,7 @@ class Job final : private SaveGroups::Host {
   bool NeedsRoom() override;
   void ForEachSession(Attempt attempt, const std::function<void(Session&)>& action) const;
   void RunCommit(CheckpointId id, Finish finish);
+  void AddFingerprints(const SaveGroup& group, std::vector<GroupPart>& parts) const;
   absl::Status CheckMayCommit(CheckpointId id) const;
 
   const Options options_;

@@ -7,6 +7,7 @@
 #include "base/check.h"
 #include "base/kill_point.h"
 #include "base/status_macros.h"
+#include "checkpoint/block_sums.h"
 #include "checkpoint/commit.h"
 #include "checkpoint/describe.h"
 #include "checkpoint/job_impl.h"
@@ -163,8 +164,26 @@ void Job::Commit(CheckpointId id) {
   });
 }
 
+void Job::AddFingerprints(const SaveGroup& group, std::vector<GroupPart>& parts) const {
+  size_t i = 0;
+  for (const auto& [rank, member] : group.members) {
+    if (const RankImages* images = FindImages(member.image)) {
+      parts[i].fingerprints = images->Fingerprints(member.image);
+    }
+    ++i;
+  }
+}
+
 void Job::RunCommit(CheckpointId id, Finish finish) {
-  const std::vector<GroupPart> parts = PartsOf(*groups_.Find(id));
+  const SaveGroup& group = *groups_.Find(id);
+  std::vector<GroupPart> parts = PartsOf(group);
+  AddFingerprints(group, parts);
+  // What became durable under a former worker is summed from memory.
+  std::vector<std::optional<MemoryImage>> memory(parts.size());
+  if (std::any_of(parts.begin(), parts.end(),
+                  [](const GroupPart& part) { return !part.fingerprints.has_value(); })) {
+    memory = MemoryOf(group);
+  }
   std::vector<std::shared_ptr<const Registration>> registrations;
   for (const GroupPart& part : parts) registrations.push_back(part.registration);
   const bool is_covered = registrations == covered_;
@@ -174,10 +193,15 @@ void Job::RunCommit(CheckpointId id, Finish finish) {
   request.created_at = absl::FromUnixSeconds(absl::ToUnixSeconds(world_.clock.WallTime()));
   OnPool<absl::Status>(
       [file_system = &world_.file_system, store = &world_.store, root = options_.root,
-       job = options_.name, uuid = uuid_, committed = committed_, id, parts, is_covered,
-       request]() mutable -> absl::Status {
+       job = options_.name, uuid = uuid_, committed = committed_, id, parts,
+       memory = std::move(memory), is_covered, request]() mutable -> absl::Status {
         RETURN_IF_ERROR(CheckSameJob(*file_system, root, job, uuid));
         ASSIGN_OR_RETURN(request.parent, FindParent(*store, job, committed, id));
+        for (size_t i = 0; i < parts.size(); ++i) {
+          if (parts[i].fingerprints.has_value() || !memory[i].has_value()) continue;
+          parts[i].fingerprints =
+              SumImage(*parts[i].registration, memory[i]->blocks, parts[i].image.block_crc32c);
+        }
         ASSIGN_OR_RETURN(const Index index, BuildIndex(id, parts));
         if (!is_covered) RETURN_IF_ERROR(CheckIndexCover(index));
         return CommitCheckpoint(*file_system, request, index);

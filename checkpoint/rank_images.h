@@ -1,7 +1,8 @@
 // The images of one registration of one session: grants free blocks to the trainer, follows the
 // capture block by block, writes what the trainer does not (head, gaps), checksums each block as
-// soon as it is complete, flushes it, and checks it once more after the write. Everything that must
-// outlive this process lies in the record memory (checkpoint/image_record.h).
+// soon as it is complete, flushes it, and checks it once more after the write; that second look
+// also takes the sums of its tensors' fingerprints. Everything that must outlive this process lies
+// in the record memory (checkpoint/image_record.h).
 //
 // It trusts nothing in the shared memory: block tables and states are its own copies, and whatever
 // the trainer writes there can at most void an image of this rank.
@@ -11,6 +12,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -21,6 +23,7 @@
 #include "base/executor.h"
 #include "base/ids.h"
 #include "checkpoint/image_events.h"
+#include "format/fingerprint.h"
 #include "io/file_system.h"
 #include "io/io_ring.h"
 
@@ -113,6 +116,10 @@ class RankImages {
     uint32_t crc32c = 0;
   };
   virtual absl::StatusOr<BlockView> Block(ImageId id, uint64_t block_index) const = 0;
+
+  // What the image adds to the fingerprint of every tensor state of the layout, in its order. Known
+  // when the image has become durable under this worker and until Release(); else nothing.
+  virtual std::optional<std::vector<Fingerprint>> Fingerprints(ImageId id) const = 0;
 
   // Free blocks of this rank's memory for staging a restore, during which the trainer begins no
   // save: takes up to `count` (an unused grant is taken back for it if nothing else is free),

@@ -13,8 +13,6 @@
 namespace holdfast {
 namespace {
 
-constexpr uint32_t kPurposeFirstLook = UINT32_MAX;  // else: the number of a flush's try
-
 absl::Status Garbage(const std::string& text) {
   return absl::AbortedError("garbage in the memory shared with the trainer: " + text);
 }
@@ -263,16 +261,19 @@ void RankImagesImpl::BlockCaptured(Slot& slot, uint32_t block) {
 }
 
 void RankImagesImpl::RequestChecksum(Slot& slot, uint32_t block) {
-  if (trainer_alive_) slot.blocks[block] |= kLookAgain;
-  checksums_.Add({slot.index, block, slot.record.block_table[block], kPurposeFirstLook});
+  checksums_.Add({.slot = slot.index,
+                  .block = block,
+                  .memory_block = slot.record.block_table[block],
+                  .look = BlockChecksums::Request::Look::kFirst});
 }
 
-void RankImagesImpl::ChecksumDone(const BlockChecksums::Request& request, uint32_t crc32c) {
+void RankImagesImpl::ChecksumDone(const BlockChecksums::Request& request,
+                                  const BlockChecksums::Found& found) {
   Slot& slot = *slots_[request.slot];
-  if (request.purpose == kPurposeFirstLook) {
-    BlockChecksummed(slot, request.block, crc32c);
+  if (request.look == BlockChecksums::Request::Look::kFirst) {
+    BlockChecksummed(slot, request.block, found.crc32c);
   } else {
-    LookedAgain(slot, request.block, request.purpose, crc32c);
+    LookedAgain(slot, request, found);
   }
 }
 

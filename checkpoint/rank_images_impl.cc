@@ -32,10 +32,9 @@ RankImagesImpl::RankImagesImpl(Parts parts, const ImageWorld& world)
       memory_(parts_.memory),
       shared_(parts_.registration_memory, SizesOf(parts_)),
       checksums_(
-          memory_->mapping(), registration_->block_bytes(), parts_.record->header().slot_count,
-          world_.pool,
-          [this](const BlockChecksums::Request& request, uint32_t crc32c) {
-            ChecksumDone(request, crc32c);
+          memory_->mapping(), registration_, parts_.record->header().slot_count, world_.pool,
+          [this](const BlockChecksums::Request& request, const BlockChecksums::Found& found) {
+            ChecksumDone(request, found);
           },
           [this](uint32_t slot) { MaybeRecycle(*slots_[slot]); }) {
   const RecordHeader& header = parts_.record->header();
@@ -67,6 +66,7 @@ void RankImagesImpl::Slot::Reset(uint32_t block_count) {
   captured_count = 0;
   checksummed_count = 0;
   looked_again_count = 0;
+  fingerprints.clear();
   first_uncaptured = 0;
   wanted_path.clear();
   flush.reset();
@@ -230,6 +230,12 @@ absl::StatusOr<RankImages::BlockView> RankImagesImpl::Block(ImageId id,
   view.bytes = memory_->bytes().subspan(view.memory_offset, block_bytes());
   view.crc32c = *crc32c;
   return view;
+}
+
+std::optional<std::vector<Fingerprint>> RankImagesImpl::Fingerprints(ImageId id) const {
+  const Slot* slot = Find(id);
+  if (slot == nullptr || slot->looked_again_count < block_count()) return std::nullopt;
+  return slot->fingerprints;
 }
 
 std::vector<uint64_t> RankImagesImpl::TakeStaging(size_t count) {

@@ -2,7 +2,7 @@
 // every change is in the record before anybody is told. The parts are in four files:
 //   rank_images_impl.cc       slots: grants, release, recycling, staging, what others ask
 //   rank_images_capture.cc    following a capture: begin, stamp, checksums, seal
-//   rank_images_storage.cc    flush, the second look at each block, durable, void
+//   rank_images_storage.cc    flush, the second look at each block, fingerprints, durable, void
 //   rank_images_recovery.cc   taking over what a former worker left, and the trainer's death
 //
 //   kEmpty -> kGranted -> kCapturing -> kSealed -> (released) -> kEmpty
@@ -52,6 +52,7 @@ class RankImagesImpl final : public RankImages {
   bool IsTrainerCapturing() const override;
   bool IsStarved() const override;
   absl::StatusOr<BlockView> Block(ImageId id, uint64_t block_index) const override;
+  std::optional<std::vector<Fingerprint>> Fingerprints(ImageId id) const override;
   std::vector<uint64_t> TakeStaging(size_t count) override;
   void ReturnStaging(std::span<const uint64_t> memory_offsets) override;
   std::span<std::byte> memory() const override;
@@ -62,11 +63,10 @@ class RankImagesImpl final : public RankImages {
  private:
   // What is known of a block of an image, as bits.
   enum BlockBit : uint8_t {
-    kCaptured = 1,      // its bytes are complete
-    kChecksummed = 2,   // and its checksum is recorded
-    kLookAgain = 4,     // the trainer could write when it was checksummed
-    kWritten = 8,       // written to the file of this try
-    kLookedAgain = 16,  // and unchanged since, or nobody could have changed it
+    kCaptured = 1,     // its bytes are complete
+    kChecksummed = 2,  // and its checksum is recorded
+    kWritten = 4,      // written to the file of this try
+    kLookedAgain = 8,  // and unchanged since; its part of the fingerprints is in the sums
   };
 
   struct Slot final : ImageFlush::Listener {
@@ -85,6 +85,8 @@ class RankImagesImpl final : public RankImages {
     uint32_t captured_count = 0;
     uint32_t checksummed_count = 0;
     uint32_t looked_again_count = 0;
+    // Over the blocks looked at again: one per tensor state of the layout; empty: none yet.
+    std::vector<Fingerprint> fingerprints;
     uint32_t first_uncaptured = 0;  // no block below is uncaptured
     // The file.
     std::string wanted_path;  // StartFlush was called
@@ -142,7 +144,7 @@ class RankImagesImpl final : public RankImages {
   absl::Status ScanBlocks(Slot& slot, bool is_whole);
   void BlockCaptured(Slot& slot, uint32_t block);
   void RequestChecksum(Slot& slot, uint32_t block);
-  void ChecksumDone(const BlockChecksums::Request& request, uint32_t crc32c);
+  void ChecksumDone(const BlockChecksums::Request& request, const BlockChecksums::Found& found);
   void BlockChecksummed(Slot& slot, uint32_t block, uint32_t crc32c);
   void TrySeal(Slot& slot);
   void ReportSealed(const Slot& slot);
@@ -150,7 +152,8 @@ class RankImagesImpl final : public RankImages {
 
   // rank_images_storage.cc
   void BeginFlush(Slot& slot);
-  void LookedAgain(Slot& slot, uint32_t block, uint32_t try_number, uint32_t crc32c);
+  void LookedAgain(Slot& slot, const BlockChecksums::Request& request,
+                   const BlockChecksums::Found& found);
   void TryDurable(Slot& slot);
   void StorageGivenUp(Slot& slot, const absl::Status& why);
   enum class Report { kYes, kNo };

@@ -130,8 +130,7 @@ void RankImagesImpl::ResumeCapture(Slot& slot) {
   });
   for (uint32_t block = 0; block < block_count(); ++block) {
     if (!parts_.record->Checksum(slot.index, block, slot.record.generation)) continue;
-    // Whether the trainer could write when it was checksummed is not recorded: it could.
-    slot.blocks[block] = kCaptured | kChecksummed | kLookAgain;
+    slot.blocks[block] = kCaptured | kChecksummed;
     ++slot.captured_count;
     ++slot.checksummed_count;
   }
@@ -168,7 +167,7 @@ void RankImagesImpl::ResumeSealed(Slot& slot) {
     VoidImage(slot, intact, Report::kYes);
     return;
   }
-  slot.blocks.assign(block_count(), kCaptured | kChecksummed | kLookAgain);
+  slot.blocks.assign(block_count(), kCaptured | kChecksummed);
   slot.captured_count = block_count();
   slot.checksummed_count = block_count();
   slot.flushed = slot.IsDurable();

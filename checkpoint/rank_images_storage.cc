@@ -1,6 +1,7 @@
-// Storage of an image, and its end. A block is looked at again after its write has completed, if
-// the trainer could have written it since its checksum was taken: then either what is on storage is
-// what was checksummed, or the image is void before anybody calls it durable.
+// Storage of an image, and its end. A block is looked at again after its write has completed,
+// because a trainer could have written it since its checksum was taken: then either what is on
+// storage is what was checksummed, or the image is void before anybody calls it durable. The
+// fingerprints are of the bytes that this look saw.
 #include <utility>
 
 #include "absl/strings/str_format.h"
@@ -50,12 +51,11 @@ void RankImagesImpl::Slot::OnFileNamed(const std::string& path, uint32_t number)
 
 void RankImagesImpl::Slot::OnBlockWritten(uint32_t block) {
   blocks[block] |= kWritten;
-  if (blocks[block] & kLookAgain) {
-    images->checksums_.Add({index, block, record.block_table[block], try_number});
-  } else {
-    blocks[block] |= kLookedAgain;
-    ++looked_again_count;
-  }
+  images->checksums_.Add({.slot = index,
+                          .block = block,
+                          .memory_block = record.block_table[block],
+                          .look = BlockChecksums::Request::Look::kSecond,
+                          .try_number = try_number});
   images->ReportCounters(*this);
 }
 
@@ -64,6 +64,7 @@ void RankImagesImpl::Slot::OnRetry(const absl::Status& why) {
   ++try_number;
   for (uint8_t& block : blocks) block &= static_cast<uint8_t>(~(kWritten | kLookedAgain));
   looked_again_count = 0;
+  fingerprints.clear();
   record.text = std::string(why.message());
   images->Save(*this);
 }
@@ -81,22 +82,26 @@ void RankImagesImpl::Slot::OnFlushFailed(const absl::Status& why) {
   images->StorageGivenUp(*this, why);
 }
 
-void RankImagesImpl::LookedAgain(Slot& slot, uint32_t block, uint32_t try_number, uint32_t crc32c) {
+void RankImagesImpl::LookedAgain(Slot& slot, const BlockChecksums::Request& request,
+                                 const BlockChecksums::Found& found) {
+  const uint32_t block = request.block;
   const std::optional<uint32_t> expected =
       parts_.record->Checksum(slot.index, block, slot.record.generation);
   CHECK(slot.IsImage() && expected.has_value());
   if (slot.IsDurable()) return;  // of an earlier try; this try's looks are all done
-  if (crc32c != *expected) {
+  if (found.crc32c != *expected) {
     VoidImage(slot,
               absl::AbortedError(absl::StrFormat(
                   "block %d of the image changed after it was captured: CRC32C 0x%08x, then 0x%08x",
-                  block, *expected, crc32c)),
+                  block, *expected, found.crc32c)),
               Report::kYes);
     return;
   }
-  if (try_number != slot.try_number || (slot.blocks[block] & kLookedAgain)) return;
+  if (request.try_number != slot.try_number || (slot.blocks[block] & kLookedAgain)) return;
   slot.blocks[block] |= kLookedAgain;
   ++slot.looked_again_count;
+  slot.fingerprints.resize(registration_->layout().tensor_states().size());
+  for (const FingerprintPart& part : found.parts) slot.fingerprints[part.tensor_state] += part.sum;
   TryDurable(slot);
 }
 

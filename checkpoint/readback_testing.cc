@@ -60,6 +60,11 @@ absl::Status ReadBack::CheckOne(SimDisk& disk, const CatalogEntry& entry) const 
     return absl::DataLossError(
         absl::StrCat(Describe(entry.id), " is damaged: ", report.findings.front().text));
   }
+  if (report.fingerprints_not_computed != 0) {
+    return absl::DataLossError(absl::StrFormat("%s: %d fingerprints are not computed",
+                                               Describe(entry.id),
+                                               report.fingerprints_not_computed));
+  }
   ASSIGN_OR_RETURN(const Index index, LoadIndex(disk, entry.directory, *entry.manifest));
   std::vector<std::string> files;
   for (const IndexImage& image : index.images) {

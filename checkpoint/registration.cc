@@ -272,6 +272,8 @@ class RegistrationBuilder {
       result_->stored_pieces_.push_back({pieces[i], image.piece_offsets()[i]});
     }
     result_->stored_boxes_ = stored_.boxes;
+    result_->fingerprints_.emplace(result_->layout_->tensor_states(), result_->stored_boxes_,
+                                   result_->stored_pieces_);
     return absl::OkStatus();
   }
 

@@ -18,6 +18,7 @@
 #include "absl/status/statusor.h"
 #include "base/ids.h"
 #include "format/image.h"
+#include "format/image_fingerprints.h"
 #include "format/layout.h"
 #include "format/planner.h"
 #include "format/tensor_piece.h"
@@ -60,13 +61,6 @@ struct ImageRange {
   friend bool operator==(const ImageRange&, const ImageRange&) = default;
 };
 
-// A piece that this rank stores, and where. Piece::tensor_state refers to layout().tensor_states(),
-// Piece::box to stored_boxes().
-struct RegisteredPiece {
-  Piece piece;
-  uint64_t image_offset_bytes = 0;
-};
-
 // Threads: any; immutable once built. Lifetime: owns all it needs; shared.
 class Registration {
  public:
@@ -89,9 +83,12 @@ class Registration {
   const RankLayout& holdings() const { return holdings_; }
   std::span<const uint32_t> buffer_of_need() const { return buffer_of_need_; }
 
-  // What this rank stores, for INDEX and restore.
-  std::span<const RegisteredPiece> stored_pieces() const { return stored_pieces_; }
+  // What this rank stores, for INDEX and restore. Piece::tensor_state refers to
+  // layout().tensor_states(), Piece::box to stored_boxes().
+  std::span<const PlacedPiece> stored_pieces() const { return stored_pieces_; }
   const BoxTable& stored_boxes() const { return stored_boxes_; }
+  // The sums of these pieces, from any block.
+  const ImageFingerprints& fingerprints() const { return *fingerprints_; }
 
   const ImageTemplate& image() const { return *image_; }
   uint64_t image_bytes() const { return image_->image_bytes(); }
@@ -122,8 +119,9 @@ class Registration {
   std::vector<RegisteredBlob> blobs_;
   RankLayout holdings_;
   std::vector<uint32_t> buffer_of_need_;
-  std::vector<RegisteredPiece> stored_pieces_;
+  std::vector<PlacedPiece> stored_pieces_;
   BoxTable stored_boxes_;
+  std::optional<ImageFingerprints> fingerprints_;
   std::optional<ImageTemplate> image_;
   std::vector<std::byte> capture_plan_;
   std::vector<Writer> writers_;

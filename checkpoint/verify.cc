@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <memory>
+#include <optional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -14,6 +15,7 @@
 #include "base/status_macros.h"
 #include "checkpoint/commit.h"
 #include "checkpoint/describe.h"
+#include "format/image_fingerprints.h"
 #include "io/errno_status.h"
 
 namespace holdfast {
@@ -50,17 +52,32 @@ class Verifier {
                  Verdict::kDamaged);
       return std::move(report_);
     }
-    if (absl::Status cover = CheckIndexCover(*index); !cover.ok()) {
+    const absl::Status cover = CheckIndexCover(*index);
+    if (!cover.ok()) {
       AddFinding({.file = kIndexFileName, .text = std::string(cover.message())}, Verdict::kDamaged);
     }
     for (const IndexImage& image : index->images) bytes_total_ += image.bytes;
-    for (uint32_t image = 0; image < index->images.size(); ++image) {
-      RETURN_IF_ERROR(CheckImage(*index, image));
+    sums_.resize(index->tensor_states.size());
+    std::vector<std::vector<PlacedPiece>> pieces(index->images.size());
+    for (const IndexPiece& piece : index->pieces) {
+      pieces[piece.image].push_back({piece.piece, piece.offset_bytes});
     }
+    for (uint32_t image = 0; image < index->images.size(); ++image) {
+      RETURN_IF_ERROR(CheckImage(
+          *index, image, ImageFingerprints(index->tensor_states, index->boxes, pieces[image])));
+    }
+    // With gaps or overlaps the sums say nothing.
+    if (cover.ok()) CheckFingerprints(*index);
     return std::move(report_);
   }
 
  private:
+  // Of a tensor state, over the blocks that are good.
+  struct Sum {
+    uint64_t bytes = 0;
+    Fingerprint fingerprint;
+  };
+
   void AddFinding(Finding finding, Verdict verdict) {
     // Verdicts are ordered from good to bad, but for kNotFound, which is given alone.
     report_.verdict = std::max(report_.verdict, verdict);
@@ -68,7 +85,8 @@ class Verifier {
     if (report_.findings.size() < kFindingsMax) report_.findings.push_back(std::move(finding));
   }
 
-  absl::Status CheckImage(const Index& index, uint32_t number) {
+  absl::Status CheckImage(const Index& index, uint32_t number,
+                          const ImageFingerprints& fingerprints) {
     const IndexImage& image = index.images[number];
     const std::string path = absl::StrCat(entry_.directory, "/", image.file);
     absl::StatusOr<std::unique_ptr<IoFile>> file =
@@ -94,7 +112,10 @@ class Verifier {
       if (!read.ok() && !IsAboutContents(read)) return read;
       ++report_.blocks_checked;
       report_.bytes_read += block.size();
-      CheckBlock(index, number, at, read.ok() ? absl::StatusOr<uint32_t>(Crc32c(block)) : read);
+      if (CheckBlock(index, number, at,
+                     read.ok() ? absl::StatusOr<uint32_t>(Crc32c(block)) : read)) {
+        AddToSums(fingerprints, begin, block);
+      }
       if (options_.progress && !options_.progress(report_.bytes_read, bytes_total_)) {
         return absl::CancelledError("verification was stopped");
       }
@@ -102,10 +123,46 @@ class Verifier {
     return absl::OkStatus();
   }
 
-  void CheckBlock(const Index& index, uint32_t number, uint64_t block,
+  void AddToSums(const ImageFingerprints& fingerprints, uint64_t offset_bytes,
+                 std::span<const std::byte> block) {
+    parts_.clear();
+    fingerprints.AppendParts(offset_bytes, block, parts_);
+    for (const FingerprintPart& part : parts_) {
+      sums_[part.tensor_state].bytes += part.bytes;
+      sums_[part.tensor_state].fingerprint += part.sum;
+    }
+  }
+
+  // A tensor state with a bad block is damaged, which is reported already.
+  void CheckFingerprints(const Index& index) {
+    for (size_t i = 0; i < index.tensor_states.size(); ++i) {
+      const TensorState& state = index.tensor_states[i];
+      const std::optional<Fingerprint>& expected = index.facts[i].fingerprint;
+      if (!expected.has_value()) {
+        ++report_.fingerprints_not_computed;
+        continue;
+      }
+      if (sums_[i].bytes != state.Bytes()) continue;
+      const Fingerprint found = FingerprintOfShape(state) + sums_[i].fingerprint;
+      if (found == *expected) {
+        ++report_.fingerprints_checked;
+        continue;
+      }
+      AddFinding(
+          {.file = kIndexFileName,
+           .tensors = {absl::StrFormat("%s (%s)", state.tensor, state.state)},
+           .text = absl::StrFormat("%s: expected fingerprint %s, found %s, though every block "
+                                   "of it has its checksum",
+                                   Describe(state), expected->Hex(), found.Hex())},
+          Verdict::kDamaged);
+    }
+  }
+
+  // Whether it is good.
+  bool CheckBlock(const Index& index, uint32_t number, uint64_t block,
                   const absl::StatusOr<uint32_t>& found) {
     const IndexImage& image = index.images[number];
-    if (found.ok() && *found == image.block_crc32c[block]) return;
+    if (found.ok() && *found == image.block_crc32c[block]) return true;
     Finding finding;
     finding.file = image.file;
     finding.offset_bytes = block * image.block_bytes;
@@ -121,6 +178,7 @@ class Verifier {
         finding.tensors.empty() ? "no tensor" : absl::StrJoin(finding.tensors, ", "));
     const Verdict verdict = finding.tensors.empty() ? Verdict::kDamagedUnread : Verdict::kDamaged;
     AddFinding(std::move(finding), verdict);
+    return false;
   }
 
   FileSystem& file_system_;
@@ -129,6 +187,8 @@ class Verifier {
   const VerifyOptions& options_;
   VerifyReport report_;
   uint64_t bytes_total_ = 0;
+  std::vector<Sum> sums_;  // one per tensor state
+  std::vector<FingerprintPart> parts_;
 };
 
 }  // namespace

@@ -1,4 +1,5 @@
-// Reads a whole checkpoint back and says whether every byte that a restore would need is good. Uses
+// Reads a whole checkpoint back and says whether every byte that a restore would need is good, and
+// whether every tensor has the fingerprint that INDEX says. Uses
 // nothing of the engine: `holdfast verify` runs it where no agent is.
 #ifndef HOLDFAST_CHECKPOINT_VERIFY_H_
 #define HOLDFAST_CHECKPOINT_VERIFY_H_
@@ -42,6 +43,10 @@ struct VerifyReport {
   uint64_t finding_count = 0;  // may exceed findings.size()
   uint64_t bytes_read = 0;
   uint64_t blocks_checked = 0;
+  // Tensor states whose bytes were all read and have the fingerprint of INDEX, and those without
+  // one in INDEX.
+  uint64_t fingerprints_checked = 0;
+  uint64_t fingerprints_not_computed = 0;
 };
 
 struct VerifyOptions {

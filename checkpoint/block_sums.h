@@ -1,0 +1,30 @@
+// Checksum and fingerprints of the blocks of an image in one pass.
+#ifndef HOLDFAST_CHECKPOINT_BLOCK_SUMS_H_
+#define HOLDFAST_CHECKPOINT_BLOCK_SUMS_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "checkpoint/registration.h"
+#include "format/fingerprint.h"
+#include "format/image_fingerprints.h"
+
+namespace holdfast {
+
+// The CRC32C of a block of an image of this registration; appends what it adds to the fingerprints.
+// Each byte is read once, so both are of the same bytes even if somebody writes them meanwhile.
+uint32_t SumBlock(const Registration& registration, uint64_t block,
+                  std::span<const std::byte> bytes, std::vector<FingerprintPart>& parts);
+
+// The sums of a whole image, one per tensor state of the layout. Empty if a block does not have its
+// checksum.
+std::optional<std::vector<Fingerprint>> SumImage(const Registration& registration,
+                                                 std::span<const std::span<const std::byte>> blocks,
+                                                 std::span<const uint32_t> block_crc32c);
+
+}  // namespace holdfast
+
+#endif  // HOLDFAST_CHECKPOINT_BLOCK_SUMS_H_
