@@ -1,8 +1,10 @@
 #!/usr/bin/python3
 """The command as a user meets it: output and exit code of every verb on a good checkpoint and on every
-way of spoiling one. Usage: cli_test.py HOLDFAST GOLDEN_ROOT"""
+way of spoiling one. Usage: cli_test.py HOLDFAST GOLDEN_ROOT FORMAT_DIRECTORY"""
 
+import itertools
 import json
+import math
 import os
 import pathlib
 import re
@@ -15,6 +17,8 @@ import unittest
 
 HOLDFAST, GOLDEN = sys.argv[1], pathlib.Path(sys.argv[2])
 JOB = "golden.job-1"
+sys.path.insert(0, sys.argv[3])
+import fingerprint_reference  # noqa: E402
 
 
 def run(*arguments, **variables):
@@ -35,6 +39,44 @@ def crc32c(data):
         for _ in range(8):
             value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
     return value ^ 0xFFFFFFFF
+
+
+def tensor_bytes(checkpoint, tensor):
+    """All bytes of a tensor that `inspect --tensors --json` lists, put together from its pieces."""
+    element_bytes = fingerprint_reference.DTYPES[tensor["dtype"]][1]
+    shape = tensor["shape"]
+    whole = bytearray(math.prod(shape) * element_bytes)
+    for piece in tensor["pieces"]:
+        data = (checkpoint / piece["file"]).read_bytes()[piece["offset"]:]
+        lo = piece.get("box_lo", [0] * len(shape))
+        size = piece.get("box_size", shape)
+        places = itertools.product(*(range(a, a + n) for a, n in zip(lo, size)))
+        for number, place in enumerate(itertools.islice(places, piece["begin"], piece["end"])):
+            element = 0
+            for x, extent in zip(place, shape):
+                element = element * extent + x
+            whole[element * element_bytes:(element + 1) * element_bytes] = \
+                data[number * element_bytes:(number + 1) * element_bytes]
+    return bytes(whole)
+
+
+def write_fingerprints(checkpoint, fingerprints):
+    """Puts them into INDEX, one per tensor state, and seals INDEX and the manifest anew (docs/FORMAT.md)."""
+    index = bytearray((checkpoint / "INDEX").read_bytes())
+    _, record_bytes, offset, count = struct.unpack_from("<IIQQ", index, 64 + 5 * 24)
+    assert (record_bytes, count) == (80, len(fingerprints))
+    for i, fingerprint in enumerate(fingerprints):
+        at = offset + 80 * i
+        index[at + 45] |= 1
+        index[at + 46] = 1
+        index[at + 48:at + 64] = fingerprint.to_bytes(16, "little")
+    crc = crc32c(index[:-8])
+    index[-8:] = struct.pack("<II", crc, crc ^ 0xffffffff)
+    (checkpoint / "INDEX").write_bytes(index)
+    manifest = (checkpoint / "MANIFEST.json").read_text()
+    manifest = re.sub(r'("index": \{"bytes": \d+, "crc32c": ")\w+', rf"\g<1>{crc32c(index):08x}", manifest)
+    body = manifest[:-22]
+    (checkpoint / "MANIFEST.json").write_text(f'{body}"crc32c": "{crc32c(body.encode()):08x}"}}\n')
 
 
 class Cli(unittest.TestCase):
@@ -89,6 +131,33 @@ class Cli(unittest.TestCase):
         images = sum(path.stat().st_size for path in self.checkpoint.glob("*.h5"))
         self.assertEqual(report["verdict"], "good")
         self.assertEqual(report["blocks_checked"] * 4096, images)
+
+    def test_fingerprints_are_shown_and_checked(self):
+        tensors = json.loads(run("inspect", self.job, "--tensors", "--json")[1])["tensors"]
+        self.assertEqual({tensor["fingerprint"] for tensor in tensors}, {None})
+        self.assertIn("fingerprint not computed", run("inspect", self.job, "--tensors")[1])
+        code, text, _ = run("verify", self.job)
+        self.assertEqual(code, 0)
+        self.assertIn(f"0 fingerprints checked, {len(tensors)} not computed", text)
+
+        right = [fingerprint_reference.fingerprint(tensor["dtype"], tensor["shape"],
+                                                   tensor_bytes(self.checkpoint, tensor))
+                 for tensor in tensors]
+        write_fingerprints(self.checkpoint, right)
+        code, text, error = run("verify", self.job, "--json")
+        self.assertEqual(code, 0, text + error)
+        self.assertEqual(json.loads(text)["fingerprints"], {"checked": len(tensors), "not_computed": 0})
+        found = json.loads(run("inspect", self.job, "--tensors", "--json")[1])["tensors"]
+        self.assertEqual([int(tensor["fingerprint"], 16) for tensor in found], right)
+        self.assertIn(f"fingerprint {right[0]:032x}", run("inspect", self.job, "--tensors")[1])
+
+        wrong = [value ^ (i == 2) for i, value in enumerate(right)]
+        write_fingerprints(self.checkpoint, wrong)
+        code, text, _ = run("verify", self.job)
+        self.assertEqual(code, 4)
+        for part in (tensors[2]["name"], tensors[2]["state"], f"expected fingerprint {wrong[2]:032x}",
+                     f"found {right[2]:032x}", f"{len(tensors) - 1} fingerprints checked"):
+            self.assertIn(part, text)
 
     def test_verify_names_the_file_of_a_flipped_byte(self):
         report = json.loads(run("inspect", self.job, "--tensors", "--json")[1])

@@ -6,6 +6,7 @@
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -46,6 +47,10 @@ std::map<std::string, StateSum> SumByState(const Index& index) {
 
 std::string ShapeText(const TensorState& state) {
   return "[" + absl::StrJoin(state.shape, ", ") + "]";
+}
+
+std::string FingerprintText(const TensorFacts& facts) {
+  return facts.fingerprint.has_value() ? facts.fingerprint->Hex() : "not computed";
 }
 
 nlohmann::ordered_json PiecesJson(const Index& index, uint32_t tensor_state) {
@@ -103,11 +108,14 @@ nlohmann::ordered_json ToJson(const CatalogEntry& entry, const Index& index,
     json["tensors"] = nlohmann::ordered_json::array();
     for (uint32_t i = 0; i < index.tensor_states.size(); ++i) {
       const TensorState& state = index.tensor_states[i];
+      const std::optional<Fingerprint>& fingerprint = index.facts[i].fingerprint;
       json["tensors"].push_back({{"name", state.tensor},
                                  {"state", state.state},
                                  {"dtype", DtypeName(state.dtype)},
                                  {"shape", state.shape},
+                                 {"fingerprint", nullptr},
                                  {"pieces", PiecesJson(index, i)}});
+      if (fingerprint.has_value()) json["tensors"].back()["fingerprint"] = fingerprint->Hex();
     }
   }
   if (options.blobs) {
@@ -151,9 +159,9 @@ void PrintText(const CatalogEntry& entry, const Index& index, const Options& opt
     for (uint32_t i = 0; i < index.tensor_states.size(); ++i) {
       const TensorState& state = index.tensor_states[i];
       const auto [first, last] = index.PiecesOf(i);
-      std::printf("  %s %s %s %s in %zu pieces\n", Printable(state.tensor).c_str(),
+      std::printf("  %s %s %s %s in %zu pieces, fingerprint %s\n", Printable(state.tensor).c_str(),
                   Printable(state.state).c_str(), std::string(DtypeName(state.dtype)).c_str(),
-                  ShapeText(state).c_str(), last - first);
+                  ShapeText(state).c_str(), last - first, FingerprintText(index.facts[i]).c_str());
     }
   }
   if (options.blobs) {

@@ -78,6 +78,9 @@ void Print(const CatalogEntry& entry, const VerifyReport& report, bool json) {
                                      {"verdict", VerdictText(report.verdict)},
                                      {"bytes_read", report.bytes_read},
                                      {"blocks_checked", report.blocks_checked},
+                                     {"fingerprints",
+                                      {{"checked", report.fingerprints_checked},
+                                       {"not_computed", report.fingerprints_not_computed}}},
                                      {"finding_count", report.finding_count},
                                      {"findings", nlohmann::ordered_json::array()}};
     for (const Finding& finding : report.findings) {
@@ -90,9 +93,12 @@ void Print(const CatalogEntry& entry, const VerifyReport& report, bool json) {
     std::printf("%s\n", JsonText(output).c_str());
     return;
   }
-  std::printf("%s: %s (%llu blocks, %s read)\n", Printable(entry.directory).c_str(),
-              VerdictText(report.verdict), static_cast<unsigned long long>(report.blocks_checked),
-              HumanBytes(report.bytes_read).c_str());
+  std::printf("%s: %s (%llu blocks, %s read; %llu fingerprints checked, %llu not computed)\n",
+              Printable(entry.directory).c_str(), VerdictText(report.verdict),
+              static_cast<unsigned long long>(report.blocks_checked),
+              HumanBytes(report.bytes_read).c_str(),
+              static_cast<unsigned long long>(report.fingerprints_checked),
+              static_cast<unsigned long long>(report.fingerprints_not_computed));
   for (const Finding& finding : report.findings) {
     std::printf("  %s%s%s\n", Printable(finding.text).c_str(),
                 finding.tensors.empty() ? "" : "; tensors: ",
