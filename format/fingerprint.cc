@@ -193,9 +193,8 @@ void Fingerprinter::FinishBlock() {
     make_outer_(outer_group_, outer_);
   }
   for (size_t k = 0; k < kSumCount; ++k) {
-    const absl::uint128 sum = (absl::uint128{sums_.high[k]} << 32) + sums_.low[k];
-    total_ = fingerprint_field::Add(
-        total_, fingerprint_field::Multiply(sum, outer_[block_ % kOuterGroupBlocks][k]));
+    const absl::uint128 u = outer_[block_ % kOuterGroupBlocks][k];
+    total_ = fingerprint_field::Add(total_, fingerprint_field::Multiply(sums_.sum[k], u));
   }
   sums_ = {};
   block_ = kNone;

@@ -30,6 +30,19 @@ void ToOuter(const ChaChaBlock& block, std::array<absl::uint128, kSumCount>& u) 
   for (size_t k = 0; k < kSumCount; ++k) u[k] = FieldElement(block, k);
 }
 
+// The sum of at most 2^20 products below 2^64, out of their sum modulo 2^64 and that of their upper
+// halves: the sum of the lower halves is below 2^52, and is what is left of the former.
+struct ModularSums {
+  uint64_t all = 0;
+  uint64_t high = 0;
+
+  void Add(uint64_t product) {
+    all += product;
+    high += product >> 32;
+  }
+  absl::uint128 Sum() const { return (absl::uint128{high} << 32) + (all - (high << 32)); }
+};
+
 uint32_t Load32(const std::byte* bytes) {
   uint32_t word;
   std::memcpy(&word, bytes, sizeof(word));
@@ -66,29 +79,36 @@ const InnerCoefficients& Inner() {
 
 void AddWordsPortable(const InnerCoefficients& inner, size_t first_word, const std::byte* words,
                       size_t word_count, InnerSums& sums) {
-  InnerSums local;
-  for (size_t i = 0; i < word_count; ++i) {
-    local.AddWord(Load32(words + 4 * i), first_word + i, inner);
-  }
-  for (size_t k = 0; k < kSumCount; ++k) {
-    sums.low[k] += local.low[k];
-    sums.high[k] += local.high[k];
+  // Two k at a time: their sums stay in registers.
+  for (size_t k = 0; k < kSumCount; k += 2) {
+    const uint32_t* t0 = &inner.t[k][first_word];
+    const uint32_t* t1 = &inner.t[k + 1][first_word];
+    ModularSums sum0;
+    ModularSums sum1;
+    for (size_t i = 0; i < word_count; ++i) {
+      const uint64_t word = Load32(words + 4 * i);
+      sum0.Add(word * t0[i]);
+      sum1.Add(word * t1[i]);
+    }
+    sums.sum[k] += sum0.Sum();
+    sums.sum[k + 1] += sum1.Sum();
   }
 }
 
-// Lanes are 64 bits: the even words of eight, then the odd ones. `all` are sums of products modulo
-// 2^64, `high` of their upper halves; the sum of their lower halves is below 2^42 and so what is
-// left of `all` modulo 2^64.
+// Lanes are 64 bits: the even words of eight, then the odd ones. `all` and `high` as in
+// ModularSums.
 [[gnu::target("avx2")]] void AddWordsAvx2(const InnerCoefficients& inner, size_t first_word,
                                           const std::byte* words, size_t word_count,
                                           InnerSums& sums) {
   __m256i all[kSumCount];
   __m256i high[kSumCount];
+#pragma GCC unroll 4
   for (size_t k = 0; k < kSumCount; ++k) all[k] = high[k] = _mm256_setzero_si256();
   size_t i = 0;
   for (; i + 8 <= word_count; i += 8) {
     const __m256i even_words = Load256(words + 4 * i);
     const __m256i odd_words = _mm256_srli_epi64(even_words, 32);
+#pragma GCC unroll 4  // so that the sums stay in registers
     for (size_t k = 0; k < kSumCount; ++k) {
       const uint32_t* t = &inner.t[k][first_word + i];
       const __m256i even = _mm256_mul_epu32(even_words, Load256(t));
@@ -98,10 +118,9 @@ void AddWordsPortable(const InnerCoefficients& inner, size_t first_word, const s
           high[k], _mm256_add_epi64(_mm256_srli_epi64(even, 32), _mm256_srli_epi64(odd, 32)));
     }
   }
+#pragma GCC unroll 4
   for (size_t k = 0; k < kSumCount; ++k) {
-    const uint64_t high_sum = SumOfLanes(high[k]);
-    sums.low[k] += SumOfLanes(all[k]) - (high_sum << 32);
-    sums.high[k] += high_sum;
+    sums.sum[k] += ModularSums{SumOfLanes(all[k]), SumOfLanes(high[k])}.Sum();
   }
   for (; i < word_count; ++i) sums.AddWord(Load32(words + 4 * i), first_word + i, inner);
 }

@@ -30,17 +30,12 @@ struct InnerCoefficients {
 };
 const InnerCoefficients& Inner();
 
-// Sums of products w * t[k][j], exactly: 2^32 * high[k] + low[k].
+// Sums of products w * t[k][j], as integers: below 2^74.
 struct InnerSums {
-  std::array<uint64_t, kSumCount> low = {};
-  std::array<uint64_t, kSumCount> high = {};
+  std::array<absl::uint128, kSumCount> sum = {};
 
   void AddWord(uint32_t word, size_t j, const InnerCoefficients& inner) {
-    for (size_t k = 0; k < kSumCount; ++k) {
-      const uint64_t product = uint64_t{word} * inner.t[k][j];
-      low[k] += product & UINT32_MAX;
-      high[k] += product >> 32;
-    }
+    for (size_t k = 0; k < kSumCount; ++k) sum[k] += uint64_t{word} * inner.t[k][j];
   }
 };
 
