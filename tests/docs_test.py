@@ -34,7 +34,7 @@ def broken_links(path, text):
 
 
 def missing_scripts(path, text):
-    for script in sorted(set(re.findall(r"(?<![\w./])(scripts/[a-z_-]+|examples/[a-z_]+)\b", text))):
+    for script in sorted(set(re.findall(r"(?<![\w./])((?:scripts/[a-z_-]+|examples/[a-z_]+)(?:\.py)?)\b", text))):
         if not (ROOT / script).exists():
             yield f"{path.relative_to(ROOT)}: {script} does not exist"
 

@@ -1,0 +1,218 @@
+"""Where a tensor lies: address, bytes, dtype and shape of whatever the user calls an array.
+
+Neither torch nor numpy is imported; objects are recognised by what they offer, in this order:
+  1. `data_ptr()`, `dtype`, `shape`, `is_contiguous()`: torch tensors and their like,
+  2. `__array_interface__`: numpy arrays (also with ml_dtypes' bfloat16 and float8),
+  3. the buffer protocol: bytearray, array.array, mmap, memoryview,
+  4. DLPack (`__dlpack__`) in host memory.
+What is taken must be host memory, contiguous, row-major, writable (restore writes there) and native
+in byte order. Nothing is copied, ever: an array that would need a copy is refused by name, because
+a copy would be saved once and never change again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import re
+import sys
+from typing import Any, Callable, Optional, Tuple
+
+from .errors import InvalidArgument
+
+# The dtypes of layout documents (docs/layout-grammar.md), and bytes per element.
+DTYPES = {
+    "bool": 1, "uint8": 1, "int8": 1, "uint16": 2, "int16": 2, "uint32": 4, "int32": 4, "uint64": 8,
+    "int64": 8, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+}
+
+DLPACK_CPU = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """A contiguous, row-major array in this process's memory.
+
+    address: of the first byte; 0 if bytes is 0. dtype: one of DTYPES. shape: () is one element.
+    owner: what keeps the memory alive; held as long as it is registered or captured.
+    """
+
+    address: int
+    bytes: int
+    dtype: str
+    shape: Tuple[int, ...]
+    owner: Any = dataclasses.field(default=None, repr=False, compare=False)
+
+
+def memory_of(value: Any, what: str = "array") -> Memory:
+    """Where `value` lies; a Memory is returned as it is. Raises InvalidArgument, naming `what`,
+    with what was expected and found."""
+    if isinstance(value, Memory):
+        return value
+    if callable(getattr(value, "data_ptr", None)):
+        return _of_torch(value, what)
+    if getattr(value, "__array_interface__", None) is not None:
+        return _of_array_interface(value, what)
+    try:
+        view = memoryview(value)
+    except (TypeError, BufferError, ValueError):
+        view = None
+    if view is not None:
+        return _of_buffer(view, what)
+    if callable(getattr(value, "__dlpack__", None)):
+        return _of_dlpack(value, what)
+    raise InvalidArgument(
+        f"{what}: expected a torch tensor, a numpy array, a writable buffer or DLPack, found "
+        f"{_type_name(value)}")
+
+
+def _type_name(value: Any) -> str:
+    cls = type(value)
+    prefix = "" if cls.__module__ == "builtins" else cls.__module__ + "."
+    return prefix + cls.__qualname__
+
+
+def _refuse(what: str, expected: str, found: Any) -> InvalidArgument:
+    return InvalidArgument(f"{what}: expected {expected}, found {found}")
+
+
+def _make(what: str, address: int, dtype: str, shape: Any, owner: Any) -> Memory:
+    if dtype not in DTYPES:
+        raise _refuse(what, f"a dtype of {', '.join(DTYPES)}", dtype)
+    sizes = tuple(int(size) for size in shape)
+    size_bytes = DTYPES[dtype]
+    for size in sizes:
+        size_bytes *= size
+    return Memory(address if size_bytes > 0 else 0, size_bytes, dtype, sizes, owner)
+
+
+def _of_torch(tensor: Any, what: str) -> Memory:
+    if callable(getattr(tensor, "to_local", None)):
+        raise InvalidArgument(
+            f"{what}: a {_type_name(tensor)} lies on many ranks: give this rank's part "
+            "(to_local()) and a layout document that places it")
+    device = getattr(tensor, "device", None)
+    if device is not None and getattr(device, "type", "cpu") != "cpu":
+        raise _refuse(what, "a tensor in host memory (device cpu)", f"device {device}")
+    layout = str(getattr(tensor, "layout", "torch.strided"))
+    if layout != "torch.strided":
+        raise _refuse(what, "a dense tensor", f"layout {layout}")
+    for lazy in ("is_conj", "is_neg"):
+        test: Optional[Callable[[], bool]] = getattr(tensor, lazy, None)
+        if test is not None and test():
+            raise _refuse(what, "plain memory", f"a lazy view ({lazy}()); resolve it first")
+    if not tensor.is_contiguous():
+        strides = tuple(tensor.stride()) if callable(getattr(tensor, "stride", None)) else "others"
+        raise _refuse(what, f"a contiguous, row-major tensor of shape {tuple(tensor.shape)}",
+                      f"strides {strides}; give tensor.contiguous() and keep it, if that is what "
+                      "you train with")
+    dtype = str(tensor.dtype).rpartition(".")[2]
+    return _make(what, tensor.data_ptr(), dtype, tensor.shape, tensor)
+
+
+def _of_array_interface(array: Any, what: str) -> Memory:
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(array, numpy.generic):
+        raise _refuse(what, "an array", f"the numpy scalar {_type_name(array)}, which has no "
+                      "memory that can be restored; use a 0-d array")
+    interface = array.__array_interface__
+    typestr, shape = interface["typestr"], tuple(interface["shape"])
+    match = re.fullmatch(r"([<>|=])([a-zA-Z])(\d+)", typestr)
+    if match is None:  # dates have a unit behind
+        raise _refuse(what, f"a dtype of {', '.join(DTYPES)}", typestr)
+    order, kind, size = match.group(1), match.group(2), int(match.group(3))
+    native = "<" if sys.byteorder == "little" else ">"
+    if order not in (native, "|"):
+        raise _refuse(what, "native byte order", f"dtype {typestr}")
+    if kind == "V":  # ml_dtypes: only the dtype object knows the name
+        dtype = getattr(getattr(array, "dtype", None), "name", typestr)
+    else:
+        dtype = {"b": "bool", "i": f"int{8 * size}", "u": f"uint{8 * size}",
+                 "f": f"float{8 * size}"}.get(kind, typestr)
+    if DTYPES.get(dtype, size) != size:
+        raise _refuse(what, f"{DTYPES[dtype]} bytes per {dtype}", f"dtype {typestr}")
+    if interface.get("data") is None:
+        return _of_buffer(memoryview(array), what)
+    address, read_only = interface["data"]
+    if read_only:
+        raise _refuse(what, "writable memory", "a read-only array")
+    strides = interface.get("strides")
+    _check_strides(what, shape, strides, size)
+    return _make(what, address, dtype, shape, array)
+
+
+def _check_strides(what: str, shape: Tuple[int, ...], strides: Any, unit: int) -> None:
+    """`unit`: the stride of one element. None as strides means contiguous. The stride of a
+    dimension of size 1 says nothing, nor does any of an empty array."""
+    if strides is None or 0 in shape:
+        return
+    expected = unit
+    for size, stride in zip(reversed(shape), reversed(tuple(strides))):
+        if size != 1 and stride != expected:
+            raise _refuse(what, f"a contiguous, row-major array of shape {shape}",
+                          f"strides {tuple(strides)}")
+        expected *= size
+
+
+# Format characters of the buffer protocol; integers by their size.
+_FORMATS = {"?": "bool", "c": "uint8", "e": "float16", "f": "float32", "d": "float64"}
+
+
+def _of_buffer(view: memoryview, what: str) -> Memory:
+    native = "<" if sys.byteorder == "little" else ">"
+    form = view.format[1:] if view.format[:1] in ("@", "=", native) else view.format
+    if len(form) == 1 and form in "bhilqn":
+        dtype = f"int{8 * view.itemsize}"
+    elif len(form) == 1 and form in "BHILQN":
+        dtype = f"uint{8 * view.itemsize}"
+    elif form in _FORMATS:
+        dtype = _FORMATS[form]
+    else:
+        raise _refuse(what, "plain numbers in native byte order", f"format '{view.format}'")
+    if view.readonly:
+        raise _refuse(what, "writable memory", f"read-only {_type_name(view.obj)}")
+    if not view.c_contiguous:
+        raise _refuse(what, f"a contiguous, row-major buffer of shape {view.shape}",
+                      f"strides {view.strides}")
+    if view.nbytes == 0:
+        return _make(what, 0, dtype, view.shape, view)
+    # The exported object pins the memory: a bytearray cannot be resized while it lives.
+    pin = (ctypes.c_char * view.nbytes).from_buffer(view)
+    return _make(what, ctypes.addressof(pin), dtype, view.shape, pin)
+
+
+class _DLTensor(ctypes.Structure):
+    # dlpack.h, version 0.8 (https://dmlc.github.io/dlpack/latest/c_api.html); a DLManagedTensor
+    # begins with it.
+    _fields_ = [
+        ("data", ctypes.c_void_p), ("device_type", ctypes.c_int), ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32), ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16), ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)), ("byte_offset", ctypes.c_uint64)]
+
+
+_DLPACK_KINDS = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 6: "bool"}
+
+
+def _of_dlpack(value: Any, what: str) -> Memory:
+    device = getattr(value, "__dlpack_device__", lambda: (DLPACK_CPU, 0))()
+    if int(device[0]) != DLPACK_CPU:
+        raise _refuse(what, "host memory (DLPack device 1)", f"DLPack device {int(device[0])}")
+    try:
+        capsule = value.__dlpack__()
+    except Exception as error:  # the exporter's own refusal, whatever its class
+        raise InvalidArgument(f"{what}: {_type_name(value)} gives no DLPack: {error}") from error
+    get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    get_pointer.restype = ctypes.c_void_p
+    get_pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
+    tensor = _DLTensor.from_address(get_pointer(capsule, b"dltensor"))
+    shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
+    strides = tuple(tensor.strides[i] for i in range(tensor.ndim)) if tensor.strides else None
+    _check_strides(what, shape, strides, 1)
+    kind = _DLPACK_KINDS.get(tensor.code, f"DLPack type {tensor.code} of ")
+    dtype = "bool" if kind == "bool" else f"{kind}{tensor.bits}"
+    if tensor.lanes != 1:
+        dtype += f"x{tensor.lanes}"
+    # The capsule still owns the tensor: its destructor gives the memory back to the exporter.
+    return _make(what, (tensor.data or 0) + tensor.byte_offset, dtype, shape, (capsule, value))

@@ -1,0 +1,206 @@
+"""Checkpointer for PyTorch: a model, an optimizer, a scheduler and the random number generator.
+
+    model = DistributedDataParallel(net)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with holdfast.torch.Checkpointer(model, optimizer, every=100) as checkpointer:
+        resumed = checkpointer.restore()
+        step = resumed.step if resumed else 0
+        ...
+            optimizer.step()                  # waits for the capture by itself
+            checkpointer.after_step(step)
+
+Data parallel with everything replicated (DistributedDataParallel, or one process), tensors in host
+memory. Another number of ranks can go on. Sharded models (FSDP, DTensor) need
+`holdfast.Checkpointer` with a layout document.
+
+What is saved: every parameter, as state "param"; every persistent buffer, as state "buffer", of
+rank 0 (its batch statistics, as DistributedDataParallel holds it); every tensor of the optimizer's
+state, by its key; the optimizer's other values and param_groups, the scheduler's state_dict, and
+each rank's CPU random number generator. An optimizer that makes its state in its first step gets
+that of the checkpoint before it. On another number of ranks the generators are left as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Dict, List, Mapping, Optional, Tuple
+
+import torch
+
+from . import checkpointer as _checkpointer
+from .checkpointer import Resumed
+from .errors import DataLoss, InvalidArgument
+from .job import COMMIT_SECONDS, RESTORE_SECONDS
+from .layout import split_name
+
+PARAMETER = "param"
+BUFFER = "buffer"
+STATE_BYTES_MAX = 1 << 20
+
+
+class Checkpointer(_checkpointer.Checkpointer):
+    """See the module, and holdfast.Checkpointer for everything else. Threads: one at a time."""
+
+    def __init__(self, model: torch.nn.Module, optimizer: Optional[torch.optim.Optimizer] = None, *,
+                 scheduler: Any = None, rng: bool = True, state_bytes_max: int = STATE_BYTES_MAX,
+                 **options: Any):
+        """Opens the job, and hooks into the model and the optimizer (until `close`): the
+        optimizer's step waits for the capture of all tensors, the model's forward for that of its
+        buffers.
+
+        scheduler: anything with state_dict() and load_state_dict(). rng: save and restore the CPU
+        random number generator. options: of holdfast.Checkpointer (every, on_error, ...) and of
+        holdfast.Job (job, root, ...).
+        """
+        self._module = _unwrap(model)
+        self._optimizer = optimizer
+        self._scheduler = scheduler
+        self._rng = rng
+        self._parameters: Dict[str, torch.nn.Parameter] = dict(self._module.named_parameters())
+        self._names = {parameter: name for name, parameter in self._parameters.items()}
+        self._check_optimizer()
+        buffer_states = (BUFFER,) if self._buffers() else ()
+        super().__init__(self._tensors, prepare=self._make_optimizer_state,
+                         rank_0_states=buffer_states, first_states=buffer_states,
+                         state_bytes_max=state_bytes_max, **options)
+        self._hooks: List[Any] = []
+        if buffer_states:
+            self._hooks.append(model.register_forward_pre_hook(lambda *_: self.before_forward()))
+        if optimizer is not None:
+            self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self.before_update()))
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        super().close()
+
+    def restore(self, *, timeout: Optional[float] = RESTORE_SECONDS) -> Optional[Resumed]:
+        """Fills model, optimizer, scheduler and generator from the newest committed checkpoint.
+        None: there is none. The result's state and rank_state are those given to `after_step` or
+        `save`."""
+        resumed = super().restore(timeout=timeout)
+        if resumed is None:
+            return None
+        try:
+            state = dict(resumed.state)
+            self._load_optimizer_values(state["optimizer"])
+            if self._scheduler is not None and state["scheduler"] is not None:
+                self._scheduler.load_state_dict(state["scheduler"])
+            rank_state = dict(resumed.rank_state) if resumed.rank_state is not None else {}
+            if self._rng and rank_state.get("torch_rng") is not None:
+                torch.set_rng_state(
+                    torch.frombuffer(bytearray(rank_state["torch_rng"]), dtype=torch.uint8))
+        except (KeyError, TypeError) as error:
+            raise DataLoss(f"the checkpoint of step {resumed.step} was not saved by "
+                           f"holdfast.torch.Checkpointer: {error!r}") from error
+        return dataclasses.replace(resumed, state=state.get("user"),
+                                   rank_state=rank_state.get("user"))
+
+    def rank_state_of(self, old_rank: int) -> Any:
+        value = super().rank_state_of(old_rank)
+        return value.get("user") if isinstance(value, dict) else None
+
+    def save(self, step: int, state: Any = None, rank_state: Any = None) -> bool:
+        return super().save(step, *self._with_ours(state, rank_state))
+
+    def commit(self, step: int, state: Any = None, rank_state: Any = None, *,
+               timeout: float = COMMIT_SECONDS) -> None:
+        super().commit(step, *self._with_ours(state, rank_state), timeout=timeout)
+
+    # ---- Values
+
+    def _with_ours(self, state: Any, rank_state: Any) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+        scheduler = self._scheduler.state_dict() if self._scheduler is not None else None
+        rng = bytes(torch.get_rng_state().tolist()) if self._rng else None
+        return ({"user": state, "optimizer": self._optimizer_values(), "scheduler": scheduler},
+                {"user": rank_state, "torch_rng": rng})
+
+    def _optimizer_values(self) -> Any:
+        if self._optimizer is None:
+            return None
+        groups = [{key: value for key, value in group.items() if key != "params"}
+                  for group in self._optimizer.param_groups]
+        values = {}
+        for name, parameter in self._parameters.items():
+            own = {key: value for key, value in self._optimizer.state.get(parameter, {}).items()
+                   if not isinstance(value, torch.Tensor)}
+            if own:
+                values[name] = own
+        return {"param_groups": groups, "state": values}
+
+    def _load_optimizer_values(self, saved: Any) -> None:
+        if self._optimizer is None or saved is None:
+            return
+        groups = self._optimizer.param_groups
+        if len(saved["param_groups"]) != len(groups):
+            raise InvalidArgument(f"optimizer: expected {len(saved['param_groups'])} param_groups "
+                                  f"as in the checkpoint, found {len(groups)}")
+        for group, values in zip(groups, saved["param_groups"]):
+            group.update(values)
+        for name, values in saved["state"].items():
+            self._optimizer.state[self._parameter(name)].update(values)
+
+    # ---- Tensors
+
+    def _check_optimizer(self) -> None:
+        for index, group in enumerate(self._optimizer.param_groups if self._optimizer else ()):
+            for place, parameter in enumerate(group["params"]):
+                if parameter not in self._names:
+                    raise InvalidArgument(
+                        f"optimizer: parameter {place} of param_groups[{index}], of shape "
+                        f"{tuple(parameter.shape)}, is not one of the model's")
+
+    def _parameter(self, name: str) -> torch.nn.Parameter:
+        if name not in self._parameters:
+            raise InvalidArgument(f"the checkpoint has optimizer state of parameter '{name}', "
+                                  "which the model does not have")
+        return self._parameters[name]
+
+    def _buffers(self) -> Dict[str, torch.Tensor]:
+        """The persistent ones; one that has several names, under the first."""
+        seen: List[int] = [id(parameter) for parameter in self._parameters.values()]
+        buffers = {}
+        for name, value in self._module.state_dict(keep_vars=True).items():
+            if not isinstance(value, torch.Tensor):
+                raise InvalidArgument(f"model: '{name}' is no tensor; give it as state")
+            if id(value) not in seen:
+                seen.append(id(value))
+                buffers[name] = value
+        return buffers
+
+    def _tensors(self) -> Mapping[str, Mapping[str, torch.Tensor]]:
+        tensors: Dict[str, Dict[str, torch.Tensor]] = {
+            PARAMETER: dict(self._parameters), BUFFER: self._buffers()}
+        state = self._optimizer.state if self._optimizer is not None else {}
+        for name, parameter in self._parameters.items():
+            for key, value in state.get(parameter, {}).items():
+                if not isinstance(value, torch.Tensor):
+                    continue
+                if key in (PARAMETER, BUFFER) or "/" in key:
+                    raise InvalidArgument(
+                        f"optimizer: state '{key}' of '{name}': the name is taken")
+                tensors.setdefault(key, {})[name] = value
+        return tensors
+
+    def _make_optimizer_state(self, saved: Mapping[str, Tuple[str, Tuple[int, ...]]]) -> None:
+        """What restore will fill: the tensors that the optimizer would make in its first step."""
+        if self._optimizer is None:
+            return
+        for array, (dtype, shape) in saved.items():
+            key, name = split_name(array)
+            if key in (PARAMETER, BUFFER):
+                continue
+            state = self._optimizer.state[self._parameter(name)]
+            if key not in state:
+                state[key] = torch.zeros(shape, dtype=getattr(torch, dtype))
+
+
+def _unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    """The module whose names are those of the model on one process."""
+    for module in model.modules():
+        if any(cls.__name__ == "FullyShardedDataParallel" for cls in type(module).__mro__):
+            raise InvalidArgument("model: FullyShardedDataParallel shards its parameters; expected "
+                                  "a replicated model, or holdfast.Checkpointer with a layout "
+                                  "document")
+    return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model

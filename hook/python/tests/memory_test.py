@@ -1,0 +1,168 @@
+#!/usr/bin/python3
+"""holdfast/memory.py: every dtype, every way to offer memory, every reason to refuse it by name."""
+import array
+import ctypes
+import itertools
+import mmap
+import types
+import unittest
+
+import numpy
+
+from holdfast import InvalidArgument, Memory, memory_of
+from holdfast.memory import DTYPES
+
+NUMPY_DTYPES = [name for name in DTYPES if name not in ("bfloat16", "float8_e4m3fn", "float8_e5m2")]
+SHAPES = [(), (0,), (1,), (5,), (2, 3), (3, 0, 2), (1, 1, 7), (2, 1, 2, 1)]
+
+
+class OnlyDlpack:
+    """Offers nothing else."""
+
+    def __init__(self, array, device=(1, 0)):
+        self.array, self.device = array, device
+
+    def __dlpack__(self):
+        return self.array.__dlpack__()
+
+    def __dlpack_device__(self):
+        return self.device
+
+
+class FakeTensor:
+    """What torch's tensors offer, as far as it is asked for."""
+
+    def __init__(self, **changes):
+        self.memory = ctypes.create_string_buffer(24)
+        self.shape, self.dtype, self.layout = (2, 3), "torch.float32", "torch.strided"
+        self.device = types.SimpleNamespace(type="cpu")
+        self.contiguous = True
+        self.__dict__.update(changes)
+
+    def data_ptr(self):
+        return ctypes.addressof(self.memory)
+
+    def is_contiguous(self):
+        return self.contiguous
+
+    def stride(self):
+        return (1, 2)
+
+
+class MlDtype:
+    """ml_dtypes' arrays: the interface says V2, the dtype object knows the name."""
+
+    def __init__(self, name):
+        self.array = numpy.zeros(3, numpy.uint16)
+        self.dtype = types.SimpleNamespace(name=name)
+        self.__array_interface__ = dict(self.array.__array_interface__, typestr="<V2")
+
+
+class MemoryTest(unittest.TestCase):
+    def check(self, memory, address, dtype, shape):
+        count = 1
+        for size in shape:
+            count *= size
+        expected = Memory(address if count else 0, count * DTYPES[dtype], dtype, tuple(shape))
+        self.assertEqual(memory, expected)
+
+    def refused(self, value, *expected):
+        with self.assertRaises(InvalidArgument) as caught:
+            memory_of(value, "array 'param/w'")
+        for text in ("array 'param/w'", *expected):
+            self.assertIn(text, str(caught.exception))
+
+    def test_numpy_arrays_of_every_dtype_and_shape(self):
+        for dtype, shape in itertools.product(NUMPY_DTYPES, SHAPES):
+            with self.subTest(dtype=dtype, shape=shape):
+                value = numpy.zeros(shape, dtype)
+                memory = memory_of(value)
+                self.check(memory, value.ctypes.data, dtype, shape)
+                if memory.bytes:
+                    ctypes.memset(memory.address, 1, memory.bytes)
+                    self.assertEqual(value.tobytes(), b"\1" * memory.bytes)
+
+    def test_dlpack_of_every_dtype_and_shape(self):
+        # numpy 1.24 exports neither bool nor arrays without elements.
+        for dtype, shape in itertools.product(NUMPY_DTYPES, SHAPES):
+            if dtype == "bool" or 0 in shape:
+                continue
+            with self.subTest(dtype=dtype, shape=shape):
+                value = numpy.zeros(shape, dtype)
+                self.check(memory_of(OnlyDlpack(value)), value.ctypes.data, dtype, shape)
+
+    def test_buffers_of_every_format(self):
+        for code, dtype in (("b", "int8"), ("B", "uint8"), ("h", "int16"), ("H", "uint16"),
+                            ("i", "int32"), ("I", "uint32"), ("l", "int64"), ("L", "uint64"),
+                            ("q", "int64"), ("Q", "uint64"), ("f", "float32"), ("d", "float64")):
+            with self.subTest(code=code):
+                value = array.array(code, range(5))
+                self.check(memory_of(value), value.buffer_info()[0], dtype, (5,))
+        data = bytearray(12)
+        memory = memory_of(data)
+        ctypes.memset(memory.address, 7, 12)
+        self.assertEqual(data, b"\7" * 12)
+        with self.assertRaises(BufferError):
+            data.append(1)  # it may not move while somebody has its address
+        self.check(memory_of(bytearray()), 0, "uint8", (0,))
+        view = memoryview(data).cast("B", (3, 4))
+        self.check(memory_of(view), memory.address, "uint8", (3, 4))
+        self.assertEqual(memory_of(mmap.mmap(-1, 4096)).bytes, 4096)
+
+    def test_tensors_with_a_data_pointer(self):
+        for name in DTYPES:
+            tensor = FakeTensor(dtype=f"torch.{name}")
+            self.check(memory_of(tensor), tensor.data_ptr(), name, (2, 3))
+        value = MlDtype("bfloat16")
+        self.check(memory_of(value), value.array.ctypes.data, "bfloat16", (3,))
+        self.refused(MlDtype("float8_e5m2"), "1 bytes", "<V2")
+
+    def test_the_owner_is_kept(self):
+        value = numpy.zeros(3)
+        self.assertIs(memory_of(value).owner, value)
+        self.assertIs(memory_of(memory_of(value)).owner, value)
+
+    def test_numpy_arrays_that_would_need_a_copy_are_refused(self):
+        value = numpy.zeros((4, 6), numpy.float32)
+        for strided in (value.T, value[:, ::2], value[::-1], value[:, :3],
+                        numpy.broadcast_to(numpy.zeros(3), (2, 3))):
+            self.refused(strided, "expected")
+        read_only = numpy.zeros(3)
+        read_only.flags.writeable = False
+        self.refused(read_only, "writable", "read-only")
+        self.refused(numpy.zeros(3, ">f4"), "byte order", ">f4")
+        self.refused(numpy.zeros(3, numpy.complex64), "dtype", "<c8")
+        self.refused(numpy.zeros(3, numpy.float128), "float128")
+        self.refused(numpy.zeros(3, "M8[s]"), "M8")
+        self.refused(numpy.array([object()]), "dtype")
+        self.refused(numpy.zeros(3, [("a", "f4")]), "dtype")
+        self.refused(numpy.float32(3), "scalar")
+        # Strides that say nothing are no reason.
+        self.assertEqual(memory_of(value[:1].T[:6].reshape(6, 1)[:, :1]).shape, (6, 1))
+        self.assertEqual(memory_of(numpy.zeros((0, 4)).T).bytes, 0)
+
+    def test_tensors_that_would_need_a_copy_are_refused(self):
+        self.refused(FakeTensor(device=types.SimpleNamespace(type="cuda")), "host memory")
+        self.refused(FakeTensor(layout="torch.sparse_coo"), "dense", "sparse_coo")
+        self.refused(FakeTensor(contiguous=False), "contiguous", "(1, 2)")
+        self.refused(FakeTensor(dtype="torch.complex64"), "complex64")
+        self.refused(FakeTensor(is_neg=lambda: True), "is_neg")
+        self.refused(FakeTensor(to_local=lambda: None), "layout document")
+
+    def test_buffers_and_dlpack_that_would_need_a_copy_are_refused(self):
+        self.refused(b"bytes", "writable", "read-only bytes")
+        self.refused(memoryview(bytearray(9))[::2], "contiguous")
+        self.refused((ctypes.c_longdouble * 2)(), "format")
+        self.refused((ctypes.c_float.__ctype_be__ * 2)(), "byte order")
+        self.refused(OnlyDlpack(numpy.zeros((2, 3)).T), "contiguous")
+        self.refused(OnlyDlpack(numpy.zeros(3), device=(2, 0)), "device 2")
+        self.refused(OnlyDlpack(numpy.zeros(3, ">f4")), "DLPack")
+        self.refused(OnlyDlpack(numpy.zeros(3, numpy.complex64)), "dtype")
+
+    def test_anything_else_is_refused(self):
+        for value in (None, 3, "text", [1.0], object()):
+            self.refused(value, "expected", type(value).__name__)
+
+
+if __name__ == "__main__":
+    unittest.main()
