@@ -14,7 +14,8 @@ steps = int(sys.argv[1]) if len(sys.argv) > 1 else 200
 distributed.init_process_group("gloo")
 torch.manual_seed(distributed.get_rank())  # data of its own; DDP spreads rank 0's model
 model = nn.parallel.DistributedDataParallel(
-    nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Dropout(0.1), nn.Linear(256, 64)))
+    nn.Sequential(nn.Linear(64, 256), nn.BatchNorm1d(256), nn.GELU(), nn.Dropout(0.1),
+                  nn.Linear(256, 64)))
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=1000)
 

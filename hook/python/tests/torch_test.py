@@ -22,6 +22,21 @@ torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
 
 
+class Counting(torch.optim.Optimizer):
+    """Its state has values that are no tensors."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["count"] = state.get("count", 0) + 1
+                parameter.add_(parameter.grad, alpha=-group["lr"] / state["count"])
+
+
 def parameters(model):
     return list(model.parameters())
 
@@ -42,6 +57,7 @@ OPTIMIZERS = {
     "Adagrad": lambda m: torch.optim.Adagrad(m.parameters(), initial_accumulator_value=0.5),
     "Adadelta": lambda m: torch.optim.Adadelta(m.parameters()),
     "Adamax": lambda m: torch.optim.Adamax(m.parameters()),
+    "Counting": lambda m: Counting(m.parameters()),
     "ASGD": lambda m: torch.optim.ASGD(m.parameters(), t0=2),
 }
 
