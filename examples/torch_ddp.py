@@ -34,4 +34,5 @@ with holdfast.torch.Checkpointer(model, optimizer, scheduler=scheduler, every=10
         step += 1
         checkpointer.after_step(step)
         print(f"step {step} loss {loss.item().hex()}", flush=True)
+    checkpointer.commit(step)
 distributed.destroy_process_group()

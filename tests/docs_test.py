@@ -19,7 +19,7 @@ def tests_of_the_tree():
         elif path.name == "CMakeLists.txt":
             text = path.read_text(encoding="utf-8")
             names.update(re.findall(r"add_test\(NAME (\w+)", text))
-            names.update(re.findall(r"holdfast_test\((\w+)", text))
+            names.update(re.findall(r"holdfast_(?:python_)?test\((\w+)", text))
     return names
 
 
