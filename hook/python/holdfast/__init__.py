@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ALL_GROUPS", "Aborted", "AlreadyExists", "Blob", "Buffer", "CheckSource", "Checkpointer",
     "Code", "DataLoss", "DeadlineExceeded", "Error", "FailedPrecondition", "Faults", "Info",
-    "Internal", "InvalidArgument", "Job", "LibraryNotFound", "Memory", "NotFound", "PermissionDenied",
-    "ResourceExhausted", "Restored", "Resumed", "SaveReport", "SaveState", "Scope", "Unavailable",
-    "Unimplemented", "library_path", "library_version", "memory", "memory_of", "replicated",
-    "values"]
+    "Internal", "InvalidArgument", "Job", "LibraryNotFound", "Memory", "NotFound",
+    "PermissionDenied", "ResourceExhausted", "Restored", "Resumed", "SaveReport", "SaveState",
+    "Scope", "Unavailable", "Unimplemented", "library_path", "library_version", "memory",
+    "memory_of", "replicated", "values"]

@@ -18,9 +18,9 @@ Failures. Opening and restoring raise: nobody wants to find out a day later that
 From then on training goes on: a failed save is logged (logger "holdfast") and counted, as long as
 `on_error` is "log"; "raise" raises.
 
-The order of registrations is the same on every rank (the agent compares the n-th of each): first,
-if `prepare` is given, no arrays at all, to read what the checkpoint holds; then the arrays, to
-restore them; then, if some lie on rank 0 alone, the arrays as they will be saved.
+The order of registrations is the same on every rank (the agent compares the n-th of each): first no
+arrays at all, to learn whether there is a checkpoint and what it holds; then the arrays, to restore
+them; then, if some lie on rank 0 alone, the arrays as they will be saved.
 """
 
 from __future__ import annotations
@@ -155,19 +155,19 @@ class Checkpointer:
         before the first save, and on every rank. timeout: seconds."""
         if self._registered is not None:
             raise FailedPrecondition("restore comes before the first save, and once")
+        # A tensor that the checkpoint lacks is NOT_FOUND as well, and no reason to begin anew.
+        self.job.register(replicated({}, self._world_size), (), self._blobs,
+                          timeout=REGISTER_SECONDS)
         try:
-            if self._prepare is not None:
-                self.job.register(self._document({}, on_all_ranks=True), (), self._blobs,
-                                  timeout=REGISTER_SECONDS)
-                self.job.restore(timeout=timeout)
-                self._prepare(self._restored_catalog())
-            arrays = self._collect()
-            self._register(arrays, on_all_ranks=True)
-            restored = self.job.restore(timeout=timeout)
+            self.job.restore(timeout=timeout)
         except NotFound:
-            if self._rank_0_states:
-                self._registered = None  # what is registered is for restoring
+            self._register_for_saving()
             return None
+        if self._prepare is not None:
+            self._prepare(self._restored_catalog())
+        arrays = self._collect()
+        self._register(arrays, on_all_ranks=True)
+        restored = self.job.restore(timeout=timeout)
         state = self._restored_value(STATE_BLOB, None)
         rank_state = None
         if restored.world_size == self._world_size:
@@ -176,9 +176,15 @@ class Checkpointer:
             self._register(arrays, on_all_ranks=False)
         return Resumed(state=state, rank_state=rank_state, **dataclasses.asdict(restored))
 
+    def _register_for_saving(self) -> None:
+        """Now, so that what is wrong with the arrays is said now."""
+        arrays = self._collect()
+        if self._prepare is None:  # else more of them come with the first step
+            self._register(arrays, on_all_ranks=False)
+
     def rank_state_of(self, old_rank: int) -> Any:
-        """The rank_state that a rank of the checkpoint's run saved. After `restore`. Raises
-        NotFound if there was no such rank; None if it saved none."""
+        """The rank_state that a rank of the checkpoint's run saved. After `restore`. None if it
+        saved none, or if there was no such rank."""
         return self._restored_value(RANK_STATE_BLOB, old_rank)
 
     def _restored_value(self, blob: str, rank: Optional[int]) -> Any:

@@ -144,6 +144,18 @@ class CheckpointerTest(unittest.TestCase):
         self.open(arrays, prepare=prepare).restore()
         self.assertEqual(numpy_step, 7)
 
+    def test_an_array_that_the_checkpoint_lacks_is_named_and_no_reason_to_begin_anew(self):
+        with self.open({"param/w": numpy.zeros(5)}) as checkpointer:
+            checkpointer.commit(1)
+        v = numpy.zeros(5)
+        layout = holdfast.replicated({"param/v": holdfast.memory_of(v)}, 1)
+        for options in ({}, {"layout": layout}):
+            checkpointer = self.open({"param/v": v}, **options)
+            with self.assertRaises(holdfast.Error) as caught:
+                checkpointer.restore()
+            self.assertIn('"v"', str(caught.exception))
+            checkpointer.close()
+
     def test_a_failed_save_is_logged_and_training_goes_on(self):
         w = numpy.zeros(5)
         checkpointer = self.open({"param/w": w}, state_bytes_max=10)
