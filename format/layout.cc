@@ -1,10 +1,10 @@
 // Lowering: from the program of a layout to the segments of one rank, and to who holds them.
 //
 // Pieces of unpacked tensors are equal or disjoint by construction, so their holders follow from
-// the placement alone. Packed ones can overlap in part: where local tensors differ in size or
-// presence (tied embeddings on two pipeline stages, uneven tensor-parallel shards), the packs of
-// different ranks are cut at different elements. format/layout_packs.cc cuts those until pieces are
-// equal or disjoint again.
+// the placement alone; of listed ones the document says them. Packed ones can overlap in part:
+// where local tensors differ in size or presence (tied embeddings on two pipeline stages, uneven
+// tensor-parallel shards), the packs of different ranks are cut at different elements.
+// format/layout_packs.cc cuts those until pieces are equal or disjoint again.
 #include "format/layout.h"
 
 #include <algorithm>
@@ -18,40 +18,48 @@
 #include "base/check.h"
 #include "format/layout_packs.h"
 #include "format/layout_program.h"
+#include "format/local_tensor.h"
 
 namespace holdfast {
 namespace {
 
-// The piece that elements [begin, end) of the local tensor's box are, in the form that is the same
-// for all boxes that hold the same elements in the same order: a range of the whole tensor if the
-// box is one.
-Piece PieceOf(const LocalTensor& local, std::span<const uint64_t> shape, BoxTable& boxes) {
-  const std::span<const uint64_t> lo(local.lo.data(), local.dims);
-  const std::span<const uint64_t> size(local.size.data(), local.dims);
-  if (const auto first = ContiguousStart({lo, size}, shape); first.has_value()) {
-    return {0, kWholeTensor, *first + local.begin, *first + local.end};
+// A box in the form that is the same for all boxes that hold the same elements in the same order: a
+// range of the whole tensor if it is one.
+Piece PieceOf(BoxView box, uint64_t begin, uint64_t end, std::span<const uint64_t> shape,
+              BoxTable& boxes) {
+  if (const auto first = ContiguousStart(box, shape); first.has_value()) {
+    return {0, kWholeTensor, *first + begin, *first + end};
   }
   // The states of one tensor come one behind the other and mostly have one box.
   if (boxes.size() > 0) {
     const BoxView last = boxes[boxes.size() - 1];
-    if (std::equal(lo.begin(), lo.end(), last.lo.begin(), last.lo.end()) &&
-        std::equal(size.begin(), size.end(), last.size.begin(), last.size.end())) {
-      return {0, boxes.size() - 1, local.begin, local.end};
+    if (std::equal(box.lo.begin(), box.lo.end(), last.lo.begin(), last.lo.end()) &&
+        std::equal(box.size.begin(), box.size.end(), last.size.begin(), last.size.end())) {
+      return {0, boxes.size() - 1, begin, end};
     }
   }
-  return {0, boxes.Add(lo, size), local.begin, local.end};
+  return {0, boxes.Add(box.lo, box.size), begin, end};
 }
 
 // The ranks that a placement without a pack gives the same piece as the rank at `coordinates`.
 std::vector<uint32_t> HoldersOf(const LayoutProgram& program, const Placement& placement,
                                 std::span<const uint32_t> coordinates) {
-  CoordinateChoices choices = AllCoordinates(program.mesh);
-  for (const PlacementOp& op : placement) {
-    choices[op.axis] = op.kind == PlacementOp::Kind::kPlace
-                           ? op.coordinates
-                           : std::vector<uint32_t>{coordinates[op.axis]};
+  const Mesh& mesh = program.MeshOf(placement);
+  CoordinateChoices choices = AllCoordinates(mesh);
+  for (const PlacementOp& op : placement.ops) {
+    for (uint32_t axis : op.axes) {
+      choices[axis] = op.kind == PlacementOp::Kind::kPlace
+                          ? op.coordinates
+                          : std::vector<uint32_t>{coordinates[axis]};
+    }
   }
-  return RanksOf(program.mesh, choices);
+  return RanksOf(mesh, choices);
+}
+
+std::vector<uint32_t> RanksOfListed(const ListedSegment& listed) {
+  std::vector<uint32_t> ranks;
+  for (const ListedSegment::Copy& copy : listed.copies) ranks.push_back(copy.rank);
+  return ranks;
 }
 
 // Collects the segments of one rank.
@@ -59,19 +67,26 @@ class RankLowering {
  public:
   RankLowering(const LayoutProgram& program, Rank rank)
       : program_(program),
-        coordinates_(program.CoordinatesOf(Value(rank))),
-        buffer_numbers_(program.buffer_names.size(), kNoBuffer) {}
+        rank_(Value(rank)),
+        buffer_numbers_(program.buffer_names.size(), kNoBuffer) {
+    for (const Mesh& mesh : program.meshes) {
+      coordinates_.push_back(mesh.CoordinatesOf(Value(rank)));
+    }
+  }
 
   // `cut_by_holders`: also fills holders and holder_sets, and cuts packed pieces where those
   // change.
   RankHoldings Lower(bool cut_by_holders) {
     cut_by_holders_ = cut_by_holders;
     for (const PackProgram& pack : program_.packs) {
-      contents_.push_back(FillPack(program_, pack, coordinates_));
+      contents_.push_back(FillPack(program_, pack, coordinates_[pack.mesh]));
       if (cut_by_holders) cuts_.emplace_back(program_, pack);
     }
     for (uint32_t index = 0; index < program_.tensor_states.size(); ++index) {
-      if (program_.states[index].pack == kNoPack) {
+      const StateProgram& state = program_.states[index];
+      if (state.listed != kNotListed) {
+        AddListed(index);
+      } else if (state.pack == kNoPack) {
         AddUnpacked(index);
       } else {
         AddPacked(index);
@@ -94,62 +109,121 @@ class RankLowering {
     return number;
   }
 
-  void Add(uint32_t index, const LocalTensor& local, uint32_t buffer, uint64_t offset_bytes) {
-    Segment segment;
-    segment.piece = PieceOf(local, program_.tensor_states[index].shape, out_.layout.boxes);
-    segment.piece.tensor_state = index;
-    segment.buffer = buffer;
-    segment.buffer_offset_bytes = offset_bytes;
-    out_.layout.segments.push_back(segment);
+  const TensorState& State(uint32_t index) const { return program_.tensor_states[index]; }
+
+  // The number of these strides in the layout. Neighbours are often alike.
+  uint32_t Strides(std::vector<uint64_t> strides_bytes) {
+    std::vector<std::vector<uint64_t>>& all = out_.layout.strides_bytes;
+    if (all.empty() || all.back() != strides_bytes) all.push_back(std::move(strides_bytes));
+    return static_cast<uint32_t>(all.size() - 1);
+  }
+
+  // Adds what lies in places [begin, end) of the local tensor, of which place `begin` is at
+  // offset_bytes of the buffer. True if that is anything: it may all be padding.
+  bool Add(uint32_t index, const LocalTensor& local, uint64_t begin, uint64_t end, uint32_t buffer,
+           uint64_t offset_bytes) {
+    const TensorState& tensor_state = State(index);
+    const uint64_t element_bytes = ElementBytes(tensor_state.dtype);
+    parts_.clear();
+    CHECK(local.PartsOf(begin, end, kLocalPartsMax, parts_));  // held when the document was parsed
+    for (const LocalPart& part : parts_) {
+      Segment segment;
+      segment.buffer = buffer;
+      segment.buffer_offset_bytes = offset_bytes + (part.place - begin) * element_bytes;
+      if (part.contiguous) {
+        segment.piece =
+            PieceOf(part.box.View(), part.begin, part.end, tensor_state.shape, out_.layout.boxes);
+      } else {
+        std::vector<uint64_t> strides(part.box.dims);
+        for (size_t d = 0; d < strides.size(); ++d) strides[d] = part.strides[d] * element_bytes;
+        segment.strides = Strides(std::move(strides));
+        segment.piece = {0, out_.layout.boxes.Add(part.box.View().lo, part.box.View().size),
+                         part.begin, part.end};
+      }
+      segment.piece.tensor_state = index;
+      out_.layout.segments.push_back(segment);
+    }
+    return !parts_.empty();
+  }
+
+  // Of the segments that have none yet.
+  void SetHolders(uint32_t holder_set) {
+    out_.holders.resize(out_.layout.segments.size(), holder_set);
   }
 
   void AddUnpacked(uint32_t index) {
     const StateProgram& state = program_.states[index];
-    const TensorState& tensor_state = program_.tensor_states[index];
     const Placement& placement = program_.placements[state.placement];
-    const LocalTensor local = Evaluate(program_.mesh, placement, tensor_state.shape, coordinates_);
-    if (!local.held) return;
-    const uint64_t bytes = (local.end - local.begin) * ElementBytes(tensor_state.dtype);
+    const std::vector<uint32_t>& coordinates = coordinates_[placement.mesh];
+    const LocalTensor local = Evaluate(program_, placement, State(index).shape, coordinates);
+    if (!local.held()) return;
+    const uint64_t bytes = local.places() * ElementBytes(State(index).dtype);
     const uint32_t buffer = Buffer(state.buffer, bytes == 0 ? 0 : state.offset_bytes + bytes);
     if (bytes == 0) return;
-    Add(index, local, buffer, state.offset_bytes);
+    if (!Add(index, local, 0, local.places(), buffer, state.offset_bytes)) return;
     if (!cut_by_holders_) return;
     const auto [found, is_new] = set_of_placement_.emplace(state.placement, 0);
-    if (is_new) found->second = HolderSet(HoldersOf(program_, placement, coordinates_));
-    out_.holders.push_back(found->second);
+    if (is_new) found->second = HolderSet(HoldersOf(program_, placement, coordinates));
+    SetHolders(found->second);
   }
 
   void AddPacked(uint32_t index) {
     const StateProgram& state = program_.states[index];
-    const TensorState& tensor_state = program_.tensor_states[index];
+    const PackProgram& pack = program_.packs[state.pack];
     const PackContents& contents = contents_[state.pack];
-    const uint64_t element_bytes = ElementBytes(tensor_state.dtype);
-    LocalTensor local = Evaluate(program_.mesh, program_.placements[state.placement],
-                                 tensor_state.shape, coordinates_);
-    if (!local.held) return;
+    const std::vector<uint32_t>& coordinates = coordinates_[pack.mesh];
+    const uint64_t element_bytes = ElementBytes(State(index).dtype);
+    const LocalTensor local =
+        Evaluate(program_, program_.placements[state.placement], State(index).shape, coordinates);
+    if (!local.held()) return;
     const uint32_t buffer = Buffer(state.buffer, contents.slice_elements * element_bytes);
     const uint64_t start = contents.starts[state.pack_member];
-    const uint64_t length = local.end - local.begin;
-    const uint64_t slice_begin =
-        contents.slice_elements * coordinates_[program_.packs[state.pack].axis];
+    const uint64_t slice_begin = contents.slice_elements *
+                                 program_.meshes[pack.mesh].JointCoordinate(pack.axes, coordinates);
     const uint64_t slice_end = slice_begin + contents.slice_elements;
     const uint64_t first = std::max(start, slice_begin);  // in the pack
-    const uint64_t last = std::min(start + length, slice_end);
+    const uint64_t last = std::min(start + local.places(), slice_end);
     if (first >= last) return;
-    const auto add = [&](uint64_t begin, uint64_t end) {  // in the local tensor
-      LocalTensor part = local;
-      part.begin = local.begin + begin;
-      part.end = local.begin + end;
-      Add(index, part, buffer, (start + begin - slice_begin) * element_bytes);
+    const auto add = [&](uint64_t begin, uint64_t end) {
+      return Add(index, local, begin, end, buffer, (start + begin - slice_begin) * element_bytes);
     };
     if (!cut_by_holders_) {
       add(first - start, last - start);
       return;
     }
     for (PackCut& cut :
-         cuts_[state.pack].CutsOf(state.pack_member, coordinates_, first - start, last - start)) {
-      add(cut.begin, cut.end);
-      out_.holders.push_back(HolderSet(std::move(cut.ranks)));
+         cuts_[state.pack].CutsOf(state.pack_member, coordinates, first - start, last - start)) {
+      if (add(cut.begin, cut.end)) SetHolders(HolderSet(std::move(cut.ranks)));
+    }
+  }
+
+  void AddListed(uint32_t index) {
+    const uint64_t element_bytes = ElementBytes(State(index).dtype);
+    for (const ListedSegment& listed : program_.listed[program_.states[index].listed].segments) {
+      const auto copy = std::lower_bound(
+          listed.copies.begin(), listed.copies.end(), rank_,
+          [](const ListedSegment::Copy& each, uint32_t rank) { return each.rank < rank; });
+      if (copy == listed.copies.end() || copy->rank != rank_) continue;
+      Segment segment;
+      uint64_t last = 0;  // offset of the last element
+      uint64_t volume = 1;
+      for (size_t d = 0; d < listed.size.size(); ++d) {
+        volume *= listed.size[d];
+        if (!copy->strides_bytes.empty()) last += (listed.size[d] - 1) * copy->strides_bytes[d];
+      }
+      if (copy->strides_bytes.empty()) {
+        last = (volume - 1) * element_bytes;
+        segment.piece =
+            PieceOf({listed.lo, listed.size}, 0, volume, State(index).shape, out_.layout.boxes);
+      } else {
+        segment.piece = {0, out_.layout.boxes.Add(listed.lo, listed.size), 0, volume};
+        segment.strides = Strides(copy->strides_bytes);
+      }
+      segment.piece.tensor_state = index;
+      segment.buffer_offset_bytes = copy->offset_bytes;
+      segment.buffer = Buffer(copy->buffer, copy->offset_bytes + last + element_bytes);
+      out_.layout.segments.push_back(segment);
+      if (cut_by_holders_) SetHolders(HolderSet(RanksOfListed(listed)));
     }
   }
 
@@ -161,7 +235,8 @@ class RankLowering {
   }
 
   const LayoutProgram& program_;
-  const std::vector<uint32_t> coordinates_;
+  const uint32_t rank_;
+  std::vector<std::vector<uint32_t>> coordinates_;  // in every mesh
   bool cut_by_holders_ = false;
   RankHoldings out_;
   std::vector<uint32_t> buffer_numbers_;  // of each name: its number here
@@ -169,39 +244,87 @@ class RankLowering {
   std::vector<PackCuts> cuts_;
   std::unordered_map<uint32_t, uint32_t> set_of_placement_;
   std::map<std::vector<uint32_t>, uint32_t> holder_sets_;
+  std::vector<LocalPart> parts_;
 };
+
+// Bytes of a buffer in which elements of a segment lie one behind the other.
+struct BufferRun {
+  uint32_t buffer = 0;
+  uint64_t begin = 0;
+  uint64_t end = 0;
+  uint32_t segment = 0;
+};
+
+// The runs of a segment; of a strided one with more than kRunsMax the bytes from its first to its
+// last, as if nothing lay between.
+constexpr uint64_t kRunsMax = uint64_t{1} << 20;
+
+void AddRuns(const std::vector<TensorState>& tensor_states, const RankLayout& layout,
+             uint32_t number, std::vector<BufferRun>& runs) {
+  const Segment& segment = layout.segments[number];
+  const uint64_t element_bytes = ElementBytes(tensor_states[segment.piece.tensor_state].dtype);
+  const uint64_t at = segment.buffer_offset_bytes;
+  if (segment.strides == kContiguous) {
+    runs.push_back({segment.buffer, at, at + segment.piece.ElementCount() * element_bytes, number});
+    return;
+  }
+  const std::vector<uint64_t>& strides = layout.strides_bytes[segment.strides];
+  const BoxView box = layout.boxes[segment.piece.box];
+  // Dimensions from the smallest stride on, as long as they go on without a gap, are one run.
+  std::vector<size_t> order(strides.size());
+  for (size_t d = 0; d < order.size(); ++d) order[d] = d;
+  std::erase_if(order, [&](size_t d) { return box.size[d] == 1; });
+  std::stable_sort(order.begin(), order.end(),
+                   [&](size_t a, size_t b) { return strides[a] < strides[b]; });
+  uint64_t run = element_bytes;
+  size_t joined = 0;
+  for (; joined < order.size() && strides[order[joined]] == run; ++joined) {
+    run *= box.size[order[joined]];
+  }
+  uint64_t count = 1;
+  uint64_t span = run;
+  for (size_t i = joined; i < order.size(); ++i) {
+    count = count > kRunsMax ? count : count * box.size[order[i]];
+    span += (box.size[order[i]] - 1) * strides[order[i]];
+  }
+  if (count > kRunsMax) {
+    runs.push_back({segment.buffer, at, at + span, number});
+    return;
+  }
+  for (uint64_t i = 0; i < count; ++i) {
+    uint64_t rest = i;
+    uint64_t begin = at;
+    for (size_t k = joined; k < order.size(); ++k) {
+      begin += rest % box.size[order[k]] * strides[order[k]];
+      rest /= box.size[order[k]];
+    }
+    runs.push_back({segment.buffer, begin, begin + run, number});
+  }
+}
 
 // Two segments of a buffer share bytes only if they are the same bytes of one dtype: tied tensors.
 absl::Status CheckBuffers(const std::vector<TensorState>& tensor_states, const RankLayout& layout) {
-  std::vector<uint32_t> order(layout.segments.size());
-  for (uint32_t i = 0; i < order.size(); ++i) order[i] = i;
-  const auto bytes_of = [&](const Segment& segment) {
-    return segment.piece.ElementCount() *
-           ElementBytes(tensor_states[segment.piece.tensor_state].dtype);
-  };
-  std::sort(order.begin(), order.end(), [&layout](uint32_t a, uint32_t b) {
-    const Segment& x = layout.segments[a];
-    const Segment& y = layout.segments[b];
-    return std::tie(x.buffer, x.buffer_offset_bytes, a) <
-           std::tie(y.buffer, y.buffer_offset_bytes, b);
+  std::vector<BufferRun> runs;
+  runs.reserve(layout.segments.size());
+  for (uint32_t i = 0; i < layout.segments.size(); ++i) AddRuns(tensor_states, layout, i, runs);
+  std::sort(runs.begin(), runs.end(), [](const BufferRun& a, const BufferRun& b) {
+    return std::tie(a.buffer, a.begin, a.segment) < std::tie(b.buffer, b.begin, b.segment);
   });
-  for (size_t i = 1; i < order.size(); ++i) {
-    const Segment& before = layout.segments[order[i - 1]];
-    const Segment& here = layout.segments[order[i]];
-    const uint64_t before_end = before.buffer_offset_bytes + bytes_of(before);
-    if (before.buffer != here.buffer || here.buffer_offset_bytes >= before_end) continue;
-    const TensorState& a = tensor_states[before.piece.tensor_state];
-    const TensorState& b = tensor_states[here.piece.tensor_state];
-    if (here.buffer_offset_bytes == before.buffer_offset_bytes && a.dtype == b.dtype &&
-        bytes_of(here) == bytes_of(before)) {
+  for (size_t i = 1; i < runs.size(); ++i) {
+    const BufferRun& before = runs[i - 1];
+    const BufferRun& here = runs[i];
+    if (before.buffer != here.buffer || here.begin >= before.end) continue;
+    const TensorState& a = tensor_states[layout.segments[before.segment].piece.tensor_state];
+    const TensorState& b = tensor_states[layout.segments[here.segment].piece.tensor_state];
+    if (before.segment != here.segment && here.begin == before.begin && here.end == before.end &&
+        a.dtype == b.dtype) {
       continue;
     }
     return absl::InvalidArgumentError(absl::StrFormat(
         "buffer \"%s\": %s lies at bytes [%d, %d) and %s at bytes [%d, %d); expected that they are "
         "apart, or equal and of one dtype (tied)",
-        layout.buffers[here.buffer].name.substr(0, 200), Describe(a), before.buffer_offset_bytes,
-        before_end, Describe(b), here.buffer_offset_bytes,
-        here.buffer_offset_bytes + bytes_of(here)));
+        layout.buffers[here.buffer].name.substr(0, 200), Describe(a), before.begin, before.end,
+        Describe(b), here.begin, here.end));
   }
   return absl::OkStatus();
 }
@@ -211,24 +334,25 @@ absl::Status CheckBuffers(const std::vector<TensorState>& tensor_states, const R
 class PlacementLoad {
  public:
   PlacementLoad(const LayoutProgram& program, const Placement& placement)
-      : program_(program), placement_(placement), coordinates_(program.mesh.size(), 0) {
-    size_t combinations = 1;
-    for (const PlacementOp& op : placement) {
+      : program_(program),
+        placement_(placement),
+        mesh_(program.MeshOf(placement)),
+        coordinates_(mesh_.axes.size(), 0) {
+    for (const PlacementOp& op : placement.ops) {
       if (op.kind == PlacementOp::Kind::kPlace) {
-        coordinates_[op.axis] = op.coordinates[0];  // any that holds it: all hold the same
+        coordinates_[op.axes[0]] = op.coordinates[0];  // any that holds it: all hold the same
       } else {
-        axes_.push_back(op.axis);
-        combinations *= program.mesh[op.axis].size;
+        axes_.insert(axes_.end(), op.axes.begin(), op.axes.end());
       }
     }
-    bytes_.resize(combinations);
+    bytes_.resize(mesh_.SizeOf(axes_));
   }
 
   void Add(std::span<const uint64_t> shape, uint64_t element_bytes, uint64_t count) {
     for (size_t i = 0; i < bytes_.size(); ++i) {
       SetCoordinates(i);
-      const LocalTensor local = Evaluate(program_.mesh, placement_, shape, coordinates_);
-      bytes_[i] += (local.end - local.begin) * element_bytes * count;
+      const LocalTensor local = Evaluate(program_, placement_, shape, coordinates_);
+      bytes_[i] += local.ElementCount(0, local.places()) * element_bytes * count;
     }
   }
 
@@ -242,13 +366,14 @@ class PlacementLoad {
  private:
   void SetCoordinates(size_t combination) {
     for (uint32_t axis : axes_) {
-      coordinates_[axis] = static_cast<uint32_t>(combination % program_.mesh[axis].size);
-      combination /= program_.mesh[axis].size;
+      coordinates_[axis] = static_cast<uint32_t>(combination % mesh_.axes[axis].size);
+      combination /= mesh_.axes[axis].size;
     }
   }
 
   const LayoutProgram& program_;
   const Placement& placement_;
+  const Mesh& mesh_;
   std::vector<uint32_t> axes_;
   std::vector<uint32_t> coordinates_;
   std::vector<uint64_t> bytes_;
@@ -267,7 +392,7 @@ absl::StatusOr<std::unique_ptr<const Layout>> Layout::Parse(std::string json) {
 
 const std::string& Layout::text() const { return program_->text; }
 LayoutHash Layout::hash() const { return program_->hash; }
-const std::vector<MeshAxis>& Layout::mesh() const { return program_->mesh; }
+const std::vector<MeshAxis>& Layout::mesh() const { return program_->meshes[0].axes; }
 uint32_t Layout::world_size() const { return program_->world_size; }
 const std::vector<TensorState>& Layout::tensor_states() const { return program_->tensor_states; }
 
@@ -293,7 +418,7 @@ std::vector<HolderLoad> Layout::HolderLoads() const {
   for (size_t i = 0; i < program_->states.size(); ++i) {
     const StateProgram& state = program_->states[i];
     const TensorState& tensor_state = program_->tensor_states[i];
-    if (state.pack != kNoPack) continue;
+    if (state.pack != kNoPack || state.listed != kNotListed) continue;
     ++alike[{state.placement, ElementBytes(tensor_state.dtype), tensor_state.shape}];
   }
   std::map<std::vector<uint32_t>, uint64_t> loads;
@@ -306,6 +431,14 @@ std::vector<HolderLoad> Layout::HolderLoads() const {
     load.AddTo(loads);
   }
   for (const PackProgram& pack : program_->packs) PackCuts(*program_, pack).AddLoads(loads);
+  for (size_t i = 0; i < program_->states.size(); ++i) {
+    if (program_->states[i].listed == kNotListed) continue;
+    for (const ListedSegment& listed : program_->listed[program_->states[i].listed].segments) {
+      uint64_t bytes = ElementBytes(program_->tensor_states[i].dtype);
+      for (uint64_t size : listed.size) bytes *= size;
+      loads[RanksOfListed(listed)] += bytes;
+    }
+  }
 
   std::vector<HolderLoad> result;
   result.reserve(loads.size());

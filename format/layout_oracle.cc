@@ -9,7 +9,9 @@
 namespace holdfast::oracle {
 namespace {
 
-// A local tensor: the global element numbers, row-major, with the local shape.
+constexpr uint64_t kPadding = UINT64_MAX;
+
+// A local tensor: the global element numbers, row-major, with the local shape; or padding.
 struct Local {
   std::vector<uint64_t> shape;
   std::vector<uint64_t> elements;
@@ -82,19 +84,125 @@ const T& Pick(Random& random, const std::vector<T>& from) {
 
 bool Chance(Random& random, int percent) { return static_cast<int>(random() % 100) < percent; }
 
-Op RandomCut(Random& random, const Document& document, const std::vector<uint64_t>& shape,
-             bool behind_flat, size_t axis) {
+uint64_t Volume(const std::vector<uint64_t>& shape) {
+  return std::accumulate(shape.begin(), shape.end(), uint64_t{1}, std::multiplies<>());
+}
+
+uint64_t SizeOf(const Mesh& mesh, const std::vector<size_t>& axes) {
+  uint64_t size = 1;
+  for (size_t axis : axes) size *= mesh[axis].second;
+  return size;
+}
+
+// The last axis varies fastest.
+uint64_t Joint(const Mesh& mesh, const std::vector<size_t>& axes,
+               const std::vector<uint64_t>& coordinates) {
+  uint64_t joint = 0;
+  for (size_t axis : axes) joint = joint * mesh[axis].second + coordinates[axis];
+  return joint;
+}
+
+std::vector<uint64_t> CoordinatesOf(const Mesh& mesh, uint64_t rank) {
+  std::vector<uint64_t> coordinates(mesh.size());
+  for (size_t axis = mesh.size(); axis-- > 0;) {
+    coordinates[axis] = rank % mesh[axis].second;
+    rank /= mesh[axis].second;
+  }
+  return coordinates;
+}
+
+// ---- Operations on local tensors ----
+
+// False: it does not fit.
+bool View(const Op& op, Local& local) {
+  std::vector<uint64_t> shape;
+  uint64_t others = 1;
+  for (int64_t size : op.view) {
+    if (size >= 0) others *= static_cast<uint64_t>(size);
+  }
+  for (int64_t size : op.view) {
+    if (size < 0 && (others == 0 || local.elements.size() % others != 0)) return false;
+    shape.push_back(size < 0 ? local.elements.size() / others : static_cast<uint64_t>(size));
+  }
+  if (Volume(shape) != local.elements.size()) return false;
+  local.shape = shape;
+  return true;
+}
+
+bool Perm(const Op& op, Local& local) {
+  if (op.perm.size() != local.shape.size()) return false;
+  Local out;
+  for (size_t dim : op.perm) out.shape.push_back(local.shape[dim]);
+  for (uint64_t i = 0; i < local.elements.size(); ++i) {
+    std::vector<uint64_t> at(local.shape.size());  // in the old order
+    uint64_t rest = i;
+    for (size_t d = op.perm.size(); d-- > 0;) {
+      at[op.perm[d]] = rest % out.shape[d];
+      rest /= out.shape[d];
+    }
+    uint64_t old = 0;
+    for (size_t d = 0; d < at.size(); ++d) old = old * local.shape[d] + at[d];
+    out.elements.push_back(local.elements[old]);
+  }
+  local = out;
+  return true;
+}
+
+bool Pad(const Mesh& mesh, const Op& op, Local& local) {
+  if (op.dim >= local.shape.size()) return false;
+  const uint64_t old = local.shape[op.dim];
+  uint64_t size = std::max(old, op.size_min);
+  while (size % (op.multiple * SizeOf(mesh, op.multiple_axes)) != 0) ++size;
+  Local out;
+  out.shape = local.shape;
+  out.shape[op.dim] = size;
+  const uint64_t inner =
+      Volume({local.shape.begin() + static_cast<long>(op.dim) + 1, local.shape.end()});
+  const uint64_t outer =
+      Volume({local.shape.begin(), local.shape.begin() + static_cast<long>(op.dim)});
+  for (uint64_t o = 0; o < outer; ++o) {
+    for (uint64_t x = 0; x < size; ++x) {
+      for (uint64_t i = 0; i < inner; ++i) {
+        out.elements.push_back(x < old ? local.elements[(o * old + x) * inner + i] : kPadding);
+      }
+    }
+  }
+  local = out;
+  return true;
+}
+
+// Whether a place is held here; nothing if the rule does not fit.
+std::optional<bool> Placed(const Mesh& mesh, const Op& op, uint64_t coordinate) {
+  const int64_t size = static_cast<int64_t>(mesh[op.axes[0]].second);
+  if (op.count == 0) {
+    return std::any_of(op.coordinates.begin(), op.coordinates.end(), [&](int64_t c) {
+      return static_cast<uint64_t>(c < 0 ? c + size : c) == coordinate;
+    });
+  }
+  const uint64_t slots = op.rounds * static_cast<uint64_t>(size);
+  const auto hands = Deal(op, op.count, slots);
+  if (!hands.has_value()) return std::nullopt;
+  for (uint64_t slot = 0; slot < slots; ++slot) {
+    for (uint64_t each : (*hands)[slot]) {
+      if (each == op.index) return slot % static_cast<uint64_t>(size) == coordinate;
+    }
+  }
+  return std::nullopt;
+}
+
+// ---- Random operations ----
+
+Op RandomCut(Random& random, const Mesh& mesh, const std::vector<uint64_t>& shape, bool behind_flat,
+             std::vector<size_t> axes) {
   Op op;
-  op.axis = axis;
+  op.axes = std::move(axes);
   const bool flat = shape.empty() || Chance(random, behind_flat ? 50 : 25);
   op.kind = flat ? "flat" : "shard";
   if (!flat && !behind_flat) op.dim = random() % shape.size();
   op.rule = Pick<std::string>(random, {"ceil", "ceil", "balanced", "balanced", "even", "sizes"});
-  const uint64_t parts = document.mesh[axis].second;
+  const uint64_t parts = SizeOf(mesh, op.axes);
   if (op.rule == "sizes") {
-    uint64_t left = flat || behind_flat ? std::accumulate(shape.begin(), shape.end(), uint64_t{1},
-                                                          std::multiplies<>())
-                                        : shape[op.dim];
+    uint64_t left = flat || behind_flat ? Volume(shape) : shape[op.dim];
     for (uint64_t i = 0; i + 1 < parts; ++i) {
       op.sizes.push_back(random() % (left + 1));
       left -= op.sizes.back();
@@ -107,14 +215,153 @@ Op RandomCut(Random& random, const Document& document, const std::vector<uint64_
   return op;
 }
 
-std::string OpJson(const Document& document, const Op& op) {
-  if (op.kind == "pack") {
-    return absl::StrCat(R"({"op":"pack","pack":")", document.packs[op.pack].name, "\"}");
+// Splits a dimension in two, joins two, or both; by chance with a size that is derived.
+Op RandomView(Random& random, const std::vector<uint64_t>& shape) {
+  Op op;
+  op.kind = "view";
+  std::vector<uint64_t> sizes = shape;
+  if (sizes.size() > 1 && Chance(random, 30)) {
+    const size_t dim = random() % (sizes.size() - 1);
+    sizes[dim] *= sizes[dim + 1];
+    sizes.erase(sizes.begin() + static_cast<long>(dim) + 1);
   }
-  std::string json =
-      absl::StrCat("{\"op\":\"", op.kind, "\",\"axis\":\"", document.mesh[op.axis].first, "\"");
-  if (op.kind == "place") {
+  if (!sizes.empty() && Chance(random, 80)) {
+    const size_t dim = random() % sizes.size();
+    std::vector<uint64_t> factors;
+    for (uint64_t f = 1; f <= sizes[dim]; ++f) {
+      if (sizes[dim] % f == 0) factors.push_back(f);
+    }
+    const uint64_t factor = factors.empty() ? 1 : Pick(random, factors);
+    sizes[dim] /= factor;
+    sizes.insert(sizes.begin() + static_cast<long>(dim), factor);
+  }
+  op.view.assign(sizes.begin(), sizes.end());
+  if (!op.view.empty() && Chance(random, 30)) op.view[random() % op.view.size()] = -1;
+  return op;
+}
+
+Op RandomPad(Random& random, const Mesh& mesh, const std::vector<uint64_t>& shape) {
+  Op op;
+  op.kind = "pad";
+  op.dim = random() % shape.size();
+  if (Chance(random, 70)) op.multiple = 1 + random() % 5;
+  if (!mesh.empty() && Chance(random, 50)) op.multiple_axes = {random() % mesh.size()};
+  if (Chance(random, 30)) op.size_min = shape[op.dim] + random() % 4;
+  if (op.multiple == 1 && op.multiple_axes.empty() && op.size_min == 0) op.size_min = 1;
+  return op;
+}
+
+Op RandomPlace(Random& random, const Mesh& mesh, size_t axis) {
+  Op op;
+  op.kind = "place";
+  op.axes = {axis};
+  const uint64_t size = mesh[axis].second;
+  if (Chance(random, 40)) {
+    op.count = 1 + random() % 12;
+    op.index = random() % op.count;
+    op.rounds = 1 + random() % 3;
+    op.rule = Pick<std::string>(random, {"ceil", "balanced", "even"});
+    return op;
+  }
+  for (uint64_t c = 0; c < size; ++c) {
+    if (!Chance(random, 50)) continue;
+    op.coordinates.push_back(static_cast<int64_t>(c) -
+                             (Chance(random, 30) ? static_cast<int64_t>(size) : 0));
+  }
+  if (op.coordinates.empty()) op.coordinates.push_back(-1);
+  return op;
+}
+
+// The tensor cut by a random grid, every box on random ranks.
+std::vector<ListedSegment> RandomListed(Random& random, const Document& document,
+                                        const Tensor& tensor, const std::string& buffer) {
+  std::vector<ListedSegment> listed;
+  if (Volume(tensor.shape) == 0) return listed;
+  listed.push_back({{}, std::vector<uint64_t>(tensor.shape.size(), 0), tensor.shape, "", 0, {}});
+  for (size_t cut = random() % 4; cut > 0 && !tensor.shape.empty(); --cut) {
+    const size_t which = random() % listed.size();
+    const size_t dim = random() % tensor.shape.size();
+    if (listed[which].size[dim] < 2) continue;
+    ListedSegment right = listed[which];
+    const uint64_t left = 1 + random() % (right.size[dim] - 1);
+    listed[which].size[dim] = left;
+    right.lo[dim] += left;
+    right.size[dim] -= left;
+    listed.push_back(right);
+  }
+  uint64_t at = 0;
+  std::vector<ListedSegment> all;
+  for (const ListedSegment& box : listed) {
+    std::vector<uint64_t> ranks;
+    for (uint64_t rank = 0; rank < document.WorldSize(); ++rank) {
+      if (Chance(random, 50)) ranks.push_back(rank);
+    }
+    if (ranks.empty()) ranks.push_back(random() % document.WorldSize());
+    // Each rank may have it elsewhere.
+    while (!ranks.empty()) {
+      ListedSegment segment = box;
+      const size_t count = 1 + random() % ranks.size();
+      segment.ranks.assign(ranks.end() - static_cast<long>(count), ranks.end());
+      ranks.resize(ranks.size() - count);
+      segment.buffer = buffer;
+      segment.offset_bytes = at + random() % 7;
+      uint64_t elements = Volume(box.size);
+      if (Chance(random, 60)) {
+        // Dimensions in any order, with gaps.
+        std::vector<size_t> order(box.size.size());
+        std::iota(order.begin(), order.end(), size_t{0});
+        std::shuffle(order.begin(), order.end(), random);
+        segment.strides.resize(box.size.size());
+        uint64_t stride = 1;
+        for (size_t dim : order) {
+          segment.strides[dim] = stride;
+          stride = stride * box.size[dim] + random() % 2;
+        }
+        elements = stride;
+      }
+      at = segment.offset_bytes + elements * 8;
+      all.push_back(segment);
+    }
+  }
+  return all;
+}
+
+// ---- JSON ----
+
+std::string AxisJson(const Mesh& mesh, const std::vector<size_t>& axes) {
+  std::vector<std::string> names;
+  for (size_t axis : axes) names.push_back(absl::StrCat("\"", mesh[axis].first, "\""));
+  return axes.size() == 1 ? names[0] : absl::StrCat("[", absl::StrJoin(names, ","), "]");
+}
+
+std::string OpJson(const Document& document, const Mesh& mesh, const Op& op) {
+  if (op.pack.has_value()) {
+    return absl::StrCat("{\"op\":\"", op.kind, "\",\"pack\":\"", document.packs[*op.pack].name,
+                        "\"}");
+  }
+  if (op.kind == "view") {
+    return absl::StrCat(R"({"op":"view","shape":[)", absl::StrJoin(op.view, ","), "]}");
+  }
+  if (op.kind == "perm") {
+    return absl::StrCat(R"({"op":"perm","dims":[)", absl::StrJoin(op.perm, ","), "]}");
+  }
+  std::string json = absl::StrCat("{\"op\":\"", op.kind, "\"");
+  if (op.kind == "pad") {
+    absl::StrAppend(&json, ",\"dim\":", op.dim);
+    if (op.multiple != 1) absl::StrAppend(&json, ",\"multiple\":", op.multiple);
+    if (!op.multiple_axes.empty()) {
+      absl::StrAppend(&json, ",\"axis\":", AxisJson(mesh, op.multiple_axes));
+    }
+    if (op.size_min != 0) absl::StrAppend(&json, ",\"size\":", op.size_min);
+    return json + "}";
+  }
+  if (op.kind != "zero") absl::StrAppend(&json, ",\"axis\":", AxisJson(mesh, op.axes));
+  if (op.kind == "place" && op.count == 0) {
     return absl::StrCat(json, ",\"coordinates\":[", absl::StrJoin(op.coordinates, ","), "]}");
+  }
+  if (op.kind == "place") {
+    absl::StrAppend(&json, ",\"index\":", op.index, ",\"count\":", op.count);
+    if (op.rounds != 1) absl::StrAppend(&json, ",\"virtual\":", op.rounds);
   }
   if (op.kind == "shard") absl::StrAppend(&json, ",\"dim\":", op.dim);
   absl::StrAppend(&json, ",\"rule\":\"", op.rule, "\"");
@@ -125,11 +372,36 @@ std::string OpJson(const Document& document, const Op& op) {
   return json + "}";
 }
 
+std::string MeshJson(const Mesh& mesh) {
+  std::string json;
+  for (const auto& [name, size] : mesh) {
+    absl::StrAppend(&json, json.empty() ? "" : ",", R"({"axis":")", name, R"(","size":)", size,
+                    "}");
+  }
+  return absl::StrCat("[", json, "]");
+}
+
+std::string ListedJson(const std::vector<ListedSegment>& listed) {
+  std::string json;
+  for (const ListedSegment& segment : listed) {
+    absl::StrAppend(&json, json.empty() ? "" : ",", R"({"ranks":[)",
+                    absl::StrJoin(segment.ranks, ","), R"(],"lo":[)",
+                    absl::StrJoin(segment.lo, ","), R"(],"size":[)",
+                    absl::StrJoin(segment.size, ","), R"(],"buffer":")", segment.buffer,
+                    R"(","offset_bytes":)", segment.offset_bytes);
+    if (!segment.strides.empty()) {
+      absl::StrAppend(&json, R"(,"strides":[)", absl::StrJoin(segment.strides, ","), "]");
+    }
+    json += "}";
+  }
+  return absl::StrCat("[", json, "]");
+}
+
 }  // namespace
 
 uint64_t Document::WorldSize() const {
   uint64_t size = 1;
-  for (const auto& axis : mesh) size *= axis.second;
+  for (const auto& axis : meshes[0]) size *= axis.second;
   return size;
 }
 
@@ -170,18 +442,148 @@ std::vector<Tensor> RandomTensors(Random& random) {
   return tensors;
 }
 
+namespace {
+
+// Another factorisation of as many ranks.
+Mesh RandomMesh(Random& random, uint64_t world_size, const std::vector<std::string>& names) {
+  Mesh mesh;
+  for (const std::string& name : names) {
+    std::vector<uint64_t> factors;
+    for (uint64_t f = 1; f <= world_size; ++f) {
+      if (world_size % f == 0) factors.push_back(f);
+    }
+    const uint64_t size = &name == &names.back() ? world_size : Pick(random, factors);
+    mesh.emplace_back(name, size);
+    world_size /= size;
+  }
+  return mesh;
+}
+
+void RandomOps(Random& random, const Document& document,
+               const std::vector<std::string>& pack_dtypes, const Tensor& tensor, State& state) {
+  const Mesh& mesh = document.meshes[state.mesh];
+  std::optional<size_t> pack;
+  if (!document.packs.empty() && Chance(random, 60)) {
+    pack = random() % document.packs.size();
+    if (pack_dtypes[*pack] != state.dtype || document.packs[*pack].mesh != state.mesh) pack.reset();
+  }
+  std::vector<bool> used(mesh.size(), false);
+  if (pack.has_value()) {
+    for (size_t axis : document.packs[*pack].axes) used[axis] = true;
+  }
+  // As the rank at coordinates 0 sees it; other ranks may find that something does not fit.
+  Local local;
+  local.shape = tensor.shape;
+  local.elements.resize(Volume(tensor.shape));
+  const auto add = [&](Op op) {
+    if (op.kind == "view") {
+      if (!View(op, local)) return;
+    } else if (op.kind == "perm") {
+      if (!Perm(op, local)) return;
+    } else if (op.kind == "pad") {
+      if (!Pad(mesh, op, local)) return;
+    } else if (op.kind != "place") {
+      if (op.kind == "flat") local.shape = {local.elements.size()};
+      if (op.dim >= local.shape.size()) return;
+      const auto hands = Deal(op, local.shape[op.dim], SizeOf(mesh, op.axes));
+      if (!hands.has_value()) return;
+      local = Select(local, op.dim, (*hands)[0]);
+    }
+    state.ops.push_back(std::move(op));
+  };
+  const bool plain = Chance(random, 50);  // narrows only
+  bool flat = false;
+  std::vector<size_t> order(mesh.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::shuffle(order.begin(), order.end(), random);
+  const auto rearrange = [&] {
+    if (plain || flat || !Chance(random, 50)) return;
+    const int kind = static_cast<int>(random() % 3);
+    if (kind == 0) add(RandomView(random, local.shape));
+    if (kind == 1) {
+      Op op;
+      op.kind = "perm";
+      op.perm.resize(local.shape.size());
+      std::iota(op.perm.begin(), op.perm.end(), size_t{0});
+      std::shuffle(op.perm.begin(), op.perm.end(), random);
+      add(op);
+    }
+    if (kind == 2 && !local.shape.empty() && local.elements.size() < 2000) {
+      add(RandomPad(random, mesh, local.shape));
+    }
+  };
+  rearrange();
+  rearrange();
+  for (size_t axis : order) {
+    if (used[axis] || Chance(random, 35)) continue;  // replicated
+    used[axis] = true;
+    if (Chance(random, 20)) {
+      add(RandomPlace(random, mesh, axis));
+      continue;
+    }
+    std::vector<size_t> axes = {axis};
+    for (size_t other : order) {
+      if (!used[other] && Chance(random, 15)) {
+        used[other] = true;
+        axes.push_back(other);
+      }
+    }
+    add(RandomCut(random, mesh, local.shape, flat, axes));
+    flat = flat || (!state.ops.empty() && state.ops.back().kind == "flat");
+    rearrange();
+  }
+  Op last;
+  last.pack = pack;
+  if (pack.has_value()) {
+    last.kind = "pack";
+    last.axes = document.packs[*pack].axes;
+    if (document.zero.has_value() && Chance(random, 50)) last.kind = "zero";
+    state.ops.push_back(last);
+  } else if (document.zero.has_value() && Chance(random, 50)) {
+    for (const std::string& name : document.zero->axes) {
+      size_t axis = 0;
+      while (axis < mesh.size() && mesh[axis].first != name) ++axis;
+      if (axis == mesh.size() || used[axis]) return;
+      last.axes.push_back(axis);
+    }
+    last.kind = "zero";
+    last.rule = Pick<std::string>(random, {"ceil", "balanced"});
+    state.ops.push_back(last);
+  }
+}
+
+}  // namespace
+
 Document RandomDocument(Random& random, std::vector<Tensor> tensors) {
   Document document;
+  document.meshes.emplace_back();
   const std::vector<std::string> axes = {"dp", "tp", "pp", "ep"};
   for (size_t i = random() % 5; i > 0; --i) {
     const uint64_t size = Pick<uint64_t>(random, {1, 2, 2, 3, 4, 5});
-    if (document.WorldSize() * size <= 16) document.mesh.emplace_back(axes[i - 1], size);
+    if (document.WorldSize() * size <= 16) document.meshes[0].emplace_back(axes[i - 1], size);
   }
-  if (!document.mesh.empty()) {
-    for (size_t i = random() % 3; i > 0; --i) {
-      document.packs.push_back({absl::StrCat("pack", i), random() % document.mesh.size(),
-                                1 + random() % 4, 1 + random() % 5, absl::StrCat("flat", i)});
+  while (Chance(random, 30)) {
+    document.meshes.push_back(RandomMesh(random, document.WorldSize(),
+                                         Chance(random, 50)
+                                             ? std::vector<std::string>{"pp", "edp", "ep"}
+                                             : std::vector<std::string>{"tp", "dp"}));
+  }
+  if (!document.meshes[0].empty() && Chance(random, 50)) {
+    document.zero = Zero{random() % 4, {}, {{"param", 3}, {"grad", 2}, {"*", 1}}};
+    for (const auto& [name, size] : document.meshes[0]) {
+      if (document.zero->axes.empty() || Chance(random, 20)) document.zero->axes.push_back(name);
     }
+    if (Chance(random, 30)) document.zero->from["exp_avg"] = 1 + random() % 3;
+  }
+  for (size_t i = random() % 3; i > 0; --i) {
+    const size_t mesh = random() % document.meshes.size();
+    if (document.meshes[mesh].empty()) continue;
+    std::vector<size_t> pack_axes = {random() % document.meshes[mesh].size()};
+    for (size_t axis = 0; axis < document.meshes[mesh].size(); ++axis) {
+      if (axis != pack_axes[0] && Chance(random, 15)) pack_axes.push_back(axis);
+    }
+    document.packs.push_back({absl::StrCat("pack", i), mesh, pack_axes, 1 + random() % 4,
+                              1 + random() % 5, absl::StrCat("flat", i)});
   }
   std::vector<std::string> pack_dtypes;
   for (size_t i = 0; i < document.packs.size(); ++i) {
@@ -190,43 +592,19 @@ Document RandomDocument(Random& random, std::vector<Tensor> tensors) {
   std::map<std::string, uint64_t> arenas;  // bytes given away
   for (Tensor& tensor : tensors) {
     for (State& state : tensor.states) {
-      std::vector<size_t> order(document.mesh.size());
-      std::iota(order.begin(), order.end(), size_t{0});
-      std::shuffle(order.begin(), order.end(), random);
-      size_t pack = document.packs.size();
-      if (!document.packs.empty() && Chance(random, 60)) {
-        pack = random() % document.packs.size();
-        if (pack_dtypes[pack] != state.dtype) pack = document.packs.size();
+      if (Chance(random, 12)) {
+        state.listed = RandomListed(random, document, tensor,
+                                    absl::StrCat("listed/", state.name, "/", tensor.name));
+        continue;
       }
-      bool flat = false;
-      for (size_t axis : order) {
-        if (pack < document.packs.size() && document.packs[pack].axis == axis) continue;
-        if (Chance(random, 40)) continue;  // replicated
-        if (Chance(random, 20)) {
-          Op op;
-          op.kind = "place";
-          op.axis = axis;
-          for (uint64_t c = 0; c < document.mesh[axis].second; ++c) {
-            if (Chance(random, 50)) op.coordinates.push_back(c);
-          }
-          if (!op.coordinates.empty()) state.ops.push_back(op);
-          continue;
-        }
-        state.ops.push_back(RandomCut(random, document, tensor.shape, flat, axis));
-        flat = flat || state.ops.back().kind == "flat";
-      }
-      if (pack < document.packs.size()) {
-        Op op;
-        op.kind = "pack";
-        op.pack = pack;
-        op.axis = document.packs[pack].axis;
-        state.ops.push_back(op);
-      } else if (Chance(random, 25)) {
+      state.mesh = random() % document.meshes.size();
+      RandomOps(random, document, pack_dtypes, tensor, state);
+      const bool packed = !state.ops.empty() && state.ops.back().pack.has_value();
+      if (!packed && Chance(random, 25)) {
         state.buffer = Pick<std::string>(random, {"arena/a", "arena/b"});
         state.offset_bytes = arenas[state.buffer] + random() % 20;
-        uint64_t bytes = state.element_bytes;
-        for (uint64_t size : tensor.shape) bytes *= size;
-        arenas[state.buffer] = state.offset_bytes + bytes;
+        // Padding and all: what any rank has there.
+        arenas[state.buffer] = state.offset_bytes + uint64_t{1'000'000};
       }
     }
   }
@@ -235,17 +613,27 @@ Document RandomDocument(Random& random, std::vector<Tensor> tensors) {
 }
 
 std::string ToJson(const Document& document, Random& random) {
-  std::string mesh;
-  for (const auto& [name, size] : document.mesh) {
-    absl::StrAppend(&mesh, mesh.empty() ? "" : ",", R"({"axis":")", name, R"(","size":)", size,
-                    "}");
+  std::string meshes;
+  for (size_t i = 1; i < document.meshes.size(); ++i) {
+    absl::StrAppend(&meshes, i > 1 ? "," : "", "\"m", i, "\":", MeshJson(document.meshes[i]));
+  }
+  std::string zero;
+  if (document.zero.has_value()) {
+    std::string states;
+    for (const auto& [name, from] : document.zero->from) {
+      absl::StrAppend(&states, states.empty() ? "" : ",", "\"", name, "\":", from);
+    }
+    zero = absl::StrCat(R"("zero":{"stage":)", document.zero->stage, R"(,"axis":[")",
+                        absl::StrJoin(document.zero->axes, "\",\""), R"("],"states":{)", states,
+                        "}},");
   }
   std::string packs;
   for (const Pack& pack : document.packs) {
-    absl::StrAppend(&packs, packs.empty() ? "" : ",", R"({"pack":")", pack.name, R"(","axis":")",
-                    document.mesh[pack.axis].first, R"(","align_elements":)", pack.align,
-                    R"(,"multiple_elements":)", pack.multiple, R"(,"buffer":")", pack.buffer,
-                    "\"}");
+    absl::StrAppend(&packs, packs.empty() ? "" : ",", R"({"pack":")", pack.name, R"(","axis":)",
+                    AxisJson(document.meshes[pack.mesh], pack.axes),
+                    pack.mesh == 0 ? "" : absl::StrCat(R"(,"mesh":"m)", pack.mesh, "\""),
+                    R"(,"align_elements":)", pack.align, R"(,"multiple_elements":)", pack.multiple,
+                    R"(,"buffer":")", pack.buffer, "\"}");
   }
   std::string placements;
   std::string tensors;
@@ -253,16 +641,25 @@ std::string ToJson(const Document& document, Random& random) {
   for (const Tensor& tensor : document.tensors) {
     std::string states;
     for (const State& state : tensor.states) {
+      absl::StrAppend(&states, states.empty() ? "" : ",", R"({"state":")", state.name,
+                      R"(","dtype":")", state.dtype, "\"");
+      if (state.listed.has_value()) {
+        absl::StrAppend(&states, R"(,"segments":)", ListedJson(*state.listed), "}");
+        continue;
+      }
       std::vector<std::string> ops;
-      for (const Op& op : state.ops) ops.push_back(OpJson(document, op));
+      for (const Op& op : state.ops) {
+        ops.push_back(OpJson(document, document.meshes[state.mesh], op));
+      }
       std::string place = absl::StrCat("[", absl::StrJoin(ops, ","), "]");
+      if (state.mesh != 0) {
+        place = absl::StrCat(R"({"mesh":"m)", state.mesh, R"(","ops":)", place, "}");
+      }
       if (Chance(random, 50)) {
         const std::string name = absl::StrCat("p", placement_count++);
         absl::StrAppend(&placements, placements.empty() ? "" : ",", "\"", name, "\":", place);
         place = absl::StrCat("\"", name, "\"");
       }
-      absl::StrAppend(&states, states.empty() ? "" : ",", R"({"state":")", state.name,
-                      R"(","dtype":")", state.dtype, "\"");
       if (!state.ops.empty() || Chance(random, 50)) absl::StrAppend(&states, ",\"place\":", place);
       if (!state.buffer.empty()) {
         absl::StrAppend(&states, ",\"buffer\":\"", state.buffer,
@@ -274,84 +671,168 @@ std::string ToJson(const Document& document, Random& random) {
                     R"(","shape":[)", absl::StrJoin(tensor.shape, ","), R"(],"states":[)", states,
                     "]}");
   }
-  return absl::StrCat(R"({"holdfast_layout":1,"mesh":[)", mesh, R"(],"packs":[)", packs,
+  return absl::StrCat(R"({"holdfast_layout":1,"mesh":)", MeshJson(document.meshes[0]),
+                      R"(,"meshes":{)", meshes, "},", zero, R"("packs":[)", packs,
                       R"(],"placements":{)", placements, R"(},"tensors":[)", tensors, "]}");
 }
 
+namespace {
+
+struct PackCell {
+  bool padding = true;
+  uint64_t value = 0;
+};
+
+// What the buffers of one rank hold, tensor state by tensor state.
+class Lowering {
+ public:
+  Lowering(const Document& document, uint64_t rank)
+      : document_(document),
+        rank_(rank),
+        packs_(document.packs.size()),
+        pack_element_bytes_(document.packs.size(), 0) {}
+
+  bool Add(const Tensor& tensor, const State& state, size_t number) {
+    if (state.listed.has_value()) {
+      for (const ListedSegment& segment : *state.listed) AddListed(tensor, state, segment, number);
+      return true;
+    }
+    const Mesh& mesh = document_.meshes[state.mesh];
+    const std::vector<uint64_t> coordinates = CoordinatesOf(mesh, rank_);
+    Local local;
+    local.shape = tensor.shape;
+    local.elements.resize(Volume(tensor.shape));
+    std::iota(local.elements.begin(), local.elements.end(), uint64_t{0});
+    bool held = true;
+    for (Op op : state.ops) {
+      if (op.kind == "zero") {
+        const auto& from = document_.zero->from;
+        const auto named = from.find(state.name);
+        if (document_.zero->stage < (named == from.end() ? from.at("*") : named->second)) continue;
+        op.kind = op.pack.has_value() ? "pack" : "flat";
+      }
+      if (op.kind == "place") {
+        const auto placed = Placed(mesh, op, coordinates[op.axes[0]]);
+        if (!placed.has_value()) return false;
+        held = held && *placed;
+      } else if (op.kind == "view") {
+        if (!View(op, local)) return false;
+      } else if (op.kind == "perm") {
+        if (!Perm(op, local)) return false;
+      } else if (op.kind == "pad") {
+        if (!Pad(mesh, op, local)) return false;
+      } else if (op.kind == "pack") {
+        if (held) AddToPack(*op.pack, local, state, number);
+        return true;
+      } else {
+        if (op.kind == "flat") local.shape = {local.elements.size()};
+        if (op.dim >= local.shape.size()) return false;
+        const auto hands = Deal(op, local.shape[op.dim], SizeOf(mesh, op.axes));
+        if (!hands.has_value()) return false;
+        local = Select(local, op.dim, (*hands)[Joint(mesh, op.axes, coordinates)]);
+      }
+    }
+    if (held) AddLocal(tensor, state, local, number);
+    return true;
+  }
+
+  std::map<std::string, std::vector<uint8_t>> Finish() {
+    for (size_t i = 0; i < packs_.size(); ++i) {
+      if (pack_element_bytes_[i] == 0) continue;
+      const Pack& pack = document_.packs[i];
+      const Mesh& mesh = document_.meshes[pack.mesh];
+      const uint64_t parts = SizeOf(mesh, pack.axes);
+      while (packs_[i].size() % (pack.multiple * parts) != 0) packs_[i].emplace_back();
+      const uint64_t slice = packs_[i].size() / parts;
+      const uint64_t mine = Joint(mesh, pack.axes, CoordinatesOf(mesh, rank_));
+      std::vector<uint8_t>& buffer = buffers_[pack.buffer];
+      for (uint64_t e = 0; e < slice; ++e) {
+        const PackCell& cell = packs_[i][mine * slice + e];
+        for (uint64_t b = 0; b < pack_element_bytes_[i]; ++b) {
+          buffer.push_back(cell.padding ? kNothing : static_cast<uint8_t>(cell.value >> (8 * b)));
+        }
+      }
+    }
+    return std::move(buffers_);
+  }
+
+ private:
+  static void Put(std::vector<uint8_t>& buffer, uint64_t at, const State& state, uint64_t value) {
+    for (uint64_t b = 0; b < state.element_bytes; ++b) {
+      buffer[at + b] = static_cast<uint8_t>(value >> (8 * b));
+    }
+  }
+
+  void AddLocal(const Tensor& tensor, const State& state, const Local& local, size_t number) {
+    const std::string name =
+        state.buffer.empty() ? absl::StrCat(state.name, "/", tensor.name) : state.buffer;
+    std::vector<uint8_t>& buffer = buffers_[name];
+    if (local.elements.empty()) return;
+    const uint64_t end = state.offset_bytes + local.elements.size() * state.element_bytes;
+    if (buffer.size() < end) buffer.resize(end, kNothing);
+    uint64_t at = state.offset_bytes;
+    for (uint64_t element : local.elements) {
+      if (element != kPadding) Put(buffer, at, state, ValueOf(number, element));
+      at += state.element_bytes;
+    }
+  }
+
+  void AddToPack(size_t index, const Local& local, const State& state, size_t number) {
+    std::vector<PackCell>& pack = packs_[index];
+    pack_element_bytes_[index] = state.element_bytes;
+    while (pack.size() % document_.packs[index].align != 0) pack.emplace_back();
+    for (uint64_t element : local.elements) {
+      if (element == kPadding) {
+        pack.emplace_back();
+      } else {
+        pack.push_back({false, ValueOf(number, element)});
+      }
+    }
+  }
+
+  void AddListed(const Tensor& tensor, const State& state, const ListedSegment& segment,
+                 size_t number) {
+    if (std::count(segment.ranks.begin(), segment.ranks.end(), rank_) == 0) return;
+    std::vector<uint8_t>& buffer = buffers_[segment.buffer];
+    for (uint64_t i = 0; i < Volume(segment.size); ++i) {
+      uint64_t rest = i;
+      uint64_t place = segment.strides.empty() ? i : 0;
+      uint64_t element = 0;
+      uint64_t weight = 1;
+      for (size_t d = segment.size.size(); d-- > 0;) {
+        const uint64_t x = rest % segment.size[d];
+        rest /= segment.size[d];
+        if (!segment.strides.empty()) place += x * segment.strides[d];
+        element += (segment.lo[d] + x) * weight;
+        weight *= tensor.shape[d];
+      }
+      const uint64_t at = segment.offset_bytes + place * state.element_bytes;
+      if (buffer.size() < at + state.element_bytes) {
+        buffer.resize(at + state.element_bytes, kNothing);
+      }
+      Put(buffer, at, state, ValueOf(number, element));
+    }
+  }
+
+  const Document& document_;
+  const uint64_t rank_;
+  std::map<std::string, std::vector<uint8_t>> buffers_;
+  std::vector<std::vector<PackCell>> packs_;
+  std::vector<uint64_t> pack_element_bytes_;  // 0: nothing held
+};
+
+}  // namespace
+
 std::optional<std::map<std::string, std::vector<uint8_t>>> Lower(const Document& document,
                                                                  uint64_t rank) {
-  std::vector<uint64_t> coordinates(document.mesh.size());
-  for (size_t axis = document.mesh.size(); axis-- > 0;) {
-    coordinates[axis] = rank % document.mesh[axis].second;
-    rank /= document.mesh[axis].second;
-  }
-  std::map<std::string, std::vector<uint8_t>> buffers;
-  struct PackCell {
-    bool padding = true;
-    uint64_t value = 0;
-  };
-  std::vector<std::vector<PackCell>> packs(document.packs.size());
-  std::vector<uint64_t> pack_element_bytes(document.packs.size(), 0);  // 0: nothing held
+  Lowering lowering(document, rank);
   size_t number = 0;
   for (const Tensor& tensor : document.tensors) {
     for (const State& state : tensor.states) {
-      const size_t mine = number++;
-      Local local;
-      local.shape = tensor.shape;
-      local.elements.resize(std::accumulate(tensor.shape.begin(), tensor.shape.end(), uint64_t{1},
-                                            std::multiplies<>()));
-      std::iota(local.elements.begin(), local.elements.end(), uint64_t{0});
-      bool held = true;
-      bool packed = false;
-      for (const Op& op : state.ops) {
-        if (op.kind == "place") {
-          held = held &&
-                 std::count(op.coordinates.begin(), op.coordinates.end(), coordinates[op.axis]) > 0;
-        } else if (op.kind == "pack") {
-          packed = true;
-          if (!held) break;
-          std::vector<PackCell>& pack = packs[op.pack];
-          pack_element_bytes[op.pack] = state.element_bytes;
-          while (pack.size() % document.packs[op.pack].align != 0) pack.emplace_back();
-          for (uint64_t element : local.elements) pack.push_back({false, ValueOf(mine, element)});
-        } else {
-          if (op.kind == "flat") local.shape = {local.elements.size()};
-          if (op.dim >= local.shape.size()) return std::nullopt;
-          const auto hands = Deal(op, local.shape[op.dim], document.mesh[op.axis].second);
-          if (!hands.has_value()) return std::nullopt;
-          local = Select(local, op.dim, (*hands)[coordinates[op.axis]]);
-        }
-      }
-      if (!held || packed) continue;
-      const std::string name =
-          state.buffer.empty() ? absl::StrCat(state.name, "/", tensor.name) : state.buffer;
-      std::vector<uint8_t>& buffer = buffers[name];
-      const uint64_t end = local.elements.empty()
-                               ? 0
-                               : state.offset_bytes + local.elements.size() * state.element_bytes;
-      if (buffer.size() < end) buffer.resize(end, kNothing);
-      uint64_t at = state.offset_bytes;
-      for (uint64_t element : local.elements) {
-        for (uint64_t b = 0; b < state.element_bytes; ++b) {
-          buffer[at++] = static_cast<uint8_t>(ValueOf(mine, element) >> (8 * b));
-        }
-      }
+      if (!lowering.Add(tensor, state, number++)) return std::nullopt;
     }
   }
-  for (size_t i = 0; i < packs.size(); ++i) {
-    if (pack_element_bytes[i] == 0) continue;
-    const uint64_t parts = document.mesh[document.packs[i].axis].second;
-    while (packs[i].size() % (document.packs[i].multiple * parts) != 0) packs[i].emplace_back();
-    const uint64_t slice = packs[i].size() / parts;
-    std::vector<uint8_t>& buffer = buffers[document.packs[i].buffer];
-    for (uint64_t e = 0; e < slice; ++e) {
-      const PackCell& cell = packs[i][coordinates[document.packs[i].axis] * slice + e];
-      for (uint64_t b = 0; b < pack_element_bytes[i]; ++b) {
-        buffer.push_back(cell.padding ? kNothing : static_cast<uint8_t>(cell.value >> (8 * b)));
-      }
-    }
-  }
-  return buffers;
+  return lowering.Finish();
 }
 
 }  // namespace holdfast::oracle

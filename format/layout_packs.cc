@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "base/check.h"
+#include "format/local_tensor.h"
 
 namespace holdfast {
 namespace {
@@ -14,25 +15,33 @@ uint64_t RoundUp(uint64_t value, uint64_t multiple) {
 
 }  // namespace
 
-CoordinateChoices AllCoordinates(const std::vector<MeshAxis>& mesh) {
-  CoordinateChoices choices(mesh.size());
-  for (size_t axis = 0; axis < mesh.size(); ++axis) {
-    for (uint32_t c = 0; c < mesh[axis].size; ++c) choices[axis].push_back(c);
+CoordinateChoices AllCoordinates(const Mesh& mesh) {
+  CoordinateChoices choices(mesh.axes.size());
+  for (size_t axis = 0; axis < mesh.axes.size(); ++axis) {
+    for (uint32_t c = 0; c < mesh.axes[axis].size; ++c) choices[axis].push_back(c);
   }
   return choices;
 }
 
-std::vector<uint32_t> RanksOf(const std::vector<MeshAxis>& mesh, const CoordinateChoices& choices) {
+std::vector<uint32_t> RanksOf(const Mesh& mesh, const CoordinateChoices& choices) {
   std::vector<uint32_t> ranks = {0};
-  for (size_t axis = 0; axis < mesh.size(); ++axis) {
+  for (size_t axis = 0; axis < mesh.axes.size(); ++axis) {
     std::vector<uint32_t> next;
     next.reserve(ranks.size() * choices[axis].size());
     for (uint32_t rank : ranks) {
-      for (uint32_t c : choices[axis]) next.push_back(rank * mesh[axis].size + c);
+      for (uint32_t c : choices[axis]) next.push_back(rank * mesh.axes[axis].size + c);
     }
     ranks = std::move(next);
   }
   return ranks;
+}
+
+void ChooseJoint(const Mesh& mesh, std::span<const uint32_t> axes, uint32_t joint,
+                 CoordinateChoices& choices) {
+  for (size_t i = axes.size(); i-- > 0;) {
+    choices[axes[i]] = {joint % mesh.axes[axes[i]].size};
+    joint /= mesh.axes[axes[i]].size;
+  }
 }
 
 PackContents FillPack(const LayoutProgram& program, const PackProgram& pack,
@@ -42,28 +51,28 @@ PackContents FillPack(const LayoutProgram& program, const PackProgram& pack,
   uint64_t total = 0;
   for (uint32_t member : pack.members) {
     const LocalTensor local =
-        Evaluate(program.mesh, program.placements[program.states[member].placement],
+        Evaluate(program, program.placements[program.states[member].placement],
                  program.tensor_states[member].shape, coordinates);
-    if (!local.held) {
+    if (!local.held()) {
       contents.starts.push_back(PackContents::kNotHeld);
       continue;
     }
     const uint64_t start = RoundUp(total, pack.align_elements);
     contents.starts.push_back(start);
-    total = start + (local.end - local.begin);
+    total = start + local.places();
   }
-  const uint64_t axis_size = program.mesh[pack.axis].size;
-  contents.slice_elements = RoundUp(total, pack.multiple_elements * axis_size) / axis_size;
+  const uint64_t parts = program.meshes[pack.mesh].SizeOf(pack.axes);
+  contents.slice_elements = RoundUp(total, pack.multiple_elements * parts) / parts;
   return contents;
 }
 
 PackCuts::PackCuts(const LayoutProgram& program, const PackProgram& pack)
-    : program_(&program), pack_(&pack) {
-  CoordinateChoices choices(program.mesh.size(), {0});
-  const CoordinateChoices all = AllCoordinates(program.mesh);
+    : program_(&program), pack_(&pack), mesh_(&program.meshes[pack.mesh]) {
+  CoordinateChoices choices(mesh_->axes.size(), {0});
+  const CoordinateChoices all = AllCoordinates(*mesh_);
   for (uint32_t axis : pack.other_axes) choices[axis] = all[axis];
-  for (uint32_t rank : RanksOf(program.mesh, choices)) {
-    tuples_.push_back(program.CoordinatesOf(rank));
+  for (uint32_t rank : RanksOf(*mesh_, choices)) {
+    tuples_.push_back(mesh_->CoordinatesOf(rank));
     contents_.push_back(FillPack(program, pack, tuples_.back()));
   }
 }
@@ -71,9 +80,9 @@ PackCuts::PackCuts(const LayoutProgram& program, const PackProgram& pack)
 uint64_t PackCuts::LocalKey(uint32_t member, std::span<const uint32_t> coordinates) const {
   uint64_t key = 0;
   for (const PlacementOp& op :
-       program_->placements[program_->states[pack_->members[member]].placement]) {
+       program_->placements[program_->states[pack_->members[member]].placement].ops) {
     if (op.kind == PlacementOp::Kind::kShard || op.kind == PlacementOp::Kind::kFlat) {
-      key = key * program_->mesh[op.axis].size + coordinates[op.axis];
+      key = key * mesh_->SizeOf(op.axes) + mesh_->JointCoordinate(op.axes, coordinates);
     }
   }
   return key;
@@ -99,7 +108,7 @@ std::vector<PackCuts::Interval> PackCuts::IntervalsOf(uint32_t member,
     for (uint32_t tuple : tuples) {
       const PackContents& contents = contents_[tuple];
       const uint64_t slice = (contents.starts[member] + cuts[i]) / contents.slice_elements;
-      CHECK(slice < program_->mesh[pack_->axis].size);
+      CHECK(slice < mesh_->SizeOf(pack_->axes));
       interval.holders.emplace_back(tuple, static_cast<uint32_t>(slice));
     }
     intervals.push_back(std::move(interval));
@@ -108,12 +117,12 @@ std::vector<PackCuts::Interval> PackCuts::IntervalsOf(uint32_t member,
 }
 
 std::vector<uint32_t> PackCuts::Ranks(const std::vector<Holder>& holders) const {
-  CoordinateChoices choices = AllCoordinates(program_->mesh);
+  CoordinateChoices choices = AllCoordinates(*mesh_);
   std::vector<uint32_t> ranks;
   for (const auto& [tuple, slice] : holders) {
     for (uint32_t axis : pack_->other_axes) choices[axis] = {tuples_[tuple][axis]};
-    choices[pack_->axis] = {slice};
-    const std::vector<uint32_t> more = RanksOf(program_->mesh, choices);
+    ChooseJoint(*mesh_, pack_->axes, slice, choices);
+    const std::vector<uint32_t> more = RanksOf(*mesh_, choices);
     ranks.insert(ranks.end(), more.begin(), more.end());
   }
   std::sort(ranks.begin(), ranks.end());
@@ -150,12 +159,13 @@ void PackCuts::AddLoads(std::map<std::vector<uint32_t>, uint64_t>& loads) const 
     }
     for (const auto& [key, tuples] : alike) {
       const LocalTensor local =
-          Evaluate(program_->mesh, program_->placements[program_->states[index].placement],
+          Evaluate(*program_, program_->placements[program_->states[index].placement],
                    tensor_state.shape, tuples_[tuples[0]]);
-      if (local.begin == local.end) continue;
-      for (Interval& interval : IntervalsOf(member, tuples, 0, local.end - local.begin)) {
-        bytes[std::move(interval.holders)] +=
-            (interval.end - interval.begin) * ElementBytes(tensor_state.dtype);
+      if (local.places() == 0) continue;
+      for (Interval& interval : IntervalsOf(member, tuples, 0, local.places())) {
+        const uint64_t elements = local.ElementCount(interval.begin, interval.end);
+        if (elements == 0) continue;  // padding only
+        bytes[std::move(interval.holders)] += elements * ElementBytes(tensor_state.dtype);
       }
     }
   }

@@ -1,5 +1,5 @@
-// Packs: many local tensors behind each other in one 1-D buffer that is cut evenly over an axis.
-// Inside of format/layout*.
+// Packs: many local tensors behind each other in one 1-D buffer that is cut evenly over one axis,
+// or over several together. Inside of format/layout*.
 //
 // What a pack holds can differ between ranks that differ in another axis: a pipeline stage packs
 // its own tensors. A *tuple* is one choice of coordinates of those other axes; all ranks of a tuple
@@ -19,22 +19,25 @@ namespace holdfast {
 
 // Per axis of the mesh: coordinates, ascending.
 using CoordinateChoices = std::vector<std::vector<uint32_t>>;
-CoordinateChoices AllCoordinates(const std::vector<MeshAxis>& mesh);
+CoordinateChoices AllCoordinates(const Mesh& mesh);
 // All ranks whose coordinate of every axis is among the choices; ascending.
-std::vector<uint32_t> RanksOf(const std::vector<MeshAxis>& mesh, const CoordinateChoices& choices);
+std::vector<uint32_t> RanksOf(const Mesh& mesh, const CoordinateChoices& choices);
+// Fixes the coordinates of these axes to what JointCoordinate made `joint` of.
+void ChooseJoint(const Mesh& mesh, std::span<const uint32_t> axes, uint32_t joint,
+                 CoordinateChoices& choices);
 
 struct PackContents {
   static constexpr uint64_t kNotHeld = UINT64_MAX;
   std::vector<uint64_t> starts;  // of each member, in elements of the pack
-  uint64_t slice_elements = 0;   // of each coordinate of the pack's axis, padding included
+  uint64_t slice_elements = 0;   // of each coordinate of the pack's axes, padding included
 };
 
-// The pack of the ranks at `coordinates` (that of the pack's own axis does not count).
+// The pack of the ranks at `coordinates` (those of the pack's own axes do not count).
 PackContents FillPack(const LayoutProgram& program, const PackProgram& pack,
                       std::span<const uint32_t> coordinates);
 
 struct PackCut {
-  uint64_t begin = 0;  // elements of the member's local tensor
+  uint64_t begin = 0;  // places of the member's local tensor
   uint64_t end = 0;
   std::vector<uint32_t> ranks;  // that hold it, ascending
 };
@@ -54,7 +57,7 @@ class PackCuts {
   void AddLoads(std::map<std::vector<uint32_t>, uint64_t>& loads) const;
 
  private:
-  // Tuple and coordinate of the pack's axis.
+  // Tuple and coordinate of the pack's axes together.
   using Holder = std::pair<uint32_t, uint32_t>;
   struct Interval {
     uint64_t begin = 0;
@@ -70,6 +73,7 @@ class PackCuts {
 
   const LayoutProgram* program_;
   const PackProgram* pack_;
+  const Mesh* mesh_;
   std::vector<std::vector<uint32_t>> tuples_;  // coordinates; 0 on axes that do not count
   std::vector<PackContents> contents_;         // of each tuple
 };

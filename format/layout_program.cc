@@ -8,14 +8,27 @@
 
 namespace holdfast {
 
-std::vector<uint32_t> LayoutProgram::CoordinatesOf(uint32_t rank) const {
-  std::vector<uint32_t> coordinates(mesh.size());
-  for (size_t axis = mesh.size(); axis-- > 0;) {
-    coordinates[axis] = rank % mesh[axis].size;
-    rank /= mesh[axis].size;
+std::vector<uint32_t> Mesh::CoordinatesOf(uint32_t rank) const {
+  std::vector<uint32_t> coordinates(axes.size());
+  for (size_t axis = axes.size(); axis-- > 0;) {
+    coordinates[axis] = rank % axes[axis].size;
+    rank /= axes[axis].size;
   }
   CHECK(rank == 0);
   return coordinates;
+}
+
+uint32_t Mesh::SizeOf(std::span<const uint32_t> axis_numbers) const {
+  uint32_t size = 1;
+  for (uint32_t axis : axis_numbers) size *= axes[axis].size;
+  return size;
+}
+
+uint32_t Mesh::JointCoordinate(std::span<const uint32_t> axis_numbers,
+                               std::span<const uint32_t> coordinates) const {
+  uint32_t joint = 0;
+  for (uint32_t axis : axis_numbers) joint = joint * axes[axis].size + coordinates[axis];
+  return joint;
 }
 
 std::string CheckCut(const CutRule& rule, uint64_t elements, uint32_t count) {
@@ -53,53 +66,6 @@ std::pair<uint64_t, uint64_t> Cut(const CutRule& rule, uint64_t elements, uint32
     last = std::min(first + each, grains);
   }
   return {std::min(first * rule.grain, elements), std::min(last * rule.grain, elements)};
-}
-
-LocalTensor Evaluate(const std::vector<MeshAxis>& mesh, const Placement& placement,
-                     std::span<const uint64_t> shape, std::span<const uint32_t> coordinates) {
-  LocalTensor local;
-  local.dims = shape.size();
-  std::fill_n(local.lo.begin(), shape.size(), uint64_t{0});
-  std::copy(shape.begin(), shape.end(), local.size.begin());
-  const auto volume = [&local] {
-    uint64_t elements = 1;  // bounded by the tensor's: no overflow, but for a zero in between
-    for (size_t d = 0; d < local.dims; ++d) elements *= local.size[d];
-    return elements;
-  };
-  bool flat = false;
-  for (const PlacementOp& op : placement) {
-    const uint32_t coordinate = coordinates[op.axis];
-    switch (op.kind) {
-      case PlacementOp::Kind::kShard:
-        if (!flat) {
-          const auto [first, last] =
-              Cut(op.rule, local.size[op.dim], mesh[op.axis].size, coordinate);
-          local.lo[op.dim] += first;
-          local.size[op.dim] = last - first;
-          break;
-        }
-        [[fallthrough]];  // behind a flat cut the only dimension is the range
-      case PlacementOp::Kind::kFlat: {
-        if (!flat) local.end = volume();
-        flat = true;
-        const auto [first, last] =
-            Cut(op.rule, local.end - local.begin, mesh[op.axis].size, coordinate);
-        local.end = local.begin + last;
-        local.begin += first;
-        break;
-      }
-      case PlacementOp::Kind::kPlace:
-        if (!std::binary_search(op.coordinates.begin(), op.coordinates.end(), coordinate)) {
-          local.held = false;
-          return local;
-        }
-        break;
-      case PlacementOp::Kind::kPack:
-        break;
-    }
-  }
-  if (!flat) local.end = volume();
-  return local;
 }
 
 }  // namespace holdfast

@@ -1,15 +1,14 @@
-// A parsed layout document, and what one rank's local tensor is according to it. Inside of
-// format/layout*: everybody else asks Layout.
+// A parsed layout document: meshes, placements, packs, and which of them each tensor state has.
+// Inside of format/layout*: everybody else asks Layout.
 //
-// A placement is a pipeline of operations on the local tensor, which begins as the whole tensor: a
-// shard narrows one dimension of a box; a flat cut turns the box into a range of its row-major
-// order; a place says which coordinates of an axis hold it at all; a pack, always last, appends it
-// to a pack. Invariant: every axis occurs in at most one operation of a placement, so that pieces
-// of unpacked tensors are equal or disjoint.
+// A placement is a pipeline of operations on the local tensor (format/local_tensor.h), over the
+// axes of one mesh. What depends on the whole document is resolved when it is parsed: the zero rule
+// is a flat cut, a pack or nothing; a place by index is a list of coordinates. Invariant: every
+// axis occurs in at most one operation of a placement, and every operation deals the places of the
+// local tensor out, each to one coordinate. So pieces of unpacked tensors are equal or disjoint.
 #ifndef HOLDFAST_FORMAT_LAYOUT_PROGRAM_H_
 #define HOLDFAST_FORMAT_LAYOUT_PROGRAM_H_
 
-#include <array>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -40,23 +39,56 @@ std::pair<uint64_t, uint64_t> Cut(const CutRule& rule, uint64_t elements, uint32
 // Empty if the rule fits, else what was expected of `elements`.
 std::string CheckCut(const CutRule& rule, uint64_t elements, uint32_t count);
 
+// In PlacementOp::view: the size that follows from the others.
+inline constexpr uint64_t kDerivedSize = UINT64_MAX;
+
 struct PlacementOp {
-  enum class Kind : uint8_t { kShard, kFlat, kPlace, kPack };
+  enum class Kind : uint8_t { kShard, kFlat, kPlace, kPack, kView, kPerm, kPad };
   Kind kind = Kind::kShard;
-  uint32_t axis = 0;                  // index into the mesh; kPack: of the pack
-  uint32_t dim = 0;                   // kShard
+  // Indices into the mesh. kShard, kFlat, kPack: cut over all of them together, the last one varies
+  // fastest. kPlace: one. Others: none.
+  std::vector<uint32_t> axes;
+  uint32_t dim = 0;                   // kShard, kPad
   CutRule rule;                       // kShard, kFlat
   std::vector<uint32_t> coordinates;  // kPlace: ascending
   uint32_t pack = 0;                  // kPack
+  std::vector<uint64_t> view;         // kView: sizes of the new dimensions
+  std::vector<uint32_t> perm;         // kPerm: new dimension i is the old dimension perm[i]
+  uint64_t pad_multiple = 1;          // kPad: the size becomes a multiple of it
+  uint64_t pad_size_min = 0;          // kPad: and at least this
+
+  friend bool operator==(const PlacementOp&, const PlacementOp&) = default;
 };
 
-using Placement = std::vector<PlacementOp>;
+struct Placement {
+  uint32_t mesh = 0;
+  std::vector<PlacementOp> ops;
+
+  friend bool operator==(const Placement&, const Placement&) = default;
+};
+
+// A factorisation of the ranks. 0 is the document's "mesh"; the others are in "meshes".
+struct Mesh {
+  std::string name;  // empty: the document's "mesh"
+  std::vector<MeshAxis> axes;
+
+  // The coordinate of every axis.
+  std::vector<uint32_t> CoordinatesOf(uint32_t rank) const;
+  // Of several axes together: how many there are, and which one these coordinates are.
+  uint32_t SizeOf(std::span<const uint32_t> axis_numbers) const;
+  uint32_t JointCoordinate(std::span<const uint32_t> axis_numbers,
+                           std::span<const uint32_t> coordinates) const;
+};
 
 inline constexpr uint32_t kNoPack = UINT32_MAX;
+
+inline constexpr uint32_t kNotListed = UINT32_MAX;
 
 // What goes with the tensor state of the same index.
 struct StateProgram {
   uint32_t placement = 0;
+  uint32_t listed =
+      kNotListed;       // index into listed: its segments are listed, there is no placement
   uint32_t buffer = 0;  // index into buffer_names; of a pack's member the pack's
   uint32_t pack = kNoPack;
   uint32_t pack_member = 0;   // index into PackProgram::members
@@ -65,7 +97,8 @@ struct StateProgram {
 
 struct PackProgram {
   std::string name;
-  uint32_t axis = 0;
+  uint32_t mesh = 0;           // of all members' placements
+  std::vector<uint32_t> axes;  // cut over all of them together
   uint32_t buffer = 0;
   uint64_t align_elements = 1;
   uint64_t multiple_elements = 1;
@@ -73,36 +106,40 @@ struct PackProgram {
   std::vector<uint32_t> other_axes;  // ascending: those in other operations of members
 };
 
+// A box of a tensor state whose place in a buffer the document itself says.
+struct ListedSegment {
+  std::vector<uint64_t> lo;
+  std::vector<uint64_t> size;
+  struct Copy {
+    uint32_t rank = 0;
+    uint32_t buffer = 0;  // index into buffer_names
+    uint64_t offset_bytes = 0;
+    std::vector<uint64_t> strides_bytes;  // empty: row-major
+  };
+  std::vector<Copy> copies;  // ascending by rank, each rank once
+};
+
+// All of a tensor state; the boxes are disjoint, and together they are the tensor.
+struct ListedState {
+  std::vector<ListedSegment> segments;
+};
+
 struct LayoutProgram {
   std::string text;
   LayoutHash hash;
-  std::vector<MeshAxis> mesh;
+  std::vector<Mesh> meshes;  // at least one; all of world_size ranks
   uint32_t world_size = 1;
   std::vector<Placement> placements;  // distinct; 0 is "replicated on all ranks"
   std::vector<PackProgram> packs;
   std::vector<std::string> buffer_names;
   std::vector<TensorState> tensor_states;
   std::vector<StateProgram> states;  // of each tensor state
+  std::vector<ListedState> listed;
 
-  std::vector<uint32_t> CoordinatesOf(uint32_t rank) const;
+  const Mesh& MeshOf(const Placement& placement) const { return meshes[placement.mesh]; }
 };
 
 absl::StatusOr<std::unique_ptr<LayoutProgram>> ParseLayout(std::string json);
-
-// A rank's part of a tensor: elements [begin, end) of the row-major order of a box.
-struct LocalTensor {
-  bool held = true;  // false: the rank has nothing of it
-  size_t dims = 0;
-  std::array<uint64_t, kTensorDimsMax> lo;
-  std::array<uint64_t, kTensorDimsMax> size;
-  uint64_t begin = 0;
-  uint64_t end = 0;
-};
-
-// The local tensor before a pack. `coordinates`: one per axis of the mesh; only those of axes in
-// the placement's shard, flat and place operations count.
-LocalTensor Evaluate(const std::vector<MeshAxis>& mesh, const Placement& placement,
-                     std::span<const uint64_t> shape, std::span<const uint32_t> coordinates);
 
 }  // namespace holdfast
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "absl/strings/str_replace.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
@@ -55,7 +56,12 @@ std::string Render(const Layout& layout) {
         if (segment.buffer != b) continue;
         const TensorState& state = layout.tensor_states()[segment.piece.tensor_state];
         absl::StrAppend(&text, "    byte ", segment.buffer_offset_bytes, ": ", state.tensor, " ",
-                        state.state, " ", Describe(segment.piece, held->boxes), "\n");
+                        state.state, " ", Describe(segment.piece, held->boxes));
+        if (segment.strides != kContiguous) {
+          absl::StrAppend(&text, ", strides ",
+                          absl::StrJoin(held->strides_bytes[segment.strides], " "), " bytes");
+        }
+        absl::StrAppend(&text, "\n");
       }
     }
   }
@@ -88,7 +94,121 @@ TEST(Layout, ExamplesOfTheGrammarMeanWhatTheySay) {
     }
     kind.clear();
   }
-  EXPECT_EQ(examples, 3);
+  EXPECT_EQ(examples, 7);
+}
+
+TEST(Layout, RefusesViewsMeshesZeroAndListedSegmentsByPathAndWords) {
+  const auto listed = [](const std::string& segments, const std::string& shape = "[8,6]") {
+    return Document(kMesh,
+                    absl::StrCat(R"([{"state":"p","dtype":"float32","segments":)", segments, "}]"),
+                    shape);
+  };
+  const std::string zero = R"(,"zero":{"stage":1,"axis":"dp"})";
+  const std::string meshes = R"(,"meshes":{"e":[{"axis":"ep","size":8}]})";
+  const std::string pack = R"(,"packs":[{"pack":"m","axis":"dp","buffer":"flat"}])";
+  const std::vector<std::pair<std::string, std::string>> cases = {
+      {Placed(R"([{"op":"view","shape":[2,4,5]}])"),
+       "place: expected 40 elements, as the view [2, 4, 5] has, found 48 in [8, 6]"},
+      {Placed(R"([{"op":"view","shape":[-1,5]}])"),
+       "expected a multiple of 5 elements to derive a size of the view, found 48 in [8, 6]"},
+      {Placed(R"([{"op":"view","shape":[-1,-1]}])"), "shape[1]: expected a size of at most 2^62"},
+      {Placed(R"([{"op":"perm","dims":[1,1]}])"),
+       "dims[1]: expected each of the dimensions 0 to 1"},
+      {Placed(R"([{"op":"perm","dims":[0]}])"), "expected 1 dimensions, as the perm has, found 2"},
+      {Placed(R"([{"op":"pad","dim":0}])"), "expected \"multiple\", \"axis\" or \"size\""},
+      {Placed(R"([{"op":"pad","dim":2,"size":9}])"),
+       "expected a tensor with dimension 2 to pad, found 2 dimensions"},
+      {Placed(R"([{"op":"pad","dim":0,"size":4611686018427387904}])"),
+       "expected at most 2^59 places"},
+      {Placed(R"([{"op":"partial","axis":"dp"}])"), "a partial sum is no state that can be stored"},
+      {Placed(R"([{"op":"vew","shape":[48]}])"), "unknown op \"vew\"; did you mean \"view\"?"},
+      {Placed(R"([{"op":"shard","dim":0,"axis":["dp","dp"],"rule":"ceil"}])"),
+       "axis[1]: expected distinct axes"},
+      {Placed(R"([{"op":"shard","dim":0,"axis":["dp","tq"],"rule":"ceil"}])"),
+       "axis[1]: unknown axis \"tq\"; did you mean \"tp\"?"},
+      {Placed(R"([{"op":"shard","dim":0,"axis":["dp","tp"],"rule":"sizes","sizes":[4,4]}])"),
+       "one size for each of the 8 ranks of axis \"dp\" x \"tp\""},
+      {Placed(R"([{"op":"place","axis":"tp","coordinates":[-5]}])"), "found the number -5"},
+      {Placed(R"([{"op":"place","axis":"tp","index":4,"count":4,"rule":"even"}])"),
+       "index: expected an index below 4"},
+      {Placed(R"([{"op":"place","axis":"tp","index":0,"count":6,"rule":"even"}])"),
+       "expected a multiple of 4 elements to place over axis \"tp\", found 6"},
+      {Placed(R"([{"op":"place","axis":"tp","coordinates":[0],"count":6}])"),
+       "unknown key \"count\""},
+      {Placed(R"([{"op":"zero","rule":"ceil"}])"), "expected \"zero\" in the document"},
+      {Placed(R"([{"op":"zero","rule":"ceil"},{"op":"pad","dim":0,"size":9}])", "[8,6]", zero),
+       "place[1]: expected nothing behind the zero rule"},
+      {Placed(R"([{"op":"shard","dim":0,"axis":"dp","rule":"ceil"},{"op":"zero","rule":"ceil"}])",
+              "[8,6]", zero),
+       "axis \"dp\" is used by an earlier operation"},
+      {Placed("[]", "[8,6]", R"(,"zero":{"stage":4,"axis":"dp"})"),
+       "zero.stage: expected a stage of 0 to 3"},
+      {Placed("[]", "[8,6]", R"(,"meshes":{"e":[{"axis":"ep","size":4}]})"),
+       "meshes.e: expected axes of 8 ranks in all, as \"mesh\" has, found 4"},
+      {Placed(R"({"mesh":"f","ops":[]})", "[8,6]", meshes), "mesh: unknown mesh \"f\""},
+      {Placed(R"({"mesh":"e","ops":[{"op":"flat","axis":"dp","rule":"ceil"}]})", "[8,6]", meshes),
+       "unknown axis of mesh \"e\" \"dp\""},
+      {Placed(R"({"mesh":"e","ops":[{"op":"pack","pack":"m"}]})", "[8]", meshes + pack),
+       "pack \"m\" is cut over mesh \"\", this placement is over mesh \"e\""},
+      {listed(R"([{"ranks":[0],"lo":[0,0],"size":[8,5]}])"),
+       "segments: expected boxes of all 48 elements, found 40"},
+      {listed(R"([{"ranks":[0],"lo":[0,0],"size":[8,5]},{"ranks":[1],"lo":[0,4],"size":[8,2]}])"),
+       "expected boxes that are equal or apart, found [0:8, 0:5] and [0:8, 4:6]"},
+      {listed(R"([{"ranks":[0],"lo":[0,0],"size":[8,7]}])"),
+       "expected a box that is not empty within 6 elements of dimension 1, found [0, 0 + 7)"},
+      {listed(R"([{"ranks":[8],"lo":[0,0],"size":[8,6]}])"), "expected a rank below 8"},
+      {listed(R"([{"ranks":[0,0],"lo":[0,0],"size":[8,6]}])"), "expected distinct ranks"},
+      {listed(R"([{"lo":[0,0],"size":[8,6]}])"), "expected either \"ranks\" or \"where\""},
+      {listed(R"([{"where":{"tq":[0]},"lo":[0,0],"size":[8,6]}])"), "unknown axis \"tq\""},
+      {listed(R"([{"ranks":[0],"lo":[0,0],"size":[8,6],"strides":[1,0]}])"),
+       "strides[1]: expected at least 1, in elements"},
+      {listed(R"([{"ranks":[0],"lo":[0,0],"size":[8,6],"strides":[4611686018427387904,1]}])"),
+       "that the last element lies below 2^62 bytes"},
+      {listed(R"([{"ranks":[0],"lo":[0,0],"size":[8,6]},{"ranks":[0],"lo":[0,0],"size":[8,6]}])"),
+       "rank 0 holds this box already"},
+      {Document(kMesh, R"([{"state":"p","dtype":"bool","segments":[],"place":[]}])", "[0]"),
+       "place: expected none beside \"segments\""},
+  };
+  for (const auto& [json, expected] : cases) {
+    EXPECT_THAT(ErrorOf(json), HasSubstr(expected)) << json;
+  }
+}
+
+// A view that makes pieces of single elements would cost what it likes.
+TEST(Layout, APlacementThatBreaksTensorsIntoTooManyPiecesIsRefused) {
+  // Transposed twice across a seam: every row of the last view is 3 pieces of other rows.
+  const auto transposed = [](uint64_t rows) {
+    return Placed(absl::StrCat(R"([{"op":"perm","dims":[1,0]},{"op":"view","shape":[-1,2]},
+                                   {"op":"perm","dims":[1,0]},{"op":"view","shape":[-1]}])"),
+                  absl::StrCat("[", rows, ",3]"));
+  };
+  EXPECT_EQ(ErrorOf(transposed(1000)), "accepted");
+  EXPECT_THAT(ErrorOf(transposed(2'000'001 * 2)), HasSubstr("expected at most 65536 pieces"));
+}
+
+// Tensors may interleave in a buffer; sharing a byte is refused, whatever the strides.
+TEST(Layout, StridedSegmentsOfABufferAreApart) {
+  const auto layout = [](uint64_t second_offset) {
+    return absl::StrCat(
+        R"({"holdfast_layout":1,"mesh":[],"tensors":[
+            {"name":"a","shape":[4,2],"states":[{"state":"p","dtype":"int8","buffer":"b",
+             "segments":[{"ranks":[0],"lo":[0,0],"size":[4,2],"strides":[4,1]}]}]},
+            {"name":"b","shape":[4,2],"states":[{"state":"p","dtype":"int8","buffer":"b",
+             "segments":[{"ranks":[0],"lo":[0,0],"size":[4,2],"strides":[4,1],"offset_bytes":)",
+        second_offset, "}]}]}]}");
+  };
+  for (const uint64_t offset : {uint64_t{2}, uint64_t{16}, uint64_t{0}}) {  // 0: tied
+    const auto parsed = Layout::Parse(layout(offset));
+    ASSERT_TRUE(parsed.ok()) << parsed.status().ToString();
+    EXPECT_TRUE((*parsed)->ForRank(Rank{0}).ok()) << offset;
+  }
+  for (const uint64_t offset : {uint64_t{1}, uint64_t{3}, uint64_t{5}}) {
+    const auto parsed = Layout::Parse(layout(offset));
+    ASSERT_TRUE(parsed.ok());
+    EXPECT_THAT(std::string((*parsed)->ForRank(Rank{0}).status().message()),
+                HasSubstr("expected that they are apart"))
+        << offset;
+  }
 }
 
 TEST(Layout, RefusesByPathAndTensorAndWords) {
@@ -128,7 +248,8 @@ TEST(Layout, RefusesByPathAndTensorAndWords) {
        "tensors[0].shape[0]: expected an integer"},
       {Document(kMesh, R"([{"state":"p","dtype":"bool"}])", "[-1]"), "tensors[0].shape[0]"},
       {state(R"(,"place":"columns")"), "unknown placement \"columns\""},
-      {state(R"(,"place":5)"), "expected the name of a placement or an array of operations"},
+      {state(R"(,"place":5)"),
+       "expected the name of a placement, an array of operations, or an object"},
       {state(R"(,"offset_bytes":4611686018427387905)"), "at most 2^62 bytes"},
       {Placed(R"([{"op":"shart"}])"), "place[0]: unknown op \"shart\"; did you mean \"shard\"?"},
       {Placed(R"([{"op":"shard","dim":0,"axis":"pp","rule":"ceil"}])"),
@@ -172,7 +293,8 @@ TEST(Layout, RefusesByPathAndTensorAndWords) {
       {Placed(R"([{"op":"place","axis":"tp","coordinates":[]}])"),
        "expected at least one coordinate"},
       {Placed(R"([{"op":"place","axis":"tp","coordinates":[4]}])"),
-       "coordinates[0]: expected a coordinate of axis \"tp\", below 4, found the number 4"},
+       "coordinates[0]: expected a coordinate of axis \"tp\", below 4, or from -1 on backwards, "
+       "found the number 4"},
       {Placed(R"([{"op":"place","axis":"tp","coordinates":[1,1]}])"),
        "expected distinct coordinates"},
       {Placed(R"([{"op":"pack","pack":"n"}])", "[8]", pack),
