@@ -1,0 +1,463 @@
+#include "format/layout_rules.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string_view>
+#include <utility>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "base/json_reader.h"
+#include "base/status_macros.h"
+#include "base/suggestion.h"
+#include "format/layout.h"
+#include "nlohmann/json.hpp"
+
+namespace holdfast {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+constexpr size_t kToBytesMax = 64 << 10;
+constexpr size_t kRulesBytesMax = size_t{64} << 20;
+constexpr size_t kRulesMax = 10'000;
+constexpr size_t kCapturesMax = 8;  // of a pattern
+
+// ---- Resizing ----
+
+struct Change {
+  size_t column = 0;  // 1-based, in `to`
+  std::string mesh;   // empty: the document's, and its namesakes elsewhere
+  std::string axis;
+  uint64_t size = 0;
+};
+
+absl::Status RefuseTo(size_t column, const std::string& text) {
+  return absl::InvalidArgumentError(absl::StrFormat("--to, column %d: %s", column, text));
+}
+
+absl::StatusOr<std::vector<Change>> ParseTo(const std::string& to) {
+  if (to.size() > kToBytesMax) {
+    return RefuseTo(1,
+                    absl::StrFormat("expected at most %d bytes, found %d", kToBytesMax, to.size()));
+  }
+  std::vector<Change> changes;
+  size_t begin = 0;
+  while (begin <= to.size()) {
+    const size_t end = std::min(to.find(',', begin), to.size());
+    const std::string part = to.substr(begin, end - begin);
+    const size_t equals = part.find('=');
+    Change change;
+    change.column = begin + 1;
+    if (equals == std::string::npos || equals == 0) {
+      return RefuseTo(change.column,
+                      absl::StrFormat("expected AXIS=SIZE, found \"%s\"", part.substr(0, 200)));
+    }
+    change.axis = part.substr(0, equals);
+    if (const size_t dot = change.axis.find('.'); dot != std::string::npos) {
+      change.mesh = change.axis.substr(0, dot);
+      change.axis.erase(0, dot + 1);
+    }
+    const std::string size = part.substr(equals + 1);
+    const bool digits = !size.empty() && size.find_first_not_of("0123456789") == std::string::npos;
+    if (!digits || !absl::SimpleAtoi(size, &change.size) || change.size > kWorldSizeMax) {
+      return RefuseTo(begin + equals + 2,
+                      absl::StrFormat("expected a number of at most %d, found \"%s\"",
+                                      kWorldSizeMax, size.substr(0, 200)));
+    }
+    for (const Change& earlier : changes) {
+      if (earlier.mesh == change.mesh && earlier.axis == change.axis) {
+        return RefuseTo(change.column, absl::StrFormat("\"%s\" is there twice", change.axis));
+      }
+    }
+    changes.push_back(std::move(change));
+    begin = end + 1;
+  }
+  return changes;
+}
+
+std::vector<std::string_view> AxisNames(const Json& mesh) {
+  std::vector<std::string_view> names;
+  for (const Json& axis : mesh) names.push_back(axis["axis"].get_ref<const std::string&>());
+  return names;
+}
+
+Json* FindAxis(Json& mesh, const std::string& name) {
+  for (Json& axis : mesh) {
+    if (axis["axis"] == name) return &axis;
+  }
+  return nullptr;
+}
+
+// The parts of a document that a change of sizes concerns. The document was parsed by
+// Layout::Parse, so that everything has the type that it should.
+class Resizer {
+ public:
+  explicit Resizer(Json& document) : document_(document) {}
+
+  absl::Status Apply(const Change& change) {
+    if (change.mesh.empty() && change.axis == "zero") return SetStage(change);
+    if (change.size == 0) return RefuseTo(change.column, "expected a size of at least 1");
+    if (!change.mesh.empty()) return ResizeInMesh(change);
+    Json* axis = FindAxis(document_["mesh"], change.axis);
+    if (axis == nullptr) return UnknownAxis(change, AxisNames(document_["mesh"]));
+    Resize(*axis, "", change);
+    if (!document_.contains("meshes")) return absl::OkStatus();
+    for (auto& [name, mesh] : document_["meshes"].items()) {
+      if (Json* same = FindAxis(mesh, change.axis); same != nullptr) Resize(*same, name, change);
+    }
+    return absl::OkStatus();
+  }
+
+  // Whatever names ranks or coordinates of a resized axis one by one does not say what it is now.
+  absl::Status CheckPlaces() const {
+    if (resized_.empty()) return absl::OkStatus();
+    if (document_.contains("placements")) {
+      for (const auto& [name, placement] : document_["placements"].items()) {
+        RETURN_IF_ERROR(CheckPlacement(placement, absl::StrFormat("placement \"%s\"", name)));
+      }
+    }
+    for (const Json& tensor : document_["tensors"]) {
+      for (const Json& state : tensor["states"]) {
+        const std::string what =
+            absl::StrFormat("tensor \"%s\", state \"%s\"",
+                            tensor["name"].get_ref<const std::string&>().substr(0, 200),
+                            state["state"].get_ref<const std::string&>().substr(0, 200));
+        if (state.contains("segments") && !state["segments"].empty()) {
+          return Needs(absl::StrCat(what, " lists its segments rank by rank"));
+        }
+        if (state.contains("place") && !state["place"].is_string()) {
+          RETURN_IF_ERROR(CheckPlacement(state["place"], what));
+        }
+      }
+    }
+    return absl::OkStatus();
+  }
+
+ private:
+  static absl::Status UnknownAxis(const Change& change,
+                                  const std::vector<std::string_view>& names) {
+    std::string known;
+    for (std::string_view name : names) {
+      absl::StrAppend(&known, known.empty() ? "" : ", ", std::string(name));
+    }
+    return RefuseTo(
+        change.column,
+        absl::StrFormat(
+            "unknown axis \"%s\"%s; the checkpoint's layout has: %s. Another axis needs "
+            "a layout file (--layout)",
+            change.axis.substr(0, 200), DidYouMean(change.axis, names),
+            known.empty() ? "none" : known));
+  }
+
+  absl::Status SetStage(const Change& change) {
+    if (!document_.contains("zero")) {
+      return RefuseTo(change.column,
+                      "the checkpoint's layout has no zero rule whose stage could be another; that "
+                      "needs a layout file (--layout)");
+    }
+    if (change.size > 3) {
+      return RefuseTo(change.column,
+                      absl::StrFormat("expected a stage of 0 to 3, found %d", change.size));
+    }
+    document_["zero"]["stage"] = change.size;
+    return absl::OkStatus();
+  }
+
+  absl::Status ResizeInMesh(const Change& change) {
+    std::vector<std::string_view> names;
+    if (document_.contains("meshes")) {
+      for (const auto& [name, mesh] : document_["meshes"].items()) names.push_back(name);
+    }
+    if (std::find(names.begin(), names.end(), change.mesh) == names.end()) {
+      return RefuseTo(change.column,
+                      absl::StrFormat("unknown mesh \"%s\"%s", change.mesh.substr(0, 200),
+                                      DidYouMean(change.mesh, names)));
+    }
+    Json& mesh = document_["meshes"][change.mesh];
+    Json* axis = FindAxis(mesh, change.axis);
+    if (axis == nullptr) return UnknownAxis(change, AxisNames(mesh));
+    Resize(*axis, change.mesh, change);
+    return absl::OkStatus();
+  }
+
+  void Resize(Json& axis, const std::string& mesh, const Change& change) {
+    if (axis["size"] == change.size) return;
+    axis["size"] = change.size;
+    resized_.emplace_back(mesh, change.axis);
+  }
+
+  static absl::Status Needs(const std::string& why) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--to: ", why,
+                     ", which says nothing of other sizes; that needs a layout file "
+                     "(--layout)"));
+  }
+
+  absl::Status CheckPlacement(const Json& placement, const std::string& what) const {
+    const bool has_mesh = placement.is_object() && placement.contains("mesh");
+    const std::string mesh = has_mesh ? placement["mesh"].get<std::string>() : "";
+    const Json& ops = placement.is_object() ? placement["ops"] : placement;
+    for (const Json& op : ops) {
+      if (op["op"] != "place" || !op.contains("coordinates")) continue;
+      const Json& axis = op["axis"].is_array() ? op["axis"][0] : op["axis"];
+      const std::pair<std::string, std::string> key(mesh, axis.get<std::string>());
+      if (std::find(resized_.begin(), resized_.end(), key) == resized_.end()) continue;
+      for (const Json& coordinate : op["coordinates"]) {
+        if (coordinate == 0 || coordinate == -1) continue;  // the first, the last
+        return Needs(absl::StrFormat("%s is placed at coordinate %d of axis \"%s\"", what,
+                                     coordinate.get<int64_t>(), key.second));
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  Json& document_;
+  std::vector<std::pair<std::string, std::string>> resized_;  // mesh, axis
+};
+
+// ---- Rules ----
+
+// A pattern of names: literal texts with `*` and `{name}` between.
+class NamePattern {
+ public:
+  static absl::StatusOr<NamePattern> Parse(const JsonValue& where) {
+    ASSIGN_OR_RETURN(const std::string_view text, where.String());
+    NamePattern pattern;
+    std::string literal;
+    for (size_t i = 0; i < text.size(); ++i) {
+      if (text[i] != '*' && text[i] != '{') {
+        literal += text[i];
+        continue;
+      }
+      if (!literal.empty()) pattern.parts_.push_back({Part::kLiteral, std::exchange(literal, {})});
+      if (text[i] == '*') {
+        if (pattern.parts_.empty() || pattern.parts_.back().kind != Part::kAny) {
+          pattern.parts_.push_back({Part::kAny, ""});
+        }
+        continue;
+      }
+      const size_t end = text.find('}', i);
+      if (end == std::string_view::npos || end == i + 1) {
+        return where.Mismatch("a name between { and }");
+      }
+      pattern.parts_.push_back({Part::kNumber, std::string(text.substr(i + 1, end - i - 1))});
+      if (++pattern.number_count_ > kCapturesMax) {
+        return where.Mismatch(absl::StrFormat("at most %d numbers", kCapturesMax));
+      }
+      i = end;
+    }
+    if (!literal.empty()) pattern.parts_.push_back({Part::kLiteral, literal});
+    return pattern;
+  }
+
+  using Numbers = std::map<std::string, uint64_t>;
+  // The numbers, if the name fits. `*` takes as little as it can, a number all digits.
+  std::optional<Numbers> Match(std::string_view name) const {
+    Numbers numbers;
+    // Greedy with one point of return: after the last `*` (as for wildcards, but a number takes all
+    // digits there are, so what follows it decides no more than a literal would).
+    size_t part = 0;
+    size_t at = 0;
+    std::optional<std::pair<size_t, size_t>> retry;  // part behind the last `*`, where it began
+    Numbers at_retry;
+    for (;;) {
+      if (part == parts_.size()) {
+        if (at == name.size()) return numbers;
+      } else if (parts_[part].kind == Part::kAny) {
+        retry = {++part, at};
+        at_retry = numbers;
+        continue;
+      } else if (parts_[part].kind == Part::kLiteral) {
+        if (name.substr(at, parts_[part].text.size()) == parts_[part].text) {
+          at += parts_[part++].text.size();
+          continue;
+        }
+      } else if (const auto number = NumberAt(name, at); number.has_value()) {
+        const auto [same, is_new] = numbers.emplace(parts_[part].text, *number);
+        if (is_new || same->second == *number) {
+          ++part;
+          while (at < name.size() && IsDigit(name[at])) ++at;
+          continue;
+        }
+      }
+      if (!retry.has_value() || retry->second >= name.size()) return std::nullopt;
+      part = retry->first;
+      at = ++retry->second;
+      numbers = at_retry;
+    }
+  }
+
+ private:
+  struct Part {
+    enum Kind { kLiteral, kAny, kNumber };
+    Kind kind = kLiteral;
+    std::string text;  // of a number its name
+  };
+  static bool IsDigit(char c) { return c >= '0' && c <= '9'; }
+  // Not in the middle of a longer one.
+  static std::optional<uint64_t> NumberAt(std::string_view name, size_t at) {
+    if (at > 0 && IsDigit(name[at - 1])) return std::nullopt;
+    size_t end = at;
+    while (end < name.size() && IsDigit(name[end])) ++end;
+    uint64_t number = 0;
+    if (end == at || !absl::SimpleAtoi(std::string(name.substr(at, end - at)), &number)) {
+      return std::nullopt;
+    }
+    return number;
+  }
+
+  std::vector<Part> parts_;
+  size_t number_count_ = 0;
+};
+
+struct Rule {
+  NamePattern tensors;
+  std::vector<std::string> states;  // empty: all
+  Json place;                       // null: none
+  std::string path;                 // for errors
+  bool used = false;
+};
+
+// "{layer}" becomes the number that the name has there.
+absl::Status FillNumbers(Json& value, const NamePattern::Numbers& numbers,
+                         const std::string& path) {
+  if (value.is_structured()) {
+    for (Json& each : value) RETURN_IF_ERROR(FillNumbers(each, numbers, path));
+    return absl::OkStatus();
+  }
+  if (!value.is_string()) return absl::OkStatus();
+  const std::string& text = value.get_ref<const std::string&>();
+  if (text.size() < 3 || text.front() != '{' || text.back() != '}') return absl::OkStatus();
+  const auto found = numbers.find(text.substr(1, text.size() - 2));
+  if (found == numbers.end()) {
+    std::vector<std::string_view> names;
+    for (const auto& [name, number] : numbers) names.push_back(name);
+    return absl::InvalidArgumentError(
+        absl::StrFormat("%s: \"%s\" is no number of the rule's pattern%s", path, text,
+                        DidYouMean(text.substr(1, text.size() - 2), names)));
+  }
+  value = found->second;
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::vector<Rule>> ParseRules(const JsonValue& list, const Json& json) {
+  ASSIGN_OR_RETURN(const size_t count, list.ArraySize());
+  if (count > kRulesMax) return list.Mismatch(absl::StrCat("at most ", kRulesMax, " rules"));
+  std::vector<Rule> rules;
+  for (size_t i = 0; i < count; ++i) {
+    RETURN_IF_ERROR(list[i].ExpectKeys({"tensors", "states", "place"}));
+    Rule rule;
+    rule.path = list[i].Path();
+    ASSIGN_OR_RETURN(const JsonValue pattern, list[i].Get("tensors"));
+    ASSIGN_OR_RETURN(rule.tensors, NamePattern::Parse(pattern));
+    if (const JsonValue states = list[i].Find("states"); states.present()) {
+      ASSIGN_OR_RETURN(const size_t state_count, states.ArraySize());
+      if (state_count == 0) return states.Mismatch("at least one state");
+      for (size_t k = 0; k < state_count; ++k) {
+        ASSIGN_OR_RETURN(const std::string_view state, states[k].String());
+        rule.states.emplace_back(state);
+      }
+    }
+    if (list[i].Find("place").present()) rule.place = json[i]["place"];
+    rules.push_back(std::move(rule));
+  }
+  return rules;
+}
+
+// The first rule that fits; nothing if none does.
+absl::StatusOr<std::optional<Json>> PlaceOf(const TensorState& state, std::vector<Rule>& rules,
+                                            bool& found) {
+  found = false;
+  for (Rule& rule : rules) {
+    if (!rule.states.empty() &&
+        std::find(rule.states.begin(), rule.states.end(), state.state) == rule.states.end()) {
+      continue;
+    }
+    const std::optional<NamePattern::Numbers> numbers = rule.tensors.Match(state.tensor);
+    if (!numbers.has_value()) continue;
+    found = rule.used = true;
+    if (rule.place.is_null()) return std::nullopt;
+    Json place = rule.place;
+    RETURN_IF_ERROR(FillNumbers(place, *numbers, rule.path));
+    return place;
+  }
+  return std::nullopt;
+}
+
+absl::StatusOr<std::string> Checked(const Json& document, const std::string& what) {
+  std::string text = document.dump();
+  if (const auto layout = Layout::Parse(text); !layout.ok()) {
+    return absl::Status(layout.status().code(),
+                        absl::StrCat(what, std::string(layout.status().message())));
+  }
+  return text;
+}
+
+}  // namespace
+
+absl::StatusOr<std::string> ResizeLayout(const std::string& document, const std::string& to) {
+  // Bounds what the lenient reader below is given, and proves all types.
+  RETURN_IF_ERROR(Layout::Parse(document).status());
+  ASSIGN_OR_RETURN(const std::vector<Change> changes, ParseTo(to));
+  Json json = Json::parse(document);
+  Resizer resizer(json);
+  for (const Change& change : changes) RETURN_IF_ERROR(resizer.Apply(change));
+  RETURN_IF_ERROR(resizer.CheckPlaces());
+  return Checked(json, absl::StrFormat("--to %s: ", to.substr(0, 200)));
+}
+
+absl::StatusOr<std::string> ExpandLayoutRules(const std::string& rules,
+                                              const std::vector<TensorState>& states) {
+  JsonLimits limits;
+  limits.bytes_max = kRulesBytesMax;
+  ASSIGN_OR_RETURN(const auto parsed, JsonDocument::Parse(rules, limits));
+  const JsonValue root = parsed->root();
+  RETURN_IF_ERROR(root.ExpectKeys(
+      {"holdfast_layout_rules", "mesh", "meshes", "zero", "packs", "placements", "rules"}));
+  ASSIGN_OR_RETURN(const JsonValue version, root.Get("holdfast_layout_rules"));
+  ASSIGN_OR_RETURN(const uint64_t number, version.Uint64());
+  if (number != 1) return version.Mismatch("version 1 of the grammar");
+  ASSIGN_OR_RETURN(const JsonValue list, root.Get("rules"));
+  Json json = Json::parse(rules);  // within the limits of the strict reader
+  ASSIGN_OR_RETURN(std::vector<Rule> all, ParseRules(list, json["rules"]));
+
+  Json document = {{"holdfast_layout", 1}};
+  for (const auto& [key, value] : json.items()) {
+    if (key != "holdfast_layout_rules" && key != "rules") document[key] = value;
+  }
+  Json tensors = Json::array();
+  for (const TensorState& state : states) {
+    bool found = false;
+    ASSIGN_OR_RETURN(std::optional<Json> place, PlaceOf(state, all, found));
+    if (!found) {
+      return absl::InvalidArgumentError(absl::StrFormat(
+          "rules: no rule fits %s; one with \"tensors\": \"*\" would", Describe(state)));
+    }
+    Json entry = {{"state", state.state}, {"dtype", std::string(DtypeName(state.dtype))}};
+    if (place.has_value()) entry["place"] = *std::move(place);
+    if (tensors.empty() || tensors.back()["name"] != state.tensor) {
+      tensors.push_back(
+          {{"name", state.tensor}, {"shape", state.shape}, {"states", Json::array()}});
+    }
+    tensors.back()["states"].push_back(std::move(entry));
+  }
+  for (const Rule& rule : all) {
+    if (!rule.used) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(rule.path, ": this rule fits no tensor state"));
+    }
+  }
+  document["tensors"] = std::move(tensors);
+  return Checked(document, "rules: ");
+}
+
+bool IsLayoutRules(const std::string& json) {
+  const auto parsed = JsonDocument::Parse(json);
+  return parsed.ok() && (*parsed)->root().Find("holdfast_layout_rules").present();
+}
+
+}  // namespace holdfast
