@@ -22,6 +22,7 @@ BENCHMARKS = {
     "restore_memory": ("spine", "restore_memory"),
     "registration": ("spine", "registration"),
     "stamp_head": ("spine", "stamp_head"),
+    "planner": ("spine", "planner"),
     "fingerprint": ("fingerprint", "rows"),
     "side_by_side": ("side_by_side", "rows"),
 }
