@@ -300,6 +300,28 @@ TEST_F(DaemonTest, EndsByItselfAfterItsLastClientAndRemovesItsSocket) {
   EXPECT_NE(access(socket_.c_str(), F_OK), 0);
 }
 
+// Somebody has removed the directory, and another agent listens under the same name.
+TEST_F(DaemonTest, AnAgentThatEndsLeavesTheSocketOfItsSuccessor) {
+  const std::filesystem::path directory = std::filesystem::path(directory_) / "replaced";
+  socket_ = (directory / "agent.sock").string();
+  std::filesystem::create_directory(directory);
+  std::filesystem::permissions(directory, std::filesystem::perms::owner_all);
+  Started started = Start({"--socket", socket_, "--root", absl::StrCat(directory_, "/root")});
+  ASSERT_TRUE(WaitUntil([this] { return Query().is_object(); }));
+  std::filesystem::remove_all(directory);
+  std::filesystem::create_directory(directory);
+  std::filesystem::permissions(directory, std::filesystem::perms::owner_all);
+  Started successor = Start({"--socket", socket_, "--root", absl::StrCat(directory_, "/root")});
+  ASSERT_TRUE(WaitUntil([this] { return Query().is_object(); }));
+  kill(started.pid, SIGTERM);
+  const Ended ended = Finish(std::move(started));
+  EXPECT_THAT(ended.output, HasSubstr("the directory was replaced"));
+  EXPECT_TRUE(Query().is_object());
+  kill(successor.pid, SIGTERM);
+  Finish(std::move(successor));
+  EXPECT_NE(access(socket_.c_str(), F_OK), 0);
+}
+
 TEST_F(DaemonTest, ASidecarStaysInTheForegroundAndEndsAtTerm) {
   Started started = Start({"--socket", socket_, "--root", absl::StrCat(directory_, "/root")});
   ASSERT_TRUE(WaitUntil([this] { return Query().is_object(); }));

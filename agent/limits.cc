@@ -4,6 +4,8 @@
 #include <sys/resource.h>
 #include <sys/stat.h>
 
+#include <fstream>
+
 namespace holdfast {
 namespace {
 
@@ -27,6 +29,20 @@ void RaiseLimits() {
   // Not PR_SET_DUMPABLE: that would also take /proc/self/fd and debuggers from this user.
   const rlimit no_core{0, 0};
   (void)setrlimit(RLIMIT_CORE, &no_core);
+}
+
+std::string SharedPages() {
+  std::ifstream file("/sys/kernel/mm/transparent_hugepage/shmem_enabled");
+  std::string text;
+  std::getline(file, text);
+  const size_t begin = text.find('[');
+  const size_t end = text.find(']');
+  const std::string value =
+      begin < end && end != std::string::npos ? text.substr(begin + 1, end - begin - 1) : "unknown";
+  if (value == "always" || value == "within_size" || value == "advise" || value == "force") {
+    return "huge pages on request";
+  }
+  return "4 KiB pages (shmem_enabled is " + value + ")";
 }
 
 uint64_t OpenFilesLimit() {

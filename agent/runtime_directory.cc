@@ -77,6 +77,14 @@ absl::StatusOr<std::optional<UniqueFd>> TryLockSocket(const std::string& socket)
   return ErrnoStatus(errno, "lock", path);
 }
 
+bool HoldsSocket(const std::string& socket, int lock) {
+  struct stat ours {};
+  struct stat found {};
+  const std::string path = absl::StrCat(socket, ".lock");
+  return fstat(lock, &ours) == 0 && lstat(path.c_str(), &found) == 0 &&
+         ours.st_dev == found.st_dev && ours.st_ino == found.st_ino;
+}
+
 absl::StatusOr<UniqueFd> Listen(const std::string& socket) {
   UniqueFd listener(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
   if (!listener) return ErrnoStatus(errno, "socket", socket);

@@ -22,6 +22,10 @@ absl::Status PrepareDirectoryOf(const std::string& path);
 // could then lock two files of one name.
 absl::StatusOr<std::optional<UniqueFd>> TryLockSocket(const std::string& socket);
 
+// Whether `<socket>.lock` still is the file that `lock` is of. Not if somebody has removed the
+// directory: another agent may listen under our name then.
+bool HoldsSocket(const std::string& socket, int lock);
+
 // With the lock held: listens on `socket`, mode 0600, replacing what a dead agent left there.
 absl::StatusOr<UniqueFd> Listen(const std::string& socket);
 

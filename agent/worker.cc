@@ -19,6 +19,7 @@
 #include "agent/limits.h"
 #include "agent/log.h"
 #include "agent/process.h"
+#include "agent/runtime_directory.h"
 #include "agent/version.h"
 #include "base/check.h"
 #include "base/kill_point.h"
@@ -250,9 +251,10 @@ void Worker::Recovered() {
   idle_since_ = clock_.Elapsed();
   if (restart_count_ == 0)
     idle_since_ += std::max(kFirstClientGrace - config_.linger, absl::ZeroDuration());
-  LogInfo(absl::StrFormat("serving %s on %s (start %d; %d sessions taken over); %s; %s",
+  LogInfo(absl::StrFormat("serving %s on %s (start %d; %d sessions taken over); %s; %s; %s",
                           config_.root, config_.socket, restart_count_ + 1,
-                          engine_->sessions().size(), ring_->Describe(), mount_.Describe()));
+                          engine_->sessions().size(), ring_->Describe(), mount_.Describe(),
+                          SharedPages()));
   TellStarter(kReadyText);
   if (config_.is_private) CheckIdle();
 }
@@ -345,7 +347,10 @@ void Worker::End(int exit_code, const std::string& why) {
   exit_code_ = exit_code;
   // The name first: a trainer that comes now finds nobody and starts another agent, which waits
   // for our lock. What has connected already sees its connection end and tries again.
-  if (unlink(config_.socket.c_str()) != 0 && errno != ENOENT) {
+  if (!HoldsSocket(config_.socket, keeper_->Find(kLockName))) {
+    LogWarning(
+        absl::StrCat(config_.socket, ": the directory was replaced; what is there now stays"));
+  } else if (unlink(config_.socket.c_str()) != 0 && errno != ENOENT) {
     LogWarning(absl::StrCat("cannot remove ", config_.socket, ": ", ErrnoName(errno)));
   }
   keeper_->Finish(exit_code);
