@@ -158,7 +158,7 @@ TEST(RegistrationTest, AnAnswerThatContradictsItselfIsRefused) {
       [](Answer& a) { a.reply.block_bytes = 0; },
       [](Answer& a) { a.reply.block_bytes = 8192; },
       [](Answer& a) { a.registration().magic ^= 1; },
-      [](Answer& a) { a.registration().version = 2; },
+      [](Answer& a) { a.registration().version = abi::kProtocolVersion + 1; },
       [](Answer& a) { a.registration().registration_id = 6; },
       [](Answer& a) { a.registration().slot_count = 0; },
       [](Answer& a) { a.registration().slot_count = abi::kSlotsMax + 1; },

@@ -78,7 +78,7 @@ TEST_F(SocketTest, WhatIsNoMessageIsRefused) {
   wrong.magic ^= 1;
   EXPECT_TRUE(refused(&wrong, sizeof(wrong)));
   wrong = good;
-  wrong.version = 2;
+  wrong.version = abi::kProtocolVersion + 1;
   EXPECT_TRUE(refused(&wrong, sizeof(wrong)));
   wrong = good;
   wrong.body_bytes = 1;
