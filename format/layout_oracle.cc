@@ -28,8 +28,9 @@ uint64_t SizeOf(const Mesh& mesh, const std::vector<size_t>& axes) {
   return size;
 }
 
-// Indices 0..n-1 dealt to k hands, in order; nothing if the rule does not fit.
-std::optional<std::vector<std::vector<uint64_t>>> Deal(const Op& op, uint64_t n, uint64_t k) {
+namespace {
+
+std::optional<std::vector<std::vector<uint64_t>>> DealOne(const Op& op, uint64_t n, uint64_t k) {
   std::vector<std::vector<uint64_t>> hands(k);
   if (op.rule == "sizes") {
     uint64_t next = 0;
@@ -66,6 +67,24 @@ std::optional<std::vector<std::vector<uint64_t>>> Deal(const Op& op, uint64_t n,
     std::vector<uint64_t>& hand = hands[i / chunk];
     hand.insert(hand.end(), grains[i].begin(), grains[i].end());
   }
+  return hands;
+}
+
+}  // namespace
+
+std::optional<std::vector<std::vector<uint64_t>>> Deal(const Op& op, uint64_t n, uint64_t k) {
+  if (op.blocks.empty()) return DealOne(op, n, k);
+  std::vector<std::vector<uint64_t>> hands(k);
+  uint64_t begin = 0;
+  for (uint64_t width : op.blocks) {
+    const auto of_block = DealOne(op, width, k);
+    if (!of_block.has_value()) return std::nullopt;
+    for (uint64_t hand = 0; hand < k; ++hand) {
+      for (uint64_t index : (*of_block)[hand]) hands[hand].push_back(begin + index);
+    }
+    begin += width;
+  }
+  if (begin != n) return std::nullopt;
   return hands;
 }
 

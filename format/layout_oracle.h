@@ -25,6 +25,7 @@ struct Op {
   std::string rule;
   std::vector<uint64_t> sizes;
   uint64_t grain = 1;
+  std::vector<uint64_t> blocks;      // shard; empty: the dimension is one
   std::vector<int64_t> coordinates;  // place; or else by index:
   uint64_t index = 0;
   uint64_t count = 0;

@@ -39,6 +39,14 @@ Op RandomCut(Random& random, const Mesh& mesh, const std::vector<uint64_t>& shap
   } else if (Chance(random, 20)) {
     op.grain = 1 + random() % 4;
   }
+  if (op.kind == "shard" && !behind_flat && op.rule != "sizes" && Chance(random, 25)) {
+    uint64_t left = shape[op.dim];
+    for (uint64_t i = random() % 3; i > 0; --i) {
+      op.blocks.push_back(random() % (left + 1));
+      left -= op.blocks.back();
+    }
+    op.blocks.push_back(left);
+  }
   return op;
 }
 
@@ -195,6 +203,9 @@ std::string OpJson(const Document& document, const Mesh& mesh, const Op& op) {
   if (op.grain != 1) absl::StrAppend(&json, ",\"grain\":", op.grain);
   if (op.rule == "sizes") {
     absl::StrAppend(&json, ",\"sizes\":[", absl::StrJoin(op.sizes, ","), "]");
+  }
+  if (!op.blocks.empty()) {
+    absl::StrAppend(&json, ",\"blocks\":[", absl::StrJoin(op.blocks, ","), "]");
   }
   return json + "}";
 }
@@ -399,6 +410,7 @@ Document RandomDocument(Random& random, std::vector<Tensor> tensors) {
     for (size_t axis = 0; axis < document.meshes[mesh].size(); ++axis) {
       if (axis != pack_axes[0] && Chance(random, 15)) pack_axes.push_back(axis);
     }
+    if (Chance(random, 10)) pack_axes.clear();  // not cut
     document.packs.push_back({absl::StrCat("pack", i), mesh, pack_axes, 1 + random() % 4,
                               1 + random() % 5, absl::StrCat("flat", i)});
   }

@@ -50,6 +50,7 @@ struct PlacementOp {
   std::vector<uint32_t> axes;
   uint32_t dim = 0;                   // kShard, kPad
   CutRule rule;                       // kShard, kFlat
+  std::vector<uint64_t> blocks;       // kShard: the dimension is these, each is cut by the rule
   std::vector<uint32_t> coordinates;  // kPlace: ascending
   uint32_t pack = 0;                  // kPack
   std::vector<uint64_t> view;         // kView: sizes of the new dimensions

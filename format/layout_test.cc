@@ -109,6 +109,16 @@ TEST(Layout, RefusesViewsMeshesZeroAndListedSegmentsByPathAndWords) {
   const std::vector<std::pair<std::string, std::string>> cases = {
       {Placed(R"([{"op":"view","shape":[2,4,5]}])"),
        "place: expected 40 elements, as the view [2, 4, 5] has, found 48 in [8, 6]"},
+      {Placed(R"([{"op":"shard","dim":0,"axis":"dp","rule":"even","blocks":[4,2]}])"),
+       "expected the sum of the blocks, 6 elements, in dimension 0, found 8"},
+      {Placed(R"([{"op":"shard","dim":0,"axis":"tp","rule":"even","blocks":[4,2,2]}])"),
+       "expected a multiple of 4 elements in block 1 of dimension 0 to cut over axis \"tp\", found "
+       "2"},
+      {Placed(R"([{"op":"shard","dim":0,"axis":"dp","rule":"even","blocks":[]}])"),
+       "blocks: expected 1 to 4096 blocks"},
+      {Placed(
+           R"([{"op":"shard","dim":0,"axis":"dp","rule":"sizes","sizes":[4,4],"blocks":[4,4]}])"),
+       "blocks: expected none beside sizes"},
       {Placed(R"([{"op":"view","shape":[-1,5]}])"),
        "expected a multiple of 5 elements to derive a size of the view, found 48 in [8, 6]"},
       {Placed(R"([{"op":"view","shape":[-1,-1]}])"), "shape[1]: expected a size of at most 2^62"},

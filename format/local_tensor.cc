@@ -148,6 +148,7 @@ std::string LocalTensor::Shard(const PlacementOp& op, const Mesh& mesh,
         "dimensions",
         op.dim, AxesText(mesh, op.axes), dims);
   }
+  if (!op.blocks.empty()) return ShardBlocks(op, mesh, coordinates);
   const uint64_t size = flat_ ? end_ - begin_ : size_[op.dim];
   const uint32_t count = mesh.SizeOf(op.axes);
   if (const std::string expected = CheckCut(op.rule, size, count); !expected.empty()) {
@@ -158,6 +159,37 @@ std::string LocalTensor::Shard(const PlacementOp& op, const Mesh& mesh,
   }
   const auto [first, last] = Cut(op.rule, size, count, mesh.JointCoordinate(op.axes, coordinates));
   Narrow(op.dim, first, last);
+  return "";
+}
+
+std::string LocalTensor::ShardBlocks(const PlacementOp& op, const Mesh& mesh,
+                                     std::span<const uint32_t> coordinates) {
+  KeepSteps();
+  uint64_t sum = 0;  // at most 2^62 (the parser)
+  for (uint64_t width : op.blocks) sum += width;
+  if (sum != size_[op.dim]) {
+    return absl::StrFormat("expected the sum of the blocks, %d elements, in dimension %d, found %d",
+                           sum, op.dim, size_[op.dim]);
+  }
+  const uint32_t count = mesh.SizeOf(op.axes);
+  const uint32_t coordinate = mesh.JointCoordinate(op.axes, coordinates);
+  Step step{.kind = Step::Kind::kBlocks, .dim = op.dim};
+  uint64_t begin = 0;
+  uint64_t size = 0;
+  for (size_t i = 0; i < op.blocks.size(); ++i) {
+    const uint64_t width = op.blocks[i];
+    if (const std::string expected = CheckCut(op.rule, width, count); !expected.empty()) {
+      return absl::StrFormat(
+          "expected %s in block %d of dimension %d to cut over axis %s, found %d", expected, i,
+          op.dim, AxesText(mesh, op.axes), width);
+    }
+    const auto [first, last] = Cut(op.rule, width, count, coordinate);
+    if (first < last) step.ranges.push_back({begin + first, last - first});
+    begin += width;
+    size += last - first;
+  }
+  size_[op.dim] = size;
+  steps_.push_back(std::move(step));
   return "";
 }
 
@@ -341,6 +373,24 @@ bool LocalTensor::LeadBack(const Step& step, size_t parts_max, std::vector<Strid
         strided.box.lo[step.dim] += step.first;
         out.push_back(strided);
         break;
+      case Step::Kind::kBlocks: {
+        const uint64_t lo = strided.box.lo[step.dim];
+        const uint64_t hi = lo + strided.box.size[step.dim];
+        uint64_t at = 0;  // of the range, in what the step made
+        for (const Range& range : step.ranges) {
+          const uint64_t first = std::max(lo, at);
+          const uint64_t last = std::min(hi, at + range.size);
+          if (first < last) {
+            Strided part = strided;
+            part.box.lo[step.dim] = range.first + (first - at);
+            part.box.size[step.dim] = last - first;
+            part.place += (first - lo) * strided.strides[step.dim];
+            out.push_back(part);
+          }
+          at += range.size;
+        }
+        break;
+      }
       case Step::Kind::kPerm: {
         Strided before = strided;
         for (size_t d = 0; d < step.perm.size(); ++d) {

@@ -58,12 +58,17 @@ class LocalTensor {
 
  private:
   // One operation, led back: coordinates of what it made -> coordinates of what it was given.
+  struct Range {
+    uint64_t first = 0;
+    uint64_t size = 0;
+  };
   struct Step {
-    enum class Kind { kSlice, kPerm, kPad, kView };
+    enum class Kind { kSlice, kBlocks, kPerm, kPad, kView };
     Kind kind = Kind::kSlice;
-    size_t dim = 0;                   // kSlice, kPad
+    size_t dim = 0;                   // kSlice, kBlocks, kPad
     uint64_t first = 0;               // kSlice: where it begins
     uint64_t size = 0;                // kPad: without the padding
+    std::vector<Range> ranges = {};   // kBlocks: what is left of the dimension, in order
     std::vector<uint32_t> perm = {};  // kPerm
     std::vector<uint64_t> from = {};  // kView: sizes before and after
     std::vector<uint64_t> to = {};
@@ -75,6 +80,8 @@ class LocalTensor {
   };
 
   std::string Shard(const PlacementOp& op, const Mesh& mesh, std::span<const uint32_t> coordinates);
+  std::string ShardBlocks(const PlacementOp& op, const Mesh& mesh,
+                          std::span<const uint32_t> coordinates);
   std::string View(const PlacementOp& op);
   std::string Perm(const PlacementOp& op);
   std::string Pad(const PlacementOp& op);

@@ -1,8 +1,8 @@
 // Whether the operations of a placement fit a tensor on every rank.
 //
 // Where a placement only narrows and cuts flat, that is decided on the set of sizes that each
-// dimension can have on any rank, so the cost does not grow with the world. Views, perms and pads
-// are tried for every combination of coordinates, within limits.
+// dimension can have on any rank, so the cost does not grow with the world. Views, perms, pads and
+// blocks are tried for every combination of coordinates, within limits.
 #include <algorithm>
 #include <set>
 #include <utility>
@@ -66,7 +66,7 @@ std::set<uint64_t> Products(const std::vector<std::set<uint64_t>>& sizes) {
 bool NarrowsOnly(const Placement& placement) {
   return std::none_of(placement.ops.begin(), placement.ops.end(), [](const PlacementOp& op) {
     return op.kind == PlacementOp::Kind::kView || op.kind == PlacementOp::Kind::kPerm ||
-           op.kind == PlacementOp::Kind::kPad;
+           op.kind == PlacementOp::Kind::kPad || !op.blocks.empty();
   });
 }
 

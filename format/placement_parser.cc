@@ -16,6 +16,7 @@ namespace {
 
 constexpr size_t kMeshesMax = 1024;
 constexpr size_t kPacksMax = 65'536;
+constexpr size_t kBlocksMax = 4096;                // of a shard
 constexpr size_t kOpsMax = 64;                     // of a placement
 constexpr uint64_t kGrainMax = uint64_t{1} << 32;  // grain, align_elements, multiple_elements
 constexpr uint64_t kSlotsMax = uint64_t{1} << 20;  // of a place by index
@@ -142,8 +143,8 @@ absl::StatusOr<uint32_t> PlacementParser::Axis(const JsonValue& name_value, uint
   return found->second;
 }
 
-absl::StatusOr<std::vector<uint32_t>> PlacementParser::Axes(const JsonValue& value,
-                                                            uint32_t mesh) const {
+absl::StatusOr<std::vector<uint32_t>> PlacementParser::Axes(const JsonValue& value, uint32_t mesh,
+                                                            AxesMin least) const {
   ASSIGN_OR_RETURN(const JsonValue axis_value, value.Get("axis"));
   std::vector<uint32_t> axes;
   if (axis_value.type() != JsonValue::Type::kArray) {
@@ -151,7 +152,7 @@ absl::StatusOr<std::vector<uint32_t>> PlacementParser::Axes(const JsonValue& val
     return axes;
   }
   ASSIGN_OR_RETURN(const size_t count, axis_value.ArraySize());
-  if (count == 0) return axis_value.Mismatch("at least one axis");
+  if (count == 0 && least == AxesMin::kOne) return axis_value.Mismatch("at least one axis");
   for (size_t i = 0; i < count; ++i) {
     ASSIGN_OR_RETURN(const uint32_t axis, Axis(axis_value[i], mesh));
     if (std::find(axes.begin(), axes.end(), axis) != axes.end()) {
@@ -215,7 +216,7 @@ absl::Status PlacementParser::ParsePacks(const JsonValue& root) {
     PackProgram program;
     ASSIGN_OR_RETURN(program.name, ParseLayoutName(pack, "pack"));
     ASSIGN_OR_RETURN(program.mesh, MeshOf(pack));
-    ASSIGN_OR_RETURN(program.axes, Axes(pack, program.mesh));
+    ASSIGN_OR_RETURN(program.axes, Axes(pack, program.mesh, AxesMin::kNone));
     ASSIGN_OR_RETURN(program.align_elements, Grain(pack, "align_elements"));
     ASSIGN_OR_RETURN(program.multiple_elements, Grain(pack, "multiple_elements"));
     ASSIGN_OR_RETURN(const std::string buffer, ParseLayoutName(pack, "buffer"));
@@ -393,8 +394,9 @@ absl::StatusOr<PlacementOp> PlacementParser::ParseShard(const JsonValue& value,
   ASSIGN_OR_RETURN(const std::string_view kind, value.Find("op").String());
   PlacementOp op;
   if (kind == "shard") {
-    RETURN_IF_ERROR(value.ExpectKeys({"op", "dim", "axis", "rule", "sizes", "grain"}));
+    RETURN_IF_ERROR(value.ExpectKeys({"op", "dim", "axis", "rule", "sizes", "grain", "blocks"}));
     ASSIGN_OR_RETURN(op.dim, Dim(value));
+    ASSIGN_OR_RETURN(op.blocks, ParseBlocks(value));
   } else {
     RETURN_IF_ERROR(value.ExpectKeys({"op", "axis", "rule", "sizes", "grain"}));
     op.kind = PlacementOp::Kind::kFlat;
@@ -405,6 +407,25 @@ absl::StatusOr<PlacementOp> PlacementParser::ParseShard(const JsonValue& value,
                                       absl::StrFormat("%d ranks of axis %s", axes.SizeOf(op.axes),
                                                       AxesText(axes, op.axes))));
   return op;
+}
+
+absl::StatusOr<std::vector<uint64_t>> PlacementParser::ParseBlocks(const JsonValue& value) {
+  std::vector<uint64_t> blocks;
+  const JsonValue list = value.Find("blocks");
+  if (!list.present()) return blocks;
+  if (value.Find("sizes").present()) return RefuseLayout(list, "expected none beside sizes");
+  ASSIGN_OR_RETURN(const size_t count, list.ArraySize());
+  if (count < 1 || count > kBlocksMax) {
+    return list.Mismatch(absl::StrFormat("1 to %d blocks", kBlocksMax));
+  }
+  uint64_t sum = 0;
+  for (size_t i = 0; i < count; ++i) {
+    ASSIGN_OR_RETURN(const uint64_t width, list[i].Uint64());
+    if (width > kTensorBytesMax - sum) return list.Mismatch("a sum of at most 2^62");
+    sum += width;
+    blocks.push_back(width);
+  }
+  return blocks;
 }
 
 absl::StatusOr<PlacementOp> PlacementParser::ParsePlace(const JsonValue& value,
@@ -650,6 +671,7 @@ uint32_t PlacementParser::Intern(Placement placement) {
                     op.pad_size_min);
     numbers('a', op.axes);
     numbers('s', op.rule.sizes);
+    numbers('b', op.blocks);
     numbers('c', op.coordinates);
     numbers('v', op.view);
     numbers('p', op.perm);

@@ -62,6 +62,7 @@ class PlacementParser {
                             const PlacementOp& op, uint32_t mesh) const;
   absl::StatusOr<PlacementOp> ParseOp(const JsonValue& value, uint32_t mesh, bool* is_zero) const;
   absl::StatusOr<PlacementOp> ParseShard(const JsonValue& value, uint32_t mesh) const;
+  static absl::StatusOr<std::vector<uint64_t>> ParseBlocks(const JsonValue& value);
   absl::StatusOr<PlacementOp> ParsePlace(const JsonValue& value, uint32_t mesh) const;
   absl::StatusOr<PlacementOp> ParsePack(const JsonValue& value, uint32_t mesh) const;
   absl::StatusOr<PlacementOp> ParseZeroOp(const JsonValue& value, uint32_t mesh) const;
@@ -76,7 +77,9 @@ class PlacementParser {
   absl::StatusOr<uint32_t> CoordinateOfIndex(const JsonValue& value, const MeshAxis& axis) const;
   absl::StatusOr<uint32_t> MeshOf(const JsonValue& value) const;
   // `"axis": "tp"` or `"axis": ["dp", "cp"]`.
-  absl::StatusOr<std::vector<uint32_t>> Axes(const JsonValue& value, uint32_t mesh) const;
+  enum class AxesMin { kNone, kOne };
+  absl::StatusOr<std::vector<uint32_t>> Axes(const JsonValue& value, uint32_t mesh,
+                                             AxesMin least = AxesMin::kOne) const;
   absl::StatusOr<uint32_t> Axis(const JsonValue& name_value, uint32_t mesh) const;
 
   uint32_t Intern(Placement placement);

@@ -1,5 +1,6 @@
 #include "examples/tiny_lm/layout_document.h"
 
+#include <numeric>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -7,7 +8,6 @@
 #include "absl/strings/str_join.h"
 #include "examples/tiny_lm/ballast.h"
 #include "examples/tiny_lm/events.h"
-#include "examples/tiny_lm/partition.h"
 #include "examples/tiny_lm/state.h"
 
 namespace tiny_lm {
@@ -29,25 +29,41 @@ std::string Pack(const std::string& pack) {
   return absl::StrFormat("{\"op\":\"pack\",\"pack\":\"%s\"}", pack);
 }
 
+// By the number of the layer, or as the first or the last stage, so that the document can be
+// resized to another number of stages (holdfast reshard --to).
+std::string Place(const JobLayout& layout, const Home& home) {
+  if (!home.layer.has_value()) {
+    std::vector<std::string> stages;
+    if (home.first_stage) stages.push_back("0");
+    if (home.last_stage) stages.push_back("-1");
+    return absl::StrFormat("{\"op\":\"place\",\"axis\":\"pp\",\"coordinates\":%s}", List(stages));
+  }
+  const std::vector<uint32_t>& sizes = layout.stage_layers;
+  const std::string rule =
+      layout.has_even_stages()
+          ? "\"rule\":\"balanced\""
+          : absl::StrFormat("\"rule\":\"sizes\",\"sizes\":[%s]", absl::StrJoin(sizes, ","));
+  return absl::StrFormat("{\"op\":\"place\",\"axis\":\"pp\",\"index\":%d,\"count\":%d,%s}",
+                         *home.layer, std::accumulate(sizes.begin(), sizes.end(), size_t{0}), rule);
+}
+
 // What tensor and pipeline parallelism leave of a parameter on a rank; all its states share it.
 Operations LocalPart(const JobLayout& layout, const Parameter& parameter) {
   Operations operations;
   if (parameter.cut.has_value()) {
     operations.push_back(Shard(parameter.cut->dimension, "tp", parameter.cut->grain));
   }
-  operations.push_back(absl::StrFormat("{\"op\":\"place\",\"axis\":\"pp\",\"coordinates\":[%s]}",
-                                       absl::StrJoin(StagesOf(layout, parameter.home), ",")));
+  operations.push_back(Place(layout, parameter.home));
   return operations;
 }
 
-// What data parallelism leaves of that.
-void AddDataParallel(Zero zero, const std::string& state, Operations& operations) {
-  const bool is_optimizers = state != "param";
-  if (zero == Zero::kParameters) {
-    operations.push_back("{\"op\":\"flat\",\"axis\":\"dp\",\"rule\":\"ceil\"}");
-  } else if (zero != Zero::kReplicated && is_optimizers) {
-    operations.push_back(Pack(state));
+// What data parallelism cuts of that, if the stage of the document's zero rule says so: the
+// optimizer keeps its states in packs, unless the parameters are cut too, each by itself.
+std::string DataParallel(Zero zero, const std::string& state) {
+  if (state != "param" && zero != Zero::kParameters) {
+    return absl::StrFormat("{\"op\":\"zero\",\"pack\":\"%s\"}", state);
   }
+  return "{\"op\":\"zero\",\"rule\":\"ceil\"}";
 }
 
 std::string State(const std::string& state, const char* dtype, const Operations& operations) {
@@ -65,7 +81,7 @@ std::string ParameterTensor(const JobLayout& layout, const Parameter& parameter)
   std::vector<std::string> states;
   const auto add = [&](const char* state, const char* dtype) {
     Operations operations = LocalPart(layout, parameter);
-    AddDataParallel(layout.zero, state, operations);
+    operations.push_back(DataParallel(layout.zero, state));
     states.push_back(State(state, dtype, operations));
   };
   add("param", "bfloat16");
@@ -94,7 +110,7 @@ std::string Packs(const JobLayout& layout) {
                         "\"multiple_elements\":%d,\"buffer\":\"%s\"}",
                         name, multiple, multiple, name));
   };
-  if (layout.zero == Zero::kOptimizer || layout.zero == Zero::kGradients) {
+  if (layout.zero != Zero::kParameters) {
     for (const char* state : kOptimizerStates) add(state, 1);
   }
   if (layout.zero != Zero::kReplicated && layout.ballast_bytes > 0) add("ballast", kPageElements);
@@ -118,8 +134,10 @@ std::string LayoutDocument(const ParameterTable& table, const JobLayout& layout)
   for (const BallastTensor& tensor : BallastTensors(layout.ballast_bytes)) {
     tensors.push_back(BallastTensorText(layout.zero, tensor));
   }
-  return absl::StrFormat("{\"holdfast_layout\":1,\"mesh\":%s,\"packs\":%s,\"tensors\":%s}",
-                         MeshText(layout.mesh), Packs(layout), List(tensors));
+  return absl::StrFormat(
+      "{\"holdfast_layout\":1,\"mesh\":%s,\"zero\":{\"stage\":%d,\"axis\":\"dp\"},\"packs\":%s,"
+      "\"tensors\":%s}",
+      MeshText(layout.mesh), static_cast<int>(layout.zero), Packs(layout), List(tensors));
 }
 
 }  // namespace tiny_lm

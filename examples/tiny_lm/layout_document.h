@@ -6,7 +6,9 @@
 // rules, each for an axis:
 //   tp  nothing (replicated), or a `shard` of the dimension that tensor parallelism cuts;
 //   pp  a `place` on the stages that hold it;
-//   dp  by ZeRO and state: nothing (replicated), `pack` (ZeRO-1,2), or `flat` (ZeRO-3).
+//   dp  `zero`, by the stage in the document: nothing (replicated), a pack (ZeRO-1,2), or a flat
+//   cut
+//       (ZeRO-3).
 #ifndef HOLDFAST_EXAMPLES_TINY_LM_LAYOUT_DOCUMENT_H_
 #define HOLDFAST_EXAMPLES_TINY_LM_LAYOUT_DOCUMENT_H_
 

@@ -37,9 +37,27 @@ Slice CeilPart(size_t count, size_t grain, size_t parts, size_t index) {
   return {begin, std::min(each, count - begin)};
 }
 
+namespace {
+
+std::vector<uint32_t> EvenStages(size_t layer_count, size_t stage_count) {
+  std::vector<uint32_t> stages;
+  for (size_t stage = 0; stage < stage_count; ++stage) {
+    const size_t more = stage < layer_count % stage_count ? 1 : 0;
+    stages.push_back(static_cast<uint32_t>(layer_count / stage_count + more));
+  }
+  return stages;
+}
+
+}  // namespace
+
 Slice JobLayout::LayersOf(uint32_t stage) const {
   const auto own = stage_layers.begin() + stage;
   return {std::accumulate(stage_layers.begin(), own, size_t{0}), *own};
+}
+
+bool JobLayout::has_even_stages() const {
+  return stage_layers == EvenStages(std::accumulate(stage_layers.begin(), stage_layers.end(), 0u),
+                                    stage_layers.size());
 }
 
 absl::StatusOr<JobLayout> MakeJobLayout(const ParallelOptions& options, size_t layer_count,
@@ -54,13 +72,8 @@ absl::StatusOr<JobLayout> MakeJobLayout(const ParallelOptions& options, size_t l
   layout.mesh = {options.pp, static_cast<uint32_t>(world_size / unit), options.tp};
   layout.zero = options.zero;
   layout.ballast_bytes = ballast_bytes;
-  layout.stage_layers = options.pp_layers;
-  if (options.pp_layers.empty()) {
-    for (size_t stage = 0; stage < options.pp; ++stage) {
-      const size_t more = stage < layer_count % options.pp ? 1 : 0;
-      layout.stage_layers.push_back(static_cast<uint32_t>(layer_count / options.pp + more));
-    }
-  }
+  layout.stage_layers =
+      options.pp_layers.empty() ? EvenStages(layer_count, options.pp) : options.pp_layers;
   const uint64_t sum =
       std::accumulate(layout.stage_layers.begin(), layout.stage_layers.end(), uint64_t{0});
   if (layout.stage_layers.size() != options.pp || sum != layer_count) {

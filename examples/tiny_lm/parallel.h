@@ -66,6 +66,8 @@ struct JobLayout {
   uint64_t ballast_bytes = 0;                // of the whole job; rounded up to pages
 
   Slice LayersOf(uint32_t stage) const;
+  // As even as possible, the first stages one more.
+  bool has_even_stages() const;
 };
 
 // Errors: kInvalidArgument (the world is no multiple of pp * tp; --pp-layers does not fit pp or the
