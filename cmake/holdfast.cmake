@@ -84,6 +84,7 @@ if(HOLDFAST_PRECOMPILE_HEADERS)
   add_library(holdfast_precompiled_library STATIC ${CMAKE_BINARY_DIR}/precompiled.cc)
   add_executable(holdfast_precompiled_test ${CMAKE_BINARY_DIR}/precompiled.cc)
   target_compile_options(holdfast_precompiled_test PRIVATE ${HOLDFAST_TEST_OPTIONS})
+  target_link_libraries(holdfast_precompiled_test PRIVATE GTest::gmock GTest::gtest)
   target_precompile_headers(holdfast_precompiled_library PRIVATE ${common_headers})
   target_precompile_headers(holdfast_precompiled_test PRIVATE ${common_headers} <gmock/gmock.h>
     <gtest/gtest.h>)
