@@ -1,5 +1,3 @@
-#include "checkpoint/catalog.h"
-
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -13,6 +11,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "checkpoint/catalog.h"
 #include "io/posix_file_system.h"
 #include "tests/support/temporary_directory.h"
 

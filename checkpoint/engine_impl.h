@@ -56,7 +56,7 @@ class EngineImpl final : public Engine {
     // The last one is the current one; the others are over, and wait for what is in flight.
     std::vector<std::unique_ptr<holdfast::Restore>> restores;
     uint64_t restore_number = 0;  // of the newest; changes when one is asked for, left or cancelled
-    bool died_unseen = false;  // while its job was not recovered
+    bool died_unseen = false;     // while its job was not recovered
   };
   using Begun = holdfast::Restore::Begun;
   using Ended = holdfast::Restore::Ended;

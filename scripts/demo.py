@@ -337,12 +337,12 @@ class Demo:
             return True
         self.until_hit(name, heading, once)
 
-    def other_world(self, ranks):
-        name = f"{ranks}-ranks"
+    def go_on(self, name, ranks, what, **options):
+        """The job goes on on `ranks` ranks, in another layout if `options` say so."""
         newest = self.committed_steps()[-1]
-        steps = newest + 2 * SAVE_EVERY
-        self.report.heading(f"The job goes on with {ranks} ranks, from step {newest} to {steps}")
-        training = self.train(name, ranks, steps)
+        steps = newest + SAVE_EVERY
+        self.report.heading(f"The job goes on {what}, from step {newest} to {steps}")
+        training = self.train(name, ranks, steps, **options)
         self.check_restored(name, training, 0, newest)
         training.finish()
         self.collect(name, training)
@@ -366,8 +366,13 @@ class Demo:
         self.kill_all("all", "Agent and trainers are killed together, in the middle of a flush",
                       "flush.block_written", 0.5)
         self.agent.wait_gone()
-        self.other_world(2)
-        self.other_world(3)
+        self.go_on("2-ranks", 2, "with 2 ranks")
+        self.go_on("3-ranks", 3, "with 3 ranks")
+        self.go_on("4-ranks", 4, "with 4 ranks")
+        self.go_on("tp", 2, "tensor-parallel, tp=2 dp=1", layout=("--tp", "2", "--zero", "0"))
+        self.go_on("pp", 3, "as a pipeline, pp=3", layout=("--pp", "3", "--zero", "0"))
+        self.go_on("zero-3", 3, "with ZeRO-3 on 3 ranks", layout=("--zero", "3"))
+        self.go_on("back", 4, "as it was, ZeRO-1 on 4 ranks")
         self.summary()
 
     def summary(self):

@@ -151,7 +151,8 @@ class Agent:
 class Training:
     """One run of examples/launch: starts ranks, restarts them when one dies."""
 
-    def __init__(self, place, name, ranks, steps, ballast, drill=None, use_holdfast=True, device_ms=150):
+    def __init__(self, place, name, ranks, steps, ballast, drill=None, use_holdfast=True, device_ms=150,
+                 layout=("--zero", "1")):
         self.directory = place / name
         self.ranks = ranks
         # Nothing of the caller's own Holdfast, and nothing outside `place`.
@@ -169,7 +170,7 @@ class Training:
         if drill:
             environment["HOLDFAST_KILL_AT"] = drill
         command = [BUILD / "examples" / "tiny_lm" / "tiny_lm", "--corpus", ROOT / "docs",
-                   "--steps", str(steps), "--save-every", str(SAVE_EVERY), "--zero", "1",
+                   "--steps", str(steps), "--save-every", str(SAVE_EVERY), *layout,
                    "--bytes", str(ballast), "--device-ms", str(device_ms), "--check-restore",
                    "--save-wait-ms", "60000"]
         if not use_holdfast:
