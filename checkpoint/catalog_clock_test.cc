@@ -1,3 +1,4 @@
+// Nothing that the catalog says depends on a clock (P9).
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
