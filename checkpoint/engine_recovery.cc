@@ -37,7 +37,8 @@ void EngineImpl::Recover(std::vector<KeptDescriptor> kept, std::function<void()>
           const auto looked = [jobs_left, done] {
             if (--*jobs_left == 0) done();
           };
-          job->Recover(sessions, looked, [this, job = job] { JobRecovered(*job); });
+          job->Recover(sessions, looked,
+                       [this, recovered_job = job] { JobRecovered(*recovered_job); });
         }
       });
 }
