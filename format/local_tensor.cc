@@ -214,7 +214,10 @@ void LocalTensor::Flatten() {
     flat_ = true;
     return;
   }
-  if (dims_ == 1) return;
+  if (dims_ != 1) AddFlatView();
+}
+
+void LocalTensor::AddFlatView() {
   Step step{.kind = Step::Kind::kView};
   step.from.assign(sizes().begin(), sizes().end());
   step.to = {Product(sizes())};
@@ -238,11 +241,7 @@ void LocalTensor::KeepSteps() {
   flat_ = false;
   const uint64_t first = begin_;
   const uint64_t last = end_;
-  Step step{.kind = Step::Kind::kView};
-  step.from.assign(sizes().begin(), sizes().end());
-  step.to = {Product(sizes())};
-  SetSizes(step.to);
-  steps_.push_back(std::move(step));
+  AddFlatView();
   Narrow(0, first, last);
 }
 

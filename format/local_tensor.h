@@ -89,6 +89,7 @@ class LocalTensor {
   void Narrow(size_t dim, uint64_t first, uint64_t last);
   void SetSizes(std::span<const uint64_t> sizes);
   void Flatten();
+  void AddFlatView();  // a step: all dimensions as one
   std::span<const uint64_t> sizes() const { return {size_.data(), dims_}; }
 
   static bool LeadBack(const Step& step, size_t parts_max, std::vector<Strided>& boxes);
