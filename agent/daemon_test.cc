@@ -89,17 +89,20 @@ class DaemonTest : public ::testing::Test {
     std::filesystem::remove_all(directory_);
   }
 
-  // Again and again: keeper and worker start each other.
+  // Keeper and worker start each other: both stand still before either is killed. Again and again,
+  // as one of them may just have been replaced.
   void KillAgent() {
-    for (int i = 0; i < 50 && AgentLives(); ++i) {
-      for (const char* key : {"keeper_pid", "worker_pid"}) {
-        const json status = Query();
-        if (status.is_object() && status["agent"][key] > 0) {
-          kill(status["agent"][key].get<pid_t>(), SIGKILL);
+    WaitUntil([this] {
+      const json status = Query();
+      for (const int number : {SIGSTOP, SIGKILL}) {
+        for (const char* key : {"keeper_pid", "worker_pid"}) {
+          if (status.is_object() && status["agent"][key] > 0) {
+            kill(status["agent"][key].get<pid_t>(), number);
+          }
         }
       }
-      poll(nullptr, 0, 20);
-    }
+      return !AgentLives();
+    });
   }
 
   Started Start(std::vector<std::string> arguments) {
