@@ -82,6 +82,15 @@ std::optional<uint64_t> Trainer::LastNumber(const std::string& line_start) const
   return LastNumberIn(absl::StrCat("\n", text_), absl::StrCat("\n", line_start, " "));
 }
 
+bool Trainer::WaitForCommit(uint64_t step, absl::Duration deadline) {
+  return WaitUntil(
+      [this, step] {
+        ReadOutput();
+        return LastNumber("committed").value_or(0) >= step;
+      },
+      deadline);
+}
+
 int Trainer::Wait(absl::Duration deadline) {
   if (exit_code_.has_value()) return *exit_code_;
   // The pipe is emptied while waiting, so that a talkative trainer never blocks.

@@ -34,6 +34,8 @@ class Trainer {
   bool HasSaid(const std::string& line_start) const;
   // The number behind the last line that starts so ("committed 12").
   std::optional<uint64_t> LastNumber(const std::string& line_start) const;
+  // Reads until it knows a step from `step` on to be committed; false at the deadline.
+  bool WaitForCommit(uint64_t step, absl::Duration deadline);
   // Waits until it has ended and returns its exit code, or 128 + signal; -1 at the deadline.
   int Wait(absl::Duration deadline);
   void Kill();

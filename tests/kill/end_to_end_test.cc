@@ -80,12 +80,7 @@ TEST(EndToEnd, AWorkerThatIsKilledWhileTrainingGoesOnLosesNothing) {
   Trainers trainers = drill.StartTrainers(2, 60, 2, /*step_ms=*/5);
   size_t kills = 0;
   for (uint64_t committed = 4; committed <= 40; committed += 12) {
-    ASSERT_TRUE(WaitUntil(
-        [&] {
-          trainers[0]->ReadOutput();
-          return trainers[0]->LastNumber("committed").value_or(0) >= committed;
-        },
-        kDeadline))
+    ASSERT_TRUE(trainers[0]->WaitForCommit(committed, kDeadline))
         << trainers[0]->output() << drill.Log();
     ASSERT_EQ(kill(drill.WorkerPid(), SIGKILL), 0);
     // Counted by the keeper, so that the next kill is of the next worker.
@@ -114,13 +109,7 @@ TEST(EndToEnd, AWorkerThatIsKilledWhileTrainingGoesOnLosesNothing) {
 TEST(EndToEnd, AWorkerThatFindsNoRootWaitsForItAndLosesNothing) {
   Drill drill;
   Trainers trainers = drill.StartTrainers(2, 40, 2, /*step_ms=*/5);
-  ASSERT_TRUE(WaitUntil(
-      [&] {
-        trainers[0]->ReadOutput();
-        return trainers[0]->LastNumber("committed").value_or(0) >= 4;
-      },
-      kDeadline))
-      << trainers[0]->output() << drill.Log();
+  ASSERT_TRUE(trainers[0]->WaitForCommit(4, kDeadline)) << trainers[0]->output() << drill.Log();
   // Also with a keeper that has not started a worker before.
   ASSERT_EQ(kill(drill.KeeperPid(), SIGKILL), 0);
   ASSERT_TRUE(drill.WaitForLog("started keeper ", kDeadline)) << drill.Log();
@@ -180,13 +169,7 @@ TEST(EndToEnd, AnAgentThatIsToldToEndWhileItCannotTakeOverSaysWhatThatCosts) {
   drill.AdoptAgents();
   drill.Set("HOLDFAST_DRAIN_DEADLINE", "300ms");
   Trainers trainers = drill.StartTrainers(2, 400, 2, /*step_ms=*/5);
-  ASSERT_TRUE(WaitUntil(
-      [&] {
-        trainers[0]->ReadOutput();
-        return trainers[0]->LastNumber("committed").value_or(0) >= 4;
-      },
-      kDeadline))
-      << trainers[0]->output() << drill.Log();
+  ASSERT_TRUE(trainers[0]->WaitForCommit(4, kDeadline)) << trainers[0]->output() << drill.Log();
   const pid_t keeper = drill.KeeperPid();
   std::filesystem::rename(drill.root(), drill.root() + ".away");
   std::ofstream(drill.root()) << "not a directory";
@@ -243,12 +226,7 @@ TEST(EndToEnd, ATornImageThatNobodyCouldCompareIsNeverRestored) {
 TEST(EndToEnd, AKeeperThatIsKilledIsReplacedAndNobodyNotices) {
   Drill drill;
   Trainers trainers = drill.StartTrainers(2, 40, 2, /*step_ms=*/5);
-  ASSERT_TRUE(WaitUntil(
-      [&] {
-        trainers[0]->ReadOutput();
-        return trainers[0]->LastNumber("committed").value_or(0) >= 4;
-      },
-      kDeadline));
+  ASSERT_TRUE(trainers[0]->WaitForCommit(4, kDeadline));
   const pid_t first_keeper = drill.KeeperPid();
   const pid_t worker = drill.WorkerPid();
   ASSERT_EQ(kill(first_keeper, SIGKILL), 0);
@@ -274,12 +252,7 @@ TEST(EndToEnd, AKeeperThatIsKilledIsReplacedAndNobodyNotices) {
 TEST(EndToEnd, AfterTheWholeAgentIsKilledTrainingGoesOnAndNothingCommittedIsLost) {
   Drill drill;
   Trainers trainers = drill.StartTrainers(2, 30, 2, /*step_ms=*/5);
-  ASSERT_TRUE(WaitUntil(
-      [&] {
-        trainers[0]->ReadOutput();
-        return trainers[0]->LastNumber("committed").value_or(0) >= 4;
-      },
-      kDeadline));
+  ASSERT_TRUE(trainers[0]->WaitForCommit(4, kDeadline));
   const uint64_t committed = *trainers[0]->LastNumber("committed");
   drill.KillAgent();
   ASSERT_TRUE(drill.WaitAgentGone(absl::ZeroDuration())) << drill.Log();

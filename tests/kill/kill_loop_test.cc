@@ -11,6 +11,7 @@
 #include <stdlib.h>
 
 #include <algorithm>
+#include <functional>
 #include <memory>
 #include <random>
 #include <string>
@@ -142,6 +143,22 @@ class KillLoop : public ::testing::Test {
     ASSERT_TRUE(WaitUntil([this] { return IsStopped(worker_); }, kDeadline)) << Seen(trainers_);
   }
 
+  // `kill_them` while the worker stands still, once at each of WorkerPoints(first); then nothing
+  // committed may be lost.
+  void AtEveryPoint(uint64_t first, const std::function<void()>& kill_them) {
+    const std::vector<std::string> points = WorkerPoints(first);
+    for (size_t i = 0; i < points.size(); ++i) {
+      SCOPED_TRACE(points[i]);
+      StartArmed(absl::StrCat(points[i], ":1:stop"));
+      AwaitStop(points[i]);
+      if (HasFatalFailure()) return;
+      kill_them();
+      if (HasFatalFailure()) return;
+      RunToEndNowAndThen(i, points.size());
+      if (HasFailure()) return;
+    }
+  }
+
   Drill drill_;
   Trainers trainers_;
   uint64_t committed_ = 0;
@@ -184,18 +201,11 @@ TEST_F(KillLoop, TwoWorkersInARowAtEveryPointAreNotNoticed) {
 }
 
 TEST_F(KillLoop, AllTrainersAtEveryPointLoseNothingCommitted) {
-  const std::vector<std::string> points = WorkerPoints(2);
-  for (size_t i = 0; i < points.size(); ++i) {
-    SCOPED_TRACE(points[i]);
-    StartArmed(absl::StrCat(points[i], ":1:stop"));
-    AwaitStop(points[i]);
-    if (HasFatalFailure()) return;
+  AtEveryPoint(2, [this] {
     KillTrainers();
     kill(worker_, SIGCONT);
     ASSERT_TRUE(drill_.WaitAgentGone(kDeadline)) << drill_.Log();
-    RunToEndNowAndThen(i, points.size());
-    if (HasFailure()) return;
-  }
+  });
 }
 
 TEST_F(KillLoop, TheKeeperAtEveryPointIsNotNoticed) {
@@ -216,17 +226,10 @@ TEST_F(KillLoop, TheKeeperAtEveryPointIsNotNoticed) {
 }
 
 TEST_F(KillLoop, EverythingAtOnceAtEveryPointLosesNothingCommitted) {
-  const std::vector<std::string> points = WorkerPoints(4);
-  for (size_t i = 0; i < points.size(); ++i) {
-    SCOPED_TRACE(points[i]);
-    StartArmed(absl::StrCat(points[i], ":1:stop"));
-    AwaitStop(points[i]);
-    if (HasFatalFailure()) return;
+  AtEveryPoint(4, [this] {
     KillTrainers();
     drill_.KillAgent();
-    RunToEndNowAndThen(i, points.size());
-    if (HasFailure()) return;
-  }
+  });
 }
 
 // Its own points: it dies between two of its instructions instead of ours.
