@@ -14,6 +14,7 @@
 #include "base/status_macros.h"
 #include "base/suggestion.h"
 #include "format/layout.h"
+#include "format/name_pattern.h"
 #include "nlohmann/json.hpp"
 
 namespace holdfast {
@@ -24,7 +25,6 @@ using Json = nlohmann::ordered_json;
 constexpr size_t kToBytesMax = 64 << 10;
 constexpr size_t kRulesBytesMax = size_t{64} << 20;
 constexpr size_t kRulesMax = 10'000;
-constexpr size_t kCapturesMax = 8;  // of a pattern
 
 // ---- Resizing ----
 
@@ -221,99 +221,6 @@ class Resizer {
 
 // ---- Rules ----
 
-// A pattern of names: literal texts with `*` and `{name}` between.
-class NamePattern {
- public:
-  static absl::StatusOr<NamePattern> Parse(const JsonValue& where) {
-    ASSIGN_OR_RETURN(const std::string_view text, where.String());
-    NamePattern pattern;
-    std::string literal;
-    for (size_t i = 0; i < text.size(); ++i) {
-      if (text[i] != '*' && text[i] != '{') {
-        literal += text[i];
-        continue;
-      }
-      if (!literal.empty()) pattern.parts_.push_back({Part::kLiteral, std::exchange(literal, {})});
-      if (text[i] == '*') {
-        if (pattern.parts_.empty() || pattern.parts_.back().kind != Part::kAny) {
-          pattern.parts_.push_back({Part::kAny, ""});
-        }
-        continue;
-      }
-      const size_t end = text.find('}', i);
-      if (end == std::string_view::npos || end == i + 1) {
-        return where.Mismatch("a name between { and }");
-      }
-      pattern.parts_.push_back({Part::kNumber, std::string(text.substr(i + 1, end - i - 1))});
-      if (++pattern.number_count_ > kCapturesMax) {
-        return where.Mismatch(absl::StrFormat("at most %d numbers", kCapturesMax));
-      }
-      i = end;
-    }
-    if (!literal.empty()) pattern.parts_.push_back({Part::kLiteral, literal});
-    return pattern;
-  }
-
-  using Numbers = std::map<std::string, uint64_t>;
-  // The numbers, if the name fits. `*` takes as little as it can, a number all digits.
-  std::optional<Numbers> Match(std::string_view name) const {
-    Numbers numbers;
-    // Greedy with one point of return: after the last `*` (as for wildcards, but a number takes all
-    // digits there are, so what follows it decides no more than a literal would).
-    size_t part = 0;
-    size_t at = 0;
-    std::optional<std::pair<size_t, size_t>> retry;  // part behind the last `*`, where it began
-    Numbers at_retry;
-    for (;;) {
-      if (part == parts_.size()) {
-        if (at == name.size()) return numbers;
-      } else if (parts_[part].kind == Part::kAny) {
-        retry = {++part, at};
-        at_retry = numbers;
-        continue;
-      } else if (parts_[part].kind == Part::kLiteral) {
-        if (name.substr(at, parts_[part].text.size()) == parts_[part].text) {
-          at += parts_[part++].text.size();
-          continue;
-        }
-      } else if (const auto number = NumberAt(name, at); number.has_value()) {
-        const auto [same, is_new] = numbers.emplace(parts_[part].text, *number);
-        if (is_new || same->second == *number) {
-          ++part;
-          while (at < name.size() && IsDigit(name[at])) ++at;
-          continue;
-        }
-      }
-      if (!retry.has_value() || retry->second >= name.size()) return std::nullopt;
-      part = retry->first;
-      at = ++retry->second;
-      numbers = at_retry;
-    }
-  }
-
- private:
-  struct Part {
-    enum Kind { kLiteral, kAny, kNumber };
-    Kind kind = kLiteral;
-    std::string text;  // of a number its name
-  };
-  static bool IsDigit(char c) { return c >= '0' && c <= '9'; }
-  // Not in the middle of a longer one.
-  static std::optional<uint64_t> NumberAt(std::string_view name, size_t at) {
-    if (at > 0 && IsDigit(name[at - 1])) return std::nullopt;
-    size_t end = at;
-    while (end < name.size() && IsDigit(name[end])) ++end;
-    uint64_t number = 0;
-    if (end == at || !absl::SimpleAtoi(std::string(name.substr(at, end - at)), &number)) {
-      return std::nullopt;
-    }
-    return number;
-  }
-
-  std::vector<Part> parts_;
-  size_t number_count_ = 0;
-};
-
 struct Rule {
   NamePattern tensors;
   std::vector<std::string> states;  // empty: all
@@ -353,7 +260,10 @@ absl::StatusOr<std::vector<Rule>> ParseRules(const JsonValue& list, const Json& 
     Rule rule;
     rule.path = list[i].Path();
     ASSIGN_OR_RETURN(const JsonValue pattern, list[i].Get("tensors"));
-    ASSIGN_OR_RETURN(rule.tensors, NamePattern::Parse(pattern));
+    ASSIGN_OR_RETURN(const std::string_view pattern_text, pattern.String());
+    absl::StatusOr<NamePattern> parsed = NamePattern::Parse(pattern_text);
+    if (!parsed.ok()) return pattern.Mismatch(std::string(parsed.status().message()));
+    rule.tensors = *std::move(parsed);
     if (const JsonValue states = list[i].Find("states"); states.present()) {
       ASSIGN_OR_RETURN(const size_t state_count, states.ArraySize());
       if (state_count == 0) return states.Mismatch("at least one state");
