@@ -95,8 +95,9 @@ absl::Status CheckVersion(const RecordReader& reader) {
 absl::StatusOr<AttemptRecord> DecodeAttempt(const std::string& bytes, const std::string& where,
                                             Attempt attempt) {
   ASSIGN_OR_RETURN(const RecordReader reader,
-                   RecordReader::Parse(
-                       bytes, where, {"holdfast_store", "attempt", "key", "world_size", "crc32c"}));
+                   RecordReader::Parse(bytes, where,
+                                       {"holdfast_store", "attempt", "key", "world_size",
+                                        "restore_from", "crc32c"}));
   RETURN_IF_ERROR(CheckVersion(reader));
   AttemptRecord record;
   ASSIGN_OR_RETURN(const uint64_t number, reader.Number("attempt", UINT32_MAX));
@@ -108,15 +109,18 @@ absl::StatusOr<AttemptRecord> DecodeAttempt(const std::string& bytes, const std:
   ASSIGN_OR_RETURN(record.key, reader.String("key"));
   ASSIGN_OR_RETURN(const uint64_t world_size, reader.Number("world_size", UINT32_MAX));
   record.world_size = static_cast<uint32_t>(world_size);
+  if (reader.Has("restore_from")) {
+    ASSIGN_OR_RETURN(record.restore_from, reader.String("restore_from"));
+  }
   return record;
 }
 
 absl::StatusOr<RestorePoint> DecodeRestorePoint(const std::string& bytes, const std::string& where,
                                                 Attempt attempt) {
-  ASSIGN_OR_RETURN(
-      const RecordReader reader,
-      RecordReader::Parse(bytes, where,
-                          {"holdfast_store", "attempt", "from_attempt", "from_step", "crc32c"}));
+  ASSIGN_OR_RETURN(const RecordReader reader,
+                   RecordReader::Parse(bytes, where,
+                                       {"holdfast_store", "attempt", "from_attempt", "from_step",
+                                        "from_directory", "from_job", "from_job_uuid", "crc32c"}));
   RETURN_IF_ERROR(CheckVersion(reader));
   ASSIGN_OR_RETURN(const uint64_t number, reader.Number("attempt", UINT32_MAX));
   if (number != Value(attempt)) {
@@ -124,19 +128,47 @@ absl::StatusOr<RestorePoint> DecodeRestorePoint(const std::string& bytes, const 
         absl::StrFormat("attempt: expected %d, found %d", Value(attempt), number)));
   }
   RestorePoint point;
-  if (!reader.Has("from_attempt") && !reader.Has("from_step")) return point;
+  const bool is_foreign = reader.Has("from_directory");
+  if (!is_foreign && !reader.Has("from_attempt") && !reader.Has("from_step")) return point;
   ASSIGN_OR_RETURN(const uint64_t from_attempt, reader.Number("from_attempt", UINT32_MAX));
   ASSIGN_OR_RETURN(const uint64_t from_step, reader.Number("from_step", UINT64_MAX));
-  point.checkpoint = CheckpointId{Attempt{static_cast<uint32_t>(from_attempt)}, Step{from_step}};
+  const CheckpointId from{Attempt{static_cast<uint32_t>(from_attempt)}, Step{from_step}};
+  if (!is_foreign) {
+    point.checkpoint = from;
+    return point;
+  }
+  point.foreign.emplace();
+  point.foreign->checkpoint = from;
+  ASSIGN_OR_RETURN(point.foreign->directory, reader.String("from_directory"));
+  ASSIGN_OR_RETURN(point.foreign->job, reader.String("from_job"));
+  ASSIGN_OR_RETURN(point.foreign->job_uuid, reader.String("from_job_uuid"));
   return point;
+}
+
+std::string EncodeAttempt(const AttemptRecord& record) {
+  std::vector<std::string> members = {"\"holdfast_store\": 1",
+                                      absl::StrFormat("\"attempt\": %d", Value(record.attempt)),
+                                      absl::StrCat("\"key\": ", JsonString(record.key)),
+                                      absl::StrFormat("\"world_size\": %d", record.world_size)};
+  if (!record.restore_from.empty()) {
+    members.push_back(absl::StrCat("\"restore_from\": ", JsonString(record.restore_from)));
+  }
+  return SealJson(members);
 }
 
 std::string EncodeRestorePoint(Attempt attempt, const RestorePoint& point) {
   std::vector<std::string> members = {"\"holdfast_store\": 1",
                                       absl::StrFormat("\"attempt\": %d", Value(attempt))};
-  if (point.checkpoint.has_value()) {
-    members.push_back(absl::StrFormat("\"from_attempt\": %d", Value(point.checkpoint->attempt)));
-    members.push_back(absl::StrFormat("\"from_step\": %d", Value(point.checkpoint->step)));
+  CHECK(!point.checkpoint.has_value() || !point.foreign.has_value());
+  if (!point.is_beginning()) {
+    const CheckpointId from = point.foreign ? point.foreign->checkpoint : *point.checkpoint;
+    members.push_back(absl::StrFormat("\"from_attempt\": %d", Value(from.attempt)));
+    members.push_back(absl::StrFormat("\"from_step\": %d", Value(from.step)));
+  }
+  if (point.foreign.has_value()) {
+    members.push_back(absl::StrCat("\"from_directory\": ", JsonString(point.foreign->directory)));
+    members.push_back(absl::StrCat("\"from_job\": ", JsonString(point.foreign->job)));
+    members.push_back(absl::StrCat("\"from_job_uuid\": ", JsonString(point.foreign->job_uuid)));
   }
   return SealJson(members);
 }
@@ -279,12 +311,8 @@ absl::Status FileStore::BeginAttempt(const std::string& job, const AttemptRecord
         absl::StrFormat("job %s: attempt %d has begun; attempt %d is too late", job,
                         Value(*greatest), Value(record.attempt)));
   }
-  return Publish(
-      StoreDirectory(job), AttemptFileName(record.attempt),
-      SealJson({"\"holdfast_store\": 1", absl::StrFormat("\"attempt\": %d", Value(record.attempt)),
-                absl::StrCat("\"key\": ", JsonString(record.key)),
-                absl::StrFormat("\"world_size\": %d", record.world_size)}),
-      nullptr);
+  return Publish(StoreDirectory(job), AttemptFileName(record.attempt), EncodeAttempt(record),
+                 nullptr);
 }
 
 absl::StatusOr<RestorePoint> FileStore::DecideRestorePoint(const std::string& job, Attempt attempt,

@@ -55,6 +55,18 @@ TEST(FileStore, KeepsWhatItWasTold) {
     ASSERT_OK_AND_ASSIGN(const AttemptRecord eighth, store.NewestAttempt("job"));
     EXPECT_EQ(eighth.key, key);
 
+    EXPECT_EQ(eighth.restore_from, "");
+
+    const AttemptRecord from_elsewhere{Attempt{9}, "k", 2, "/a \"b\" \xC3\xA9/job"};
+    ASSERT_OK(store.BeginAttempt("job", from_elsewhere));
+    ASSERT_OK_AND_ASSIGN(const AttemptRecord ninth, other.NewestAttempt("job"));
+    EXPECT_EQ(ninth.restore_from, from_elsewhere.restore_from);
+    const ForeignCheckpoint foreign{
+        "/a \"b\"/job/s000000000003.a0000", "job", kUuid, {Attempt{0}, Step{3}}};
+    ASSERT_OK(store.DecideRestorePoint("job", Attempt{9}, {std::nullopt, foreign}));
+    ASSERT_OK_AND_ASSIGN(const RestorePoint elsewhere, other.GetRestorePoint("job", Attempt{9}));
+    EXPECT_EQ(elsewhere, (RestorePoint{std::nullopt, foreign}));
+
     EXPECT_THAT(store.GetRestorePoint("job", Attempt{8}), IsNotFound());
     const CheckpointId point{Attempt{7}, Step{UINT64_MAX}};
     ASSERT_OK_AND_ASSIGN(const RestorePoint first,

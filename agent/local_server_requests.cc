@@ -13,6 +13,8 @@
 #include "agent/process.h"
 #include "base/kill_point.h"
 #include "base/status_macros.h"
+#include "checkpoint/restore_selection.h"
+#include "checkpoint/shared_mapping.h"
 
 namespace holdfast {
 namespace {
@@ -35,6 +37,19 @@ void AddDuplicate(int fd, std::vector<UniqueFd>& fds) { fds.push_back(Duplicate(
 
 absl::Status OutOfDescriptors() {
   return absl::ResourceExhaustedError("the agent is at its limit of open files");
+}
+
+// `bytes` 0: everything, and no descriptor.
+absl::StatusOr<RestoreSelection> ReadSelection(const Packet& packet, uint64_t bytes) {
+  if (packet.fds.size() != (bytes > 0 ? 1 : 0)) {
+    return absl::InvalidArgumentError(absl::StrFormat(
+        "restore selection of %d bytes: found %d descriptors", bytes, packet.fds.size()));
+  }
+  if (bytes == 0) return RestoreSelection();
+  ASSIGN_OR_RETURN(
+      const std::string text,
+      ReadSealedMemory("restore selection", packet.fds[0].get(), bytes, kSelectionBytesMax));
+  return DecodeSelection(text);
 }
 
 bool AllValid(const std::vector<UniqueFd>& fds) {
@@ -142,6 +157,7 @@ absl::StatusOr<OpenParameters> LocalServer::ToParameters(const Connection& conne
   ASSIGN_OR_RETURN(parameters.attempt_key, TextField("attempt_key", request.attempt_key));
   ASSIGN_OR_RETURN(parameters.root, TextField("root", request.root));
   ASSIGN_OR_RETURN(parameters.node, TextField("node", request.node));
+  ASSIGN_OR_RETURN(parameters.restore_from, TextField("restore_from", request.restore_from));
   RETURN_IF_ERROR(CheckRoot(parameters.root));
   parameters.rank = Rank{request.rank};
   parameters.world_size = request.world_size;
@@ -272,9 +288,13 @@ void LocalServer::RegisterDone(ConnectionId id, uint32_t request_id,
 
 void LocalServer::HandleRestore(ConnectionId id, Packet packet) {
   Connection& connection = *Find(id);
-  const absl::StatusOr<abi::RestoreRequest> request = BodyAs<abi::RestoreRequest>(packet, 0);
-  if (!request.ok()) {
-    AnswerError(id, packet.type, packet.request_id, request.status());
+  const absl::StatusOr<abi::RestoreRequest> request =
+      BodyAs<abi::RestoreRequest>(packet, packet.fds.empty() ? 0 : 1);
+  absl::StatusOr<RestoreSelection> selection =
+      request.ok() ? ReadSelection(packet, request->selection_bytes)
+                   : absl::StatusOr<RestoreSelection>(request.status());
+  if (!selection.ok()) {
+    AnswerError(id, packet.type, packet.request_id, selection.status());
     return;
   }
   KillPoint("request.received");
@@ -284,7 +304,7 @@ void LocalServer::HandleRestore(ConnectionId id, Packet packet) {
   const SessionId session = connection.session;
   const std::weak_ptr<bool> alive(alive_);
   engine_.Restore(
-      session, request->registration_id,
+      session, request->registration_id, *std::move(selection),
       [this, alive, id, request_id](absl::StatusOr<RestoreBegun> begun) {
         if (!alive.expired()) RestoreBegunDone(id, request_id, std::move(begun));
       },
@@ -316,6 +336,9 @@ void LocalServer::RestoreBegunDone(ConnectionId id, uint32_t request_id,
   reply.operations_bytes = begun->operations_bytes;
   reply.blobs_bytes = begun->blobs_bytes;
   reply.bytes = begun->bytes;
+  reply.tensor_states = begun->tensor_states;
+  reply.tensor_states_left_out = begun->tensor_states_left_out;
+  reply.restore_from = static_cast<uint32_t>(begun->restore_from);
   std::vector<UniqueFd> fds;
   fds.push_back(std::move(begun->operations_fd));
   fds.push_back(std::move(begun->blobs_fd));

@@ -1,5 +1,5 @@
-// The server against real sockets, with an engine that only notes what it is asked. Client and
-// server share one thread: Pump() runs the loop until nothing is left to do for it.
+// The server against real sockets, with an engine that only notes what it is asked. Restores:
+// local_server_restore_test.cc.
 #include "agent/local_server.h"
 
 #include <dirent.h>
@@ -19,129 +19,18 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "agent/local_server_testing.h"
 #include "agent/process.h"
 #include "agent/runtime_directory.h"
 #include "base/check.h"
 #include "base/clock.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
-#include "io/epoll_loop.h"
 
 namespace holdfast {
 namespace {
 
 using ::testing::HasSubstr;
-
-// Model: sessions 1, 2, ... each with a rank page of one memfd; calls are answered when the test
-// says so (or at once, `immediate`), from the loop. Not modelled: everything behind.
-class NotingEngine final : public Engine {
- public:
-  explicit NotingEngine(EventLoop& loop) : loop_(loop), page_(*SealedMemfd("page", "page")) {}
-
-  void Recover(std::vector<KeptDescriptor>, std::function<void()> done) override {
-    loop_.Post(std::move(done));
-  }
-
-  void Open(OpenParameters parameters,
-            std::function<void(absl::StatusOr<OpenResult>)> done) override {
-    opened.push_back(std::move(parameters));
-    OpenParameters& last = opened.back();
-    OpenResult result;
-    result.resumed = last.resume_session != SessionId{};
-    result.session = result.resumed ? last.resume_session : SessionId{next_session_++};
-    result.attempt = Attempt{4};
-    result.job_uuid = "00000000-0000-4000-8000-000000000000";
-    result.rank_page_fd = page_.get();
-    result.rank_page_bytes = 4;
-    Session& session = sessions_[result.session];
-    session.process = Duplicate(last.process_fd.get());
-    session.doorbell = Duplicate(last.doorbell_fd.get());
-    Answer([done = std::move(done), result] { done(result); });
-  }
-
-  void Register(SessionId, UniqueFd document, uint64_t document_bytes,
-                std::function<void(absl::StatusOr<RegisterResult>)> done) override {
-    const absl::StatusOr<std::string> text = ReadAll(document.get(), 1 << 20);
-    documents.push_back(text.ok() ? *text : text.status().ToString());
-    if (document_bytes == 0) {
-      Answer([done = std::move(done)] { done(absl::InvalidArgumentError("an empty document")); });
-      return;
-    }
-    RegisterResult result;
-    result.registration_id = 7;
-    result.memory_fd = page_.get();
-    result.registration_memory_fd = page_.get();
-    result.capture_plan_fd = page_.get();
-    Answer([done = std::move(done), result] { done(result); });
-  }
-
-  void Restore(SessionId, uint64_t, std::function<void(absl::StatusOr<RestoreBegun>)> begun,
-               std::function<void(absl::StatusOr<RestoreEnded>)> ended) override {
-    restore_ended = std::move(ended);
-    Answer([this, begun = std::move(begun)] {
-      RestoreBegun result;
-      result.checkpoint = {Attempt{3}, Step{100}};
-      result.operations_fd = *SealedMemfd("operations", "ops");
-      result.blobs_fd = *SealedMemfd("blobs", "");
-      for (size_t i = 0; i < map_count; ++i) {
-        result.maps.push_back({*SealedMemfd("map", absl::StrCat("map ", i + 1)), i});
-      }
-      begun(std::move(result));
-    });
-  }
-
-  void CancelRestore(SessionId session) override { cancelled.insert(session); }
-  void Doorbell(SessionId session) override { rung.insert(session); }
-  void Close(SessionId session) override { closed.insert(session); }
-  void ProcessDied(SessionId session) override {
-    died.insert(session);
-    sessions_.erase(session);
-  }
-  int process_fd(SessionId session) const override {
-    return sessions_.contains(session) ? sessions_.at(session).process.get() : -1;
-  }
-  int doorbell_fd(SessionId session) const override {
-    return sessions_.contains(session) ? sessions_.at(session).doorbell.get() : -1;
-  }
-  std::vector<SessionId> sessions() const override {
-    std::vector<SessionId> ids;
-    for (const auto& [id, session] : sessions_) ids.push_back(id);
-    return ids;
-  }
-  size_t open_session_count() const override { return sessions_.size(); }
-  size_t pending_image_count() const override { return 0; }
-  std::vector<UncommittedSave> uncommitted_saves() const override { return {}; }
-  std::string StatusJson() const override { return "{}"; }
-
-  bool immediate = true;
-  size_t map_count = 2;
-  std::vector<std::function<void()>> answers;  // not immediate: the test runs them
-  std::vector<OpenParameters> opened;
-  std::vector<std::string> documents;
-  std::function<void(absl::StatusOr<RestoreEnded>)> restore_ended;
-  std::set<SessionId> cancelled;
-  std::set<SessionId> rung;
-  std::set<SessionId> closed;
-  std::set<SessionId> died;
-
- private:
-  struct Session {
-    UniqueFd process;
-    UniqueFd doorbell;
-  };
-  void Answer(std::function<void()> answer) {
-    if (immediate) {
-      loop_.Post(std::move(answer));
-    } else {
-      answers.push_back(std::move(answer));
-    }
-  }
-
-  EventLoop& loop_;
-  UniqueFd page_;
-  uint64_t next_session_ = 1;
-  std::map<SessionId, Session> sessions_;
-};
 
 // As many as the limit leaves.
 std::vector<UniqueFd> AllDescriptors() {
@@ -158,121 +47,6 @@ size_t OpenDescriptorCount() {
   closedir(directory);
   return count;
 }
-
-abi::OpenRequest GoodOpen() {
-  abi::OpenRequest request{};
-  std::strcpy(request.job, "job-1");
-  std::strcpy(request.attempt_key, "key");
-  std::strcpy(request.node, "node");
-  request.rank = 1;
-  request.world_size = 2;
-  return request;
-}
-
-class LocalServerTest : public ::testing::Test {
- protected:
-  LocalServerTest() { MakeServer({}); }
-  ~LocalServerTest() override {
-    server_.reset();
-    unlink(path_.c_str());
-    unlink((path_ + ".lock").c_str());
-  }
-
-  void MakeServer(std::function<void(LocalServer::Options&)> change) {
-    server_.reset();
-    path_ = absl::StrCat("/tmp/holdfast-server-test-", getpid(), ".sock");
-    listener_ = *Listen(path_);
-    LocalServer::Options options;
-    options.user_id = geteuid();
-    options.root = "/root-of-test";
-    options.block_bytes = 4096;
-    if (change) change(options);
-    engine_ = std::make_unique<NotingEngine>(*loop_);
-    server_ = std::make_unique<LocalServer>(options, listener_.get(), *engine_, *loop_,
-                                            [] { return std::string("{\"a\": 1}"); });
-    server_->Start();
-  }
-
-  // Runs the loop until it had nothing to do for a while of its own.
-  void Pump(int rounds = 6) {
-    for (int i = 0; i < rounds; ++i) {
-      loop_->Post([this] { loop_->Stop(); });  // behind what is posted already
-      loop_->Run();
-    }
-  }
-
-  // Runs the loop until `holds`; false after 20 s.
-  bool PumpUntil(const std::function<bool()>& holds) {
-    const absl::Duration end = RealClock().Elapsed() + absl::Seconds(20);
-    while (!holds()) {
-      if (RealClock().Elapsed() > end) return false;
-      Pump(1);
-    }
-    return true;
-  }
-
-  UniqueFd Connect() {
-    UniqueFd socket(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
-    sockaddr_un address{};
-    address.sun_family = AF_UNIX;
-    std::strcpy(address.sun_path, path_.c_str());
-    CHECK(connect(socket.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address)) == 0);
-    return socket;
-  }
-
-  template <typename Body>
-  void Request(const UniqueFd& socket, abi::MessageType type, const Body& body,
-               std::vector<UniqueFd> fds = {}, uint32_t request_id = 5) {
-    ASSERT_EQ(SendPacket(socket.get(), Packet{type, request_id, BodyBytes(body), std::move(fds)}),
-              Sent::kYes);
-  }
-
-  static std::vector<UniqueFd> Fds(UniqueFd fd) {
-    std::vector<UniqueFd> fds;
-    fds.push_back(std::move(fd));
-    return fds;
-  }
-  static UniqueFd Bell() { return UniqueFd(eventfd(0, EFD_CLOEXEC)); }
-
-  Received Hear(const UniqueFd& socket) {
-    Pump();
-    return ReceivePacket(socket.get());
-  }
-
-  template <typename Reply>
-  Reply HearReply(const UniqueFd& socket, abi::MessageType type, size_t fd_count) {
-    Received received = Hear(socket);
-    EXPECT_EQ(received.kind, Received::Kind::kPacket) << received.problem;
-    EXPECT_EQ(received.packet.type, type);
-    absl::StatusOr<Reply> reply = BodyAs<Reply>(received.packet, fd_count);
-    EXPECT_TRUE(reply.ok()) << reply.status();
-    last_fds_ = std::move(received.packet.fds);
-    return reply.ok() ? *reply : Reply{};
-  }
-
-  // Opens a session on a new connection.
-  UniqueFd OpenSession() {
-    UniqueFd socket = Connect();
-    Request(socket, abi::MessageType::kOpen, GoodOpen(), Fds(Bell()));
-    const auto reply = HearReply<abi::OpenReply>(socket, abi::MessageType::kOpenReply, 1);
-    EXPECT_EQ(reply.status.code, 0) << reply.status.text;
-    return socket;
-  }
-
-  bool IsClosed(const UniqueFd& socket) {
-    return PumpUntil([&] {
-      pollfd entry{socket.get(), POLLRDHUP, 0};
-      return poll(&entry, 1, 0) > 0;
-    });
-  }
-
-  std::unique_ptr<EpollLoop> loop_ = *EpollLoop::Create(RealClock());
-  std::string path_;
-  UniqueFd listener_;
-  std::unique_ptr<NotingEngine> engine_;
-  std::unique_ptr<LocalServer> server_;
-  std::vector<UniqueFd> last_fds_;
-};
 
 TEST_F(LocalServerTest, OpenTellsTheEngineWhoTheKernelSaysTheCallerIs) {
   const UniqueFd socket = Connect();
@@ -295,6 +69,7 @@ TEST_F(LocalServerTest, OpenTellsTheEngineWhoTheKernelSaysTheCallerIs) {
   EXPECT_EQ(seen.rank, Rank{1});
   EXPECT_EQ(seen.process_id, static_cast<uint32_t>(getpid()));
   EXPECT_EQ(seen.user_id, geteuid());
+  EXPECT_EQ(seen.restore_from, "/somewhere/old");
   EXPECT_EQ(PidOf(seen.process_fd.get()), getpid());
 }
 
@@ -308,7 +83,8 @@ TEST_F(LocalServerTest, AnotherVersionIsAnsweredWithBothNumbers) {
   ASSERT_GT(send(socket.get(), &message, sizeof(message), 0), 0);
   const auto reply = HearReply<abi::OpenReply>(socket, abi::MessageType::kOpenReply, 0);
   EXPECT_EQ(reply.status.code, static_cast<int>(absl::StatusCode::kFailedPrecondition));
-  EXPECT_THAT(reply.status.text, HasSubstr("protocol 2, the caller protocol 99"));
+  EXPECT_THAT(reply.status.text, HasSubstr(absl::StrFormat("protocol %d, the caller protocol 99",
+                                                           abi::kProtocolVersion)));
   EXPECT_TRUE(IsClosed(socket));
 }
 
@@ -326,13 +102,13 @@ TEST_F(LocalServerTest, WrongRequestsAreNamedAndNeverReachTheEngine) {
   request = GoodOpen();
   std::strcpy(request.root, "/elsewhere");
   EXPECT_THAT(refused(request, Fds(Bell())), HasSubstr("writes to /root-of-test, asked for /else"));
-  EXPECT_THAT(refused(GoodOpen(), {}), HasSubstr("1 descriptors, found 1520 and 0"));
+  EXPECT_THAT(refused(GoodOpen(), {}), HasSubstr("1 descriptors, found 2544 and 0"));
   EXPECT_THAT(refused(GoodOpen(), Fds(UniqueFd(open("/dev/null", O_RDONLY)))),
               HasSubstr("expected an eventfd, found /dev/null"));
   EXPECT_TRUE(engine_->opened.empty());
 
   const UniqueFd socket = Connect();
-  Request(socket, abi::MessageType::kRestore, abi::RestoreRequest{7});
+  Request(socket, abi::MessageType::kRestore, abi::RestoreRequest{7, 0});
   const auto reply = HearReply<abi::RestoreReply>(socket, abi::MessageType::kRestoreReply, 0);
   EXPECT_THAT(reply.status.text, HasSubstr("kOpen must have succeeded"));
   // The connection is still good.
@@ -489,46 +265,10 @@ TEST_F(LocalServerTest, TheLimitsFitTheDescriptorsOfTheProcess) {
   EXPECT_EQ(LocalServer::ConnectionsFor(1024), 16u + 128u);
 }
 
-TEST_F(LocalServerTest, RestoreSendsMapsThenTheReplyThenTheEnd) {
-  const UniqueFd socket = OpenSession();
-  Request(socket, abi::MessageType::kRestore, abi::RestoreRequest{7});
-  for (uint32_t map = 1; map <= 2; ++map) {
-    const auto body = HearReply<abi::ImageMap>(socket, abi::MessageType::kImageMap, 1);
-    EXPECT_EQ(body.map_id, map);
-    EXPECT_EQ(*ReadAll(last_fds_[0].get(), 100), absl::StrCat("map ", map));
-  }
-  const auto reply = HearReply<abi::RestoreReply>(socket, abi::MessageType::kRestoreReply, 2);
-  EXPECT_EQ(reply.step, 100u);
-  EXPECT_EQ(reply.attempt, 3u);
-  engine_->restore_ended(RestoreEnded{10, 4});
-  const auto done = HearReply<abi::RestoreDone>(socket, abi::MessageType::kRestoreDone, 0);
-  EXPECT_EQ(done.bytes, 10u);
-  EXPECT_EQ(done.bytes_from_memory, 4u);
-}
-
-TEST_F(LocalServerTest, ARestoreIsCancelledBehindItsReplyWithoutAnAnswer) {
-  const UniqueFd socket = OpenSession();
-  engine_->immediate = false;
-  Request(socket, abi::MessageType::kRestore, abi::RestoreRequest{7});
-  ASSERT_EQ(SendPacket(socket.get(), Packet{abi::MessageType::kRestoreCancel, 0, {}, {}}),
-            Sent::kYes);
-  Pump();
-  EXPECT_TRUE(engine_->cancelled.empty());  // it is for what the engine has begun
-  ASSERT_EQ(engine_->answers.size(), 1u);
-  engine_->map_count = 0;
-  engine_->answers[0]();
-  HearReply<abi::RestoreReply>(socket, abi::MessageType::kRestoreReply, 2);
-  EXPECT_TRUE(PumpUntil([&] { return engine_->cancelled.contains(SessionId{1}); }));
-  // The connection is still good.
-  engine_->immediate = true;
-  Request(socket, abi::MessageType::kRestore, abi::RestoreRequest{7});
-  HearReply<abi::RestoreReply>(socket, abi::MessageType::kRestoreReply, 2);
-}
-
 TEST_F(LocalServerTest, AClientThatDoesNotReadHoldsUpNobodyElse) {
   engine_->map_count = 2000;  // more than a socket's buffer holds
   const UniqueFd slow = OpenSession();
-  Request(slow, abi::MessageType::kRestore, abi::RestoreRequest{7});
+  Request(slow, abi::MessageType::kRestore, abi::RestoreRequest{7, 0});
   Pump();
   const UniqueFd other = Connect();
   Request(other, abi::MessageType::kQuery, abi::QueryRequest{abi::QueryKind::kStatus, 0});
@@ -543,7 +283,7 @@ TEST_F(LocalServerTest, AClientThatDoesNotReadHoldsUpNobodyElse) {
 TEST_F(LocalServerTest, AClientThatNeverReadsIsClosedAtTheLimit) {
   engine_->map_count = 12000;
   const UniqueFd slow = OpenSession();
-  Request(slow, abi::MessageType::kRestore, abi::RestoreRequest{7});
+  Request(slow, abi::MessageType::kRestore, abi::RestoreRequest{7, 0});
   EXPECT_TRUE(PumpUntil([&] { return server_->connection_count() == 0; }));
   EXPECT_EQ(server_->session_count(), 1u);  // it may come back
 }
@@ -616,7 +356,7 @@ void SendRandom(int socket, std::minstd_rand& random) {
       append(abi::RegisterRequest{random() % 3});
       break;
     case 2:
-      append(abi::RestoreRequest{random() % 9});
+      append(abi::RestoreRequest{random() % 9, random() % 2});
       break;
     case 3:
       append(abi::QueryRequest{static_cast<abi::QueryKind>(random() % 3), 0});

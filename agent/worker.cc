@@ -221,6 +221,7 @@ absl::Status Worker::BuildEngine() {
   options.due_every_steps = config_.due_every_steps;
   options.flush_writes_in_flight_max = config_.flush_writes_in_flight;
   options.on_warning = LogWarning;
+  options.user_id = geteuid();
   if (config_.direct == DirectIo::kOff || !refusal.empty()) {
     flush_caching_ = Caching::kBuffered;
   }

@@ -8,6 +8,7 @@
 #ifndef HOLDFAST_CHECKPOINT_COORDINATION_STORE_H_
 #define HOLDFAST_CHECKPOINT_COORDINATION_STORE_H_
 
+#include <compare>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -22,11 +23,26 @@ struct AttemptRecord {
   Attempt attempt{};
   std::string key;  // HOLDFAST_ATTEMPT_KEY; may be empty
   uint32_t world_size = 0;
+  // HOLDFAST_RESTORE_FROM, the same of every rank: absolute; empty: none was named.
+  std::string restore_from = {};
 };
 
-// What an attempt started from. `checkpoint` empty: from the beginning.
+// A checkpoint of another job, in whatever root.
+struct ForeignCheckpoint {
+  std::string directory;  // absolute path of the checkpoint
+  std::string job;
+  std::string job_uuid;
+  CheckpointId checkpoint;
+  friend auto operator<=>(const ForeignCheckpoint&, const ForeignCheckpoint&) = default;
+};
+
+// What an attempt started from: a checkpoint of its own job, or of another one, which is no part of
+// its lineage. Neither: from the beginning.
 struct RestorePoint {
   std::optional<CheckpointId> checkpoint;
+  std::optional<ForeignCheckpoint> foreign = std::nullopt;
+  bool is_beginning() const { return !checkpoint.has_value() && !foreign.has_value(); }
+  friend auto operator<=>(const RestorePoint&, const RestorePoint&) = default;
 };
 
 // Threads: calls block on storage and run on a WorkPool, one at a time per job.

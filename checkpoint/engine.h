@@ -26,6 +26,7 @@
 #include "checkpoint/descriptor_keeper.h"
 #include "checkpoint/image_events.h"
 #include "checkpoint/populate_memory.h"
+#include "checkpoint/restore_selection.h"
 #include "io/file_system.h"
 #include "io/io_ring.h"
 #include "io/unique_fd.h"
@@ -50,6 +51,8 @@ struct EngineOptions {
   // Makes names of partial files and numbers of sessions unlike those of every other agent that
   // ever wrote in the root: [a-z0-9]{1,32}. Empty: made up at random.
   std::string writer;
+  // This process's. A trainer's restore_from is read with its rights, so only for its own user.
+  uint32_t user_id = 0;
 };
 
 // The world. All outlive the engine.
@@ -68,6 +71,9 @@ struct OpenParameters {
   std::string job;
   std::string attempt_key;
   std::string root;  // empty, or must equal EngineOptions::root
+  // A checkpoint directory, or ROOT/JOB for its newest, of any root: what an attempt starts from
+  // whose job has no committed checkpoint of its own. Absolute; empty: nothing.
+  std::string restore_from;
   std::string node;
   Rank rank{};
   uint32_t world_size = 0;
@@ -101,10 +107,20 @@ struct RegisterResult {
   uint64_t image_bytes = 0;
 };
 
+// What became of OpenParameters::restore_from.
+enum class RestoreFrom {
+  kNotGiven,
+  kUsed,     // the restore point is that checkpoint
+  kIgnored,  // the job has a restore point of its own
+};
+
 struct RestoreBegun {
   CheckpointId checkpoint;
   uint32_t world_size = 0;  // it was made with
-  UniqueFd operations_fd;   // sealed: abi::RestoreOp table
+  RestoreFrom restore_from = RestoreFrom::kNotGiven;
+  uint64_t tensor_states = 0;           // of this rank: will be filled
+  uint64_t tensor_states_left_out = 0;  // of this rank: not chosen, stay as they are
+  UniqueFd operations_fd;               // sealed: abi::RestoreOp table
   uint64_t operations_bytes = 0;
   uint64_t op_count = 0;
   UniqueFd blobs_fd;  // sealed: abi::RestoredBlobs
@@ -122,6 +138,8 @@ struct RestoreBegun {
 struct RestoreEnded {
   uint64_t bytes = 0;
   uint64_t bytes_from_memory = 0;
+  // The rank has all that it will ever ask of this checkpoint, as far as its registration says.
+  bool is_whole = true;
 };
 
 // Threads: the event loop's, all calls. Callbacks run on the loop, never inside the call that took
@@ -140,7 +158,9 @@ class Engine {
   virtual void Recover(std::vector<KeptDescriptor> kept, std::function<void()> done) = 0;
 
   // Joins the job's current attempt or begins the next (DESIGN section 3). Errors: kInvalidArgument
-  // (names, rank, world size), kFailedPrecondition (fenced resume; other root), storage errors.
+  // (names, rank, world size; another restore_from than the attempt's other ranks),
+  // kFailedPrecondition (fenced resume; other root), kPermissionDenied (restore_from of another
+  // user than the agent's), storage errors.
   virtual void Open(OpenParameters parameters,
                     std::function<void(absl::StatusOr<OpenResult>)> done) = 0;
 
@@ -153,8 +173,10 @@ class Engine {
   // Decides the attempt's restore point if that is not done yet, plans for this rank's
   // registration, and calls `begun`; after OK delivers pieces through the registration's
   // RestoreRing (advance it at each Doorbell()) and ends with `ended`. kNotFound: there is no
-  // checkpoint.
-  virtual void Restore(SessionId session, uint64_t registration_id,
+  // checkpoint, and no restore_from was given: one that cannot be used is another error.
+  // kInvalidArgument: a pattern of `selection` fits nothing. kFailedPrecondition: what is chosen is
+  // not in the checkpoint, or is another tensor there.
+  virtual void Restore(SessionId session, uint64_t registration_id, RestoreSelection selection,
                        std::function<void(absl::StatusOr<RestoreBegun>)> begun,
                        std::function<void(absl::StatusOr<RestoreEnded>)> ended) = 0;
   // The trainer waits for no restore any more: what it held is free again, `begun` or `ended` says

@@ -11,6 +11,7 @@
 #include "base/check.h"
 #include "base/crc32c.h"
 #include "base/status_macros.h"
+#include "base/utf8.h"
 #include "checkpoint/describe.h"
 #include "format/image.h"
 #include "format/layout.h"
@@ -176,7 +177,23 @@ absl::Status EngineImpl::CheckOpen(const OpenParameters& parameters) const {
     return absl::FailedPreconditionError(absl::StrFormat("root: this agent writes to %s, not to %s",
                                                          options_.root, parameters.root));
   }
-  return absl::OkStatus();
+  return CheckRestoreFrom(parameters);
+}
+
+absl::Status EngineImpl::CheckRestoreFrom(const OpenParameters& parameters) const {
+  const std::string& path = parameters.restore_from;
+  if (path.empty()) return absl::OkStatus();
+  if (path[0] != '/' || path.size() > abi::kPathBytesMax || !IsUtf8(path)) {
+    return absl::InvalidArgumentError(absl::StrFormat(
+        "restore_from: expected an absolute path in UTF-8 of at most %d bytes, found "
+        "%d bytes: %s",
+        abi::kPathBytesMax, path.size(), path));
+  }
+  if (parameters.user_id == options_.user_id) return absl::OkStatus();
+  return absl::PermissionDeniedError(
+      absl::StrFormat("restore_from: this agent reads files as user %d, so for no other user; the "
+                      "caller is user %d",
+                      options_.user_id, parameters.user_id));
 }
 
 OpenResult EngineImpl::ResultOf(Session& session, bool resumed) const {
@@ -257,6 +274,7 @@ void EngineImpl::Admit(const std::shared_ptr<OpenParameters>& parameters,
   const Job::Applicant applicant{.rank = parameters->rank,
                                  .world_size = parameters->world_size,
                                  .attempt_key = parameters->attempt_key,
+                                 .restore_from = parameters->restore_from,
                                  .resume_attempt = parameters->resume_attempt,
                                  .process_id = parameters->process_id};
   job.Admit(applicant, [this, &job, parameters,
@@ -374,7 +392,8 @@ void EngineImpl::MakeRegistration(SessionId id, int tries_left,
 
 // ---- Restore ----
 
-void EngineImpl::Restore(SessionId id, uint64_t registration_id, Begun begun, Ended ended) {
+void EngineImpl::Restore(SessionId id, uint64_t registration_id, RestoreSelection selection,
+                         Begun begun, Ended ended) {
   Entry* entry = Find(id);
   absl::Status refused = CheckServed(entry);
   if (!refused.ok()) {
@@ -390,22 +409,33 @@ void EngineImpl::Restore(SessionId id, uint64_t registration_id, Begun begun, En
   }
   CancelRestores(*entry, absl::AbortedError("replaced by a newer restore"),
                  holdfast::Restore::Report::kYes);
-  const Opening opening = {id, registration_id, entry->restore_number};
+  const Opening opening = {id, registration_id, entry->restore_number, std::move(selection)};
   entry->job->DecideRestorePoint(
       entry->session->identity().attempt,
       [this, opening, begun = std::move(begun),
        ended = std::move(ended)](absl::StatusOr<RestorePoint> point) mutable {
         const Entry* decided = FindOpening(opening, begun);
         if (decided == nullptr) return;
-        if (point.ok() && point->checkpoint.has_value()) {
-          OpenSource(opening, *point->checkpoint, std::move(begun), std::move(ended));
-        } else if (point.ok()) {
-          begun(absl::NotFoundError(
-              absl::StrFormat("job %s has no checkpoint to start from", decided->job->name())));
+        if (point.ok() && !point->is_beginning()) {
+          OpenSource(opening, *point, std::move(begun), std::move(ended));
         } else {
-          begun(point.status());
+          begun(point.ok() ? NothingToRestore(*decided) : NotTheBeginning(point.status()));
         }
       });
+}
+
+// Whoever names a checkpoint to start from never hears that there is none.
+absl::Status EngineImpl::NothingToRestore(const Entry& entry) {
+  const Attempt attempt = entry.session->identity().attempt;
+  const std::string restore_from = entry.job->restore_from(attempt);
+  if (restore_from.empty()) {
+    return absl::NotFoundError(
+        absl::StrFormat("job %s has no checkpoint to start from", entry.job->name()));
+  }
+  return absl::FailedPreconditionError(absl::StrFormat(
+      "attempt %d of job %s began from nothing, because it saved before it restored: "
+      "%s was not used",
+      Value(attempt), entry.job->name(), restore_from));
 }
 
 EngineImpl::Entry* EngineImpl::FindOpening(const Opening& opening, Begun& begun) {
@@ -416,24 +446,25 @@ EngineImpl::Entry* EngineImpl::FindOpening(const Opening& opening, Begun& begun)
   return nullptr;
 }
 
-void EngineImpl::OpenSource(const Opening& opening, CheckpointId checkpoint, Begun begun,
-                            Ended ended) {
-  Find(opening.session)
-      ->job->OpenSource(
-          checkpoint, [this, opening, begun = std::move(begun), ended = std::move(ended)](
-                          absl::StatusOr<std::shared_ptr<RestoreSource>> source) mutable {
-            StartRestore(opening, std::move(source), std::move(begun), std::move(ended));
-          });
+void EngineImpl::OpenSource(Opening opening, const RestorePoint& point, Begun begun, Ended ended) {
+  const Entry& entry = *Find(opening.session);
+  if (!entry.job->restore_from(entry.session->identity().attempt).empty()) {
+    opening.restore_from = point.foreign.has_value() ? RestoreFrom::kUsed : RestoreFrom::kIgnored;
+  }
+  entry.job->OpenSource(point, [this, opening, begun = std::move(begun), ended = std::move(ended)](
+                                   absl::StatusOr<std::shared_ptr<RestoreSource>> source) mutable {
+    StartRestore(opening, std::move(source), std::move(begun), std::move(ended));
+  });
 }
 
-void EngineImpl::StartRestore(const Opening& opening,
+void EngineImpl::StartRestore(Opening opening,
                               absl::StatusOr<std::shared_ptr<RestoreSource>> source, Begun begun,
                               Ended ended) {
   Entry* entry = FindOpening(opening, begun);
   if (entry == nullptr) return;
   const uint64_t registration_id = opening.registration_id;
   if (!source.ok()) {
-    begun(source.status());
+    begun(NotTheBeginning(source.status()));
     return;
   }
   Session& session = *entry->session;
@@ -446,10 +477,12 @@ void EngineImpl::StartRestore(const Opening& opening,
   entry->restores.push_back(std::make_unique<holdfast::Restore>(
       *std::move(source), session.registration(registration_id), std::move(staging),
       session.registration_memory(registration_id)->restore, world_.loop, world_.pool,
-      holdfast::Restore::Options{}, std::move(begun),
+      holdfast::Restore::Options{.restore_from = opening.restore_from,
+                                 .selection = std::move(opening.selection)},
+      std::move(begun),
       [this, alive = std::weak_ptr<bool>(alive_), id = opening.session,
        ended = std::move(ended)](absl::StatusOr<RestoreEnded> result) {
-        const bool restored = result.ok();
+        const bool restored = result.ok() && result->is_whole;
         ended(std::move(result));
         if (alive.expired()) return;
         const Entry* restoring = Find(id);

@@ -33,7 +33,7 @@ class EngineImpl final : public Engine {
             std::function<void(absl::StatusOr<OpenResult>)> done) override;
   void Register(SessionId session, UniqueFd document, uint64_t document_bytes,
                 std::function<void(absl::StatusOr<RegisterResult>)> done) override;
-  void Restore(SessionId session, uint64_t registration_id,
+  void Restore(SessionId session, uint64_t registration_id, RestoreSelection selection,
                std::function<void(absl::StatusOr<RestoreBegun>)> begun,
                std::function<void(absl::StatusOr<RestoreEnded>)> ended) override;
   void CancelRestore(SessionId session) override;
@@ -66,6 +66,7 @@ class EngineImpl final : public Engine {
   // OK if the session is open and its job recovered.
   absl::Status CheckServed(const Entry* entry) const;
   absl::Status CheckOpen(const OpenParameters& parameters) const;
+  absl::Status CheckRestoreFrom(const OpenParameters& parameters) const;
   // Goes on with a session that this engine knows. False: it does not.
   bool Resume(OpenParameters& parameters,
               const std::function<void(absl::StatusOr<OpenResult>)>& done);
@@ -88,10 +89,13 @@ class EngineImpl final : public Engine {
     SessionId session{};
     uint64_t registration_id = 0;
     uint64_t number = 0;
+    RestoreSelection selection = {};
+    RestoreFrom restore_from = RestoreFrom::kNotGiven;
   };
   Entry* FindOpening(const Opening& opening, Begun& begun);
-  void OpenSource(const Opening& opening, CheckpointId checkpoint, Begun begun, Ended ended);
-  void StartRestore(const Opening& opening, absl::StatusOr<std::shared_ptr<RestoreSource>> source,
+  static absl::Status NothingToRestore(const Entry& entry);
+  void OpenSource(Opening opening, const RestorePoint& point, Begun begun, Ended ended);
+  void StartRestore(Opening opening, absl::StatusOr<std::shared_ptr<RestoreSource>> source,
                     Begun begun, Ended ended);
   void CancelRestores(Entry& entry, const absl::Status& why, holdfast::Restore::Report report);
   void SessionEnded(SessionId id);

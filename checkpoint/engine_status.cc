@@ -17,6 +17,16 @@ json CheckpointJson(CheckpointId id) {
   return {{"attempt", Value(id.attempt)}, {"step", Value(id.step)}};
 }
 
+json RestorePointJson(const RestorePoint& point) {
+  if (point.is_beginning()) return json();
+  if (!point.foreign.has_value()) return CheckpointJson(*point.checkpoint);
+  json value = CheckpointJson(point.foreign->checkpoint);
+  value["job"] = point.foreign->job;
+  value["uuid"] = point.foreign->job_uuid;
+  value["directory"] = point.foreign->directory;
+  return value;
+}
+
 json ImageJson(const RankImages::Counters& image) {
   json value = {{"slot", image.id.slot_index},
                 {"generation", image.id.generation},
@@ -57,9 +67,13 @@ json JobJson(const Job& job) {
                     {"world_size", view.record.world_size},
                     {"newest", view.newest}};
     if (view.restore_point.has_value()) {
-      attempt["restore_point"] = view.restore_point->checkpoint.has_value()
-                                     ? CheckpointJson(*view.restore_point->checkpoint)
-                                     : json();
+      attempt["restore_point"] = RestorePointJson(*view.restore_point);
+    }
+    if (!view.record.restore_from.empty()) {
+      attempt["restore_from"] = view.record.restore_from;
+      if (view.restore_point.has_value()) {
+        attempt["restore_from_used"] = view.restore_point->foreign.has_value();
+      }
     }
     attempts.push_back(std::move(attempt));
   }

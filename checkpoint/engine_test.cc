@@ -364,7 +364,7 @@ TEST(Engine, ARestoreThatIsLeftGivesEverythingBack) {
     std::optional<absl::Status> begun;
     std::optional<absl::Status> ended;
     harness.engine().Restore(
-        trainer.session, trainer.registration_id,
+        trainer.session, trainer.registration_id, {},
         [&](absl::StatusOr<RestoreBegun> result) { begun = result.status(); },
         [&](absl::StatusOr<RestoreEnded> result) { ended = result.status(); });
     harness.Settle();
@@ -417,7 +417,7 @@ TEST(Engine, ARestoreThatIsLeftAtAnyMomentEndsByItself) {
     harness.Settle();
     bool over = false;
     harness.engine().Restore(
-        trainer.session, trainer.registration_id,
+        trainer.session, trainer.registration_id, {},
         [&](absl::StatusOr<RestoreBegun> result) { over = !result.ok(); },
         [&](absl::StatusOr<RestoreEnded>) { over = true; });
     bool idle = false;

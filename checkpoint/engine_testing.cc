@@ -17,8 +17,6 @@
 namespace holdfast {
 namespace {
 
-constexpr char kRoot[] = "/root";
-
 UniqueFd Duplicate(int fd) {
   UniqueFd copy(fcntl(fd, F_DUPFD_CLOEXEC, 0));
   CHECK(copy);
@@ -230,7 +228,7 @@ EngineHarness::EngineHarness(SimDisk& disk, const EngineHarnessOptions& options)
       keeper_(std::make_unique<KeptInMemory>()),
       next_uuid_bits_(options.uuid_bits) {
   if (!options_.root_exists && disk_.AllFiles().empty()) {
-    CHECK_OK(disk_.CreateDirectory(kRoot));
+    CHECK_OK(disk_.CreateDirectory(options_.root));
     CHECK_OK(disk_.SyncDirectory("/"));
   }
   StartWorker(/*recover=*/false);
@@ -246,14 +244,15 @@ void EngineHarness::StartWorker(bool recover) {
   executor_ = std::make_unique<SimExecutor>(options_.seed);
   executor_->Drive(ring_);
   FileStore::Options store_options;
-  store_options.root = kRoot;
+  store_options.root = options_.root;
   store_options.writer = absl::StrCat(options_.writer, worker_count_);
   store_options.make_uuid = [this] {
     return absl::StrFormat("01234567-89ab-4cde-8f01-%012x", next_uuid_bits_++);
   };
   store_ = std::make_unique<FileStore>(file_system_, *executor_, store_options);
   EngineOptions engine_options;
-  engine_options.root = kRoot;
+  engine_options.root = options_.root;
+  engine_options.user_id = options_.user_id;
   engine_options.scratch_directory = scratch_;
   engine_options.host_memory_bytes_max = options_.host_memory_bytes;
   engine_options.block_bytes = options_.block_bytes;
@@ -294,6 +293,7 @@ absl::StatusOr<OpenResult> EngineHarness::Reconnect(TestTrainer& trainer) {
   parameters.process_id = trainer.process_id;
   parameters.process_fd = Duplicate(trainer.process.get());
   parameters.doorbell_fd = UniqueFd(eventfd(0, EFD_CLOEXEC));
+  parameters.restore_from = trainer.restore_from;
   parameters.resume_attempt = trainer.attempt;
   parameters.resume_session = trainer.session;
   parameters.resume_registration_id = trainer.registration_id;
@@ -328,12 +328,14 @@ void EngineHarness::Settle() {
 // ---- Trainers ----
 
 absl::StatusOr<TestTrainer*> EngineHarness::Open(Rank rank, uint32_t world_size,
-                                                 const std::string& key, const std::string& job) {
+                                                 const std::string& key, const std::string& job,
+                                                 const std::string& restore_from) {
   auto trainer = std::make_unique<TestTrainer>();
   trainer->job = job;
   trainer->rank = rank;
   trainer->world_size = world_size;
   trainer->attempt_key = key;
+  trainer->restore_from = restore_from;
   trainer->process_id = next_process_id_++;
   trainer->process = UniqueFd(eventfd(0, EFD_CLOEXEC));
   return OpenProcess(std::move(trainer));
@@ -345,6 +347,7 @@ absl::StatusOr<TestTrainer*> EngineHarness::OpenAgain(TestTrainer& trainer) {
   again->rank = trainer.rank;
   again->world_size = trainer.world_size;
   again->attempt_key = trainer.attempt_key;
+  again->restore_from = trainer.restore_from;
   again->process_id = trainer.process_id;
   again->process = Duplicate(trainer.process.get());
   return OpenProcess(std::move(again));
@@ -354,6 +357,7 @@ absl::StatusOr<TestTrainer*> EngineHarness::OpenProcess(std::unique_ptr<TestTrai
   OpenParameters parameters;
   parameters.job = trainer->job;
   parameters.attempt_key = trainer->attempt_key;
+  parameters.restore_from = trainer->restore_from;
   parameters.node = "node";
   parameters.rank = trainer->rank;
   parameters.world_size = trainer->world_size;
@@ -401,10 +405,12 @@ absl::Status EngineHarness::Register(TestTrainer& trainer, const std::string& la
 
 absl::StatusOr<std::vector<TestTrainer*>> EngineHarness::Launch(uint32_t world_size,
                                                                 const std::string& key,
-                                                                const std::string& job) {
+                                                                const std::string& job,
+                                                                const std::string& restore_from) {
   std::vector<TestTrainer*> trainers;
   for (uint32_t rank = 0; rank < world_size; ++rank) {
-    ASSIGN_OR_RETURN(TestTrainer* const trainer, Open(Rank{rank}, world_size, key, job));
+    ASSIGN_OR_RETURN(TestTrainer* const trainer,
+                     Open(Rank{rank}, world_size, key, job, restore_from));
     trainers.push_back(trainer);
   }
   for (TestTrainer* trainer : trainers) RETURN_IF_ERROR(Register(*trainer));
@@ -439,13 +445,13 @@ void EngineHarness::SaveAll(const std::vector<TestTrainer*>& trainers, uint64_t 
   Settle();
 }
 
-RestoreOutcome EngineHarness::Restore(TestTrainer& trainer) {
+RestoreOutcome EngineHarness::Restore(TestTrainer& trainer, RestoreSelection selection) {
   RestoreOutcome outcome;
   outcome.status = absl::UnknownError("no answer");
   std::unique_ptr<RestoreConsumer> consumer;
   bool over = false;
   engine_->Restore(
-      trainer.session, trainer.registration_id,
+      trainer.session, trainer.registration_id, std::move(selection),
       [&](absl::StatusOr<RestoreBegun> begun) {
         if (!begun.ok()) {
           outcome.status = begun.status();
@@ -454,6 +460,9 @@ RestoreOutcome EngineHarness::Restore(TestTrainer& trainer) {
         }
         outcome.checkpoint = begun->checkpoint;
         outcome.world_size = begun->world_size;
+        outcome.restore_from = begun->restore_from;
+        outcome.tensor_states = begun->tensor_states;
+        outcome.tensor_states_left_out = begun->tensor_states_left_out;
         consumer = std::make_unique<RestoreConsumer>(*trainer.script, outcome, *std::move(begun));
       },
       [&](absl::StatusOr<RestoreEnded> ended) {
@@ -486,11 +495,11 @@ void EngineHarness::Close(TestTrainer& trainer) {
 }
 
 absl::StatusOr<Catalog> EngineHarness::ReadJob(const std::string& job) {
-  return ReadCatalog(disk_, kRoot, job);
+  return ReadCatalog(disk_, options_.root, job);
 }
 
 void EngineHarness::RemoveJobDirectory(const std::string& job) {
-  const std::string directory = absl::StrCat(kRoot, "/", job);
+  const std::string directory = absl::StrCat(options_.root, "/", job);
   for (const std::string& path : disk_.AllFiles()) {
     if (path.rfind(directory + "/", 0) == 0) disk_.RemoveFile(path);
   }

@@ -54,6 +54,7 @@ struct TestTrainer {
   Rank rank{};
   uint32_t world_size = 0;
   std::string attempt_key;
+  std::string restore_from;
   uint32_t process_id = 0;
   std::unique_ptr<const Layout> layout;
   SessionId session{};
@@ -71,6 +72,9 @@ struct RestoreOutcome {
   uint32_t world_size = 0;
   uint64_t bytes = 0;
   uint64_t bytes_from_memory = 0;
+  RestoreFrom restore_from = RestoreFrom::kNotGiven;
+  uint64_t tensor_states = 0;
+  uint64_t tensor_states_left_out = 0;
   uint64_t maps = 0;
   std::vector<std::vector<std::byte>> buffers;
   std::map<std::tuple<uint32_t, std::string, uint32_t>, std::string> blobs;  // scope, name, rank
@@ -87,33 +91,37 @@ struct EngineHarnessOptions {
   FileSystem* file_system = nullptr;
   IoRing* ring = nullptr;
   PopulateMemory populate = nullptr;
-  std::string writer = "w";  // of the first worker; each next one appends its number
+  std::string writer = "w";    // of the first worker; each next one appends its number
+  std::string root = "/root";  // made if there is nothing at all
+  uint32_t user_id = 0;        // of the agent; that of all trainers is 0
   // Of the first job that this agent makes; each next one counts up from it.
   uint64_t uuid_bits = 0x23456789abcd;
 };
 
 class EngineHarness {
  public:
-  // The disk outlives it. Makes "/root" if nothing at all is there and root_exists is not set.
+  // The disk outlives it. Makes the root if nothing at all is there and root_exists is not set.
   EngineHarness(SimDisk& disk, const EngineHarnessOptions& options);
   ~EngineHarness();
 
   // A new process of a rank opens the job. What the engine answered.
   absl::StatusOr<TestTrainer*> Open(Rank rank, uint32_t world_size, const std::string& key = "",
-                                    const std::string& job = "job");
+                                    const std::string& job = "job",
+                                    const std::string& restore_from = "");
   // The trainer's process opens as it did before, because it never heard the answer.
   absl::StatusOr<TestTrainer*> OpenAgain(TestTrainer& trainer);
   absl::Status Register(TestTrainer& trainer, const std::string& layout = "");
   // Opens and registers ranks 0 to world_size - 1.
   absl::StatusOr<std::vector<TestTrainer*>> Launch(uint32_t world_size, const std::string& key = "",
-                                                   const std::string& job = "job");
+                                                   const std::string& job = "job",
+                                                   const std::string& restore_from = "");
 
   // hf_save with the state after `step`: the slot; nothing if none was granted.
   std::optional<uint32_t> BeginSave(TestTrainer& trainer, uint64_t step);
   void FinishSave(TestTrainer& trainer, uint32_t slot);
   bool Save(TestTrainer& trainer, uint64_t step);                          // both
   void SaveAll(const std::vector<TestTrainer*>& trainers, uint64_t step);  // and Settle()s
-  RestoreOutcome Restore(TestTrainer& trainer);
+  RestoreOutcome Restore(TestTrainer& trainer, RestoreSelection selection = {});
   void Kill(TestTrainer& trainer);
   void Close(TestTrainer& trainer);
 

@@ -285,7 +285,7 @@ TEST(EngineTrouble, RanksThatRestoreTogetherShareTheBlobs) {
     size_t begun_count = 0;
     for (TestTrainer* trainer : again) {
       harness->engine().Restore(
-          trainer->session, trainer->registration_id,
+          trainer->session, trainer->registration_id, {},
           [&](absl::StatusOr<RestoreBegun> begun) {
             ASSERT_OK(begun);
             struct stat info {};

@@ -60,12 +60,11 @@ void RemoveStaleMarkers(FileSystem& file_system, const Catalog& catalog) {
 
 // kAlreadyExists: another agent was faster.
 absl::StatusOr<AttemptRecord> BeginInStore(CoordinationStore& store, const std::string& job,
-                                           Attempt after, const std::string& key,
-                                           uint32_t world_size) {
+                                           Attempt after, AttemptRecord record) {
   if (Value(after) == UINT32_MAX) {
     return absl::ResourceExhaustedError(absl::StrFormat("job %s has no attempt numbers left", job));
   }
-  const AttemptRecord record{Attempt{Value(after) + 1}, key, world_size};
+  record.attempt = Attempt{Value(after) + 1};
   RETURN_IF_ERROR(store.BeginAttempt(job, record));
   return record;
 }
@@ -180,6 +179,20 @@ absl::StatusOr<bool> Job::MayJoin(const std::optional<AttemptRecord>& newest,
   return false;
 }
 
+// The restore point is decided once for all ranks, so what it may be must be said by all alike.
+absl::Status Job::CheckSameOrigin(const AttemptRecord& newest, const Applicant& applicant) const {
+  // One that resumes was compared when it joined.
+  if (applicant.resume_attempt != Attempt{0} || newest.restore_from == applicant.restore_from) {
+    return absl::OkStatus();
+  }
+  const auto name = [](const std::string& path) { return path.empty() ? "nothing" : path; };
+  return absl::InvalidArgumentError(absl::StrFormat(
+      "restore_from: attempt %d of job %s was begun with %s, rank %d names %s; all ranks must name "
+      "the same",
+      Value(newest.attempt), options_.name, name(newest.restore_from), Value(applicant.rank),
+      name(applicant.restore_from)));
+}
+
 void Job::TryAdmit(Applicant applicant, int tries_left,
                    std::function<void(absl::StatusOr<Admission>)> then) {
   OnPool<StoreView>([store = &world_.store, job = options_.name] { return ReadStore(*store, job); },
@@ -199,6 +212,8 @@ void Job::TryAdmit(Applicant applicant, int tries_left,
                       if (!may_join.ok()) {
                         then(may_join.status());
                       } else if (*may_join) {
+                        const absl::Status same = CheckSameOrigin(*view.newest, applicant);
+                        if (!same.ok()) return then(same);
                         JoinNewest(*view.newest, std::move(then));
                       } else {
                         BeginNext(view.newest, std::move(applicant), tries_left, std::move(then));
@@ -238,8 +253,9 @@ void Job::BeginNext(const std::optional<AttemptRecord>& newest, Applicant applic
   const Attempt in_store = newest.has_value() ? newest->attempt : Attempt{0};
   OnPool<Begun>(
       [this_store = &world_.store, file_system = &world_.file_system, root = options_.root,
-       job = options_.name, uuid = uuid_, in_store, key = applicant.attempt_key,
-       world_size = applicant.world_size] {
+       job = options_.name, uuid = uuid_, in_store,
+       record = AttemptRecord{Attempt{}, applicant.attempt_key, applicant.world_size,
+                              applicant.restore_from}] {
         Begun begun{ReadCatalog(*file_system, root, job)};
         if (!begun.catalog.ok()) return begun;
         if (begun.catalog->job.job_uuid != uuid) {
@@ -248,8 +264,8 @@ void Job::BeginNext(const std::optional<AttemptRecord>& newest, Applicant applic
         }
         RemoveStaleMarkers(*file_system, *begun.catalog);
         // A lost store cannot go back: the root knows attempts too.
-        begun.record = BeginInStore(
-            *this_store, job, std::max(in_store, begun.catalog->greatest_attempt), key, world_size);
+        begun.record = BeginInStore(*this_store, job,
+                                    std::max(in_store, begun.catalog->greatest_attempt), record);
         return begun;
       },
       [this, applicant, tries_left, then = std::move(then)](Begun begun) {

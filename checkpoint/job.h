@@ -11,7 +11,8 @@
 //
 // Deciding the restore point of attempt n, once (job_restore.cc):
 //   1. The catalog is read; the candidate is the newest of its branch, or a newer checkpoint that
-//      all ranks of an older attempt have sealed in this agent's memory.
+//      all ranks of an older attempt have sealed in this agent's memory. If there is neither, and
+//      the attempt was begun with a checkpoint of another job to start from, it is that one.
 //   2. Every directory of an older attempt without a manifest is fenced, but the candidate's.
 //   3. The catalog is read again; another newest: from 1.
 //   4. The point is recorded in the store; what was recorded before wins.
@@ -63,8 +64,9 @@ class Job final : private SaveGroups::Host {
     Rank rank{};
     uint32_t world_size = 0;
     std::string attempt_key;
-    Attempt resume_attempt{};  // 0: a new open
-    uint32_t process_id = 0;   // 0: unknown
+    std::string restore_from = {};  // as OpenParameters::restore_from
+    Attempt resume_attempt{};       // 0: a new open
+    uint32_t process_id = 0;        // 0: unknown
   };
   struct Admission {
     Attempt attempt{};
@@ -74,8 +76,9 @@ class Job final : private SaveGroups::Host {
   // runs). It begins one unless the newest has this key and world size, has an open rank, and was
   // never joined by this rank (but by this very process, which did not hear of it). A resume joins
   // the attempt that it names if that is still the newest. Errors: kFailedPrecondition (fenced),
-  // kInvalidArgument (world size), kAborted (the directory is another job's now, and this one is
-  // abandoned: ask a new Job), the store's and the file system's.
+  // kInvalidArgument (world size; another restore_from than the attempt's), kAborted (the directory
+  // is another job's now, and this one is abandoned: ask a new Job), the store's and the file
+  // system's.
   void Admit(Applicant applicant, std::function<void(absl::StatusOr<Admission>)> done);
 
   // In `done` of Admit: the rank's session. Starts it.
@@ -110,11 +113,13 @@ class Job final : private SaveGroups::Host {
 
   // The attempt's restore point, deciding it if it is not yet. Errors: kDataLoss (the newest
   // checkpoint is damaged, or the branch cannot be told), kFailedPrecondition (all are marked bad;
-  // fenced), the store's.
+  // fenced), the store's, those of FindForeignCheckpoint.
   void DecideRestorePoint(Attempt attempt, std::function<void(absl::StatusOr<RestorePoint>)> done);
   // kDataLoss: it is neither in memory nor on storage any more, or not readable.
-  void OpenSource(CheckpointId id,
+  void OpenSource(const RestorePoint& point,
                   std::function<void(absl::StatusOr<std::shared_ptr<RestoreSource>>)> done);
+  // What the attempt was begun with; empty if nothing, or if the attempt is unknown.
+  std::string restore_from(Attempt attempt) const;
 
   // As Engine::pending_image_count.
   size_t pending_image_count() const;
@@ -162,6 +167,7 @@ class Job final : private SaveGroups::Host {
                 std::function<void(absl::StatusOr<Admission>)> then);
   absl::StatusOr<bool> MayJoin(const std::optional<AttemptRecord>& newest,
                                const Applicant& applicant) const;
+  absl::Status CheckSameOrigin(const AttemptRecord& newest, const Applicant& applicant) const;
   bool HasOpenRank(const AttemptState& attempt) const;
   bool AsksAgain(const AttemptState& attempt, const Applicant& applicant) const;
   void JoinNewest(const AttemptRecord& newest, std::function<void(absl::StatusOr<Admission>)> then);
@@ -193,8 +199,13 @@ class Job final : private SaveGroups::Host {
   void SetRestorePoint(Attempt attempt, const RestorePoint& point);
   std::vector<GroupPart> PartsOf(const SaveGroup& group) const;
   std::vector<std::optional<MemoryImage>> MemoryOf(const SaveGroup& group) const;
+  void OpenOwnSource(CheckpointId id,
+                     std::function<void(absl::StatusOr<std::shared_ptr<RestoreSource>>)> done);
+  void OpenForeignSource(const ForeignCheckpoint& foreign,
+                         std::function<void(absl::StatusOr<std::shared_ptr<RestoreSource>>)> done);
   // One that another rank is using, if this may use it, too.
-  std::shared_ptr<RestoreSource> SharedSource(CheckpointId id) const;
+  std::shared_ptr<RestoreSource> SharedSource(const RestorePoint& point) const;
+  void ShareSource(const RestorePoint& point, const std::shared_ptr<RestoreSource>& source);
   void MakeSource(CheckpointId id, bool in_memory, absl::StatusOr<Index> index,
                   std::string directory,
                   std::function<void(absl::StatusOr<std::shared_ptr<RestoreSource>>)> done);
@@ -221,7 +232,7 @@ class Job final : private SaveGroups::Host {
   const std::string directory_;  // <root>/<name>
   std::string uuid_;
   bool abandoned_ = false;
-  std::map<CheckpointId, std::weak_ptr<RestoreSource>> sources_;  // in use
+  std::map<RestorePoint, std::weak_ptr<RestoreSource>> sources_;  // in use
   absl::Status recovery_error_;
   std::map<SessionId, Session*> sessions_;
   std::map<Attempt, AttemptState> attempts_;

@@ -9,6 +9,7 @@
 #include "base/status_macros.h"
 #include "checkpoint/commit.h"
 #include "checkpoint/describe.h"
+#include "checkpoint/foreign_checkpoint.h"
 #include "checkpoint/job_impl.h"
 #include "checkpoint/verify.h"
 
@@ -18,10 +19,6 @@ namespace {
 // How often a decision begins anew because an older attempt has committed meanwhile. Each of those
 // commits was of one of its last few saves.
 constexpr int kDecisionTries = 16;
-
-std::string DescribePoint(const RestorePoint& point) {
-  return point.checkpoint.has_value() ? Describe(*point.checkpoint) : "the beginning";
-}
 
 // Step 2: nothing that is not committed now will be, but `spared`.
 absl::Status FenceDirectories(FileSystem& file_system, const std::string& job_directory,
@@ -172,8 +169,18 @@ void Job::FenceAndRecord(Attempt attempt, bool from_nothing, int tries_left, con
   OnPool<Decided>(
       [file_system = &world_.file_system, store = &world_.store, root = options_.root,
        job = options_.name, uuid = uuid_, directory = directory_, writer = options_.writer, attempt,
-       catalog, candidate] {
+       restore_from = from_nothing ? std::string() : restore_from(attempt), catalog,
+       candidate = RestorePoint(candidate)]() mutable {
         Decided decided;
+        if (candidate.is_beginning() && !restore_from.empty()) {
+          absl::StatusOr<ForeignCheckpoint> foreign =
+              FindForeignCheckpoint(*file_system, restore_from);
+          if (!foreign.ok()) {
+            decided.point = foreign.status();
+            return decided;
+          }
+          candidate.foreign = *std::move(foreign);
+        }
         const absl::Status fenced = FenceDirectories(*file_system, directory, writer, catalog,
                                                      candidate.checkpoint, attempt);
         if (!fenced.ok()) {
@@ -256,16 +263,29 @@ std::vector<std::optional<MemoryImage>> Job::MemoryOf(const SaveGroup& group) co
   return memory;
 }
 
-void Job::OpenSource(CheckpointId id,
+std::string Job::restore_from(Attempt attempt) const {
+  const auto known = attempts_.find(attempt);
+  return known == attempts_.end() ? std::string() : known->second.record.restore_from;
+}
+
+void Job::OpenSource(const RestorePoint& point,
                      std::function<void(absl::StatusOr<std::shared_ptr<RestoreSource>>)> done) {
+  CHECK(!point.is_beginning());
+  if (std::shared_ptr<RestoreSource> shared = SharedSource(point)) {
+    world_.loop.Post([done = std::move(done), shared = std::move(shared)] { done(shared); });
+  } else if (point.foreign.has_value()) {
+    OpenForeignSource(*point.foreign, std::move(done));
+  } else {
+    OpenOwnSource(*point.checkpoint, std::move(done));
+  }
+}
+
+void Job::OpenOwnSource(CheckpointId id,
+                        std::function<void(absl::StatusOr<std::shared_ptr<RestoreSource>>)> done) {
   struct Opened {
     absl::StatusOr<Index> index = absl::UnknownError("not read");
     std::string directory;  // empty: not usable on storage
   };
-  if (std::shared_ptr<RestoreSource> shared = SharedSource(id)) {
-    world_.loop.Post([done = std::move(done), shared = std::move(shared)] { done(shared); });
-    return;
-  }
   const SaveGroup* group = groups_.Find(id);
   const bool in_memory = group != nullptr && group->sealed;
   std::vector<GroupPart> parts;
@@ -310,7 +330,7 @@ void Job::OpenSource(CheckpointId id,
                                 ? absl::StatusCode::kDataLoss
                                 : opened.index.status().code(),
                             absl::StrFormat("the restore point, %s, can no longer be read: %s",
-                                            DescribePoint({id}), opened.index.status().message())));
+                                            Describe(id), opened.index.status().message())));
           return;
         }
         MakeSource(id, in_memory, std::move(opened.index), std::move(opened.directory),
@@ -318,12 +338,63 @@ void Job::OpenSource(CheckpointId id,
       });
 }
 
-std::shared_ptr<RestoreSource> Job::SharedSource(CheckpointId id) const {
-  const auto known = sources_.find(id);
+// From storage, also where this agent holds the other job's images in memory: that job may give
+// them back at any time.
+void Job::OpenForeignSource(
+    const ForeignCheckpoint& foreign,
+    std::function<void(absl::StatusOr<std::shared_ptr<RestoreSource>>)> done) {
+  OnPool<absl::StatusOr<Index>>(
+      [file_system = &world_.file_system, foreign,
+       blobs_bytes_max = options_.blobs_bytes_max]() -> absl::StatusOr<Index> {
+        ASSIGN_OR_RETURN(Index index, LoadForeignIndex(*file_system, foreign));
+        // Whoever wrote it may have had another limit, or none.
+        uint64_t bytes_left = blobs_bytes_max;
+        for (const IndexBlob& blob : index.blobs) {
+          if (blob.bytes > bytes_left) {
+            return absl::ResourceExhaustedError(absl::StrFormat(
+                "%s: the blobs of all ranks have more than the %d bytes that can be restored",
+                foreign.directory, blobs_bytes_max));
+          }
+          bytes_left -= blob.bytes;
+        }
+        return index;
+      },
+      [this, foreign, done = std::move(done)](absl::StatusOr<Index> index) {
+        if (!index.ok()) {
+          done(index.status());
+          return;
+        }
+        const RestorePoint point{std::nullopt, foreign};
+        // Another rank may have been faster.
+        if (std::shared_ptr<RestoreSource> shared = SharedSource(point)) {
+          done(std::move(shared));
+          return;
+        }
+        RestoreSourceParts parts;
+        parts.memory.resize(index->images.size());
+        parts.index = *std::move(index);
+        parts.directory = foreign.directory;
+        // Another mount, of which nobody knows what direct transfers it takes.
+        std::shared_ptr<RestoreSource> source = RestoreSource::Create(
+            std::move(parts),
+            {world_.file_system, world_.ring, world_.loop, world_.pool, Caching::kBuffered});
+        ShareSource(point, source);
+        done(std::move(source));
+      });
+}
+
+std::shared_ptr<RestoreSource> Job::SharedSource(const RestorePoint& point) const {
+  const auto known = sources_.find(point);
   std::shared_ptr<RestoreSource> source = known == sources_.end() ? nullptr : known->second.lock();
   if (source == nullptr || !source->is_sound()) return nullptr;
   // One from before the commit knows no second place for a block that is bad in memory.
-  return source->has_storage() || !committed_.contains(id) ? source : nullptr;
+  const bool may_lack = !point.checkpoint.has_value() || !committed_.contains(*point.checkpoint);
+  return source->has_storage() || may_lack ? source : nullptr;
+}
+
+void Job::ShareSource(const RestorePoint& point, const std::shared_ptr<RestoreSource>& source) {
+  std::erase_if(sources_, [](const auto& entry) { return entry.second.expired(); });
+  sources_[point] = source;
 }
 
 void Job::MakeSource(CheckpointId id, bool in_memory, absl::StatusOr<Index> index,
@@ -343,7 +414,7 @@ void Job::MakeSource(CheckpointId id, bool in_memory, absl::StatusOr<Index> inde
     return;
   }
   // Another rank may have been faster.
-  if (std::shared_ptr<RestoreSource> shared = SharedSource(id)) {
+  if (std::shared_ptr<RestoreSource> shared = SharedSource({id})) {
     if (parts.release) parts.release();
     done(std::move(shared));
     return;
@@ -363,12 +434,11 @@ void Job::MakeSource(CheckpointId id, bool in_memory, absl::StatusOr<Index> inde
   if (!complete) {
     if (parts.release) parts.release();
     done(absl::DataLossError(absl::StrFormat(
-        "the restore point, %s, was only in memory and is there no longer", DescribePoint({id}))));
+        "the restore point, %s, was only in memory and is there no longer", Describe(id))));
     return;
   }
   std::shared_ptr<RestoreSource> source = RestoreSource::Create(std::move(parts), world);
-  std::erase_if(sources_, [](const auto& entry) { return entry.second.expired(); });
-  sources_[id] = source;
+  ShareSource({id}, source);
   done(std::move(source));
 }
 

@@ -31,6 +31,12 @@ std::span<const std::byte> BytesOf(const std::vector<abi::RestoreOp>& ops) {
 
 }  // namespace
 
+absl::Status NotTheBeginning(const absl::Status& status) {
+  if (status.code() != absl::StatusCode::kNotFound) return status;
+  return absl::DataLossError(
+      absl::StrFormat("what the restore needs is missing: %s", status.message()));
+}
+
 absl::StatusOr<UniqueFd> OpenReadOnly(const SharedMapping& mapping) {
   const std::string path = absl::StrFormat("/proc/self/fd/%d", mapping.fd());
   UniqueFd fd(open(path.c_str(), O_RDONLY | O_CLOEXEC));
@@ -59,29 +65,35 @@ Restore::Restore(std::shared_ptr<RestoreSource> source, std::shared_ptr<const Re
 void Restore::Plan() {
   const auto result = std::make_shared<absl::StatusOr<RestorePlan>>();
   ++in_flight_count_;
-  pool_.Run([source = source_, target = target_, piece_bytes_max = piece_bytes_max_,
-             result] { *result = PlanRestore(source->index(), *target, piece_bytes_max); },
-            [this, alive = std::weak_ptr<bool>(alive_), result] {
-              if (alive.expired()) return;
-              --in_flight_count_;
-              if (phase_ != Phase::kPlanning) return;
-              if (!result->ok()) {
-                Fail(result->status());
-                return;
-              }
-              plan_ = *std::move(*result);
-              for (size_t i = 0; i < plan_.pieces.size(); ++i) {
-                const RestorePiece& piece = plan_.pieces[i];
-                if (units_.empty() || units_.back().image != piece.image ||
-                    units_.back().block != piece.block) {
-                  units_.push_back({piece.image, piece.block, i, 0});
-                }
-                ++units_.back().piece_count;
-              }
-              KillPoint("restore.planned");
-              phase_ = Phase::kBlobs;
-              ReadBlobs();
-            });
+  pool_.Run(
+      [source = source_, target = target_, piece_bytes_max = piece_bytes_max_,
+       selection = options_.selection,
+       result] { *result = PlanRestore(source->index(), *target, piece_bytes_max, selection); },
+      [this, alive = std::weak_ptr<bool>(alive_), result] {
+        if (alive.expired()) return;
+        --in_flight_count_;
+        if (phase_ != Phase::kPlanning) return;
+        if (!result->ok()) {
+          Fail(result->status());
+          return;
+        }
+        plan_ = *std::move(*result);
+        // A registration of nothing at all only asks for the blobs.
+        result_.is_whole =
+            plan_.tensor_states_left_out == 0 &&
+            (!target_->layout().tensor_states().empty() || source_->index().tensor_states.empty());
+        for (size_t i = 0; i < plan_.pieces.size(); ++i) {
+          const RestorePiece& piece = plan_.pieces[i];
+          if (units_.empty() || units_.back().image != piece.image ||
+              units_.back().block != piece.block) {
+            units_.push_back({piece.image, piece.block, i, 0});
+          }
+          ++units_.back().piece_count;
+        }
+        KillPoint("restore.planned");
+        phase_ = Phase::kBlobs;
+        ReadBlobs();
+      });
 }
 
 void Restore::ReadBlobs() {
@@ -105,10 +117,13 @@ absl::StatusOr<RestoreBegun> Restore::Describe() {
   const Index& index = source_->index();
   begun.checkpoint = index.checkpoint;
   begun.world_size = index.world_size;
+  begun.restore_from = options_.restore_from;
   begun.op_count = plan_.ops.size();
   begun.operations_bytes = BytesOf(plan_.ops).size();
   begun.blobs_bytes = blobs_->bytes;
   begun.bytes = plan_.bytes;
+  begun.tensor_states = plan_.tensor_states;
+  begun.tensor_states_left_out = plan_.tensor_states_left_out;
   ASSIGN_OR_RETURN(begun.operations_fd, SealedMemory("holdfast-restore", BytesOf(plan_.ops)));
   begun.blobs_fd.Reset(fcntl(blobs_->fd.get(), F_DUPFD_CLOEXEC, 0));
   if (!begun.blobs_fd) return ErrnoStatus(errno, "duplicate", "the memory of the blobs");
@@ -315,7 +330,7 @@ void Restore::CheckEnd() {
   loop_.Post([ended = std::exchange(ended_, nullptr), result = result_] { ended(result); });
 }
 
-void Restore::Fail(absl::Status why) { Cancel(std::move(why), Report::kYes); }
+void Restore::Fail(absl::Status why) { Cancel(NotTheBeginning(why), Report::kYes); }
 
 void Restore::Cancel(absl::Status why, Report report) {
   if (phase_ == Phase::kOver) return;

@@ -28,6 +28,7 @@
 #include "base/executor.h"
 #include "checkpoint/engine.h"
 #include "checkpoint/registration.h"
+#include "checkpoint/restore_selection.h"
 #include "checkpoint/restore_source.h"
 #include "format/planner.h"
 #include "hook/abi/messages.h"
@@ -52,11 +53,16 @@ struct RestorePlan {
   // By (image, block, offset). A block larger than `piece_bytes_max` is several pieces.
   std::vector<RestorePiece> pieces;
   uint64_t bytes = 0;
+  // Of those of which the target holds something.
+  uint64_t tensor_states = 0;
+  uint64_t tensor_states_left_out = 0;
 };
 
-// Pure; may take long: for a WorkPool. Errors: those of PlanCopy.
+// Of what `target` holds, that which `selection` chooses. Pure; may take long: for a WorkPool.
+// Errors: those of PlanCopy and ChooseStates.
 absl::StatusOr<RestorePlan> PlanRestore(const Index& index, const Registration& target,
-                                        uint64_t piece_bytes_max);
+                                        uint64_t piece_bytes_max,
+                                        const RestoreSelection& selection = {});
 
 // Free blocks of the restoring rank's memory (RankImages::TakeStaging), as an interface so that a
 // test needs no session.
@@ -70,6 +76,9 @@ class StagingMemory {
   virtual const SharedMapping* mapping() const = 0;  // of memory()
 };
 
+// kNotFound says that a run begins from nothing; what was looked for and is missing is kDataLoss.
+absl::Status NotTheBeginning(const absl::Status& status);
+
 // Makes a read-only descriptor of a mapping, for the trainer (RestoreBegun::Map).
 absl::StatusOr<UniqueFd> OpenReadOnly(const SharedMapping& mapping);
 
@@ -80,6 +89,8 @@ class Restore {
  public:
   struct Options {
     uint32_t fetches_in_flight_max = 8;
+    RestoreFrom restore_from = RestoreFrom::kNotGiven;  // for RestoreBegun
+    RestoreSelection selection = {};
   };
   using Begun = std::function<void(absl::StatusOr<RestoreBegun>)>;
   using Ended = std::function<void(absl::StatusOr<RestoreEnded>)>;

@@ -43,18 +43,40 @@ void Cut(const CopyOp& op, uint32_t buffer_index, uint64_t piece_bytes, std::vec
   }
 }
 
+// What of the target is to be filled, and how many tensor states that is.
+absl::StatusOr<RankLayout> Choose(const Registration& target, const RestoreSelection& selection,
+                                  RestorePlan& plan) {
+  const std::vector<TensorState>& states = target.layout().tensor_states();
+  std::vector<bool> chosen(states.size(), true);
+  if (!selection.is_everything()) {
+    ASSIGN_OR_RETURN(chosen, ChooseStates(selection, states));
+  }
+  std::vector<bool> held(states.size(), false);
+  for (const Segment& segment : target.holdings().segments) {
+    const uint32_t state = segment.piece.tensor_state;
+    if (!held[state]) ++(chosen[state] ? plan.tensor_states : plan.tensor_states_left_out);
+    held[state] = true;
+  }
+  RankLayout rank = target.holdings();
+  std::erase_if(rank.segments,
+                [&](const Segment& segment) { return !chosen[segment.piece.tensor_state]; });
+  return rank;
+}
+
 }  // namespace
 
 absl::StatusOr<RestorePlan> PlanRestore(const Index& index, const Registration& target,
-                                        uint64_t piece_bytes_max) {
+                                        uint64_t piece_bytes_max,
+                                        const RestoreSelection& selection) {
+  RestorePlan plan;
+  ASSIGN_OR_RETURN(const RankLayout rank, Choose(target, selection, plan));
   std::vector<StoredPiece> stored;
   stored.reserve(index.pieces.size());
   for (const IndexPiece& piece : index.pieces) {
     stored.push_back({piece.piece, piece.image, piece.offset_bytes});
   }
-  ASSIGN_OR_RETURN(const CopyPlan copies,
-                   PlanCopy({index.tensor_states, index.boxes, stored},
-                            target.layout().tensor_states(), target.holdings()));
+  ASSIGN_OR_RETURN(const CopyPlan copies, PlanCopy({index.tensor_states, index.boxes, stored},
+                                                   target.layout().tensor_states(), rank));
   std::vector<CutOp> cuts;
   cuts.reserve(copies.ops.size());
   for (const CopyOp& op : copies.ops) {
@@ -66,7 +88,6 @@ absl::StatusOr<RestorePlan> PlanRestore(const Index& index, const Registration& 
     return std::pair(a.image, a.piece) < std::pair(b.image, b.piece);
   });
 
-  RestorePlan plan;
   plan.bytes = copies.bytes;
   plan.ops.reserve(cuts.size());
   for (const CutOp& cut : cuts) {

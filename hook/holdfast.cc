@@ -192,13 +192,23 @@ hf_code hf_wait_committed(hf_job* job, uint64_t step, uint32_t faults, int64_t d
 }
 
 hf_code hf_restore(hf_job* job, hf_restore_result* result, int64_t deadline_ns, hf_error* error) {
+  return hf_restore_partial(job, nullptr, result, deadline_ns, error);
+}
+
+hf_code hf_restore_partial(hf_job* job, const hf_restore_options* options,
+                           hf_restore_result* result, int64_t deadline_ns, hf_error* error) {
   return Guarded(error, [&] {
     if (Error failed = CheckJob(job); !failed.ok()) return failed;
+    hf_restore_options known = {};
+    if (Error failed = ReadOptions(options, "hf_restore_options", &known); !failed.ok()) {
+      return failed;
+    }
     hf_restore_result restored = {};
     if (result != nullptr) {
       if (Error failed = CheckResult(result, "hf_restore_result"); !failed.ok()) return failed;
     }
-    if (Error failed = job->job->Restore(&restored, Deadline::After(deadline_ns)); !failed.ok()) {
+    if (Error failed = job->job->Restore(known, &restored, Deadline::After(deadline_ns));
+        !failed.ok()) {
       return failed;
     }
     if (result != nullptr) WriteResult(restored, result);

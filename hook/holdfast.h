@@ -3,6 +3,7 @@
  *   hf_open            once per process            (one process per rank)
  *   hf_register        once: ONE layout document for the job, and this rank's buffers and blobs
  *   hf_restore         once: fills the buffers from the newest safe checkpoint, if there is one
+ *                      (hf_restore_partial: some of them)
  *   for each step:
  *     forward, backward
  *     hf_wait_captured           before the optimizer changes tensors
@@ -91,11 +92,19 @@ typedef struct hf_open_options {
                             whole when the process died is committed without the comparison */
   int32_t copy_threads;  /* 0: $HOLDFAST_COPY_THREADS, else 1. Threads that capture, 1 to 16 */
   int64_t deadline_ns;   /* 0: 30 s. Of hf_open itself */
+  const char* restore_from; /* NULL: $HOLDFAST_RESTORE_FROM, else none; "": none. A checkpoint's
+                               directory, or ROOT/JOB for its newest: of any job, root, layout and
+                               world size. It is the restore point of a job that has no committed
+                               checkpoint of its own on its current branch, and no part of its
+                               lineage; a job that has one ignores it (hf_restore_result says so).
+                               The same on every rank, or HF_INVALID_ARGUMENT. A relative path is
+                               taken from this process's directory. The agent reads it with its
+                               own rights, so for its own user only (HF_PERMISSION_DENIED) */
 } hf_open_options;
 
 /* All defaults: every field as "not given". */
 #define HF_OPEN_OPTIONS_INIT \
-  { sizeof(hf_open_options), NULL, -1, -1, -1, NULL, NULL, NULL, -1, -1, 0, 0 }
+  { sizeof(hf_open_options), NULL, -1, -1, -1, NULL, NULL, NULL, -1, -1, 0, 0, NULL }
 
 /* Joins the job's current attempt, or begins the next one (which fences the older at once). Starts
  * a private agent if none listens and that is allowed. On failure *job is NULL. */
@@ -189,6 +198,13 @@ typedef enum hf_source {
   HF_SOURCE_STORAGE = 2
 } hf_source;
 
+/* What became of hf_open_options.restore_from. */
+typedef enum hf_restore_from {
+  HF_RESTORE_FROM_NOT_GIVEN = 0,
+  HF_RESTORE_FROM_USED = 1,   /* it is the restore point */
+  HF_RESTORE_FROM_IGNORED = 2 /* the job has a restore point of its own */
+} hf_restore_from;
+
 typedef struct hf_restore_result {
   size_t struct_bytes;
   uint64_t step;
@@ -197,14 +213,39 @@ typedef struct hf_restore_result {
   uint64_t bytes;             /* copied into this rank's buffers */
   uint64_t bytes_from_memory; /* of them, from images in the agent's memory */
   int64_t nanoseconds;
+  uint64_t tensor_states;          /* of which this rank holds something: filled */
+  uint64_t tensor_states_left_out; /* and not chosen by the patterns: left as they were */
+  hf_restore_from restore_from;
 } hf_restore_result;
 
 /* Fills the registered buffers from the attempt's restore point, which is decided once, the same
  * for every rank: the newest committed checkpoint of the branch. Every block is verified before it
- * reaches a buffer. HF_NOT_FOUND: there is none (buffers untouched): start from step 0.
- * After any other error the buffers' contents are unspecified. */
+ * reaches a buffer. HF_NOT_FOUND: there is none (buffers untouched): start from step 0. Never if
+ * restore_from was given: one that cannot be used is HF_INVALID_ARGUMENT (not there),
+ * HF_FAILED_PRECONDITION (not committed, marked bad, or this attempt has saved before it restored),
+ * HF_DATA_LOSS (damaged) or whatever kept the agent from reading it. After any other error the
+ * buffers' contents are unspecified. */
 HF_API hf_code hf_restore(hf_job* job, hf_restore_result* result, int64_t deadline_ns,
                           hf_error* error);
+
+/* Which tensor states a restore fills: those whose tensor's name fits one of `tensors` and whose
+ * state's name fits one of `states`; with a count of 0 every name fits. In a pattern `*` stands for
+ * any characters and `{NAME}` for a whole number. At most 1000 patterns of at most 4096 bytes. */
+typedef struct hf_restore_options {
+  size_t struct_bytes;
+  const char* const* tensors;
+  size_t tensor_count;
+  const char* const* states;
+  size_t state_count;
+} hf_restore_options;
+
+/* hf_restore of what `options` choose, on this rank; NULL: of everything. What is left out stays in
+ * the buffers as it is, and need not be in the checkpoint; what is chosen must be
+ * (HF_FAILED_PRECONDITION, named). Tied tensors share their bytes: one is restored with the other.
+ * HF_INVALID_ARGUMENT: a pattern that fits nothing of the layout, on whatever rank, named. Blobs
+ * are there as after hf_restore. */
+HF_API hf_code hf_restore_partial(hf_job* job, const hf_restore_options* options,
+                                  hf_restore_result* result, int64_t deadline_ns, hf_error* error);
 
 /* A blob of the checkpoint that hf_restore read. `rank`: for HF_BLOB_RANK blobs the old rank, or -1
  * for "mine", which is an error on another world size (ask for all old ranks then); for global

@@ -200,6 +200,28 @@ class Job {
     if (hf_restore(job_, &result, deadline.count(), &error) != HF_OK) return ToError(error);
     return result;
   }
+  // Some of it: patterns as in hf_restore_options; an empty list chooses everything of its kind.
+  Result<hf_restore_result> Restore(const std::vector<std::string>& tensors,
+                                    const std::vector<std::string>& states,
+                                    std::chrono::nanoseconds deadline) {
+    std::vector<const char*> tensor_list;
+    for (const std::string& pattern : tensors) tensor_list.push_back(pattern.c_str());
+    std::vector<const char*> state_list;
+    for (const std::string& pattern : states) state_list.push_back(pattern.c_str());
+    hf_restore_options options = {};
+    options.struct_bytes = sizeof(options);
+    options.tensors = tensor_list.data();
+    options.tensor_count = tensor_list.size();
+    options.states = state_list.data();
+    options.state_count = state_list.size();
+    hf_error error;
+    hf_restore_result result = {};
+    result.struct_bytes = sizeof(result);
+    if (hf_restore_partial(job_, &options, &result, deadline.count(), &error) != HF_OK) {
+      return ToError(error);
+    }
+    return result;
+  }
   Result<BlobView> RestoredBlob(const std::string& name, std::int64_t rank = -1) {
     hf_error error;
     BlobView view = {};

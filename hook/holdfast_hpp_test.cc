@@ -68,6 +68,10 @@ TEST_F(WrapperTest, ATrainingLoopFromRestoreToCommit) {
   const holdfast::Result<hf_restore_result> restored = job.Restore(30s);
   ASSERT_TRUE(restored.ok()) << restored.error().text();
   EXPECT_EQ(restored.value().step, 4u);
+  EXPECT_TRUE(agent_.last_selection().empty());
+  ASSERT_TRUE(job.Restore({"w*"}, {}, 30s).ok());
+  EXPECT_EQ(agent_.last_selection(),
+            (std::vector<std::pair<std::uint32_t, std::string>>{{0, "w*"}}));
   EXPECT_EQ(raw, std::vector<std::uint8_t>(8, 1));
   EXPECT_EQ(job.RestoredBlob("rng").value().ToString(), "seed");
   EXPECT_EQ(job.RestoredBlob("cursor").value().As<std::uint64_t>(), 77u);

@@ -31,6 +31,7 @@ abi::OpenRequest MakeOpenRequest(const Settings& settings) {
   CopyText(request.job, settings.job);
   CopyText(request.attempt_key, settings.attempt_key);
   CopyText(request.root, settings.root);
+  CopyText(request.restore_from, settings.restore_from);
   char node[sizeof(request.node)] = {};
   // For people only: an unknown host name stays empty.
   if (gethostname(node, sizeof(node) - 1) == 0) CopyText(request.node, node);
@@ -418,16 +419,19 @@ Error Job::WaitCommitted(uint64_t step, uint32_t faults, Deadline deadline) {
 
 // ---- Restore
 
-Error Job::Restore(hf_restore_result* result, Deadline deadline) {
+Error Job::Restore(const hf_restore_options& options, hf_restore_result* result,
+                   Deadline deadline) {
   const int64_t called_ns = MonotonicNs();
   if (capture_->running()) {
     return Error(HF_FAILED_PRECONDITION,
                  "the capture of step %llu has not been waited for (hf_wait_captured)",
                  Print(current().step));
   }
+  Result<std::shared_ptr<const Selection>> selection = Selection::Make(options);
+  if (!selection.ok()) return selection.error();
   restored_blobs_.reset();
   capture_->PausePopulate();
-  Result<RestoreOutcome> outcome = RestoreBuffers(*link_, deadline);
+  Result<RestoreOutcome> outcome = RestoreBuffers(*link_, selection.value(), deadline);
   capture_->ResumePopulate();
   if (!outcome.ok()) return outcome.error();
   RestoreOutcome& restored = outcome.value();
@@ -437,6 +441,9 @@ Error Job::Restore(hf_restore_result* result, Deadline deadline) {
   result->bytes = restored.bytes;
   result->bytes_from_memory = restored.bytes_from_memory;
   result->nanoseconds = MonotonicNs() - called_ns;
+  result->tensor_states = restored.tensor_states;
+  result->tensor_states_left_out = restored.tensor_states_left_out;
+  result->restore_from = restored.restore_from;
   restored_blobs_ = std::move(restored.blobs);
   return Error();
 }

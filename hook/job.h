@@ -45,7 +45,7 @@ class Job {
   Error Save(uint64_t step, const hf_save_options& options);
   Error WaitCaptured(int32_t group, Deadline deadline);
   Error WaitCommitted(uint64_t step, uint32_t faults, Deadline deadline);
-  Error Restore(hf_restore_result* result, Deadline deadline);
+  Error Restore(const hf_restore_options& options, hf_restore_result* result, Deadline deadline);
   Result<std::span<const std::byte>> RestoredBlob(std::string_view name, int64_t rank) const;
   void GetInfo(hf_info* info) const;
   Error Report(uint64_t step, hf_save_report* report) const;

@@ -134,10 +134,12 @@ DynamicSymbols ReadDynamicSymbols(const std::string& path) {
 
 TEST(LibraryFileTest, ExportsTheApiAndNeedsOnlyLibc) {
   const DynamicSymbols symbols = ReadDynamicSymbols(HOLDFAST_TEST_LIBRARY);
-  const std::set<std::string> api = {
-      "hf_close",         "hf_due",         "hf_get_info", "hf_heartbeat",     "hf_open",
-      "hf_register",      "hf_report",      "hf_restore",  "hf_restored_blob", "hf_save",
-      "hf_section_begin", "hf_section_end", "hf_version",  "hf_wait_captured", "hf_wait_committed"};
+  const std::set<std::string> api = {"hf_close",         "hf_due",     "hf_get_info",
+                                     "hf_heartbeat",     "hf_open",    "hf_register",
+                                     "hf_report",        "hf_restore", "hf_restore_partial",
+                                     "hf_restored_blob", "hf_save",    "hf_section_begin",
+                                     "hf_section_end",   "hf_version", "hf_wait_captured",
+                                     "hf_wait_committed"};
   EXPECT_EQ(symbols.defined, api);
 #ifdef HOLDFAST_TEST_SANITIZED
   GTEST_SKIP() << "a sanitizer build needs the sanitizer's library";
@@ -150,10 +152,11 @@ TEST(LibraryFileTest, ExportsTheApiAndNeedsOnlyLibc) {
 
 // ---- The library, loaded
 
-#define HOLDFAST_TEST_EACH(use)                                                                    \
-  use(hf_open) use(hf_close) use(hf_register) use(hf_due) use(hf_save) use(hf_wait_captured)       \
-      use(hf_wait_committed) use(hf_restore) use(hf_restored_blob) use(hf_get_info) use(hf_report) \
-          use(hf_heartbeat) use(hf_section_begin) use(hf_section_end) use(hf_version)
+#define HOLDFAST_TEST_EACH(use)                                                              \
+  use(hf_open) use(hf_close) use(hf_register) use(hf_due) use(hf_save) use(hf_wait_captured) \
+      use(hf_wait_committed) use(hf_restore) use(hf_restore_partial) use(hf_restored_blob)   \
+          use(hf_get_info) use(hf_report) use(hf_heartbeat) use(hf_section_begin)            \
+              use(hf_section_end) use(hf_version)
 
 // The calls of the loaded library. (This program also contains its objects, for the test agent.)
 struct Library {
@@ -214,6 +217,7 @@ TEST(LibraryTest, CallsWithoutAJobOrWithWrongStructsAreErrors) {
   EXPECT_EQ(library.hf_wait_captured(nullptr, -1, 0, &error), HF_INVALID_ARGUMENT);
   EXPECT_EQ(library.hf_wait_committed(nullptr, 1, 0, 0, &error), HF_INVALID_ARGUMENT);
   EXPECT_EQ(library.hf_restore(nullptr, nullptr, 0, nullptr), HF_INVALID_ARGUMENT);
+  EXPECT_EQ(library.hf_restore_partial(nullptr, nullptr, nullptr, 0, nullptr), HF_INVALID_ARGUMENT);
   EXPECT_EQ(library.hf_restored_blob(nullptr, "", -1, nullptr, nullptr, &error),
             HF_INVALID_ARGUMENT);
   EXPECT_EQ(library.hf_get_info(nullptr, nullptr), HF_INVALID_ARGUMENT);
@@ -433,6 +437,10 @@ int CallEverything(const Library& library, hf_job* job) {
   if (library.hf_wait_captured(job, -1, HF_FOREVER, &error) != HF_FAILED_PRECONDITION) return 14;
   if (library.hf_wait_committed(job, 1, 1, HF_FOREVER, &error) != HF_FAILED_PRECONDITION) return 15;
   if (library.hf_restore(job, nullptr, HF_FOREVER, &error) != HF_FAILED_PRECONDITION) return 16;
+  if (library.hf_restore_partial(job, nullptr, nullptr, HF_FOREVER, &error) !=
+      HF_FAILED_PRECONDITION) {
+    return 21;
+  }
   if (library.hf_restored_blob(job, "a", -1, &data, &bytes, &error) != HF_FAILED_PRECONDITION) {
     return 17;
   }

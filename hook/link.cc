@@ -178,6 +178,16 @@ Error Link::Call(std::shared_ptr<PendingCall> call, Deadline deadline) {
   }
 }
 
+template <typename Request>
+std::shared_ptr<Link::PendingCall> Link::MakeCall(abi::MessageType type, const Request& request) {
+  auto call = std::make_shared<PendingCall>();
+  static_assert(sizeof(request) <= sizeof(call->body));
+  call->type = type;
+  std::memcpy(call->body.data(), &request, sizeof(request));
+  call->body_bytes = sizeof(request);
+  return call;
+}
+
 Error Link::Register(std::shared_ptr<const Document> document, Deadline deadline) {
   {
     MutexLock lock(mutex_);
@@ -187,11 +197,9 @@ Error Link::Register(std::shared_ptr<const Document> document, Deadline deadline
     ChangedLocked();
   }
   for (;;) {
-    auto call = std::make_shared<PendingCall>();
-    call->type = abi::MessageType::kRegister;
-    const abi::RegisterRequest request = {document->bytes()};
-    std::memcpy(call->body.data(), &request, sizeof(request));
-    call->document = document;
+    auto call = MakeCall(abi::MessageType::kRegister, abi::RegisterRequest{document->bytes()});
+    call->fd = document->fd();
+    call->owner = document;
     if (Error error = Call(call, deadline); !error.ok()) return error;
     Result<std::shared_ptr<Registration>> made = ToRegistration(document, *call->reply);
     if (!made.ok()) return made.error();
@@ -212,11 +220,14 @@ Result<std::shared_ptr<Registration>> Link::registration() const {
   return registration_error_.ok() ? NotRegistered() : registration_error_;
 }
 
-Result<RestoreStart> Link::StartRestore(const Registration& registration, Deadline deadline) {
-  auto call = std::make_shared<PendingCall>();
-  call->type = abi::MessageType::kRestore;
-  const abi::RestoreRequest request = {registration.id()};
-  std::memcpy(call->body.data(), &request, sizeof(request));
+Result<RestoreStart> Link::StartRestore(const Registration& registration,
+                                        std::shared_ptr<const Selection> selection,
+                                        Deadline deadline) {
+  const abi::RestoreRequest request = {registration.id(),
+                                       selection == nullptr ? 0 : selection->bytes()};
+  auto call = MakeCall(abi::MessageType::kRestore, request);
+  if (selection != nullptr) call->fd = selection->fd();
+  call->owner = std::move(selection);
   if (Error error = Call(call, deadline); !error.ok()) return error;
   {
     MutexLock lock(mutex_);
@@ -340,9 +351,9 @@ Error Link::SendPending() {
     call->request_id = ++last_request_id_;
     call->epoch = epoch_;
   }
-  const int fd = call->document != nullptr ? call->document->fd() : -1;
-  const std::span<const int> fds(&fd, call->document != nullptr ? 1 : 0);
-  return channel_->Send(call->type, call->request_id, call->body, fds, Deadline::After(kSendNs));
+  const std::span<const int> fds(&call->fd, call->fd >= 0 ? 1 : 0);
+  return channel_->Send(call->type, call->request_id, std::span(call->body).first(call->body_bytes),
+                        fds, Deadline::After(kSendNs));
 }
 
 Error Link::Dispatch(Message message) {

@@ -26,6 +26,7 @@
 #include "hook/error.h"
 #include "hook/os.h"
 #include "hook/registration.h"
+#include "hook/selection.h"
 #include "hook/socket.h"
 
 namespace holdfast::hook {
@@ -113,9 +114,11 @@ class Link {
   // The registration; if there is none, HF_FAILED_PRECONDITION or why the agent refused it.
   Result<std::shared_ptr<Registration>> registration() const HOOK_EXCLUDES(mutex_);
 
-  // Sends kRestore for this registration and waits for the reply, whose status is OK. HF_ABORTED:
-  // the session or registration is another one now; take the new registration and try again.
-  Result<RestoreStart> StartRestore(const Registration& registration, Deadline deadline)
+  // Sends kRestore for this registration and waits for the reply, whose status is OK. `selection`:
+  // nullptr for everything. HF_ABORTED: the session or registration is another one now; take the
+  // new registration and try again.
+  Result<RestoreStart> StartRestore(const Registration& registration,
+                                    std::shared_ptr<const Selection> selection, Deadline deadline)
       HOOK_EXCLUDES(mutex_);
   // Whoever waited for a restore does not any more, for whatever reason: the agent is told, behind
   // the kRestore if that was sent, and before the next one. Never waits; without a connection there
@@ -135,8 +138,10 @@ class Link {
   // A request of the one thread that uses the job.
   struct PendingCall {
     abi::MessageType type;
-    std::array<std::byte, 8> body;
-    std::shared_ptr<const Document> document;  // its descriptor travels, if there is one
+    std::array<std::byte, 16> body;
+    size_t body_bytes = 0;
+    int fd = -1;  // of what `owner` is, if there is one: travels with it
+    std::shared_ptr<const void> owner;
     uint32_t request_id = 0;
     bool sent = false;
     bool lost = false;
@@ -168,6 +173,8 @@ class Link {
   bool closing() const HOOK_EXCLUDES(mutex_);
   bool refused() const HOOK_EXCLUDES(mutex_);
 
+  template <typename Request>
+  static std::shared_ptr<PendingCall> MakeCall(abi::MessageType type, const Request& request);
   void ChangedLocked() HOOK_REQUIRES(mutex_);
   Error WorthWaitingLocked(int64_t absent_grace_ns) const HOOK_REQUIRES(mutex_);
   Error Call(std::shared_ptr<PendingCall> call, Deadline deadline) HOOK_EXCLUDES(mutex_);

@@ -69,12 +69,14 @@ TEST_F(LinkTest, TheAgentIsToldWhoOpensAndWhatIsRegistered) {
   settings.job = std::string(128, 'j');
   settings.attempt_key = std::string(255, 'k');
   settings.root = "/" + std::string(1022, 'r');
+  settings.restore_from = "/" + std::string(1022, 'f');
   Result<std::unique_ptr<Job>> job = OpenTestJob(settings, &reader_);
   ASSERT_TRUE(job.ok()) << job.error().text();
   const abi::OpenRequest request = agent_.last_open();
   EXPECT_EQ(request.job, settings.job);
   EXPECT_EQ(request.attempt_key, settings.attempt_key);
   EXPECT_EQ(request.root, settings.root);
+  EXPECT_EQ(request.restore_from, settings.restore_from);
   EXPECT_EQ(request.rank, 2u);
   EXPECT_EQ(request.world_size, 4u);
   EXPECT_EQ(request.local_rank, 2u);
@@ -176,7 +178,7 @@ TEST_F(LinkTest, WithoutAnAgentEveryCallSaysSoAtOnceAndWorksAgainWhenItIsBack) {
   // These go on waiting for kAbsentGraceNs, unless their deadline passes before.
   const Error committed = job_->WaitCommitted(1, 0, Deadline::Never());
   EXPECT_EQ(committed.code(), HF_UNAVAILABLE) << committed.text();
-  EXPECT_EQ(job_->Restore(&result, Deadline::Never()).code(), HF_UNAVAILABLE);
+  EXPECT_EQ(job_->Restore({}, &result, Deadline::Never()).code(), HF_UNAVAILABLE);
   EXPECT_EQ(RegisterAll(*job_, buffers_).code(), HF_UNAVAILABLE);
   job_->Beat(3);
   job_->BeginSection("alone");
@@ -189,7 +191,7 @@ TEST_F(LinkTest, WithoutAnAgentEveryCallSaysSoAtOnceAndWorksAgainWhenItIsBack) {
   EXPECT_EQ(job_->Save(3, NoOptions()).code(), HF_FAILED_PRECONDITION);
   ASSERT_TRUE(RegisterAll(*job_, buffers_).ok());
   EXPECT_TRUE(SaveAndWait(4).ok());
-  EXPECT_TRUE(job_->Restore(&result, Deadline::After(kPatienceNs)).ok());
+  EXPECT_TRUE(job_->Restore({}, &result, Deadline::After(kPatienceNs)).ok());
 }
 
 TEST_F(LinkTest, AWorkerThatDiesInAnyRequestIsAskedAgain) {
@@ -202,7 +204,7 @@ TEST_F(LinkTest, AWorkerThatDiesInAnyRequestIsAskedAgain) {
   agent_.SetRestore(TestRestore());
   agent_.FailNext(MessageType::kRestore, Fault::kEndConnection);
   hf_restore_result result = {};
-  ASSERT_TRUE(job_->Restore(&result, Deadline::After(kPatienceNs)).ok());
+  ASSERT_TRUE(job_->Restore({}, &result, Deadline::After(kPatienceNs)).ok());
   EXPECT_EQ(agent_.messages(MessageType::kRestore), 2);
   // Also while it resumes.
   agent_.FailNext(MessageType::kOpen, Fault::kEndConnection);
@@ -223,7 +225,7 @@ TEST_F(LinkTest, AnAgentThatVanishesInARequestIsUnavailable) {
   ASSERT_TRUE(RegisterAll(*job_, buffers_).ok());
   agent_.FailNext(MessageType::kRestore, Fault::kVanish);
   hf_restore_result result = {};
-  EXPECT_EQ(job_->Restore(&result, Deadline::After(kPatienceNs)).code(), HF_UNAVAILABLE);
+  EXPECT_EQ(job_->Restore({}, &result, Deadline::After(kPatienceNs)).code(), HF_UNAVAILABLE);
 }
 
 TEST_F(LinkTest, ASilentAgentIsLeftAtTheDeadlineAndItsLateReplyIsDropped) {
@@ -265,9 +267,9 @@ TEST_F(LinkTest, WrongAnswersAreRefused) {
     agent_.SetRestore(TestRestore());
     agent_.FailNext(MessageType::kRestore, fault);
     hf_restore_result result = {};
-    const Error restored = job_->Restore(&result, Deadline::After(kPatienceNs));
+    const Error restored = job_->Restore({}, &result, Deadline::After(kPatienceNs));
     EXPECT_EQ(restored.ok(), breaks_connection) << restored.text();
-    EXPECT_TRUE(job_->Restore(&result, Deadline::After(kPatienceNs)).ok());
+    EXPECT_TRUE(job_->Restore({}, &result, Deadline::After(kPatienceNs)).ok());
 
     agent_.FailNext(MessageType::kOpen, fault);
     const uint32_t reconnects = Info().reconnect_count;
@@ -462,7 +464,7 @@ TEST_F(LinkTest, DuringACaptureNeitherRegistrationNorRestoreIsPossible) {
   ASSERT_TRUE(job_->Save(1, NoOptions()).ok());
   EXPECT_EQ(RegisterAll(*job_, buffers_).code(), HF_FAILED_PRECONDITION);
   hf_restore_result result = {};
-  EXPECT_EQ(job_->Restore(&result, Deadline::Never()).code(), HF_FAILED_PRECONDITION);
+  EXPECT_EQ(job_->Restore({}, &result, Deadline::Never()).code(), HF_FAILED_PRECONDITION);
   EXPECT_TRUE(job_->WaitCaptured(HF_ALL_GROUPS, Deadline::After(kPatienceNs)).ok());
 }
 

@@ -21,8 +21,12 @@ unsigned long long Print(uint64_t value) { return value; }
 // One try, on one connection.
 class RestoreRun {
  public:
-  RestoreRun(Link& link, std::shared_ptr<Registration> registration, Deadline deadline)
-      : link_(link), registration_(std::move(registration)), deadline_(deadline) {}
+  RestoreRun(Link& link, std::shared_ptr<Registration> registration,
+             std::shared_ptr<const Selection> selection, Deadline deadline)
+      : link_(link),
+        registration_(std::move(registration)),
+        selection_(std::move(selection)),
+        deadline_(deadline) {}
 
   // HF_ABORTED: the connection was lost; try again.
   Result<RestoreOutcome> Run();
@@ -35,6 +39,7 @@ class RestoreRun {
 
   Link& link_;
   const std::shared_ptr<Registration> registration_;
+  const std::shared_ptr<const Selection> selection_;
   const Deadline deadline_;
   uint64_t epoch_ = 0;
   Mapping operations_memory_;
@@ -69,7 +74,7 @@ Error RestoreRun::MapAll(RestoreStart& start) {
 }
 
 Result<RestoreOutcome> RestoreRun::Run() {
-  Result<RestoreStart> start = link_.StartRestore(*registration_, deadline_);
+  Result<RestoreStart> start = link_.StartRestore(*registration_, selection_, deadline_);
   if (!start.ok()) return start.error();
   epoch_ = start.value().epoch;
   if (Error error = MapAll(start.value()); !error.ok()) return error;
@@ -91,6 +96,13 @@ Result<RestoreOutcome> RestoreRun::Run() {
   outcome.world_size = reply.world_size;
   outcome.bytes = done.value().bytes;
   outcome.bytes_from_memory = done.value().bytes_from_memory;
+  outcome.tensor_states = reply.tensor_states;
+  outcome.tensor_states_left_out = reply.tensor_states_left_out;
+  if (reply.restore_from > HF_RESTORE_FROM_IGNORED) {
+    return Error(HF_INTERNAL, "restore reply from the agent: restore_from is %u",
+                 reply.restore_from);
+  }
+  outcome.restore_from = static_cast<hf_restore_from>(reply.restore_from);
   outcome.blobs = std::move(blobs.value());
   return outcome;
 }
@@ -237,13 +249,14 @@ Result<std::span<const std::byte>> RestoredBlobSet::Find(std::string_view name, 
                static_cast<long long>(rank));
 }
 
-Result<RestoreOutcome> RestoreBuffers(Link& link, Deadline deadline) {
+Result<RestoreOutcome> RestoreBuffers(Link& link, const std::shared_ptr<const Selection>& selection,
+                                      Deadline deadline) {
   for (;;) {
     if (Error error = link.WaitConnected(deadline); !error.ok()) return error;
     Result<std::shared_ptr<Registration>> registration = link.registration();
     if (!registration.ok()) return registration.error();
     Result<RestoreOutcome> outcome =
-        RestoreRun(link, std::move(registration.value()), deadline).Run();
+        RestoreRun(link, std::move(registration.value()), selection, deadline).Run();
     if (outcome.ok()) return outcome;
     // Else the agent would hold memory for it, from which the next saves are to come.
     link.CancelRestore();

@@ -9,12 +9,14 @@
 #define HOLDFAST_HOOK_RESTORE_H_
 
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <string_view>
 
 #include "hook/error.h"
 #include "hook/link.h"
 #include "hook/os.h"
+#include "hook/selection.h"
 
 namespace holdfast::hook {
 
@@ -46,11 +48,16 @@ struct RestoreOutcome {
   uint32_t world_size;
   uint64_t bytes;
   uint64_t bytes_from_memory;
+  uint64_t tensor_states;
+  uint64_t tensor_states_left_out;
+  hf_restore_from restore_from;
   RestoredBlobSet blobs;
 };
 
-// Fills the buffers of the link's registration. Errors: those of hf_restore.
-Result<RestoreOutcome> RestoreBuffers(Link& link, Deadline deadline);
+// Fills the buffers of the link's registration, or what `selection` (nullptr: everything) chooses
+// of them. Errors: those of hf_restore_partial.
+Result<RestoreOutcome> RestoreBuffers(Link& link, const std::shared_ptr<const Selection>& selection,
+                                      Deadline deadline);
 
 }  // namespace holdfast::hook
 

@@ -28,7 +28,7 @@ class RestoreTest : public ::testing::Test {
     agent_.SetPlan([plan](const TestDocument&) { return plan; });
     ASSERT_TRUE(RegisterAll(*job_, buffers).ok());
   }
-  Error Restore() { return job_->Restore(&result_, Deadline::After(kPatienceNs)); }
+  Error Restore() { return job_->Restore({}, &result_, Deadline::After(kPatienceNs)); }
 
   TestAgent agent_;
   HostSourceReader reader_;
@@ -133,6 +133,62 @@ TEST_F(RestoreTest, RandomDeliveriesEqualTheOracleAlsoWhenTheWorkerDiesInBetween
   EXPECT_GT(deaths, 3);
 }
 
+TEST_F(RestoreTest, WhatIsChosenIsAskedOfTheAgentAndWhatItSaysIsReported) {
+  std::mt19937 random(8);
+  TestBuffers buffers = RandomBuffers(random, 3, 100);
+  Register(buffers);
+  TestRestore script;
+  script.tensor_states = 3;
+  script.tensor_states_left_out = 4;
+  script.restore_from = HF_RESTORE_FROM_USED;
+  agent_.SetRestore(script);
+  ASSERT_TRUE(Restore().ok());
+  EXPECT_TRUE(agent_.last_selection().empty());
+  EXPECT_EQ(result_.tensor_states, 3u);
+  EXPECT_EQ(result_.tensor_states_left_out, 4u);
+  EXPECT_EQ(result_.restore_from, HF_RESTORE_FROM_USED);
+
+  const std::string longest(4096, 'x');
+  const std::vector<const char*> tensors = {"layers.*", longest.c_str()};
+  const std::vector<const char*> states = {"param"};
+  hf_restore_options options = {sizeof(options), tensors.data(), 2, states.data(), 1};
+  const auto restore = [&] {
+    return job_->Restore(options, &result_, Deadline::After(kPatienceNs));
+  };
+  // Also by the worker that comes after the one that was asked first.
+  script.pieces.resize(1);
+  script.die_after = 1;
+  agent_.SetRestore(script);
+  ASSERT_TRUE(restore().ok());
+  const std::vector<std::pair<uint32_t, std::string>> asked = {
+      {0, "layers.*"}, {0, longest}, {1, "param"}};
+  EXPECT_EQ(agent_.last_selection(), asked);
+
+  // An answer that is none.
+  script = TestRestore();
+  script.restore_from = 3;
+  agent_.SetRestore(script);
+  EXPECT_EQ(restore().code(), HF_INTERNAL);
+
+  const int before = agent_.messages(abi::MessageType::kRestore);
+  const std::string too_long(4097, 'x');
+  const std::vector<const char*> many(1001, "a");
+  const hf_restore_options wrong[] = {{sizeof(options), nullptr, 1, nullptr, 0},
+                                      {sizeof(options), nullptr, 0, nullptr, 1},
+                                      {sizeof(options), many.data(), 1001, nullptr, 0},
+                                      {sizeof(options), many.data(), 500, many.data(), 501},
+                                      {sizeof(options), many.data(), 1, nullptr, SIZE_MAX}};
+  for (const hf_restore_options& each : wrong) {
+    options = each;
+    EXPECT_EQ(restore().code(), HF_INVALID_ARGUMENT);
+  }
+  for (const char* text : {static_cast<const char*>(nullptr), "", too_long.c_str()}) {
+    options = {sizeof(options), &text, 1, nullptr, 0};
+    EXPECT_EQ(restore().code(), HF_INVALID_ARGUMENT);
+  }
+  EXPECT_EQ(agent_.messages(abi::MessageType::kRestore), before);
+}
+
 TEST_F(RestoreTest, NothingToRestoreIsNotFoundAndTouchesNothing) {
   std::mt19937 random(2);
   TestBuffers buffers = RandomBuffers(random, 3, 100);
@@ -231,10 +287,10 @@ TEST_F(RestoreTest, ARestoreThatDoesNotEndIsLeftAtTheDeadlineAndCanBeRepeated) {
   TestRestore script;
   agent_.SetRestore(script);
   agent_.FailNext(abi::MessageType::kRestore, TestAgent::Fault::kSilence);
-  EXPECT_EQ(job_->Restore(&result_, Deadline::After(0)).code(), HF_DEADLINE_EXCEEDED);
+  EXPECT_EQ(job_->Restore({}, &result_, Deadline::After(0)).code(), HF_DEADLINE_EXCEEDED);
   // One that reached the agent.
   while (agent_.messages(abi::MessageType::kRestore) == 0) {
-    const Error late = job_->Restore(&result_, Deadline::After(kNsPerMs));
+    const Error late = job_->Restore({}, &result_, Deadline::After(kNsPerMs));
     // The silence may have been for the one before.
     EXPECT_TRUE(late.ok() || late.code() == HF_DEADLINE_EXCEEDED) << late.text();
   }
@@ -264,7 +320,7 @@ TEST_F(RestoreTest, TheAgentIsToldOfEveryRestoreThatIsLeft) {
     hf_code code = HF_OK;
     // A deadline that short may pass before the request was sent.
     while (agent_.messages(abi::MessageType::kRestore) == before) {
-      code = job_->Restore(&result_, Deadline::After(kNsPerMs)).code();
+      code = job_->Restore({}, &result_, Deadline::After(kNsPerMs)).code();
     }
     EXPECT_NE(code, HF_OK);
     EXPECT_GT(cancels(), cancels_before);
@@ -282,7 +338,7 @@ TEST_F(RestoreTest, TheAgentIsToldOfEveryRestoreThatIsLeft) {
   agent_.FailNext(abi::MessageType::kRestore, TestAgent::Fault::kSilence);
   while (agent_.messages(abi::MessageType::kRestore) == asked) {
     // The silence may have been for the one before, so this may even succeed.
-    (void)job_->Restore(&result_, Deadline::After(kNsPerMs));
+    (void)job_->Restore({}, &result_, Deadline::After(kNsPerMs));
   }
   EXPECT_GT(cancels(), before);
 }

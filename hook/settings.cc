@@ -82,6 +82,32 @@ std::string TorchrunKey() {
   return run_id + ":" + Variable("TORCHELASTIC_RESTART_COUNT");
 }
 
+// The agent has another working directory.
+Error MakeAbsolute(const char* option, std::string* path) {
+  if (!path->empty() && (*path)[0] != '/') {
+    char* current = getcwd(nullptr, 0);
+    if (current == nullptr) {
+      return Error(HF_INVALID_ARGUMENT, "%s '%s' is relative, and there is no current directory",
+                   option, ShortName(*path).text());
+    }
+    *path = std::string(current) + "/" + *path;
+    free(current);
+  }
+  if (path->size() > abi::kPathBytesMax) {
+    return Error(HF_INVALID_ARGUMENT, "%s: expected at most %zu bytes, found %zu", option,
+                 abi::kPathBytesMax, path->size());
+  }
+  return Error();
+}
+
+Error ReadPaths(const hf_open_options& options, Settings* settings) {
+  settings->root = options.root != nullptr ? std::string(options.root) : Variable("HOLDFAST_ROOT");
+  if (Error error = MakeAbsolute("root", &settings->root); !error.ok()) return error;
+  settings->restore_from = options.restore_from != nullptr ? std::string(options.restore_from)
+                                                           : Variable("HOLDFAST_RESTORE_FROM");
+  return MakeAbsolute("restore_from", &settings->restore_from);
+}
+
 Error ReadNames(const hf_open_options& options, Settings* settings) {
   settings->job = options.job != nullptr ? std::string(options.job) : Variable("HOLDFAST_JOB");
   if (Error error = CheckJobName(settings->job); !error.ok()) return error;
@@ -94,22 +120,7 @@ Error ReadNames(const hf_open_options& options, Settings* settings) {
     return Error(HF_INVALID_ARGUMENT, "attempt_key: expected at most %zu bytes, found %zu",
                  abi::kAttemptKeyBytesMax, settings->attempt_key.size());
   }
-  settings->root = options.root != nullptr ? std::string(options.root) : Variable("HOLDFAST_ROOT");
-  if (!settings->root.empty() && settings->root[0] != '/') {
-    // The agent has another working directory.
-    char* current = getcwd(nullptr, 0);
-    if (current == nullptr) {
-      return Error(HF_INVALID_ARGUMENT, "root '%s' is relative, and there is no current directory",
-                   ShortName(settings->root).text());
-    }
-    settings->root = std::string(current) + "/" + settings->root;
-    free(current);
-  }
-  if (settings->root.size() > abi::kPathBytesMax) {
-    return Error(HF_INVALID_ARGUMENT, "root: expected at most %zu bytes, found %zu",
-                 abi::kPathBytesMax, settings->root.size());
-  }
-  return Error();
+  return ReadPaths(options, settings);
 }
 
 Error ReadNumbers(const hf_open_options& options, Settings* settings) {

@@ -20,8 +20,9 @@ struct Settings {
   uint32_t rank = 0;
   uint32_t world_size = 1;
   uint32_t local_rank = 0;
-  std::string attempt_key;  // empty: none
-  std::string root;         // empty: the agent's; absolute
+  std::string attempt_key;   // empty: none
+  std::string root;          // empty: the agent's; absolute
+  std::string restore_from;  // empty: none; absolute
   std::string socket_path;
   bool private_agent = false;     // start one if nobody listens there
   std::string runtime_directory;  // of the job; only if private_agent

@@ -18,6 +18,7 @@ constexpr const char* kVariables[] = {"HOLDFAST_JOB",
                                       "TORCHELASTIC_RUN_ID",
                                       "TORCHELASTIC_RESTART_COUNT",
                                       "HOLDFAST_ROOT",
+                                      "HOLDFAST_RESTORE_FROM",
                                       "HOLDFAST_SOCKET",
                                       "HOLDFAST_PRIVATE",
                                       "HOLDFAST_CHECK_SOURCE",
@@ -61,6 +62,7 @@ TEST_F(SettingsTest, DefaultsWithoutAnyVariable) {
   EXPECT_EQ(settings.local_rank, 0u);
   EXPECT_EQ(settings.attempt_key, "");
   EXPECT_EQ(settings.root, "");
+  EXPECT_EQ(settings.restore_from, "");
   EXPECT_TRUE(settings.private_agent);
   EXPECT_EQ(settings.check_source, CheckSource::kSample);
   EXPECT_EQ(settings.copy_threads, 1u);
@@ -81,6 +83,7 @@ TEST_F(SettingsTest, VariablesFillWhatOptionsLeaveOpen) {
   setenv("WORLD_SIZE", "8", 1);
   setenv("LOCAL_RANK", "2", 1);
   setenv("HOLDFAST_ROOT", "/ckpt", 1);
+  setenv("HOLDFAST_RESTORE_FROM", "other/job", 1);
   setenv("HOLDFAST_PRIVATE", "0", 1);
   setenv("HOLDFAST_CHECK_SOURCE", "all", 1);
   setenv("HOLDFAST_COPY_THREADS", "4", 1);
@@ -95,6 +98,9 @@ TEST_F(SettingsTest, VariablesFillWhatOptionsLeaveOpen) {
   EXPECT_EQ(settings.world_size, 8u);
   EXPECT_EQ(settings.local_rank, 2u);
   EXPECT_EQ(settings.root, "/ckpt");
+  char* const here = getcwd(nullptr, 0);
+  EXPECT_EQ(settings.restore_from, std::string(here) + "/other/job");
+  free(here);
   EXPECT_FALSE(settings.private_agent);
   EXPECT_EQ(settings.check_source, CheckSource::kAll);
   EXPECT_EQ(settings.copy_threads, 4u);
@@ -114,11 +120,13 @@ TEST_F(SettingsTest, VariablesFillWhatOptionsLeaveOpen) {
   options.check_source = 0;
   options.copy_threads = 2;
   options.root = "relative";
+  options.restore_from = "";  // none, whatever the variable says
   options.deadline_ns = 5;
   settings = Read(options);
   EXPECT_EQ(settings.job, "j");
   EXPECT_EQ(settings.rank, 1u);
   EXPECT_EQ(settings.attempt_key, "");
+  EXPECT_EQ(settings.restore_from, "");
   EXPECT_TRUE(settings.private_agent);
   EXPECT_EQ(settings.check_source, CheckSource::kNone);
   EXPECT_EQ(settings.copy_threads, 2u);
@@ -185,6 +193,9 @@ TEST_F(SettingsTest, WrongValuesAreNamed) {
   options = Minimal();
   options.root = long_root.c_str();
   ExpectRefused(options, "root");
+  options = Minimal();
+  options.restore_from = long_root.c_str();
+  ExpectRefused(options, "restore_from: expected at most 1023");
 }
 
 }  // namespace

@@ -250,6 +250,11 @@ abi::RegistrationMemory& TestAgent::shared() const {
 
 abi::RankPage& TestAgent::page() const { return *reinterpret_cast<abi::RankPage*>(page_->data()); }
 
+std::vector<std::pair<uint32_t, std::string>> TestAgent::last_selection() const {
+  std::lock_guard lock(mutex_);
+  return last_selection_;
+}
+
 abi::OpenRequest TestAgent::last_open() const {
   std::lock_guard lock(mutex_);
   return last_open_;
@@ -546,8 +551,31 @@ void TestAgent::ServeRegister(const Message& message) {
         {memory_->fd(), shared_->fd(), plan_memory_->fd()});
 }
 
+void TestAgent::FillSelection(const Message& message) {
+  abi::RestoreRequest request;
+  Require(message.Read(&request, message.fd_count, "kRestore").ok(), "kRestore");
+  Require(message.fd_count == (request.selection_bytes > 0 ? 1 : 0), "descriptors of kRestore");
+  last_selection_.clear();
+  if (request.selection_bytes == 0) return;
+  const int fd = message.fds[0].get();
+  constexpr int kSeals = F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE;
+  Require(fcntl(fd, F_GET_SEALS) == kSeals, "the selection is not sealed");
+  std::vector<std::byte> bytes(request.selection_bytes);
+  Require(pread(fd, bytes.data(), bytes.size(), 0) == static_cast<ssize_t>(bytes.size()), "pread");
+  const auto header = ReadAt<abi::RestoreSelection>(bytes.data(), 0);
+  Require(header.magic == abi::kProtocolMagic, "selection header");
+  for (uint64_t i = 0; i < header.pattern_count; ++i) {
+    const auto entry = ReadAt<abi::SelectionPattern>(bytes.data(), sizeof(header) + 16 * i);
+    Require(entry.text_offset + entry.text_bytes <= bytes.size(), "selection offsets");
+    last_selection_.emplace_back(
+        entry.of, std::string(reinterpret_cast<const char*>(bytes.data() + entry.text_offset),
+                              entry.text_bytes));
+  }
+}
+
 void TestAgent::ServeRestore(const Message& message) {
   const uint32_t id = message.header.request_id;
+  FillSelection(message);
   abi::RestoreReply reply = {};
   if (!restore_.has_value() || restore_->reply_code != HF_OK) {
     SetStatus(&reply.status, restore_.has_value() ? restore_->reply_code : HF_NOT_FOUND,
@@ -598,6 +626,9 @@ void TestAgent::ServeRestore(const Message& message) {
   reply.step = script.step;
   reply.attempt = script.attempt;
   reply.world_size = script.world_size;
+  reply.tensor_states = script.tensor_states;
+  reply.tensor_states_left_out = script.tensor_states_left_out;
+  reply.restore_from = script.restore_from;
   reply.op_count = ops.size();
   reply.operations_bytes = operations->bytes();
   reply.blobs_bytes = blobs->bytes();

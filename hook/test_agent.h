@@ -81,6 +81,9 @@ struct TestRestore {
   uint64_t step = 0;
   uint32_t attempt = 1;
   uint32_t world_size = 1;
+  uint64_t tensor_states = 0;
+  uint64_t tensor_states_left_out = 0;
+  uint32_t restore_from = 0;
   std::vector<uint64_t> map_bytes;  // of memories 1 and up
   std::vector<Piece> pieces;
   std::vector<Blob> blobs;
@@ -146,6 +149,8 @@ class TestAgent {
   const TestPlan& plan() const { return plan_; }
   const TestDocument& document() const { return document_; }
   abi::OpenRequest last_open() const;
+  // The patterns that came with the last kRestore, and of what; empty: everything.
+  std::vector<std::pair<uint32_t, std::string>> last_selection() const;
   int messages(abi::MessageType type) const;
   int doorbell_rings() const { return doorbell_rings_; }
   // The image of a slot, gathered through its block table.
@@ -162,6 +167,7 @@ class TestAgent {
   void ServeOpen(const Message& message);
   void ServeRegister(const Message& message);
   void ServeRestore(const Message& message);
+  void FillSelection(const Message& message);
   void Deliver();
   void Listen();
   void EndConnection();
@@ -195,6 +201,7 @@ class TestAgent {
   uint64_t next_session_id_ = 100;
   uint32_t attempt_ = 1;
   abi::OpenRequest last_open_ = {};
+  std::vector<std::pair<uint32_t, std::string>> last_selection_;
   std::shared_ptr<TestMemory> page_;
   uint64_t registration_id_ = 0;
   uint64_t next_registration_id_ = 1000;

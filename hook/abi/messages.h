@@ -17,7 +17,7 @@
 namespace holdfast::abi {
 
 inline constexpr uint32_t kProtocolMagic = 0x31464c48;  // "HLF1" in memory
-inline constexpr uint16_t kProtocolVersion = 2;
+inline constexpr uint16_t kProtocolVersion = 3;
 inline constexpr size_t kMessageBytesMax = 4096;
 inline constexpr size_t kMessageFdsMax = 4;
 
@@ -29,11 +29,11 @@ inline constexpr uint64_t kNoStep = UINT64_MAX;
 inline constexpr uint32_t kJobReplaced = UINT32_MAX;
 
 enum class MessageType : uint16_t {
-  kOpen = 1,           // trainer -> agent, fds: [doorbell eventfd]
-  kOpenReply = 2,      // fds: [rank page memfd], none when resumed
-  kRegister = 3,       // fds: [registration document, sealed memfd]
-  kRegisterReply = 4,  // fds: [rank memory, registration memory, capture plan (sealed)]
-  kRestore = 5,
+  kOpen = 1,            // trainer -> agent, fds: [doorbell eventfd]
+  kOpenReply = 2,       // fds: [rank page memfd], none when resumed
+  kRegister = 3,        // fds: [registration document, sealed memfd]
+  kRegisterReply = 4,   // fds: [rank memory, registration memory, capture plan (sealed)]
+  kRestore = 5,         // fds: [restore selection, sealed memfd], none for everything
   kImageMap = 6,        // agent -> trainer, before kRestoreReply; fds: [memory, read-only]
   kRestoreReply = 7,    // fds: [restore operations (sealed), blobs (sealed)], none on error
   kRestoreDone = 8,     // agent -> trainer: after the last entry was consumed, or at an error
@@ -60,10 +60,11 @@ struct ReplyStatus {
 static_assert(sizeof(ReplyStatus) == 1024);
 
 struct OpenRequest {
-  char job[136];          // NUL-terminated, as all texts here
-  char attempt_key[256];  // empty: none
-  char root[1024];        // empty: the agent's own; else must be one that the agent writes to
-  char node[72];          // host name, for people
+  char job[136];            // NUL-terminated, as all texts here
+  char attempt_key[256];    // empty: none
+  char root[1024];          // empty: the agent's own; else must be one that the agent writes to
+  char restore_from[1024];  // absolute; empty: none. As hf_open_options has it
+  char node[72];            // host name, for people
   uint32_t rank;
   uint32_t world_size;
   uint32_t local_rank;
@@ -75,7 +76,7 @@ struct OpenRequest {
   uint64_t resume_session_id;
   uint64_t resume_registration_id;  // 0: none
 };
-static_assert(sizeof(OpenRequest) == 1520);
+static_assert(sizeof(OpenRequest) == 2544);
 
 struct OpenReply {
   ReplyStatus status;
@@ -169,8 +170,27 @@ static_assert(sizeof(BlobArea) == 16);
 
 struct RestoreRequest {
   uint64_t registration_id;
+  uint64_t selection_bytes;  // 0: everything
 };
-static_assert(sizeof(RestoreRequest) == 8);
+static_assert(sizeof(RestoreRequest) == 16);
+
+// The restore selection (a memfd sealed against every change): this header, pattern_count x
+// SelectionPattern, then texts. What the patterns mean: hf_restore_options.
+struct RestoreSelection {
+  uint32_t magic;  // kProtocolMagic
+  uint32_t version;
+  uint64_t pattern_count;
+};
+static_assert(sizeof(RestoreSelection) == 16);
+
+struct SelectionPattern {
+  static constexpr uint32_t kTensors = 0;
+  static constexpr uint32_t kStates = 1;
+  uint64_t text_offset;
+  uint32_t text_bytes;
+  uint32_t of;  // kTensors: of names of tensors; kStates: of states
+};
+static_assert(sizeof(SelectionPattern) == 16);
 
 struct ImageMap {
   uint32_t map_id;  // 1 and up; 0 is the rank's own memory, already mapped
@@ -180,16 +200,20 @@ struct ImageMap {
 static_assert(sizeof(ImageMap) == 16);
 
 struct RestoreReply {
-  ReplyStatus status;  // HF_NOT_FOUND: no checkpoint
+  ReplyStatus status;  // HF_NOT_FOUND: no checkpoint, and none was named in kOpen
   uint64_t step;
   uint32_t attempt;
   uint32_t world_size;
   uint64_t op_count;  // in the operations memfd: op_count x RestoreOp
   uint64_t operations_bytes;
   uint64_t blobs_bytes;
-  uint64_t bytes;  // that will reach this rank's buffers
+  uint64_t bytes;                   // that will reach this rank's buffers
+  uint64_t tensor_states;           // of this rank: filled
+  uint64_t tensor_states_left_out;  // of this rank: not chosen
+  uint32_t restore_from;            // hf_restore_from
+  uint32_t reserved;
 };
-static_assert(sizeof(RestoreReply) == 1072);
+static_assert(sizeof(RestoreReply) == 1096);
 
 // Copies `count` runs from a delivered piece (RestoreEntry in shared_memory.h) to a buffer.
 struct RestoreOp {

@@ -21,6 +21,9 @@ SURVIVE_PROCESS = 1
 SURVIVE_POWER = 2
 BLOB_GLOBAL = 0
 BLOB_RANK = 1
+RESTORE_FROM_NOT_GIVEN = 0
+RESTORE_FROM_USED = 1
+RESTORE_FROM_IGNORED = 2
 
 
 class hf_error(ctypes.Structure):
@@ -32,7 +35,7 @@ class hf_open_options(ctypes.Structure):
         ("struct_bytes", c_size_t), ("job", c_char_p), ("rank", c_int64), ("world_size", c_int64),
         ("local_rank", c_int64), ("attempt_key", c_char_p), ("root", c_char_p),
         ("socket", c_char_p), ("private_agent", c_int32), ("check_source", c_int32),
-        ("copy_threads", c_int32), ("deadline_ns", c_int64)]
+        ("copy_threads", c_int32), ("deadline_ns", c_int64), ("restore_from", c_char_p)]
 
 
 class hf_buffer(ctypes.Structure):
@@ -57,7 +60,14 @@ class hf_restore_result(ctypes.Structure):
     _fields_ = [
         ("struct_bytes", c_size_t), ("step", c_uint64), ("attempt", c_uint32),
         ("world_size", c_uint32), ("bytes", c_uint64), ("bytes_from_memory", c_uint64),
-        ("nanoseconds", c_int64)]
+        ("nanoseconds", c_int64), ("tensor_states", c_uint64),
+        ("tensor_states_left_out", c_uint64), ("restore_from", c_int)]
+
+
+class hf_restore_options(ctypes.Structure):
+    _fields_ = [
+        ("struct_bytes", c_size_t), ("tensors", POINTER(c_char_p)), ("tensor_count", c_size_t),
+        ("states", POINTER(c_char_p)), ("state_count", c_size_t)]
 
 
 class hf_info(ctypes.Structure):
@@ -77,7 +87,7 @@ class hf_save_report(ctypes.Structure):
 
 
 STRUCTS = (hf_error, hf_open_options, hf_buffer, hf_blob_slot, hf_blob, hf_save_options,
-           hf_restore_result, hf_info, hf_save_report)
+           hf_restore_result, hf_restore_options, hf_info, hf_save_report)
 
 _JOB = c_void_p
 _ERROR = POINTER(hf_error)
@@ -93,6 +103,8 @@ FUNCTIONS = {
     "hf_wait_captured": (c_int, (_JOB, c_int32, c_int64, _ERROR)),
     "hf_wait_committed": (c_int, (_JOB, c_uint64, c_uint32, c_int64, _ERROR)),
     "hf_restore": (c_int, (_JOB, POINTER(hf_restore_result), c_int64, _ERROR)),
+    "hf_restore_partial": (c_int, (_JOB, POINTER(hf_restore_options), POINTER(hf_restore_result),
+                                   c_int64, _ERROR)),
     "hf_restored_blob": (c_int, (_JOB, c_char_p, c_int64, POINTER(c_void_p), POINTER(c_uint64),
                                  _ERROR)),
     "hf_get_info": (c_int, (_JOB, POINTER(hf_info))),

@@ -29,7 +29,8 @@ import collections
 import dataclasses
 import logging
 import os
-from typing import Any, Callable, Collection, Deque, Dict, List, Mapping, Optional, Tuple, Union
+from typing import (Any, Callable, Collection, Deque, Dict, List, Mapping, Optional, Sequence,
+                    Tuple, Union)
 
 from . import values
 from .errors import DataLoss, Error, FailedPrecondition, InvalidArgument, NotFound, Unavailable
@@ -97,7 +98,7 @@ class Checkpointer:
         save_wait: seconds that a save may wait for image memory, while earlier ones are flushed.
         capture_timeout: seconds that a capture may hold up an update; past it the save is void.
         rank, world_size: default $RANK and $WORLD_SIZE, or, if neither is set, one rank alone.
-        open_options: of Job: job, root, attempt_key, socket, private_agent, check_source, ...
+        open_options: of Job: job, root, restore_from, attempt_key, socket, check_source, ...
         """
         if layout is not None and (prepare is not None or rank_0_states):
             raise InvalidArgument("prepare, rank_0_states: expected only without a layout document")
@@ -149,10 +150,13 @@ class Checkpointer:
 
     # ---- Restore
 
-    def restore(self, *, timeout: Optional[float] = RESTORE_SECONDS) -> Optional[Resumed]:
-        """Fills the arrays from the newest committed checkpoint. None: there is none, the arrays
-        are untouched. Any other failure raises, and the arrays' contents are unspecified. Once,
-        before the first save, and on every rank. timeout: seconds."""
+    def restore(self, *, tensors: Sequence[str] = (), states: Sequence[str] = (),
+                timeout: Optional[float] = RESTORE_SECONDS) -> Optional[Resumed]:
+        """Fills the arrays from the newest committed checkpoint, or, in a job that has none, from
+        that of `restore_from`. None: there is none, the arrays are untouched. Any other failure
+        raises, and the arrays' contents are unspecified. Once, before the first save, and on every
+        rank. tensors, states: patterns of what to fill, as in `Job.restore`; what they leave out
+        stays as it is. timeout: seconds."""
         if self._registered is not None:
             raise FailedPrecondition("restore comes before the first save, and once")
         # A tensor that the checkpoint lacks is NOT_FOUND as well, and no reason to begin anew.
@@ -167,7 +171,7 @@ class Checkpointer:
             self._prepare(self._restored_catalog())
         arrays = self._collect()
         self._register(arrays, on_all_ranks=True)
-        restored = self.job.restore(timeout=timeout)
+        restored = self.job.restore(tensors=tensors, states=states, timeout=timeout)
         state = self._restored_value(STATE_BLOB, None)
         rank_state = None
         if restored.world_size == self._world_size:

@@ -64,6 +64,14 @@ class SaveState(enum.IntEnum):
     FAILED = 5
 
 
+class RestoreFrom(enum.IntEnum):
+    """What became of `restore_from`."""
+
+    NOT_GIVEN = _abi.RESTORE_FROM_NOT_GIVEN
+    USED = _abi.RESTORE_FROM_USED  # it is the restore point
+    IGNORED = _abi.RESTORE_FROM_IGNORED  # the job has a restore point of its own
+
+
 class Buffer(NamedTuple):
     """A piece of memory in which the layout document places segments of tensors.
 
@@ -86,7 +94,8 @@ class Blob(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What `restore` did. attempt, world_size: of the run that made the checkpoint."""
+    """What `restore` did. attempt, world_size: of the run that made the checkpoint. tensor_states:
+    how many were filled, of those of which this rank holds something; the others were left out."""
 
     step: int
     attempt: int
@@ -94,6 +103,9 @@ class Restored:
     bytes: int
     bytes_from_memory: int
     nanoseconds: int
+    tensor_states: int
+    tensor_states_left_out: int
+    restore_from: RestoreFrom
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +169,13 @@ def _number(value: Any, what: str, low: int, high: int) -> int:
     return number
 
 
+def _patterns(patterns: Sequence[str], what: str) -> Tuple[Any, int]:
+    if isinstance(patterns, (str, bytes)):
+        raise InvalidArgument(f"{what}: expected a list of patterns, found {patterns!r}")
+    texts = [_text(pattern, what) for pattern in patterns]
+    return (ctypes.c_char_p * len(texts))(*texts), len(texts)
+
+
 def _step(step: int) -> int:
     return _number(step, "step", 0, 2**64 - 1)
 
@@ -179,13 +198,15 @@ class Job:
                  attempt_key: Optional[str] = None, root: Optional[str] = None,
                  socket: Optional[str] = None, private_agent: Optional[bool] = None,
                  check_source: Optional[CheckSource] = None, copy_threads: int = 0,
-                 timeout: float = 30.0):
+                 restore_from: Optional[str] = None, timeout: float = 30.0):
         """Joins the job's current attempt, or begins the next one, which fences the older at once.
         Starts a private agent if none listens and that is allowed.
 
         What is not given comes from the environment: HOLDFAST_JOB, RANK, WORLD_SIZE, LOCAL_RANK,
         HOLDFAST_ATTEMPT_KEY (else torchrun's), HOLDFAST_ROOT, HOLDFAST_SOCKET, HOLDFAST_PRIVATE,
-        HOLDFAST_CHECK_SOURCE, HOLDFAST_COPY_THREADS. timeout: seconds, above 0.
+        HOLDFAST_CHECK_SOURCE, HOLDFAST_COPY_THREADS, HOLDFAST_RESTORE_FROM. restore_from: a
+        checkpoint's directory, or ROOT/JOB for its newest, of any job: what a job starts from that
+        has no checkpoint of its own; the same on every rank; "": none. timeout: seconds, above 0.
         """
         self._handle: Optional[ctypes.c_void_p] = None
         self._buffers: Tuple[Tuple[str, Memory], ...] = ()
@@ -202,6 +223,7 @@ class Job:
             private_agent=-1 if private_agent is None else int(bool(private_agent)),
             check_source=-1 if check_source is None else CheckSource(check_source),
             copy_threads=_number(copy_threads, "copy_threads", 0, 2**31 - 1),
+            restore_from=_text(restore_from, "restore_from"),
             deadline_ns=max(1, _nanoseconds(timeout, "timeout")))
         handle = ctypes.c_void_p()
         self._call(self._api.hf_open, ctypes.byref(options), ctypes.byref(handle))
@@ -338,15 +360,26 @@ class Job:
         self._call(self._api.hf_wait_committed, self._open, _step(step),
                    _number(faults, "faults", 0, 2**32 - 1), _nanoseconds(timeout, "timeout"))
 
-    def restore(self, *, timeout: Optional[float] = RESTORE_SECONDS) -> Restored:
+    def restore(self, *, tensors: Sequence[str] = (), states: Sequence[str] = (),
+                timeout: Optional[float] = RESTORE_SECONDS) -> Restored:
         """Fills the registered buffers from the attempt's restore point: the newest committed
         checkpoint, in whatever layout it was saved. Raises NotFound if there is none (buffers
-        untouched); after any other error the buffers' contents are unspecified."""
+        untouched), but never if `restore_from` was given; after any other error the buffers'
+        contents are unspecified.
+
+        tensors, states: patterns of names (`*`: any characters, `{NAME}`: a whole number); only
+        what fits one of each is filled, everything else stays as it is and need not be in the
+        checkpoint; none: everything. InvalidArgument: a pattern that fits nothing in the layout.
+        """
+        options = _abi.hf_restore_options(struct_bytes=ctypes.sizeof(_abi.hf_restore_options))
+        options.tensors, options.tensor_count = _patterns(tensors, "tensors")
+        options.states, options.state_count = _patterns(states, "states")
         result = _abi.hf_restore_result(struct_bytes=ctypes.sizeof(_abi.hf_restore_result))
-        self._call(self._api.hf_restore, self._open, ctypes.byref(result),
-                   _nanoseconds(timeout, "timeout"))
+        self._call(self._api.hf_restore_partial, self._open, ctypes.byref(options),
+                   ctypes.byref(result), _nanoseconds(timeout, "timeout"))
         return Restored(result.step, result.attempt, result.world_size, result.bytes,
-                        result.bytes_from_memory, result.nanoseconds)
+                        result.bytes_from_memory, result.nanoseconds, result.tensor_states,
+                        result.tensor_states_left_out, RestoreFrom(result.restore_from))
 
     def restored_blob(self, name: str, rank: Optional[int] = None) -> bytes:
         """A blob of the checkpoint that `restore` read; a copy. rank: of the old run, for rank

@@ -22,6 +22,7 @@ CONSTANTS = {
     "HF_FOREVER": _abi.FOREVER, "HF_ALL_GROUPS": _abi.ALL_GROUPS, "HF_LAST_STEP": _abi.LAST_STEP,
     "HF_SURVIVE_PROCESS": job.Faults.PROCESS, "HF_SURVIVE_POWER": job.Faults.POWER,
     "HF_BLOB_GLOBAL": job.Scope.GLOBAL, "HF_BLOB_RANK": job.Scope.RANK,
+    **{f"HF_RESTORE_FROM_{what.name}": what for what in job.RestoreFrom},
     **{f"HF_{code.name}": code for code in errors.Code},
     **{f"HF_SAVE_{state.name}": state for state in job.SaveState},
 }

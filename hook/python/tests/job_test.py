@@ -4,6 +4,7 @@
 Usage: job_test.py HOLDFASTD        ($HOLDFAST_LIBRARY: the library)
 """
 import gc
+import json
 import os
 import sys
 import threading
@@ -14,7 +15,8 @@ import weakref
 import numpy
 
 import holdfast
-from holdfast import Blob, Buffer, CheckSource, Faults, Job, SaveState, Scope
+from holdfast import (Blob, Buffer, CheckSource, Faults, Job, RestoreFrom, SaveState,
+                      Scope)
 from support import DEADLINE_SECONDS, Place
 
 DAEMON = sys.argv.pop(1)
@@ -85,6 +87,117 @@ class JobTest(unittest.TestCase):
                 self.assertEqual(job.restored_blob("args"), b"x" * 100)
                 self.assertEqual(job.info().attempt, 2)
                 job.close()
+
+    def test_a_new_job_starts_from_another_jobs_checkpoint(self):
+        job, w, m = self.open_registered(seed=1, job="pretraining")
+        job.save(7, {"rng": b"7", "args": b"of 7"}, wait=30)
+        job.wait_captured()
+        job.wait_committed(7)
+        job.close()
+        newest = self.place.root / "pretraining"
+        directory = newest / "s000000000007.a0001"
+        # By name, by variable, and from where the program runs.
+        os.environ["HOLDFAST_RESTORE_FROM"] = str(newest)
+        here = os.getcwd()
+        os.chdir(self.place.root)
+        self.addCleanup(os.chdir, here)
+        for name, options in (("a", {"restore_from": str(directory)}), ("b", {}),
+                              ("c", {"restore_from": "pretraining"})):
+            with self.subTest(options=options):
+                job, w2, m2 = self.open_registered(seed=2, job=name, **options)
+                restored = job.restore()
+                self.assertEqual((restored.step, restored.attempt, restored.restore_from),
+                                 (7, 1, RestoreFrom.USED))
+                self.assertEqual((restored.tensor_states, restored.tensor_states_left_out), (2, 0))
+                self.assertEqual((w2.tobytes(), m2.tobytes()), (w.tobytes(), m.tobytes()))
+                self.assertEqual(job.restored_blob("args"), b"of 7")
+                job.save(8, wait=30)
+                job.wait_captured()
+                job.wait_committed(8)
+                job.close()
+                manifest = self.place.root / name / "s000000000008.a0001" / "MANIFEST.json"
+                self.assertIsNone(json.loads(manifest.read_text())["parent"])
+                # From now on it has a restore point of its own.
+                job, _, _ = self.open_registered(job=name, **options)
+                restored = job.restore()
+                self.assertEqual((restored.step, restored.restore_from), (8, RestoreFrom.IGNORED))
+                job.close()
+        job, _, _ = self.open_registered(job="d", restore_from="")
+        with self.assertRaises(holdfast.NotFound):
+            job.restore()
+        job.close()
+
+    def test_what_cannot_be_started_from_is_never_a_new_run(self):
+        (self.place.root / "empty").mkdir()
+        damaged = self.open_registered(job="damaged")[0]
+        damaged.save(1, wait=30)
+        damaged.wait_captured()
+        damaged.wait_committed(1)
+        damaged.close()
+        manifest = self.place.root / "damaged" / "s000000000001.a0001" / "MANIFEST.json"
+        text = bytearray(manifest.read_bytes())
+        text[20] ^= 1
+        manifest.chmod(0o600)
+        manifest.write_bytes(text)
+        for number, (path, error) in enumerate((
+                ("nothing", holdfast.InvalidArgument), ("empty", holdfast.InvalidArgument),
+                ("damaged", holdfast.DataLoss), (manifest.parent, holdfast.DataLoss))):
+            with self.subTest(path=path):
+                job, _, _ = self.open_registered(job=f"new-{number}",
+                                                 restore_from=str(self.place.root / path))
+                for _ in range(2):
+                    with self.assertRaises(error) as caught:
+                        job.restore()
+                    self.assertIn(str(self.place.root / path), str(caught.exception))
+                    self.assertNotIsInstance(caught.exception, holdfast.NotFound)
+                job.close()
+        with self.assertRaises(holdfast.InvalidArgument):
+            self.open(restore_from="a\0b")
+
+    def test_ranks_that_name_different_ones_are_told_so(self):
+        first = self.open(world_size=2, restore_from="/a/job")
+        with self.assertRaises(holdfast.InvalidArgument) as caught:
+            self.open(rank=1, world_size=2, restore_from="/b/job")
+        self.assertIn("/a/job", str(caught.exception))
+        self.assertIn("/b/job", str(caught.exception))
+        second = self.open(rank=1, world_size=2, restore_from="/a/job")
+        self.assertEqual(first.info().attempt, second.info().attempt)
+
+    def test_only_what_fits_the_patterns_is_restored(self):
+        job, w, m = self.open_registered(seed=1)
+        job.save(7, {"args": b"x"}, wait=30)
+        job.wait_captured()
+        job.wait_committed(7)
+        job.close()
+        job, w2, m2 = self.open_registered(seed=2)
+        before = w2.tobytes()
+        restored = job.restore(states=["exp_*"])
+        self.assertEqual((restored.step, restored.bytes), (7, m.nbytes))
+        self.assertEqual((restored.tensor_states, restored.tensor_states_left_out), (1, 1))
+        self.assertEqual((w2.tobytes(), m2.tobytes()), (before, m.tobytes()))
+        self.assertEqual(job.restored_blob("args"), b"x")
+        restored = job.restore(tensors=["w"], states=["param"])
+        self.assertEqual((w2.tobytes(), restored.bytes), (w.tobytes(), w.nbytes))
+        for options, expected in (({"tensors": ["w", "q*"]}, '"q*"'),
+                                  ({"states": ["params"]}, 'did you mean "param"'),
+                                  ({"tensors": [""]}, "tensors[0]"),
+                                  ({"tensors": "w"}, "list"), ({"tensors": ["a\0"]}, "NUL")):
+            with self.subTest(options=options), \
+                    self.assertRaises(holdfast.InvalidArgument) as caught:
+                job.restore(**options)
+            self.assertIn(expected, str(caught.exception))
+        # A tensor that the checkpoint lacks is no error while it is left out.
+        head = numpy.ones(4, numpy.float32)
+        layout = dict(LAYOUT, tensors=LAYOUT["tensors"] + [
+            {"name": "head", "shape": [4], "states": [{"state": "param", "dtype": "float32"}]}])
+        job.register(layout, buffers(w2, m2) + [Buffer("param/head", head)], BLOBS)
+        with self.assertRaises(holdfast.FailedPrecondition) as caught:
+            job.restore()
+        self.assertIn("head", str(caught.exception))
+        w2[:] = 0
+        restored = job.restore(tensors=["w"])
+        self.assertEqual((restored.tensor_states, restored.tensor_states_left_out), (2, 1))
+        self.assertEqual((w2.tobytes(), head.tolist()), (w.tobytes(), [1, 1, 1, 1]))
 
     def test_the_order_of_calls_is_checked(self):
         job = self.open()
