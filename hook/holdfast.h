@@ -107,7 +107,9 @@ typedef struct hf_open_options {
   { sizeof(hf_open_options), NULL, -1, -1, -1, NULL, NULL, NULL, -1, -1, 0, 0, NULL }
 
 /* Joins the job's current attempt, or begins the next one (which fences the older at once). Starts
- * a private agent if none listens and that is allowed. On failure *job is NULL. */
+ * a private agent if none listens and that is allowed. One that listens and takes nobody now (it is
+ * ending, or the job's storage is not read yet) is asked again, and the one after it, until the
+ * deadline; then HF_UNAVAILABLE with its reason. On failure *job is NULL. */
 HF_API hf_code hf_open(const hf_open_options* options, hf_job** job, hf_error* error);
 
 /* Ends this rank's part. Nothing captured is lost: the agent goes on flushing. A capture that is

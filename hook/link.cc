@@ -54,15 +54,23 @@ Result<std::unique_ptr<Link>> Link::Open(LinkOptions options, Deadline deadline)
   if (!wake.ok()) return wake.error();
   link->wake_ = std::move(wake.value());
   int64_t backoff_ns = kBackoffFirstNs;
+  Error refusal;  // the last answer of an agent that may be followed by a better one
+  // What the caller hears of a try for which there was no time: why there was need of it.
+  const auto outcome = [&refusal](const Error& error) {
+    return error.code() == HF_DEADLINE_EXCEEDED && !refusal.ok() ? refusal : error;
+  };
   for (;;) {
     Result<UniqueFd> connection = link->options_.connect_first(deadline);
-    if (!connection.ok()) return connection.error();
+    if (!connection.ok()) return outcome(connection.error());
     link->channel_ = std::make_unique<Channel>(std::move(connection.value()));
     bool answered = false;
     Error error = link->OpenSession(deadline, &answered);
     if (error.ok()) break;
-    // An agent that went away before it answered may be about to come back.
-    if (answered || error.code() != HF_UNAVAILABLE || deadline.passed()) return error;
+    // An agent that went away before it answered may be about to come back; one that says that it
+    // is ending, or not ready yet, makes room for the next one, or becomes ready.
+    if (error.code() != HF_UNAVAILABLE || deadline.passed()) return outcome(error);
+    if (answered) refusal = error;
+    link->channel_.reset();
     pollfd never = {link->wake_.get(), POLLIN, 0};
     poll(&never, 1, Deadline::After(backoff_ns).Earlier(deadline).PollMs(1000));
     backoff_ns = std::min(2 * backoff_ns, kBackoffLastNs);

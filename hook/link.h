@@ -67,7 +67,8 @@ struct RestoreStart {
 class Link {
  public:
   // Connects, opens the session, starts the thread. Tries again until the deadline if the agent
-  // goes away in between. Errors: those of connect_first and of the agent, HF_DEADLINE_EXCEEDED.
+  // goes away in between, or says that it is unavailable. Errors: those of connect_first and of the
+  // agent, HF_DEADLINE_EXCEEDED.
   static Result<std::unique_ptr<Link>> Open(LinkOptions options, Deadline deadline);
   // Says kClose, if connected, and joins the thread.
   ~Link();

@@ -104,6 +104,26 @@ TEST_F(LinkTest, TheAgentIsToldWhoOpensAndWhatIsRegistered) {
   EXPECT_EQ(document.blobs[0].capacity_bytes, 12u);
 }
 
+// The answer of an agent that was just about to end: the next one takes the process.
+TEST_F(LinkTest, AnAgentThatIsEndingIsWaitedForAndThenTheNextOneIsOpened) {
+  agent_.FailNext(MessageType::kOpen, Fault::kEnding);
+  const Error opened = Open();
+  ASSERT_TRUE(opened.ok()) << opened.text();
+  EXPECT_EQ(agent_.messages(MessageType::kOpen), 2);
+  job_.reset();
+
+  // One that does not end in time says why there was nothing to open.
+  std::atomic<bool> over{false};
+  std::thread never([&] {
+    while (!over) agent_.FailNext(MessageType::kOpen, Fault::kEnding);
+  });
+  const Error ending = Open(200 * kNsPerMs);
+  over = true;
+  never.join();
+  EXPECT_EQ(ending.code(), HF_UNAVAILABLE);
+  EXPECT_STREQ(ending.text(), "refused by the script");
+}
+
 TEST_F(LinkTest, ARestartedWorkerResumesTheSessionWithItsRegistration) {
   OpenAndRegister();
   ASSERT_TRUE(SaveAndWait(1).ok());

@@ -383,6 +383,7 @@ bool TestAgent::ApplyFault(Fault fault, abi::MessageType reply_type, uint32_t re
     case Fault::kNoFds:
     case Fault::kRefuse:
     case Fault::kFence:
+    case Fault::kEnding:
       return false;
   }
   return false;
@@ -400,10 +401,11 @@ void TestAgent::Serve(Message message) {
     if (ApplyFault(*fault, reply_type, message.header.request_id)) return;
   }
   const bool no_fds = fault == Fault::kNoFds;
-  if (fault == Fault::kRefuse || fault == Fault::kFence || no_fds) {
+  if (fault == Fault::kRefuse || fault == Fault::kFence || fault == Fault::kEnding || no_fds) {
     const uint32_t id = message.header.request_id;
     hf_code code = no_fds ? HF_OK : HF_INVALID_ARGUMENT;
     if (fault == Fault::kFence) code = HF_FAILED_PRECONDITION;
+    if (fault == Fault::kEnding) code = HF_UNAVAILABLE;
     if (type == abi::MessageType::kOpen) {
       abi::OpenReply reply = {};
       SetStatus(&reply.status, code, "refused by the script");

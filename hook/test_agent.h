@@ -108,6 +108,7 @@ class TestAgent {
     kNoFds,          // a reply without its descriptors
     kRefuse,         // an error
     kFence,          // the error that ends a session for good
+    kEnding,         // the error of an agent that takes nobody any more, and ends
   };
 
   TestAgent();

@@ -6,6 +6,7 @@ Usage: job_test.py HOLDFASTD        ($HOLDFAST_LIBRARY: the library)
 import gc
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -350,6 +351,21 @@ class JobTest(unittest.TestCase):
             self.open(private_agent=False)
         self.assertIn("agent", str(caught.exception))
         self.assertEqual(caught.exception.code, holdfast.Code.UNAVAILABLE)
+
+    def test_an_agent_that_is_ending_is_waited_for_and_followed_by_another(self):
+        os.environ["HOLDFAST_DRAIN_DEADLINE"] = "1s"
+        job = self.open_registered()[0]
+        job.save(1, wait=30)  # and is not waited for: so the agent waits, until its deadline
+        before = self.place.agent_pids()
+        for pid in before:
+            os.kill(pid, signal.SIGTERM)
+        log = next(self.place.runtime.glob("*/agent.log"))
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while "signal 15: ending;" not in log.read_text():
+            self.assertLess(time.monotonic(), deadline, log.read_text())
+        again = self.open(attempt_key="the next run")
+        self.assertTrue(again.info().connected)
+        self.assertFalse(set(before) & set(self.place.agent_pids()))
 
     def test_in_a_forked_child_every_call_is_a_harmless_error(self):
         job, w, m = self.open_registered()
