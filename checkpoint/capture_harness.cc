@@ -157,6 +157,7 @@ void CaptureHarness::MakeWorld() {
   executor_ = std::make_unique<SimExecutor>(options_.seed);
   executor_->Drive(disk_);
   budget_ = std::make_unique<MemoryBudget>(options_.budget_bytes);
+  layouts_ = std::make_shared<LayoutCache>();
   memories_ = std::make_unique<RankMemories>(
       MemoryWorld{disk_, *executor_, *executor_, keeper_, *budget_, options_.populate});
 }
@@ -164,7 +165,7 @@ void CaptureHarness::MakeWorld() {
 SessionWorld CaptureHarness::World() {
   ImageWorld image{disk_, disk_, *executor_, *executor_, *executor_};
   image.flush_writes_in_flight_max = options_.writes_in_flight_max;
-  SessionWorld world{image, keeper_, *memories_, scratch_};
+  SessionWorld world{image, keeper_, *memories_, layouts_, scratch_};
   world.block_bytes = options_.block_bytes;
   world.images_per_rank_max = options_.images_per_rank_max;
   return world;

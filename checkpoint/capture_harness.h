@@ -124,6 +124,7 @@ class CaptureHarness {
   FakeKeeper& keeper() { return keeper_; }
   MemoryBudget& budget() { return *budget_; }
   RankMemories& memories() { return *memories_; }
+  LayoutCache& layouts() { return *layouts_; }
   RecordingObserver& observer() { return observer_; }
   std::vector<std::string>& warnings() { return warnings_; }
   std::vector<std::string> ImageFiles() const;  // on the disk
@@ -142,6 +143,7 @@ class CaptureHarness {
   std::unique_ptr<SimExecutor> executor_;
   std::unique_ptr<MemoryBudget> budget_;
   std::unique_ptr<RankMemories> memories_;
+  std::shared_ptr<LayoutCache> layouts_;
   std::map<SessionId, std::unique_ptr<Session>> sessions_;
   // Of the trainers, which outlive it.
   std::map<SessionId, std::unique_ptr<ScriptedTrainer>> trainers_;

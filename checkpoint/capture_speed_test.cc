@@ -75,7 +75,8 @@ TEST(CaptureSpeedTest, FromTensorsToADurableFile) {
   ImageWorld image_world{*file_system, *ring, *loop, *pool, RealClock()};
   // Not every file system of a test machine can bypass its cache.
   image_world.flush_caching = Caching::kBuffered;
-  SessionWorld world{image_world, keeper, memories, directory.path()};
+  SessionWorld world{image_world, keeper, memories, std::make_shared<LayoutCache>(),
+                     directory.path()};
   world.block_bytes = kBlockBytes;
 
   const std::string layout = absl::StrFormat(

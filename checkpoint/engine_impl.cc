@@ -92,6 +92,7 @@ EngineImpl::EngineImpl(EngineOptions options, const EngineWorld& world)
                                .flush_caching = options_.flush_caching},
                      .keeper = world.keeper,
                      .memories = memories_,
+                     .layouts = std::make_shared<LayoutCache>(),
                      .scratch_directory = options_.scratch_directory,
                      .block_bytes = options_.block_bytes,
                      .images_per_rank_max = options_.images_per_rank_max,

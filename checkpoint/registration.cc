@@ -13,7 +13,6 @@
 #include "base/check.h"
 #include "base/status_macros.h"
 #include "base/suggestion.h"
-#include "format/writer_assignment.h"
 
 namespace holdfast {
 namespace {
@@ -38,8 +37,8 @@ absl::Status Invalid(const std::string& text) {
 // Fills a Registration step by step, in the order of Build.
 class RegistrationBuilder {
  public:
-  RegistrationBuilder(std::string document, const RegistrationOwner& owner)
-      : document_(std::move(document)), result_(new Registration) {
+  RegistrationBuilder(std::string document, const RegistrationOwner& owner, LayoutCache* layouts)
+      : document_(std::move(document)), layouts_(layouts), result_(new Registration) {
     result_->owner_ = owner;
   }
 
@@ -173,18 +172,20 @@ class RegistrationBuilder {
   }
 
   absl::Status ReadLayout() {
-    ASSIGN_OR_RETURN(result_->layout_,
-                     Layout::Parse(std::string(Text(header_.layout_offset, header_.layout_bytes))));
+    std::string text(Text(header_.layout_offset, header_.layout_bytes));
+    ASSIGN_OR_RETURN(result_->layout_, layouts_ == nullptr ? SharedLayout::Make(std::move(text))
+                                                           : layouts_->Get(std::move(text)));
     const RegistrationOwner& owner = result_->owner_;
-    if (result_->layout_->world_size() != owner.world_size) {
+    const Layout& layout = result_->layout();
+    if (layout.world_size() != owner.world_size) {
       return absl::InvalidArgumentError(
           absl::StrFormat("layout: its mesh has %d ranks, the job was opened with world size %d",
-                          result_->layout_->world_size(), owner.world_size));
+                          layout.world_size(), owner.world_size));
     }
     // Of no more use, and as large as the layout.
     document_ = std::string();
     CHECK(Value(owner.rank) < owner.world_size);
-    ASSIGN_OR_RETURN(result_->holdings_, result_->layout_->ForRank(owner.rank));
+    ASSIGN_OR_RETURN(result_->holdings_, layout.ForRank(owner.rank));
     return absl::OkStatus();
   }
 
@@ -235,8 +236,8 @@ class RegistrationBuilder {
 
   absl::Status BuildImage(const std::string& scratch_directory) {
     const RegistrationOwner& owner = result_->owner_;
-    const Layout& layout = *result_->layout_;
-    ASSIGN_OR_RETURN(stored_, WriterAssignment::Create(layout).ForRank(owner.rank, group_of_need_));
+    const Layout& layout = result_->layout();
+    ASSIGN_OR_RETURN(stored_, result_->layout_->writers.ForRank(owner.rank, group_of_need_));
     std::vector<Piece> pieces;
     pieces.reserve(stored_.segments.size());
     for (const Segment& segment : stored_.segments) pieces.push_back(segment.piece);
@@ -272,7 +273,7 @@ class RegistrationBuilder {
       result_->stored_pieces_.push_back({pieces[i], image.piece_offsets()[i]});
     }
     result_->stored_boxes_ = stored_.boxes;
-    result_->fingerprints_.emplace(result_->layout_->tensor_states(), result_->stored_boxes_,
+    result_->fingerprints_.emplace(layout.tensor_states(), result_->stored_boxes_,
                                    result_->stored_pieces_);
     return absl::OkStatus();
   }
@@ -286,7 +287,7 @@ class RegistrationBuilder {
     std::vector<abi::CaptureOp> ops;
     for (size_t i = 0; i < stored_.segments.size(); ++i) {
       for (const CopyOp& op :
-           PlanSegment(result_->layout_->tensor_states(), stored_, stored_.segments[i], 0,
+           PlanSegment(result_->layout().tensor_states(), stored_, stored_.segments[i], 0,
                        result_->stored_pieces_[i].image_offset_bytes)) {
         if (op.run_bytes == 0 || op.count == 0) continue;
         // Runs lie one behind the other in the image, and inside what was registered.
@@ -360,6 +361,7 @@ class RegistrationBuilder {
   }
 
   std::string document_;
+  LayoutCache* const layouts_;
   std::unique_ptr<Registration> result_;
   abi::RegistrationDocument header_ = {};
   std::unordered_map<std::string_view, uint32_t> buffer_index_;
@@ -368,13 +370,14 @@ class RegistrationBuilder {
 };
 
 absl::StatusOr<std::shared_ptr<const Registration>> Registration::Build(
-    std::string document, const RegistrationOwner& owner, const std::string& scratch_directory) {
+    std::string document, const RegistrationOwner& owner, const std::string& scratch_directory,
+    LayoutCache* layouts) {
   if (owner.world_size == 0 || Value(owner.rank) >= owner.world_size) {
     return absl::InvalidArgumentError(
         absl::StrFormat("rank %d of a world of size %d", Value(owner.rank), owner.world_size));
   }
   RETURN_IF_ERROR(CheckBlockBytes(owner.block_bytes));
-  return RegistrationBuilder(std::move(document), owner).Build(scratch_directory);
+  return RegistrationBuilder(std::move(document), owner, layouts).Build(scratch_directory);
 }
 
 std::span<const abi::CaptureOp> Registration::capture_ops() const {

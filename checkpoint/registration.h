@@ -17,6 +17,7 @@
 
 #include "absl/status/statusor.h"
 #include "base/ids.h"
+#include "checkpoint/layout_cache.h"
 #include "format/image.h"
 #include "format/image_fingerprints.h"
 #include "format/layout.h"
@@ -68,12 +69,14 @@ class Registration {
   // seconds for 100,000 tensors: call it on a WorkPool. Errors: kInvalidArgument that names what
   // is wrong, expected and found: offsets and counts of the document, names, the layout (see
   // Layout::Parse), its world size, buffers missing, unknown or too small, names given twice,
-  // overlapping tensors, blobs; errors of ImageTemplate::Build.
+  // overlapping tensors, blobs; errors of ImageTemplate::Build. `layouts`: from which the layout
+  // comes; nullptr: it is made for this registration alone.
   static absl::StatusOr<std::shared_ptr<const Registration>> Build(
-      std::string document, const RegistrationOwner& owner, const std::string& scratch_directory);
+      std::string document, const RegistrationOwner& owner, const std::string& scratch_directory,
+      LayoutCache* layouts = nullptr);
 
   const RegistrationOwner& owner() const { return owner_; }
-  const Layout& layout() const { return *layout_; }
+  const Layout& layout() const { return *layout_->layout; }
   std::span<const RegisteredBuffer> buffers() const { return buffers_; }  // as registered
   std::span<const RegisteredBlob> blobs() const { return blobs_; }        // as registered
 
@@ -114,7 +117,7 @@ class Registration {
   Registration() = default;
 
   RegistrationOwner owner_;
-  std::unique_ptr<const Layout> layout_;
+  std::shared_ptr<const SharedLayout> layout_;
   std::vector<RegisteredBuffer> buffers_;
   std::vector<RegisteredBlob> blobs_;
   RankLayout holdings_;

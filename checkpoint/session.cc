@@ -164,11 +164,11 @@ void Session::Prepare(
   owner.world_size = identity_.world_size;
   owner.block_bytes = world_.block_bytes;
   world_.image.pool.Run(
-      [work, document_bytes, owner, scratch = world_.scratch_directory] {
+      [work, document_bytes, owner, scratch = world_.scratch_directory, layouts = world_.layouts] {
         absl::StatusOr<std::string> text = ReadSealedMemory(
             "registration document", work->document.get(), document_bytes, kDocumentBytesMax);
         work->result = text.ok()
-                           ? Registration::Build(*std::move(text), owner, scratch)
+                           ? Registration::Build(*std::move(text), owner, scratch, layouts.get())
                            : absl::StatusOr<std::shared_ptr<const Registration>>(text.status());
       },
       [this, alive = std::weak_ptr<bool>(alive_), work, document_bytes, done = std::move(done)] {

@@ -33,6 +33,7 @@
 #include "checkpoint/descriptor_keeper.h"
 #include "checkpoint/engine.h"
 #include "checkpoint/image_events.h"
+#include "checkpoint/layout_cache.h"
 #include "checkpoint/rank_images.h"
 #include "checkpoint/rank_memory.h"
 #include "checkpoint/registration.h"
@@ -64,6 +65,7 @@ struct SessionWorld {
   ImageWorld image;
   DescriptorKeeper& keeper;
   RankMemories& memories;
+  std::shared_ptr<LayoutCache> layouts;  // shared with work on the pool, which may outlive all this
   std::string scratch_directory;
   uint64_t block_bytes = 0;
   uint32_t images_per_rank_max = 2;

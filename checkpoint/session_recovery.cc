@@ -180,11 +180,11 @@ class SessionRecovery : public std::enable_shared_from_this<SessionRecovery> {
     // Parts live as long as this object, which the work holds.
     world_.image.pool.Run(
         [self = shared_from_this(), &part, owner, bytes = header.document_bytes,
-         scratch = world_.scratch_directory] {
+         scratch = world_.scratch_directory, layouts = world_.layouts] {
           absl::StatusOr<std::string> text = ReadSealedMemory(
               "registration document", part.registered->document.get(), bytes, kDocumentBytesMax);
           part.registration =
-              text.ok() ? Registration::Build(*std::move(text), owner, scratch)
+              text.ok() ? Registration::Build(*std::move(text), owner, scratch, layouts.get())
                         : absl::StatusOr<std::shared_ptr<const Registration>>(text.status());
         },
         [self = shared_from_this()] { self->DocumentRead(); });
