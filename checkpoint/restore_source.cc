@@ -7,7 +7,6 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "absl/strings/str_join.h"
 #include "base/check.h"
 #include "base/crc32c.h"
 #include "checkpoint/shared_mapping.h"
@@ -303,12 +302,9 @@ absl::Status RestoreSource::BadBlock(const Request& request, const std::string& 
   const IndexImage& image = parts_.index.images[request.image];
   const uint64_t begin = request.block * image.block_bytes;
   const uint64_t end = begin + image.block_bytes;
-  const std::vector<std::string> tensors =
-      TensorsAt(parts_.index, request.image, begin, end, kFindingTensorsMax);
-  return absl::DataLossError(absl::StrFormat(
-      "%s: block %d, bytes [%d, %d): %s; there lies: %s",
-      parts_.directory.empty() ? image.file : Path(request.image), request.block, begin, end, what,
-      tensors.empty() ? "no tensor" : absl::StrJoin(tensors, ", ")));
+  return absl::DataLossError(BadBlockText(
+      image, parts_.directory.empty() ? image.file : Path(request.image), request.block, what,
+      TensorsAt(parts_.index, request.image, begin, end, kFindingTensorsMax)));
 }
 
 }  // namespace holdfast

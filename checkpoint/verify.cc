@@ -172,10 +172,7 @@ class Verifier {
     const std::string what = found.ok() ? absl::StrFormat("expected CRC32C %08x, found %08x",
                                                           image.block_crc32c[block], *found)
                                         : std::string(found.status().message());
-    finding.text = absl::StrFormat(
-        "%s: block %d, bytes [%d, %d): %s; there lies: %s", image.file, block, finding.offset_bytes,
-        finding.offset_bytes + finding.bytes, what,
-        finding.tensors.empty() ? "no tensor" : absl::StrJoin(finding.tensors, ", "));
+    finding.text = BadBlockText(image, image.file, block, what, finding.tensors);
     const Verdict verdict = finding.tensors.empty() ? Verdict::kDamagedUnread : Verdict::kDamaged;
     AddFinding(std::move(finding), verdict);
     return false;
@@ -280,6 +277,14 @@ std::vector<std::string> TensorsAt(const Index& index, uint32_t image, uint64_t 
     }
   }
   return names;
+}
+
+std::string BadBlockText(const IndexImage& image, const std::string& file, uint64_t block,
+                         const std::string& what, const std::vector<std::string>& tensors) {
+  const uint64_t begin = block * image.block_bytes;
+  return absl::StrFormat("%s: block %d, bytes [%d, %d): %s; there lies: %s", file, block, begin,
+                         begin + image.block_bytes, what,
+                         tensors.empty() ? "no tensor" : absl::StrJoin(tensors, ", "));
 }
 
 }  // namespace holdfast

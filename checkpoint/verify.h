@@ -79,6 +79,11 @@ absl::Status CheckImageSizes(FileSystem& file_system, const std::string& directo
 std::vector<std::string> TensorsAt(const Index& index, uint32_t image, uint64_t begin_bytes,
                                    uint64_t end_bytes, size_t count_max);
 
+// How every reader says that a block is not as INDEX says: "<file>: block 2, bytes [8192, 12288):
+// <what>; there lies: wte (param), blob rng". `tensors`: what TensorsAt gives for the block.
+std::string BadBlockText(const IndexImage& image, const std::string& file, uint64_t block,
+                         const std::string& what, const std::vector<std::string>& tensors);
+
 }  // namespace holdfast
 
 #endif  // HOLDFAST_CHECKPOINT_VERIFY_H_

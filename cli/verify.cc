@@ -2,46 +2,19 @@
 
 #include "checkpoint/verify.h"
 
-#include <unistd.h>
-
 #include <CLI/CLI.hpp>
-#include <cerrno>
 #include <cstdio>
-#include <cstring>
 #include <memory>
 #include <nlohmann/json.hpp>
-#include <span>
 #include <string>
 
-#include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
-#include "base/status_macros.h"
 #include "cli/output.h"
 #include "cli/progress.h"
 #include "cli/verb.h"
 
 namespace holdfast::cli {
 namespace {
-
-absl::Status ReadFully(IoFile& file, uint64_t offset, std::span<std::byte> out) {
-  size_t done = 0;
-  while (done < out.size()) {
-    const ssize_t got = pread(file.handle(), out.data() + done, out.size() - done,
-                              static_cast<off_t>(offset + done));
-    if (got < 0 && errno == EINTR) continue;
-    if (got < 0) {
-      return errno == EIO
-                 ? absl::DataLossError("read: the device refused (EIO)")
-                 : absl::UnavailableError(absl::StrFormat("read: %s", std::strerror(errno)));
-    }
-    if (got == 0) {
-      return absl::DataLossError(absl::StrFormat(
-          "truncated: expected %d bytes at offset %d, found %d", out.size(), offset, done));
-    }
-    done += static_cast<size_t>(got);
-  }
-  return absl::OkStatus();
-}
 
 const char* VerdictText(Verdict verdict) {
   switch (verdict) {
@@ -119,7 +92,7 @@ ExitCode Run(Invocation& invocation, const std::string& path) {
         "verify",
         invocation.no_progress ? Progress::Display::kNever : Progress::Display::kAutomatic,
         RealClock());
-    report = VerifyCheckpoint(invocation.file_system, ReadFully, *entry,
+    report = VerifyCheckpoint(invocation.file_system, PlainReadAt(), *entry,
                               {.progress = [&progress](uint64_t done, uint64_t total) {
                                 progress.Update(done, total);
                                 return true;
