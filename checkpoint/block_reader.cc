@@ -1,5 +1,6 @@
 #include "checkpoint/block_reader.h"
 
+#include <cstdlib>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -42,6 +43,14 @@ absl::Status CheckImageFile(FileSystem& file_system, const std::string& path, co
 }
 
 }  // namespace
+
+void FreeBlockMemory::operator()(std::byte* bytes) const { std::free(bytes); }
+
+BlockMemory AllocateBlockMemory(uint64_t bytes) {
+  CHECK(bytes % kBlockBytesMin == 0);
+  // Alignments of direct transfers are at most a page; a block is never smaller.
+  return BlockMemory(static_cast<std::byte*>(std::aligned_alloc(kBlockBytesMin, bytes)));
+}
 
 absl::StatusOr<std::unique_ptr<BlockReader>> BlockReader::Open(FileSystem& file_system,
                                                                ReadAt read_at,

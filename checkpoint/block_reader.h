@@ -27,6 +27,13 @@ namespace holdfast {
 // open for longest, so that a checkpoint of any number of ranks needs few descriptors.
 inline constexpr size_t kImagesOpenMax = 256;
 
+// Memory for blocks, aligned for direct reads. Null if there is not as much.
+struct FreeBlockMemory {
+  void operator()(std::byte* bytes) const;
+};
+using BlockMemory = std::unique_ptr<std::byte, FreeBlockMemory>;
+BlockMemory AllocateBlockMemory(uint64_t bytes);  // a multiple of kBlockBytesMin
+
 // Threads: any; Read may run concurrently, and blocks.
 // Lifetime: file system and index outlive it.
 class BlockReader {

@@ -8,7 +8,6 @@
 #include <gtest/gtest.h>
 
 #include <cstdio>
-#include <cstdlib>
 #include <memory>
 #include <random>
 #include <span>
@@ -19,7 +18,6 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "base/check.h"
 #include "base/crc32c.h"
 #include "format/checkpoint_names.h"
 #include "io/posix_file_system.h"
@@ -36,15 +34,6 @@ using testing::Not;
 
 constexpr uint64_t kBlock = 4096;
 constexpr uint64_t kBlocks = 3;  // of an image
-
-struct Free {
-  void operator()(std::byte* bytes) const { std::free(bytes); }
-};
-std::unique_ptr<std::byte, Free> Aligned() {
-  auto* const bytes = static_cast<std::byte*>(std::aligned_alloc(kBlock, kBlock));
-  CHECK(bytes != nullptr);
-  return std::unique_ptr<std::byte, Free>(bytes);
-}
 
 // Of each image: its first block is head, then lie tensor "a<rank>" over blocks 1 and 2 in part,
 // and blob "b<rank>" in block 2.
@@ -125,7 +114,7 @@ class BlockReaderTest : public testing::Test {
 
   SimDisk disk_;
   Checkpoint checkpoint_ = MakeCheckpoint(3);
-  std::unique_ptr<std::byte, Free> memory_ = Aligned();
+  BlockMemory memory_ = AllocateBlockMemory(kBlock);
   std::span<std::byte> out_{memory_.get(), kBlock};
 };
 
@@ -241,7 +230,7 @@ TEST(BlockReader, BlocksBelowTheDevicesAlignmentAreReadThroughThePageCache) {
   SimDisk disk(SimDisk::Options{.direct_alignment_bytes = 2 * kBlock});
   const Checkpoint checkpoint = MakeCheckpoint(2);
   Put(disk, checkpoint);
-  const auto memory = Aligned();
+  const BlockMemory memory = AllocateBlockMemory(kBlock);
   const std::span<std::byte> out(memory.get(), kBlock);
   ASSERT_OK_AND_ASSIGN(const auto reader, BlockReader::Open(disk, SimReadAt(disk), kDirectory,
                                                             checkpoint.index, Caching::kDirect));
@@ -271,7 +260,7 @@ TEST(BlockReader, ManyThreadsReadMoreImagesThanMayBeOpen) {
       std::vector<std::jthread> threads;
       for (size_t thread = 0; thread < failures.size(); ++thread) {
         threads.emplace_back([&, thread] {
-          const auto memory = Aligned();
+          const BlockMemory memory = AllocateBlockMemory(kBlock);
           const std::span<std::byte> out(memory.get(), kBlock);
           std::mt19937_64 random(thread);
           for (int round = 0; round < 1500; ++round) {

@@ -162,12 +162,17 @@ absl::StatusOr<std::vector<std::byte>> PublishIndex(FileSystem& file_system,
 
 }  // namespace
 
-absl::Status CheckIndexCover(const Index& index) {
+std::vector<StoredPiece> StoredPieces(const Index& index) {
   std::vector<StoredPiece> pieces;
   pieces.reserve(index.pieces.size());
   for (const IndexPiece& piece : index.pieces) {
     pieces.push_back({piece.piece, piece.image, piece.offset_bytes});
   }
+  return pieces;
+}
+
+absl::Status CheckIndexCover(const Index& index) {
+  const std::vector<StoredPiece> pieces = StoredPieces(index);
   return CheckCover({index.tensor_states, index.boxes, pieces});
 }
 

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -16,6 +17,7 @@
 #include "base/ids.h"
 #include "format/index.h"
 #include "format/manifest.h"
+#include "format/planner.h"
 #include "io/file_system.h"
 
 namespace holdfast {
@@ -46,6 +48,8 @@ absl::Status CommitCheckpoint(FileSystem& file_system, const CommitRequest& requ
 // The proof that CommitCheckpoint demands, apart, because it depends on the registrations only and
 // is the costly part: OK if the pieces of `index` hold every element of every tensor exactly once.
 absl::Status CheckIndexCover(const Index& index);
+// The pieces as the planner asks for them.
+std::vector<StoredPiece> StoredPieces(const Index& index);
 
 // Makes sure that checkpoint `id`, whose directory exists, will never be committed, unless it is
 // already: publishes a fence under the manifest's name. OK: fenced (by this or an earlier attempt).

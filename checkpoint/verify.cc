@@ -148,13 +148,10 @@ class Verifier {
         ++report_.fingerprints_checked;
         continue;
       }
-      AddFinding(
-          {.file = kIndexFileName,
-           .tensors = {absl::StrFormat("%s (%s)", state.tensor, state.state)},
-           .text = absl::StrFormat("%s: expected fingerprint %s, found %s, though every block "
-                                   "of it has its checksum",
-                                   Describe(state), expected->Hex(), found.Hex())},
-          Verdict::kDamaged);
+      AddFinding({.file = kIndexFileName,
+                  .tensors = {absl::StrFormat("%s (%s)", state.tensor, state.state)},
+                  .text = WrongFingerprintText(state, *expected, found)},
+                 Verdict::kDamaged);
     }
   }
 
@@ -285,6 +282,13 @@ std::string BadBlockText(const IndexImage& image, const std::string& file, uint6
   return absl::StrFormat("%s: block %d, bytes [%d, %d): %s; there lies: %s", file, block, begin,
                          begin + image.block_bytes, what,
                          tensors.empty() ? "no tensor" : absl::StrJoin(tensors, ", "));
+}
+
+std::string WrongFingerprintText(const TensorState& tensor_state, const Fingerprint& expected,
+                                 const Fingerprint& found) {
+  return absl::StrFormat(
+      "%s: expected fingerprint %s, found %s, though every block of it has its checksum",
+      Describe(tensor_state), expected.Hex(), found.Hex());
 }
 
 }  // namespace holdfast

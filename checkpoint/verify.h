@@ -83,6 +83,10 @@ std::vector<std::string> TensorsAt(const Index& index, uint32_t image, uint64_t 
 // <what>; there lies: wte (param), blob rng". `tensors`: what TensorsAt gives for the block.
 std::string BadBlockText(const IndexImage& image, const std::string& file, uint64_t block,
                          const std::string& what, const std::vector<std::string>& tensors);
+// And that the bytes of a tensor state, all of them good by their checksums, have not the
+// fingerprint that INDEX says.
+std::string WrongFingerprintText(const TensorState& tensor_state, const Fingerprint& expected,
+                                 const Fingerprint& found);
 
 }  // namespace holdfast
 

@@ -14,23 +14,6 @@ namespace {
 
 constexpr size_t kImagesNamedMax = 8;
 
-// -1, 0 or 1: an order of pieces in which equal ones are neighbours; ranges of the whole tensor
-// come first.
-int Compare(const Piece& a, const Piece& b, const BoxTable& boxes) {
-  const auto order = [](auto x, auto y) { return x < y ? -1 : (y < x ? 1 : 0); };
-  if ((a.box == kWholeTensor) != (b.box == kWholeTensor)) return a.box == kWholeTensor ? -1 : 1;
-  if (a.box != b.box) {
-    const BoxView x = boxes[a.box];
-    const BoxView y = boxes[b.box];
-    for (size_t d = 0; d < x.lo.size(); ++d) {
-      if (const int by_lo = order(x.lo[d], y.lo[d]); by_lo != 0) return by_lo;
-      if (const int by_size = order(x.size[d], y.size[d]); by_size != 0) return by_size;
-    }
-  }
-  if (const int by_begin = order(a.begin, b.begin); by_begin != 0) return by_begin;
-  return order(a.end, b.end);
-}
-
 std::string ImagesOf(const SourcePiece& piece, std::span<const StoredPiece> stored) {
   std::string text = piece.replicas.size() == 1 ? "image " : "images ";
   for (size_t i = 0; i < piece.replicas.size(); ++i) {
@@ -81,18 +64,11 @@ absl::Status StateSource::AddDistinct(std::span<const uint32_t> pieces) {
           "%s: expected an offset of at most 2^62 in image %d, found %d", Describe(*tensor_state_),
           source_->pieces[index].image, source_->pieces[index].image_offset_bytes));
     }
-    if (piece.box != kWholeTensor) {
-      const auto start = ContiguousStart(source_->boxes[piece.box], tensor_state_->shape);
-      if (start.has_value()) {
-        piece.box = kWholeTensor;
-        piece.begin += *start;
-        piece.end += *start;
-      }
-    }
+    piece = AsRange(piece, *tensor_state_, source_->boxes);
     all.push_back({piece, {index}});
   }
   std::sort(all.begin(), all.end(), [this](const SourcePiece& a, const SourcePiece& b) {
-    const int order = Compare(a.piece, b.piece, source_->boxes);
+    const int order = ComparePieces(a.piece, b.piece, source_->boxes);
     if (order != 0) return order < 0;
     const auto key = [this](const SourcePiece& piece) {
       return std::pair(source_->pieces[piece.replicas[0]].image, piece.replicas[0]);
@@ -100,7 +76,7 @@ absl::Status StateSource::AddDistinct(std::span<const uint32_t> pieces) {
     return key(a) < key(b);
   });
   for (SourcePiece& piece : all) {
-    if (!pieces_.empty() && Compare(pieces_.back().piece, piece.piece, source_->boxes) == 0) {
+    if (!pieces_.empty() && ComparePieces(pieces_.back().piece, piece.piece, source_->boxes) == 0) {
       pieces_.back().replicas.push_back(piece.replicas[0]);
     } else {
       pieces_.push_back(std::move(piece));

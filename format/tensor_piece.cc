@@ -106,6 +106,45 @@ std::optional<uint64_t> ContiguousStart(BoxView box, std::span<const uint64_t> s
   return start;
 }
 
+Piece AsRange(Piece piece, const TensorState& tensor_state, const BoxTable& boxes) {
+  if (piece.box == kWholeTensor) return piece;
+  const std::optional<uint64_t> start = ContiguousStart(boxes[piece.box], tensor_state.shape);
+  if (!start.has_value()) return piece;
+  piece.box = kWholeTensor;
+  piece.begin += *start;
+  piece.end += *start;
+  return piece;
+}
+
+int ComparePieces(const Piece& a, const Piece& b, const BoxTable& boxes) {
+  const auto order = [](auto x, auto y) { return x < y ? -1 : (y < x ? 1 : 0); };
+  if ((a.box == kWholeTensor) != (b.box == kWholeTensor)) return a.box == kWholeTensor ? -1 : 1;
+  if (a.box != b.box) {
+    const BoxView x = boxes[a.box];
+    const BoxView y = boxes[b.box];
+    for (size_t d = 0; d < x.lo.size(); ++d) {
+      if (const int by_lo = order(x.lo[d], y.lo[d]); by_lo != 0) return by_lo;
+      if (const int by_size = order(x.size[d], y.size[d]); by_size != 0) return by_size;
+    }
+  }
+  if (const int by_begin = order(a.begin, b.begin); by_begin != 0) return by_begin;
+  return order(a.end, b.end);
+}
+
+uint64_t ElementInTensor(const Piece& piece, const BoxTable& boxes, const TensorState& tensor_state,
+                         uint64_t element) {
+  if (piece.box == kWholeTensor) return element;
+  const BoxView box = boxes[piece.box];
+  uint64_t result = 0;
+  uint64_t stride = 1;
+  for (size_t d = box.size.size(); d-- > 0;) {
+    result += (box.lo[d] + element % box.size[d]) * stride;
+    element /= box.size[d];
+    stride *= tensor_state.shape[d];
+  }
+  return result;
+}
+
 absl::Status CheckPiece(const Piece& piece, std::span<const TensorState> tensor_states,
                         const BoxTable& boxes) {
   if (piece.tensor_state >= tensor_states.size()) {

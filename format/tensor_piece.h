@@ -83,6 +83,19 @@ struct Piece {
 // behind the other in the tensor; else nothing. The box lies in the tensor and is not empty.
 std::optional<uint64_t> ContiguousStart(BoxView box, std::span<const uint64_t> shape);
 
+// A piece that is a box whose elements lie one behind the other in the tensor, as the range of the
+// whole tensor that it is; any other piece as it is. CheckPiece holds for it, and it is not empty.
+Piece AsRange(Piece piece, const TensorState& tensor_state, const BoxTable& boxes);
+
+// -1, 0 or 1: an order of pieces of one tensor state in which those with equal begin, end and box
+// contents are equal; ranges of the whole tensor come first.
+int ComparePieces(const Piece& a, const Piece& b, const BoxTable& boxes);
+
+// The number in the row-major order of the whole tensor of element number `element` of the
+// row-major order of the piece's box.
+uint64_t ElementInTensor(const Piece& piece, const BoxTable& boxes, const TensorState& tensor_state,
+                         uint64_t element);
+
 // kInvalidArgument if the piece does not lie in its tensor: tensor_state or box out of range, other
 // number of dimensions, box or range outside. For pieces read from storage.
 absl::Status CheckPiece(const Piece& piece, std::span<const TensorState> tensor_states,
