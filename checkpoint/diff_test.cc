@@ -24,16 +24,13 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "base/check.h"
-#include "base/crc32c.h"
 #include "checkpoint/diff_bytes.h"
 #include "checkpoint/diff_plan.h"
-#include "format/checkpoint_names.h"
+#include "checkpoint/stored_testing.h"
 #include "format/layout.h"
 #include "format/layout_oracle.h"
-#include "format/writer_assignment.h"
 #include "io/posix_file_system.h"
 #include "tests/support/status_matchers.h"
-#include "tests/support/temporary_directory.h"
 
 namespace holdfast {
 namespace {
@@ -48,135 +45,7 @@ using Kind = TensorDifference::Kind;
 using Verdict = DiffReport::Verdict;
 using Random = std::mt19937_64;
 
-constexpr uint64_t kBlock = 4096;
-
-// Whole tensor states by (tensor, state).
-struct Truth {
-  TensorState state;
-  std::vector<std::byte> bytes;
-};
-using Truths = std::map<std::pair<std::string, std::string>, Truth>;
-
-std::vector<std::byte> RandomBytes(Random& random, uint64_t count) {
-  std::vector<std::byte> bytes(count);
-  for (std::byte& byte : bytes) byte = static_cast<std::byte>(random());
-  return bytes;
-}
-
-// How the tests place pieces in images.
-enum class Alignment { kOfElements, kNone };
-
-// A checkpoint in a directory of its own.
-class Stored {
- public:
-  // The tensors in this layout. `fingerprints`: whether INDEX has those of the contents.
-  Stored(const Layout& layout, const Truths& truths, Random& random,
-         Alignment alignment = Alignment::kOfElements, bool fingerprints = true) {
-    index_.world_size = layout.world_size();
-    index_.tensor_states = layout.tensor_states();
-    const WriterAssignment writers = WriterAssignment::Create(layout);
-    for (uint32_t rank = 0; rank < layout.world_size(); ++rank) {
-      const RankLayout stored = writers.ForRank(Rank{rank}, {}).value();
-      std::vector<std::byte> image = RandomBytes(random, random() % (2 * kBlock));
-      for (const Segment& segment : stored.segments) {
-        Add(segment.piece, stored.boxes, rank, truths, random, alignment, image);
-      }
-      image.resize((image.size() + kBlock) / kBlock * kBlock);
-      images_.push_back(std::move(image));
-    }
-    SortIndex(index_);
-    index_.facts.resize(index_.tensor_states.size());
-    for (size_t i = 0; fingerprints && i < index_.facts.size(); ++i) {
-      const TensorState& state = index_.tensor_states[i];
-      index_.facts[i].fingerprint =
-          FingerprintOfShape(state) +
-          Fingerprinter().OfRun(state, 0, truths.at({state.tensor, state.state}).bytes);
-    }
-  }
-
-  void AddBlob(BlobScope scope, uint32_t rank, const std::string& name, const std::string& text) {
-    const auto bytes = std::as_bytes(std::span(text));
-    std::vector<std::byte>& image = images_[0];
-    index_.blobs.push_back({.scope = scope,
-                            .rank = Rank{rank},
-                            .name = name,
-                            .image = 0,
-                            .offset_bytes = image.size() + 10,
-                            .bytes = text.size()});
-    image.resize(image.size() + 10);
-    image.insert(image.end(), bytes.begin(), bytes.end());
-    image.resize((image.size() + kBlock - 1) / kBlock * kBlock);
-    SortIndex(index_);
-  }
-
-  // Writes all files, with the checksums of what is in the images now.
-  void Write() {
-    const std::unique_ptr<FileSystem> files = NewPosixFileSystem();
-    index_.images.clear();
-    for (uint32_t i = 0; i < images_.size(); ++i) {
-      IndexImage image;
-      image.file = ImageFileName(Rank{i});
-      image.rank = Rank{i};
-      image.bytes = images_[i].size();
-      image.block_bytes = kBlock;
-      for (uint64_t at = 0; at < image.bytes; at += kBlock) {
-        image.block_crc32c.push_back(Crc32c(std::span(images_[i]).subspan(at, kBlock)));
-      }
-      const auto file = files->CreateNew(directory_.Join(image.file));
-      CHECK_OK(file.status());
-      CHECK_OK((*file)->Append(images_[i]));
-      index_.images.push_back(std::move(image));
-    }
-  }
-
-  DiffInput input() const { return {directory_.path(), index_}; }
-  Index& index() { return index_; }
-  const Index& index() const { return index_; }
-  std::vector<std::byte>& image(uint32_t number) { return images_[number]; }
-  std::string PathOf(uint32_t image) const { return directory_.Join(ImageFileName(Rank{image})); }
-
- private:
-  void Add(Piece piece, const BoxTable& boxes, uint32_t rank, const Truths& truths, Random& random,
-           Alignment alignment, std::vector<std::byte>& image) {
-    const TensorState& state = index_.tensor_states[piece.tensor_state];
-    const Truth& truth = truths.at({state.tensor, state.state});
-    const uint64_t element_bytes = ElementBytes(state.dtype);
-    uint64_t offset = image.size() + random() % 70;
-    if (alignment == Alignment::kOfElements) {
-      offset = (offset + element_bytes - 1) / element_bytes * element_bytes;
-    }
-    image.resize(offset);
-    std::vector<uint64_t> lo(state.shape.size(), 0);
-    std::vector<uint64_t> size = state.shape;
-    if (piece.box != kWholeTensor) {
-      lo.assign(boxes[piece.box].lo.begin(), boxes[piece.box].lo.end());
-      size.assign(boxes[piece.box].size.begin(), boxes[piece.box].size.end());
-      piece.box = index_.boxes.Add(lo, size);
-    }
-    for (uint64_t number = piece.begin; number < piece.end; ++number) {
-      std::vector<uint64_t> x(size.size());
-      uint64_t rest = number;
-      for (size_t d = size.size(); d-- > 0; rest /= size[d]) x[d] = rest % size[d];
-      uint64_t element = 0;
-      for (size_t d = 0; d < size.size(); ++d) element = element * state.shape[d] + lo[d] + x[d];
-      const auto from = truth.bytes.begin() + static_cast<ptrdiff_t>(element * element_bytes);
-      image.insert(image.end(), from, from + static_cast<ptrdiff_t>(element_bytes));
-    }
-    index_.pieces.push_back({.piece = piece, .image = rank, .offset_bytes = offset});
-  }
-
-  TemporaryDirectory directory_;
-  Index index_;
-  std::vector<std::vector<std::byte>> images_;
-};
-
-Truths RandomTruths(const std::vector<TensorState>& states, Random& random) {
-  Truths truths;
-  for (const TensorState& state : states) {
-    truths[{state.tensor, state.state}] = {state, RandomBytes(random, state.Bytes())};
-  }
-  return truths;
-}
+constexpr uint64_t kBlock = kStoredBlockBytes;
 
 DiffOptions Memory(uint64_t bytes) {
   DiffOptions options;
@@ -184,11 +53,11 @@ DiffOptions Memory(uint64_t bytes) {
   return options;
 }
 
-absl::StatusOr<DiffReport> Diff(const Stored& a, const Stored& b,
+absl::StatusOr<DiffReport> Diff(const StoredCheckpoint& a, const StoredCheckpoint& b,
                                 uint64_t memory_bytes = kDiffMemoryBytes,
                                 Caching caching = Caching::kBuffered) {
-  return DiffBytes(*NewPosixFileSystem(), PlainReadAt(), a.input(), b.input(), caching,
-                   Memory(memory_bytes));
+  return DiffBytes(*NewPosixFileSystem(), PlainReadAt(), DiffInput{a.directory(), a.index()},
+                   DiffInput{b.directory(), b.index()}, caching, Memory(memory_bytes));
 }
 
 // ---- The expected report: brute force ----
@@ -361,9 +230,11 @@ TEST(DiffBytes, TheDifferencesOfAnyTwoLayoutsAreThoseThatWereMade) {
     const std::unique_ptr<const Layout> b_layout = RandomLayout(tensors, random);
     const Truths a_truth = RandomTruths(a_layout->tensor_states(), random);
     const Truths b_truth = Changed(a_truth, random);
-    const Alignment alignment = random() % 3 == 0 ? Alignment::kNone : Alignment::kOfElements;
-    Stored a(*a_layout, a_truth, random, alignment);
-    Stored b(*b_layout, b_truth, random, alignment);
+    const StoredCheckpoint::Alignment alignment = random() % 3 == 0
+                                                      ? StoredCheckpoint::Alignment::kNone
+                                                      : StoredCheckpoint::Alignment::kOfElements;
+    StoredCheckpoint a(*a_layout, a_truth, random, alignment);
+    StoredCheckpoint b(*b_layout, b_truth, random, alignment);
     a.Write();
     b.Write();
     SCOPED_TRACE(absl::StrCat("round ", round, "\n", a_layout->text(), "\n", b_layout->text()));
@@ -376,12 +247,10 @@ TEST(DiffBytes, TheDifferencesOfAnyTwoLayoutsAreThoseThatWereMade) {
     std::vector<CommonState> common;
     for (uint32_t i = 0; i < a.index().tensor_states.size(); ++i) common.push_back({{i, i}});
     const auto files = NewPosixFileSystem();
-    ASSERT_OK_AND_ASSIGN(
-        const auto a_reader,
-        BlockReader::Open(*files, PlainReadAt(), a.input().directory, a.index(), caching));
-    ASSERT_OK_AND_ASSIGN(
-        const auto b_reader,
-        BlockReader::Open(*files, PlainReadAt(), b.input().directory, b.index(), caching));
+    ASSERT_OK_AND_ASSIGN(const auto a_reader, BlockReader::Open(*files, PlainReadAt(),
+                                                                a.directory(), a.index(), caching));
+    ASSERT_OK_AND_ASSIGN(const auto b_reader, BlockReader::Open(*files, PlainReadAt(),
+                                                                b.directory(), b.index(), caching));
     uint64_t least = UINT64_MAX;
     for (const uint32_t lead : {0, 1}) {
       for (const DiffPlan::Order order : {DiffPlan::Order::kStorage, DiffPlan::Order::kElements}) {
@@ -411,26 +280,10 @@ TEST(DiffBytes, TheDifferencesOfAnyTwoLayoutsAreThoseThatWereMade) {
   EXPECT_GT(read_twice, 100 * kBlock);
 }
 
-// ---- Which schedule ----
-
-std::unique_ptr<const Layout> Matrices(uint32_t ranks, const std::string& rows,
-                                       const std::string& columns, const std::string& place) {
-  return Layout::Parse(absl::StrFormat(R"({"holdfast_layout":1,"mesh":[{"axis":"tp","size":%d}],
-      "tensors":[{"name":"w","shape":[%s,%s],"states":[
-        {"state":"param","dtype":"bfloat16"%s}]}]})",
-                                       ranks, rows, columns, place))
-      .value();
-}
-std::string Cut(int dim) {
-  return absl::StrFormat(R"(,"place":[{"op":"shard","dim":%d,"axis":"tp","rule":"balanced"}])",
-                         dim);
-}
-
 struct Pair {
   Truths truths;
-  Stored a;
-  Stored b;
-  std::vector<CommonState> common{{{0, 0}}};
+  StoredCheckpoint a;
+  StoredCheckpoint b;
 
   Pair(const Layout& a_layout, const Layout& b_layout, Random& random)
       : truths(RandomTruths(a_layout.tensor_states(), random)),
@@ -439,66 +292,7 @@ struct Pair {
     a.Write();
     b.Write();
   }
-  uint64_t Bytes(uint64_t memory, uint32_t lead, DiffPlan::Order order) const {
-    return DiffPlan::CreateWith(a.index(), b.index(), common, memory, lead, order)
-        .value()
-        .schedule()
-        .bytes;
-  }
 };
-
-TEST(DiffPlan, EqualCutsAreReadInTheOrderOfStorageAndNothingTwice) {
-  Random random(1);
-  for (const std::string& place : {std::string(), Cut(0), Cut(1)}) {
-    const auto layout = Matrices(4, "256", "300", place);
-    const Pair pair(*layout, *layout, random);
-    ASSERT_OK_AND_ASSIGN(const DiffPlan plan,
-                         DiffPlan::Create(pair.a.index(), pair.b.index(), pair.common, 0));
-    const DiffSchedule& schedule = plan.schedule();
-    EXPECT_EQ(schedule.bytes, schedule.distinct_bytes);
-    EXPECT_GE(schedule.bytes, 2 * 256 * 300 * 2u);
-    std::array<std::pair<uint32_t, uint64_t>, 2> last{};
-    for (const BlockLoad& load : schedule.loads) {
-      EXPECT_LE(last[load.checkpoint], std::pair(load.image, load.block));
-      last[load.checkpoint] = {load.image, load.block};
-    }
-  }
-}
-
-TEST(DiffPlan, RowsAgainstColumnsAreReadOnceWhereMemoryAllows) {
-  Random random(2);
-  const auto rows = Matrices(8, "512", "512", Cut(0));
-  const auto columns = Matrices(8, "512", "512", Cut(1));
-  for (const bool columns_first : {false, true}) {
-    const Pair pair(columns_first ? *columns : *rows, columns_first ? *rows : *columns, random);
-    const uint64_t memory = 64 * kBlock;
-    ASSERT_OK_AND_ASSIGN(const DiffPlan plan,
-                         DiffPlan::Create(pair.a.index(), pair.b.index(), pair.common, memory));
-    EXPECT_EQ(plan.schedule().bytes, plan.schedule().distinct_bytes);
-    // Not because any order would do: by the storage of the columns rows are read again and again.
-    EXPECT_GT(pair.Bytes(memory, columns_first ? 0 : 1, DiffPlan::Order::kStorage),
-              2 * plan.schedule().bytes);
-    ASSERT_OK_AND_ASSIGN(const DiffReport report, Diff(pair.a, pair.b, memory));
-    EXPECT_EQ(report.verdict, Verdict::kEqual);
-    EXPECT_EQ(report.bytes_read, plan.schedule().bytes);
-    // With less it still ends, and says equal.
-    ASSERT_OK_AND_ASSIGN(const DiffReport tight, Diff(pair.a, pair.b, 0));
-    EXPECT_EQ(tight.verdict, Verdict::kEqual);
-    EXPECT_GE(tight.bytes_read, report.bytes_read);
-  }
-}
-
-TEST(DiffPlan, ColumnsAgainstOtherColumnsAreReadOnceInTheOrderOfElements) {
-  Random random(3);
-  const Pair pair(*Matrices(2, "512", "1536", Cut(1)), *Matrices(3, "512", "1536", Cut(1)), random);
-  const uint64_t memory = 64 * kBlock;
-  ASSERT_OK_AND_ASSIGN(const DiffPlan plan,
-                       DiffPlan::Create(pair.a.index(), pair.b.index(), pair.common, memory));
-  EXPECT_EQ(plan.schedule().bytes, plan.schedule().distinct_bytes);
-  for (const uint32_t lead : {0, 1}) {
-    EXPECT_GT(pair.Bytes(memory, lead, DiffPlan::Order::kStorage), plan.schedule().bytes);
-  }
-}
 
 // ---- What is not the same tensor ----
 
@@ -521,8 +315,8 @@ TEST(Diff, WhatIsInOneOnlyOrOfAnotherKindDiffersAndIsNamed) {
   Random random(4);
   const auto a_layout = Named({{"a", kFloats}, {"c", kFloats}, {"d", kFloats}, {"e", kNothing}});
   const auto b_layout = Named({{"b", kFloats}, {"c", kTurned}, {"d", kIntegers}, {"e", kNothing}});
-  Stored a(*a_layout, RandomTruths(a_layout->tensor_states(), random), random);
-  Stored b(*b_layout, RandomTruths(b_layout->tensor_states(), random), random);
+  StoredCheckpoint a(*a_layout, RandomTruths(a_layout->tensor_states(), random), random);
+  StoredCheckpoint b(*b_layout, RandomTruths(b_layout->tensor_states(), random), random);
   a.Write();
   b.Write();
   ASSERT_OK_AND_ASSIGN(const DiffReport by_bytes, Diff(a, b));
@@ -551,9 +345,9 @@ TEST(Diff, FingerprintsSayWhatBytesSayAndWithoutThemItIsUnknown) {
   const Truths truths = RandomTruths(layout->tensor_states(), random);
   Truths changed = truths;
   changed.at({"b", "param"}).bytes[7] ^= std::byte{1};
-  const Stored a(*layout, truths, random);
-  Stored same(*layout, truths, random);
-  const Stored other(*layout, changed, random);
+  const StoredCheckpoint a(*layout, truths, random);
+  StoredCheckpoint same(*layout, truths, random);
+  const StoredCheckpoint other(*layout, changed, random);
 
   EXPECT_EQ(DiffFingerprints(a.index(), same.index()).verdict, Verdict::kEqual);
   const DiffReport report = DiffFingerprints(a.index(), other.index());
@@ -579,10 +373,10 @@ TEST(Diff, BlobsAreReportedAndAreNoPartOfTheVerdict) {
   Random random(6);
   const auto layout = Named({{"a", kFloats}});
   const Truths truths = RandomTruths(layout->tensor_states(), random);
-  Stored a(*layout, truths, random);
-  Stored b(*layout, truths, random);
+  StoredCheckpoint a(*layout, truths, random);
+  StoredCheckpoint b(*layout, truths, random);
   const std::string large(3 * kBlock + 5, 'x');
-  for (Stored* stored : {&a, &b}) {
+  for (StoredCheckpoint* stored : {&a, &b}) {
     const std::string mine = stored == &a ? "a" : "b";
     stored->AddBlob(BlobScope::kGlobal, 0, "args", "same");
     stored->AddBlob(BlobScope::kGlobal, 0, "empty", "");
@@ -618,17 +412,17 @@ TEST(Diff, BlobsAreReportedAndAreNoPartOfTheVerdict) {
 
 TEST(DiffBytes, DamageOfEitherIsNamedWithItsPlace) {
   Random random(7);
-  const auto rows = Matrices(4, "64", "100", Cut(0));
-  const auto columns = Matrices(2, "64", "100", Cut(1));
+  const auto rows = MatrixLayout(4, 64, 100, CutOver(0));
+  const auto columns = MatrixLayout(2, 64, 100, CutOver(1));
   Pair pair(*rows, *columns, random);
   const auto files = NewPosixFileSystem();
-  const auto rewrite = [&](Stored& stored, std::span<const std::byte> bytes) {
+  const auto rewrite = [&](StoredCheckpoint& stored, std::span<const std::byte> bytes) {
     CHECK_OK(files->Unlink(stored.PathOf(1)));
     const auto file = files->CreateNew(stored.PathOf(1));
     CHECK_OK(file.status());
     CHECK_OK((*file)->Append(bytes));
   };
-  for (Stored* stored : {&pair.a, &pair.b}) {
+  for (StoredCheckpoint* stored : {&pair.a, &pair.b}) {
     ASSERT_OK(Diff(pair.a, pair.b));
     const std::vector<std::byte> good = stored->image(1);
     std::vector<std::byte> bad = good;
@@ -647,23 +441,22 @@ TEST(DiffBytes, DamageOfEitherIsNamedWithItsPlace) {
     stored->index().pieces.pop_back();
     EXPECT_THAT(Diff(pair.a, pair.b).status(),
                 StatusIs(absl::StatusCode::kDataLoss,
-                         AllOf(HasSubstr(stored->input().directory), HasSubstr("\"w\""))));
+                         AllOf(HasSubstr(stored->directory()), HasSubstr("\"w\""))));
     stored->index().pieces.push_back(piece);
   }
 }
 
 TEST(DiffBytes, AFingerprintThatLiesIsDamageOfItsCheckpoint) {
   Random random(8);
-  Pair pair(*Matrices(4, "64", "100", Cut(0)), *Matrices(2, "64", "100", Cut(1)), random);
-  for (Stored* stored : {&pair.a, &pair.b}) {
+  Pair pair(*MatrixLayout(4, 64, 100, CutOver(0)), *MatrixLayout(2, 64, 100, CutOver(1)), random);
+  for (StoredCheckpoint* stored : {&pair.a, &pair.b}) {
     const std::optional<Fingerprint> right = stored->index().facts[0].fingerprint;
     stored->index().facts[0].fingerprint = *right + Fingerprint(1);
     ASSERT_OK_AND_ASSIGN(const DiffReport report, Diff(pair.a, pair.b));
     EXPECT_EQ(report.verdict, Verdict::kEqual);
     EXPECT_EQ(report.damage_count, 1u);
-    EXPECT_THAT(report.damage,
-                ElementsAre(AllOf(HasSubstr(stored->input().directory), HasSubstr("\"w\""),
-                                  HasSubstr(absl::StrCat("found ", right->Hex())))));
+    EXPECT_THAT(report.damage, ElementsAre(AllOf(HasSubstr(stored->directory()), HasSubstr("\"w\""),
+                                                 HasSubstr(absl::StrCat("found ", right->Hex())))));
     stored->index().facts[0].fingerprint = right;
   }
   // Contents that were changed under good checksums, by the fingerprint that stayed.
@@ -673,15 +466,15 @@ TEST(DiffBytes, AFingerprintThatLiesIsDamageOfItsCheckpoint) {
   EXPECT_EQ(DiffFingerprints(pair.a.index(), pair.b.index()).verdict, Verdict::kEqual);
   ASSERT_OK_AND_ASSIGN(const DiffReport report, Diff(pair.a, pair.b));
   EXPECT_EQ(report.verdict, Verdict::kDifferent);
-  EXPECT_THAT(report.damage, ElementsAre(HasSubstr(pair.b.input().directory)));
+  EXPECT_THAT(report.damage, ElementsAre(HasSubstr(pair.b.directory())));
 }
 
 // An index may say that a piece is stored twice; that counts as one.
 TEST(DiffBytes, ReplicasCountOnce) {
   Random random(9);
-  const auto layout = Matrices(2, "64", "100", Cut(1));
+  const auto layout = MatrixLayout(2, 64, 100, CutOver(1));
   const Truths truths = RandomTruths(layout->tensor_states(), random);
-  Stored a(*layout, truths, random);
+  StoredCheckpoint a(*layout, truths, random);
   for (int copies = 0; copies < 2; ++copies) {
     IndexPiece copy = a.index().pieces[0];
     const uint64_t bytes = copy.piece.ElementCount() * 2;
@@ -697,7 +490,7 @@ TEST(DiffBytes, ReplicasCountOnce) {
     a.index().pieces.push_back(copy);
   }
   SortIndex(a.index());
-  Stored b(*Matrices(2, "64", "100", Cut(0)), truths, random);
+  StoredCheckpoint b(*MatrixLayout(2, 64, 100, CutOver(0)), truths, random);
   a.Write();
   b.Write();
   for (const bool first : {true, false}) {
@@ -708,7 +501,8 @@ TEST(DiffBytes, ReplicasCountOnce) {
 
 TEST(DiffBytes, StopsWhenItIsToldTo) {
   Random random(10);
-  const Pair pair(*Matrices(4, "512", "400", Cut(0)), *Matrices(2, "512", "400", Cut(1)), random);
+  const Pair pair(*MatrixLayout(4, 512, 400, CutOver(0)), *MatrixLayout(2, 512, 400, CutOver(1)),
+                  random);
   DiffOptions options = Memory(0);
   uint64_t calls = 0;
   uint64_t total = 0;
@@ -717,8 +511,8 @@ TEST(DiffBytes, StopsWhenItIsToldTo) {
     total = bytes;
     return ++calls < 3;
   };
-  EXPECT_THAT(DiffBytes(*NewPosixFileSystem(), PlainReadAt(), pair.a.input(), pair.b.input(),
-                        Caching::kBuffered, options)
+  EXPECT_THAT(DiffBytes(*NewPosixFileSystem(), PlainReadAt(), {pair.a.directory(), pair.a.index()},
+                        {pair.b.directory(), pair.b.index()}, Caching::kBuffered, options)
                   .status(),
               StatusIs(absl::StatusCode::kCancelled));
   EXPECT_EQ(calls, 3u);

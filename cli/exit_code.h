@@ -9,6 +9,7 @@ namespace holdfast::cli {
 enum ExitCode : int {
   kExitOk = 0,
   kExitFailure = 1,
+  kExitDiffers = 1,  // of `diff`, which gives it for nothing else
   kExitUsage = 2,
   kExitRecoverable = 3,  // damaged, but what is needed can be had from elsewhere
   kExitDamaged = 4,

@@ -184,14 +184,7 @@ void PrintText(const CatalogEntry& entry, const Index& index, const Options& opt
 
 absl::Status Run(Invocation& invocation, const Options& options) {
   ASSIGN_OR_RETURN(const CatalogEntry entry, Locate(invocation.file_system, options.path));
-  if (!entry.manifest.has_value()) {
-    const std::string text =
-        absl::StrFormat("%s: %s: %s", entry.directory, StateText(entry), entry.why);
-    return entry.state == CatalogEntry::State::kDamaged ? absl::DataLossError(text)
-                                                        : absl::NotFoundError(text);
-  }
-  ASSIGN_OR_RETURN(const Index index,
-                   LoadIndex(invocation.file_system, entry.directory, *entry.manifest));
+  ASSIGN_OR_RETURN(const Index index, LoadIndexOf(invocation.file_system, entry));
   if (invocation.json) {
     std::printf("%s\n", JsonText(ToJson(entry, index, options)).c_str());
   } else {

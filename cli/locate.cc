@@ -57,6 +57,17 @@ absl::StatusOr<CatalogEntry> Locate(FileSystem& file_system, const std::string& 
   return catalog.entries[*catalog.newest];
 }
 
+absl::StatusOr<Index> LoadIndexOf(FileSystem& file_system, const CatalogEntry& entry) {
+  if (entry.state == CatalogEntry::State::kCommitted) {
+    return LoadIndex(file_system, entry.directory, *entry.manifest);
+  }
+  const std::string text =
+      absl::StrFormat("%s: %s: %s", entry.directory, StateText(entry), entry.why);
+  return entry.state == CatalogEntry::State::kDamaged
+             ? absl::StatusOr<Index>(absl::DataLossError(text))
+             : absl::NotFoundError(text);
+}
+
 std::string StateText(const CatalogEntry& entry) {
   std::string text;
   switch (entry.state) {

@@ -13,7 +13,7 @@
 int main(int argc, char** argv) {
   using namespace holdfast::cli;
   const std::unique_ptr<holdfast::FileSystem> file_system = holdfast::NewPosixFileSystem();
-  Invocation invocation{*file_system, false, false, nullptr};
+  Invocation invocation{.file_system = *file_system, .run = nullptr};
 
   CLI::App app("Looks at checkpoints and agents of Holdfast.", "holdfast");
   app.require_subcommand(1);
@@ -26,6 +26,7 @@ int main(int argc, char** argv) {
   AddLs(app, invocation);
   AddInspect(app, invocation);
   AddVerify(app, invocation);
+  AddDiff(app, invocation);
   AddStatus(app, invocation);
   try {
     app.parse(argc, argv);
@@ -37,6 +38,6 @@ int main(int argc, char** argv) {
   } catch (const std::exception& error) {
     // None of ours throws; a library that does on some input must not end in a core dump.
     std::fprintf(stderr, "holdfast: internal error: %s\n", Printable(error.what()).c_str());
-    return kExitFailure;
+    return invocation.failure;
   }
 }

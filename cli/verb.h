@@ -8,6 +8,7 @@
 
 #include "absl/status/statusor.h"
 #include "checkpoint/catalog.h"
+#include "checkpoint/verify.h"
 #include "cli/exit_code.h"
 #include "io/file_system.h"
 
@@ -22,12 +23,15 @@ struct Invocation {
   FileSystem& file_system;
   bool json = false;         // --json: one object on standard output, stable, with schema_version
   bool no_progress = false;  // --no-progress
+  // Of a failure that has no code of its own: diff has another meaning for 1.
+  ExitCode failure = kExitFailure;
   std::function<ExitCode()> run;  // of the verb that was named
 };
 
 void AddLs(CLI::App& app, Invocation& invocation);
 void AddInspect(CLI::App& app, Invocation& invocation);
 void AddVerify(CLI::App& app, Invocation& invocation);
+void AddDiff(CLI::App& app, Invocation& invocation);
 void AddStatus(CLI::App& app, Invocation& invocation);
 
 // Prints `status` on standard error ("holdfast: ...") and returns its exit code.
@@ -36,6 +40,10 @@ ExitCode Report(const absl::Status& status);
 // A checkpoint named on the command line: its directory, or ROOT/JOB for the newest on the current
 // branch. Errors: kNotFound, or those of ReadCatalog.
 absl::StatusOr<CatalogEntry> Locate(FileSystem& file_system, const std::string& path);
+
+// INDEX of a checkpoint that is committed and whole as far as the catalog sees; else kDataLoss or
+// kNotFound that says what it is.
+absl::StatusOr<Index> LoadIndexOf(FileSystem& file_system, const CatalogEntry& entry);
 
 // A job's directory, split into the root and the job's name. Symbolic links in `path` are resolved.
 struct JobPath {
