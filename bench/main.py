@@ -24,6 +24,7 @@ BENCHMARKS = {
     "stamp_head": ("spine", "stamp_head"),
     "planner": ("spine", "planner"),
     "fingerprint": ("fingerprint", "rows"),
+    "diff": ("diff", "rows"),
     "side_by_side": ("side_by_side", "rows"),
 }
 
