@@ -17,7 +17,7 @@ std::string NumberedFileName(const std::string& path, uint32_t number) {
   const bool has_extension =
       dot != std::string::npos && (slash == std::string::npos || dot > slash);
   const size_t end = has_extension ? dot : path.size();
-  return absl::StrCat(path.substr(0, end), ".", number, path.substr(end));
+  return absl::StrCat(path.substr(0, end), ".r", number, path.substr(end));
 }
 
 void RemoveUnpublished(const ImageWorld& world, const std::string& path,

@@ -30,7 +30,8 @@ inline constexpr int kFlushTriesMax = 3;
 // Names that exist already are passed over; more than so many in a row are an error of a try.
 inline constexpr int kFlushNamesSkippedMax = 16;
 
-// "dir/rank-00003.h5" for 0, "dir/rank-00003.2.h5" for 2.
+// "dir/rank-00003.h5" for 0, "dir/rank-00003.r2.h5" for 2: of the name of an image the one that
+// ImageFileName gives.
 std::string NumberedFileName(const std::string& path, uint32_t number);
 
 // Removes an unpublished file that may not exist, on the pool, then calls `done` on the loop.

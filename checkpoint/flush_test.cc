@@ -11,6 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
 #include "checkpoint/capture_harness.h"
+#include "format/checkpoint_names.h"
 #include "tests/support/status_matchers.h"
 
 namespace holdfast {
@@ -22,10 +23,15 @@ using testing::HasSubstr;
 using testing::IsEmpty;
 using testing::SizeIs;
 
-TEST(FlushTest, NamesOfRetries) {
-  EXPECT_EQ(NumberedFileName("/r/rank-00003.h5", 0), "/r/rank-00003.h5");
-  EXPECT_EQ(NumberedFileName("/r/rank-00003.h5", 2), "/r/rank-00003.2.h5");
-  EXPECT_EQ(NumberedFileName("/a.b/image", 1), "/a.b/image.1");
+constexpr Rank kRank3{3};
+
+TEST(FlushTest, NamesOfRetriesAreThoseThatReadersOfADirectoryKnow) {
+  for (const uint32_t number : {0, 1, 2, 17}) {
+    EXPECT_EQ(NumberedFileName("/r/" + ImageFileName(kRank3), number),
+              "/r/" + ImageFileName(kRank3, number));
+  }
+  EXPECT_EQ(NumberedFileName("/r/rank-00003.h5", 2), "/r/rank-00003.r2.h5");
+  EXPECT_EQ(NumberedFileName("/a.b/image", 1), "/a.b/image.r1");
 }
 
 constexpr Rank kRank0{0};
@@ -72,7 +78,7 @@ TEST(FlushTest, OneFailureOfAnyOperationIsRetriedUnderANewName) {
       scene.Save(3);
       scene.ExpectDurable(3);
       const bool failed = disk.fault_count() > 0;
-      EXPECT_THAT(scene.harness->ImageFiles(), ElementsAre(failed ? "/root/a1.s3.rank-00000.1.h5"
+      EXPECT_THAT(scene.harness->ImageFiles(), ElementsAre(failed ? "/root/a1.s3.rank-00000.r1.h5"
                                                                   : "/root/a1.s3.rank-00000.h5"));
       if (!failed) {
         // As many as there are: one per block, one sync, one file.
@@ -181,13 +187,13 @@ TEST(FlushTest, AReadOnlyMountIsAFailureWithItsReason) {
 TEST(FlushTest, NamesThatExistArePassedOver) {
   Scene scene;
   scene.harness->disk().PutFile("/root/a1.s3.rank-00000.h5", "somebody's");
-  scene.harness->disk().PutFile("/root/a1.s3.rank-00000.1.h5", "somebody's too");
+  scene.harness->disk().PutFile("/root/a1.s3.rank-00000.r1.h5", "somebody's too");
   scene.Save(3);
   scene.ExpectDurable(3);
-  EXPECT_EQ(*scene.Image(3).durable_path, "/root/a1.s3.rank-00000.2.h5");
+  EXPECT_EQ(*scene.Image(3).durable_path, "/root/a1.s3.rank-00000.r2.h5");
   EXPECT_THAT(scene.harness->disk().Contents("/root/a1.s3.rank-00000.h5"),
               IsOkAndHolds("somebody's"));
-  EXPECT_THAT(scene.harness->disk().Contents("/root/a1.s3.rank-00000.1.h5"),
+  EXPECT_THAT(scene.harness->disk().Contents("/root/a1.s3.rank-00000.r1.h5"),
               IsOkAndHolds("somebody's too"));
 }
 

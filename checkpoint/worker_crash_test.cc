@@ -169,8 +169,8 @@ TEST(WorkerCrashTest, AnAbandonedNameIsNotUsedAgain) {
   harness.trainer(id).CopyBlocks(*slot);
   harness.trainer(id).Finish(*slot);
   harness.Settle();
-  EXPECT_THAT(harness.ImageFiles(), ElementsAre("/root/a1.s1.rank-00000.2.h5"));
-  EXPECT_EQ(harness.observer().Of(kRank0, 1)->durable_path, "/root/a1.s1.rank-00000.2.h5");
+  EXPECT_THAT(harness.ImageFiles(), ElementsAre("/root/a1.s1.rank-00000.r2.h5"));
+  EXPECT_EQ(harness.observer().Of(kRank0, 1)->durable_path, "/root/a1.s1.rank-00000.r2.h5");
 }
 
 // ---- Garbage
