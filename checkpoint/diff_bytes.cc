@@ -22,7 +22,7 @@ namespace holdfast {
 namespace {
 
 constexpr uint32_t kNone = UINT32_MAX;
-constexpr size_t kReaders = 6;  // reads in flight; a device wants a few
+constexpr size_t kReadersMax = 6;  // reads in flight; a device wants a few
 constexpr unsigned kComparersMax = 4;
 
 // The slots of one checkpoint.
@@ -70,7 +70,8 @@ class Comparison {
   absl::StatusOr<std::vector<StateComparison>> Run() {
     {
       std::vector<std::jthread> threads;
-      for (size_t i = 0; i < kReaders; ++i) threads.emplace_back([this] { ReadBlocks(); });
+      const size_t readers = std::min(kReadersMax, schedule_.loads.size());
+      for (size_t i = 0; i < readers; ++i) threads.emplace_back([this] { ReadBlocks(); });
       const unsigned comparers = std::clamp(std::thread::hardware_concurrency(), 1u, kComparersMax);
       for (unsigned i = 1; i < comparers; ++i)
         threads.emplace_back([this] { CompareWindows(false); });
@@ -98,6 +99,12 @@ class Comparison {
             IndexOf(load.checkpoint).images[load.image].block_bytes};
   }
 
+  void Stop(absl::Status status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    if (status_.ok()) status_ = std::move(status);
+    slot_free_.SignalAll();
+    block_there_.SignalAll();
+  }
+
   // ---- Reading ----
 
   void ReadBlocks() {
@@ -109,7 +116,7 @@ class Comparison {
         number = next_load_++;
         const uint32_t previous = previous_in_slot_[number];
         while (status_.ok() && previous != kNone && uses_left_[previous] > 0) {
-          changed_.Wait(mutex_);
+          slot_free_.Wait(mutex_);
         }
         if (!status_.ok()) return;
       }
@@ -120,18 +127,20 @@ class Comparison {
       if (read.ok()) {
         is_there_[number] = true;
         bytes_read_ += block.size();
-      } else if (status_.ok()) {
-        status_ = std::move(read);
+        block_there_.SignalAll();
+      } else {
+        Stop(std::move(read));
       }
-      changed_.SignalAll();
     }
   }
 
   // ---- Comparing ----
 
   bool AllThere(const DiffWindow& window) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-    const std::span<const uint32_t> uses = UsesOf(window);
-    return std::all_of(uses.begin(), uses.end(), [this](uint32_t load) { return is_there_[load]; });
+    for (const uint32_t load : UsesOf(window)) {
+      if (!is_there_[load]) return false;
+    }
+    return true;
   }
   std::span<const uint32_t> UsesOf(const DiffWindow& window) const {
     return std::span(schedule_.uses)
@@ -146,7 +155,7 @@ class Comparison {
         MutexLock lock(mutex_);
         if (!status_.ok() || next_window_ == schedule_.windows.size()) return;
         window = &schedule_.windows[next_window_++];
-        while (status_.ok() && !AllThere(*window)) changed_.Wait(mutex_);
+        while (status_.ok() && !AllThere(*window)) block_there_.Wait(mutex_);
         if (!status_.ok()) return;
       }
       const StateComparison found = Compare(*window, comparer);
@@ -156,14 +165,14 @@ class Comparison {
         StateComparison& result = results_[plan_.pieces()[window->piece].common];
         result.differences += found.differences;
         for (size_t i = 0; i < 2; ++i) result.element_sum[i] += found.element_sum[i];
-        for (const uint32_t load : UsesOf(*window)) --uses_left_[load];
+        bool frees_slots = false;
+        for (const uint32_t load : UsesOf(*window)) frees_slots |= --uses_left_[load] == 0;
+        if (frees_slots) slot_free_.SignalAll();
         bytes_read = bytes_read_;
-        changed_.SignalAll();
       }
       if (reports_progress && !progress_(bytes_read)) {
         MutexLock lock(mutex_);
-        if (status_.ok()) status_ = absl::CancelledError("the comparison was stopped");
-        changed_.SignalAll();
+        Stop(absl::CancelledError("the comparison was stopped"));
       }
     }
   }
@@ -265,7 +274,8 @@ class Comparison {
   std::vector<uint32_t> previous_in_slot_;  // of each load: the one before it in its slot
 
   Mutex mutex_;
-  CondVar changed_;
+  CondVar slot_free_;    // the uses of a load are down to 0, or everybody stops
+  CondVar block_there_;  // a load is there, or everybody stops
   absl::Status status_ ABSL_GUARDED_BY(mutex_);  // the first error: everybody stops
   uint32_t next_load_ ABSL_GUARDED_BY(mutex_) = 0;
   size_t next_window_ ABSL_GUARDED_BY(mutex_) = 0;
