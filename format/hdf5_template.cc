@@ -16,7 +16,6 @@
 #include "format/hdf5_template.h"
 
 #include <fcntl.h>
-#include <hdf5.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -35,58 +34,12 @@
 #include "absl/strings/str_format.h"
 #include "base/check.h"
 #include "base/status_macros.h"
+#include "format/hdf5_object.h"
 
 namespace holdfast {
 namespace {
 
-// Closes an HDF5 identifier. Negative: none.
-class Handle {
- public:
-  Handle() = default;
-  Handle(hid_t id, herr_t (*close)(hid_t)) : id_(id), close_(close) {}
-  ~Handle() { Close(); }
-  Handle(Handle&& other) noexcept : id_(std::exchange(other.id_, -1)), close_(other.close_) {}
-  Handle& operator=(Handle&& other) noexcept {
-    if (this != &other) {
-      Close();
-      id_ = std::exchange(other.id_, -1);
-      close_ = other.close_;
-    }
-    return *this;
-  }
-
-  bool ok() const { return id_ >= 0; }
-  hid_t get() const { return id_; }
-  // False if libhdf5 reported an error, e.g. of a write that it had put off.
-  bool Close() {
-    const hid_t id = std::exchange(id_, -1);
-    return id < 0 || close_(id) >= 0;
-  }
-
- private:
-  hid_t id_ = -1;
-  herr_t (*close_)(hid_t) = nullptr;
-};
-
-// The calling thread's HDF5 error stack in one line, and empties it.
-std::string TakeErrorText() {
-  std::string text;
-  const auto append = [](unsigned, const H5E_error2_t* error, void* out) -> herr_t {
-    auto& to = *static_cast<std::string*>(out);
-    if (to.size() < 1000) {
-      absl::StrAppend(&to, to.empty() ? "" : "; ", error->func_name, ": ", error->desc);
-    }
-    return 0;
-  };
-  // The walk fails only without a stack; then there is no text.
-  static_cast<void>(H5Ewalk2(H5E_DEFAULT, H5E_WALK_UPWARD, append, &text));
-  static_cast<void>(H5Eclear2(H5E_DEFAULT));
-  return text.empty() ? "no error text" : text;
-}
-
-absl::Status Hdf5Error(const std::string& what) {
-  return absl::InternalError(absl::StrCat("HDF5: cannot ", what, ": ", TakeErrorText()));
-}
+using hdf5::Handle;
 
 // An open file that has no name any more; libhdf5 and we have it open at once.
 class ScratchFile {
@@ -149,83 +102,6 @@ class ScratchFile {
   bool named_ = true;
 };
 
-// bool is h5py's enumeration, read as numpy bool. bfloat16 and float8_e5m2 are IEEE-like, so HDF5
-// can be told and converts them. float8_e4m3fn is not (no infinity, one NaN): as a custom float 448
-// would read as NaN, so it is opaque bytes (with an empty tag: h5py
-// cannot read others).
-Handle MakeType(Dtype dtype) {
-  const auto copy = [](hid_t type) { return Handle(H5Tcopy(type), H5Tclose); };
-  switch (dtype) {
-    case Dtype::kBool: {
-      Handle type(H5Tenum_create(H5T_STD_I8LE), H5Tclose);
-      const signed char no = 0;
-      const signed char yes = 1;
-      if (!type.ok() || H5Tenum_insert(type.get(), "FALSE", &no) < 0 ||
-          H5Tenum_insert(type.get(), "TRUE", &yes) < 0) {
-        return {};
-      }
-      return type;
-    }
-    case Dtype::kUint8:
-      return copy(H5T_STD_U8LE);
-    case Dtype::kInt8:
-      return copy(H5T_STD_I8LE);
-    case Dtype::kUint16:
-      return copy(H5T_STD_U16LE);
-    case Dtype::kInt16:
-      return copy(H5T_STD_I16LE);
-    case Dtype::kUint32:
-      return copy(H5T_STD_U32LE);
-    case Dtype::kInt32:
-      return copy(H5T_STD_I32LE);
-    case Dtype::kUint64:
-      return copy(H5T_STD_U64LE);
-    case Dtype::kInt64:
-      return copy(H5T_STD_I64LE);
-    case Dtype::kFloat32:
-      return copy(H5T_IEEE_F32LE);
-    case Dtype::kFloat64:
-      return copy(H5T_IEEE_F64LE);
-    case Dtype::kFloat16:
-    case Dtype::kBfloat16:
-    case Dtype::kFloat8E5m2: {
-      struct Fields {
-        size_t bits, exponent_at, exponent_bits, bias;
-      };
-      const Fields fields = dtype == Dtype::kFloat16    ? Fields{16, 10, 5, 15}
-                            : dtype == Dtype::kBfloat16 ? Fields{16, 7, 8, 127}
-                                                        : Fields{8, 2, 5, 15};
-      Handle type = copy(H5T_IEEE_F32LE);
-      // Fields before size: each step must leave a consistent type.
-      if (!type.ok() ||
-          H5Tset_fields(type.get(), fields.bits - 1, fields.exponent_at, fields.exponent_bits, 0,
-                        fields.exponent_at) < 0 ||
-          H5Tset_precision(type.get(), fields.bits) < 0 ||
-          H5Tset_size(type.get(), fields.bits / 8) < 0 ||
-          H5Tset_ebias(type.get(), fields.bias) < 0) {
-        return {};
-      }
-      return type;
-    }
-    case Dtype::kFloat8E4m3fn: {
-      Handle type(H5Tcreate(H5T_OPAQUE, 1), H5Tclose);
-      if (!type.ok() || H5Tset_tag(type.get(), "") < 0) return {};
-      return type;
-    }
-  }
-  return {};
-}
-
-Handle MakeTextType(size_t bytes) {
-  Handle type(H5Tcopy(H5T_C_S1), H5Tclose);
-  if (!type.ok() || H5Tset_size(type.get(), bytes) < 0 ||
-      H5Tset_cset(type.get(), H5T_CSET_UTF8) < 0 ||
-      H5Tset_strpad(type.get(), H5T_STR_NULLPAD) < 0) {
-    return {};
-  }
-  return type;
-}
-
 // One build with one guess of the metadata's size.
 class Builder {
  public:
@@ -246,9 +122,7 @@ class Builder {
 
  private:
   absl::Status CreateFile(const std::string& path);
-  absl::Status CreateGroups();
   absl::Status CreateDataset(size_t index);
-  absl::Status AddAttribute(hid_t object, const Hdf5Attribute& attribute);
   absl::StatusOr<hid_t> TypeOf(Dtype dtype);
 
   const Hdf5Plan& plan_;
@@ -257,7 +131,6 @@ class Builder {
 
   Handle file_;
   Handle dataset_properties_;
-  Handle scalar_;
   std::map<Dtype, Handle> types_;
   std::vector<Handle> groups_;
 };
@@ -270,15 +143,15 @@ absl::Status Builder::CreateFile(const std::string& path) {
       // 0: datasets smaller than 2 KiB get no block of their own, all lie in order.
       H5Pset_small_data_block_size(access.get(), 0) < 0 ||
       H5Pset_alignment(access.get(), 1, plan_.alignment_bytes) < 0) {
-    return Hdf5Error("set file access properties");
+    return hdf5::Error("set file access properties");
   }
   const Handle creation(H5Pcreate(H5P_FILE_CREATE), H5Pclose);
   if (!creation.ok() || H5Pset_obj_track_times(creation.get(), false) < 0 ||
       H5Pset_file_space_strategy(creation.get(), H5F_FSPACE_STRATEGY_AGGR, false, 1) < 0) {
-    return Hdf5Error("set file creation properties");
+    return hdf5::Error("set file creation properties");
   }
   file_ = Handle(H5Fcreate(path.c_str(), H5F_ACC_TRUNC, creation.get(), access.get()), H5Fclose);
-  if (!file_.ok()) return Hdf5Error(absl::StrCat("create ", path));
+  if (!file_.ok()) return hdf5::Error(absl::StrCat("create ", path));
 
   dataset_properties_ = Handle(H5Pcreate(H5P_DATASET_CREATE), H5Pclose);
   const hid_t properties = dataset_properties_.get();
@@ -286,68 +159,16 @@ absl::Status Builder::CreateFile(const std::string& path) {
       H5Pset_alloc_time(properties, H5D_ALLOC_TIME_EARLY) < 0 ||
       H5Pset_fill_time(properties, H5D_FILL_TIME_NEVER) < 0 ||
       H5Pset_obj_track_times(properties, false) < 0) {
-    return Hdf5Error("set dataset properties");
-  }
-  scalar_ = Handle(H5Screate(H5S_SCALAR), H5Sclose);
-  return scalar_.ok() ? absl::OkStatus() : Hdf5Error("create a scalar dataspace");
-}
-
-absl::Status Builder::CreateGroups() {
-  for (const Hdf5Group& group : plan_.groups) {
-    const Handle creation(H5Pcreate(H5P_GROUP_CREATE), H5Pclose);
-    // Names in a heap that must grow are copied again and again, and leave holes in the head.
-    const uint64_t heap_bytes = std::min<uint64_t>(group.names_bytes_hint, UINT32_MAX);
-    if (!creation.ok() || H5Pset_obj_track_times(creation.get(), false) < 0 ||
-        H5Pset_local_heap_size_hint(creation.get(), heap_bytes) < 0) {
-      return Hdf5Error("set group properties");
-    }
-    groups_.push_back(group.path == "/"
-                          ? Handle(H5Gopen2(file_.get(), "/", H5P_DEFAULT), H5Gclose)
-                          : Handle(H5Gcreate2(file_.get(), group.path.c_str(), H5P_DEFAULT,
-                                              creation.get(), H5P_DEFAULT),
-                                   H5Gclose));
-    if (!groups_.back().ok()) return Hdf5Error(absl::StrCat("create group ", group.path));
-    for (const Hdf5Attribute& attribute : group.attributes) {
-      RETURN_IF_ERROR(AddAttribute(groups_.back().get(), attribute));
-    }
-  }
-  return absl::OkStatus();
-}
-
-absl::Status Builder::AddAttribute(hid_t object, const Hdf5Attribute& attribute) {
-  Handle text_type;
-  Handle vector_space;
-  hid_t type = H5T_STD_U64LE;
-  hid_t space = scalar_.get();
-  const void* value = nullptr;
-  if (const auto* text = std::get_if<std::string_view>(&attribute.value)) {
-    CHECK(!text->empty());
-    text_type = MakeTextType(text->size());
-    type = text_type.get();
-    value = text->data();
-  } else if (const auto* number = std::get_if<uint64_t>(&attribute.value)) {
-    value = number;
-  } else {
-    const auto& numbers = std::get<std::vector<uint64_t>>(attribute.value);
-    const hsize_t count = numbers.size();
-    vector_space = Handle(H5Screate_simple(1, &count, nullptr), H5Sclose);
-    space = vector_space.get();
-    value = numbers.data();
-    if (count == 0) value = &count;  // HDF5 refuses a null pointer even to no elements
-  }
-  Handle handle(H5Acreate2(object, attribute.name, type, space, H5P_DEFAULT, H5P_DEFAULT),
-                H5Aclose);
-  if (!handle.ok() || H5Awrite(handle.get(), type, value) < 0 || !handle.Close()) {
-    return Hdf5Error(absl::StrCat("write attribute ", attribute.name));
+    return hdf5::Error("set dataset properties");
   }
   return absl::OkStatus();
 }
 
 absl::StatusOr<hid_t> Builder::TypeOf(Dtype dtype) {
   Handle& type = types_[dtype];
-  if (!type.ok()) type = MakeType(dtype);
+  if (!type.ok()) type = hdf5::MakeType(dtype);
   if (!type.ok()) {
-    return Hdf5Error(absl::StrFormat("make a type for %s", DtypeName(dtype)));
+    return hdf5::Error(absl::StrFormat("make a type for %s", DtypeName(dtype)));
   }
   return type.get();
 }
@@ -357,54 +178,49 @@ absl::Status Builder::CreateDataset(size_t index) {
   CHECK(dataset.group < groups_.size());
   const bool is_text = !dataset.text.empty();
   Handle text_type;
-  Handle vector_space;
+  Handle space;
   hid_t type = -1;
-  hid_t space = scalar_.get();
   uint64_t bytes = 0;
   if (is_text) {
-    text_type = MakeTextType(dataset.text.size());
+    text_type = hdf5::MakeTextType(dataset.text.size());
     type = text_type.get();
     bytes = dataset.text.size();
   } else {
     ASSIGN_OR_RETURN(type, TypeOf(dataset.dtype));
     bytes = ElementBytes(dataset.dtype);
     for (const uint64_t extent : dataset.shape) bytes *= extent;
-    if (!dataset.shape.empty()) {
-      std::vector<hsize_t> shape(dataset.shape.begin(), dataset.shape.end());
-      vector_space =
-          Handle(H5Screate_simple(static_cast<int>(shape.size()), shape.data(), nullptr), H5Sclose);
-      space = vector_space.get();
-    }
   }
-  Handle handle(H5Dcreate2(groups_[dataset.group].get(), dataset.name.c_str(), type, space,
+  space = hdf5::MakeSpace(is_text ? std::span<const uint64_t>() : dataset.shape);
+  if (!space.ok()) return hdf5::Error(absl::StrCat("make the shape of ", dataset.name));
+  Handle handle(H5Dcreate2(groups_[dataset.group].get(), dataset.name.c_str(), type, space.get(),
                            H5P_DEFAULT, dataset_properties_.get(), H5P_DEFAULT),
                 H5Dclose);
-  if (!handle.ok()) return Hdf5Error(absl::StrCat("create dataset ", dataset.name));
+  if (!handle.ok()) return hdf5::Error(absl::StrCat("create dataset ", dataset.name));
   for (const Hdf5Attribute& attribute : dataset.attributes) {
-    RETURN_IF_ERROR(AddAttribute(handle.get(), attribute));
+    RETURN_IF_ERROR(hdf5::WriteAttribute(handle.get(), attribute));
   }
   if (is_text &&
       H5Dwrite(handle.get(), type, H5S_ALL, H5S_ALL, H5P_DEFAULT, dataset.text.data()) < 0) {
-    return Hdf5Error(absl::StrCat("write dataset ", dataset.name));
+    return hdf5::Error(absl::StrCat("write dataset ", dataset.name));
   }
   if (bytes > 0) {
     const haddr_t offset = H5Dget_offset(handle.get());
-    if (offset == HADDR_UNDEF) return Hdf5Error(absl::StrCat("place dataset ", dataset.name));
+    if (offset == HADDR_UNDEF) return hdf5::Error(absl::StrCat("place dataset ", dataset.name));
     extents_.push_back({index, offset, bytes, is_text});
   }
-  if (!handle.Close()) return Hdf5Error(absl::StrCat("close dataset ", dataset.name));
+  if (!handle.Close()) return hdf5::Error(absl::StrCat("close dataset ", dataset.name));
   return absl::OkStatus();
 }
 
 absl::Status Builder::Run(ScratchFile& scratch) {
   RETURN_IF_ERROR(CreateFile(scratch.path()));
   scratch.RemoveName();
-  RETURN_IF_ERROR(CreateGroups());
+  ASSIGN_OR_RETURN(groups_, hdf5::CreateGroups(file_.get(), plan_.groups));
   for (size_t i = 0; i < plan_.dataset_count; ++i) RETURN_IF_ERROR(CreateDataset(i));
   // The file closes, and is flushed, with its last object.
   groups_.clear();
   types_.clear();
-  if (!file_.Close()) return Hdf5Error("close the scratch file");
+  if (!file_.Close()) return hdf5::Error("close the scratch file");
   return absl::OkStatus();
 }
 
@@ -493,13 +309,7 @@ absl::StatusOr<Attempted> AttemptBuild(const Hdf5Plan& plan, const std::string& 
 absl::StatusOr<Hdf5Layout> BuildHdf5Layout(const Hdf5Plan& plan,
                                            const std::string& scratch_directory) {
   CHECK(!plan.groups.empty() && plan.groups[0].path == "/");
-  // A scratch file whose close failed (a full disk) would be closed once more when the process
-  // ends, through a null pointer (seen in H5F__close_cb of 1.10.8). Must come before any other
-  // call.
-  static const bool kNoExitHandler = H5dont_atexit() >= 0;
-  static_cast<void>(kNoExitHandler);
-  // Errors come back as statuses; libhdf5 must not print them as well (the setting is per thread).
-  static_cast<void>(H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr));
+  hdf5::Prepare();
 
   uint64_t guess = RoundUp(GuessMetadataBytes(plan), plan.alignment_bytes);
   std::optional<Hdf5Layout> best;
