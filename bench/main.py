@@ -23,6 +23,7 @@ BENCHMARKS = {
     "registration": ("spine", "registration"),
     "stamp_head": ("spine", "stamp_head"),
     "planner": ("spine", "planner"),
+    "view": ("view", "rows"),
     "fingerprint": ("fingerprint", "rows"),
     "diff": ("diff", "rows"),
     "side_by_side": ("side_by_side", "rows"),

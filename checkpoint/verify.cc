@@ -237,6 +237,19 @@ absl::StatusOr<Index> LoadIndex(FileSystem& file_system, const std::string& dire
   return index;
 }
 
+absl::StatusOr<Index> LoadCommittedIndex(FileSystem& file_system, const CatalogEntry& entry) {
+  switch (entry.state) {
+    case CatalogEntry::State::kCommitted:
+      return LoadIndex(file_system, entry.directory, *entry.manifest);
+    case CatalogEntry::State::kDamaged:
+      return absl::DataLossError(absl::StrFormat("%s: damaged: %s", entry.directory, entry.why));
+    case CatalogEntry::State::kIncomplete:
+    case CatalogEntry::State::kFenced:
+      break;
+  }
+  return absl::NotFoundError(absl::StrFormat("%s: not committed: %s", entry.directory, entry.why));
+}
+
 absl::Status CheckImageSizes(FileSystem& file_system, const std::string& directory,
                              const Manifest& manifest) {
   for (const ManifestImage& image : manifest.images) {

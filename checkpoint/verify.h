@@ -70,6 +70,9 @@ absl::StatusOr<VerifyReport> VerifyCheckpoint(FileSystem& file_system, const Rea
 // inspect begin with. kDataLoss names the file and says what was expected and found.
 absl::StatusOr<Index> LoadIndex(FileSystem& file_system, const std::string& directory,
                                 const Manifest& manifest);
+// Of what was located: the same, if it is committed. Else kNotFound (incomplete, fenced) or
+// kDataLoss (damaged), with the reason.
+absl::StatusOr<Index> LoadCommittedIndex(FileSystem& file_system, const CatalogEntry& entry);
 // Whether every image file is there with its size: what is cheap to know of the images.
 absl::Status CheckImageSizes(FileSystem& file_system, const std::string& directory,
                              const Manifest& manifest);

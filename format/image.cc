@@ -57,12 +57,6 @@ std::optional<std::vector<uint64_t>> FindCells(std::span<const std::byte> head, 
   return offsets;
 }
 
-bool IsWholeBox(const Piece& piece, std::span<const uint64_t> size) {
-  uint64_t count = 1;
-  for (const uint64_t extent : size) count *= extent;
-  return piece.begin == 0 && piece.end == count;
-}
-
 // The file that an image spec asks for.
 class ImagePlan {
  public:
@@ -118,10 +112,8 @@ void ImagePlan::NumberPieces() {
 }
 
 std::string ImagePlan::PieceName(size_t piece) const {
-  std::string name = EscapeName(spec_.tensor_states[spec_.pieces[piece].tensor_state].tensor);
-  // An escaped name has no dot, so this cannot be the name of another tensor.
-  if (number_of_piece_[piece] > 0) absl::StrAppend(&name, ".g", number_of_piece_[piece]);
-  return name;
+  return PieceDatasetName(spec_.tensor_states[spec_.pieces[piece].tensor_state].tensor,
+                          number_of_piece_[piece]);
 }
 
 Hdf5Plan ImagePlan::ForMark(uint32_t mark) const {
@@ -176,19 +168,13 @@ Hdf5Dataset ImagePlan::PieceDataset(size_t piece_index) const {
                         {"dtype", DtypeName(tensor_state.dtype)},
                         {"shape", tensor_state.shape},
                         {"range", std::vector<uint64_t>{piece.begin, piece.end}}};
-  std::span<const uint64_t> size = tensor_state.shape;
   if (piece.box != kWholeTensor) {
     const BoxView box = (*spec_.boxes)[piece.box];
-    size = box.size;
     dataset.attributes.push_back({"box_lo", std::vector<uint64_t>(box.lo.begin(), box.lo.end())});
     dataset.attributes.push_back(
         {"box_size", std::vector<uint64_t>(box.size.begin(), box.size.end())});
   }
-  if (IsWholeBox(piece, size)) {
-    dataset.shape.assign(size.begin(), size.end());
-  } else {
-    dataset.shape = {piece.ElementCount()};
-  }
+  dataset.shape = PieceDatasetShape(piece, tensor_state.shape, *spec_.boxes);
   return dataset;
 }
 
@@ -284,6 +270,23 @@ std::string EscapeName(std::string_view name) {
     }
   }
   return escaped;
+}
+
+std::string PieceDatasetName(std::string_view tensor, uint32_t number) {
+  std::string name = EscapeName(tensor);
+  // An escaped name has no dot, so this cannot be the name of another tensor.
+  if (number > 0) absl::StrAppend(&name, ".g", number);
+  return name;
+}
+
+std::vector<uint64_t> PieceDatasetShape(const Piece& piece, std::span<const uint64_t> tensor_shape,
+                                        const BoxTable& boxes) {
+  const std::span<const uint64_t> size =
+      piece.box == kWholeTensor ? tensor_shape : boxes[piece.box].size;
+  uint64_t count = 1;
+  for (const uint64_t extent : size) count *= extent;
+  if (piece.begin != 0 || piece.end != count) return {piece.ElementCount()};
+  return {size.begin(), size.end()};
 }
 
 std::string_view WriterVersion() { return "holdfast " HOLDFAST_VERSION; }

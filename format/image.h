@@ -109,6 +109,13 @@ class ImageTemplate {
 // %XX with capital digits. The rest, UTF-8 included, stays.
 std::string EscapeName(std::string_view name);
 
+// The dataset of a piece in /tensors/<state>: `number` counts the pieces of the tensor state in the
+// image, in the order of their offsets.
+std::string PieceDatasetName(std::string_view tensor, uint32_t number);
+// That of the box if the piece is all of it, else one dimension.
+std::vector<uint64_t> PieceDatasetShape(const Piece& piece, std::span<const uint64_t> tensor_shape,
+                                        const BoxTable& boxes);
+
 // The version of this software as it is written into files: "holdfast 0.1.0".
 std::string_view WriterVersion();
 

@@ -1,0 +1,46 @@
+#include "checkpoint/checkpoint_view.h"
+
+#include "absl/strings/str_format.h"
+#include "base/status_macros.h"
+#include "checkpoint/commit.h"
+#include "checkpoint/publish.h"
+#include "checkpoint/verify.h"
+#include "format/tensor_view.h"
+
+namespace holdfast {
+
+absl::StatusOr<ViewMade> MakeView(FileSystem& file_system, const CatalogEntry& entry,
+                                  const ViewRequest& request) {
+  const std::string path = request.directory + "/" + request.name;
+  if (file_system.Stat(path).ok()) {
+    return absl::AlreadyExistsError(
+        absl::StrFormat("%s exists; a view replaces no file: remove it first", path));
+  }
+  ASSIGN_OR_RETURN(const Index index, LoadCommittedIndex(file_system, entry));
+  if (const absl::Status there = CheckImageSizes(file_system, entry.directory, *entry.manifest);
+      !there.ok()) {
+    // The checkpoint is committed, so a file that is not there is damage.
+    return absl::IsNotFound(there) ? absl::DataLossError(there.message()) : there;
+  }
+  RETURN_IF_ERROR(CheckIndexCover(index));
+  const ViewPaths paths = request.paths == ViewRequest::Paths::kRelative
+                              ? RelativeViewPaths(entry.directory, request.directory)
+                              : AbsoluteViewPaths(entry.directory);
+  ASSIGN_OR_RETURN(const TensorView view, BuildTensorView(index, entry.directory, paths));
+  const std::string_view bytes(reinterpret_cast<const char*>(view.bytes.data()), view.bytes.size());
+  const absl::Status published = PublishFile(file_system, request.directory, request.name, bytes,
+                                             {.writer = request.writer,
+                                              .on_visible = nullptr,
+                                              .on_durable = nullptr,
+                                              .is_whole = nullptr,
+                                              .bytes_max = kViewBytesMax});
+  if (absl::IsAlreadyExists(published)) {
+    return absl::AlreadyExistsError(
+        absl::StrFormat("%s exists; a view replaces no file: remove it first", path));
+  }
+  RETURN_IF_ERROR(published);
+  RETURN_IF_ERROR(file_system.SyncDirectory(request.directory));
+  return ViewMade{view.tensor_count, view.bytes.size(), view.in_parts_count, view.files_of_one_max};
+}
+
+}  // namespace holdfast

@@ -1,0 +1,38 @@
+// `holdfast view`: from a committed checkpoint to the file of its view.
+#ifndef HOLDFAST_CHECKPOINT_CHECKPOINT_VIEW_H_
+#define HOLDFAST_CHECKPOINT_CHECKPOINT_VIEW_H_
+
+#include <cstdint>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "checkpoint/catalog.h"
+#include "io/file_system.h"
+
+namespace holdfast {
+
+struct ViewRequest {
+  std::string directory;  // where the view shall lie: absolute, without links
+  std::string name;
+  enum class Paths { kAbsolute, kRelative } paths = Paths::kAbsolute;
+  std::string writer;  // as PublishOptions::writer
+};
+
+struct ViewMade {
+  uint64_t tensor_count = 0;
+  uint64_t bytes = 0;
+  uint64_t in_parts_count = 0;    // as TensorView
+  uint64_t files_of_one_max = 0;  // as TensorView
+};
+
+// Blocking. After OK the view is visible, whole and durable. After an error there is no file of the
+// name, or what was there before. `entry` was read from an absolute path without links.
+// Errors: kNotFound (not committed), kDataLoss (INDEX, a cover with gaps or overlaps, an image that
+// is missing or has another size: named), kAlreadyExists, those of BuildTensorView, the
+// FileSystem's.
+absl::StatusOr<ViewMade> MakeView(FileSystem& file_system, const CatalogEntry& entry,
+                                  const ViewRequest& request);
+
+}  // namespace holdfast
+
+#endif  // HOLDFAST_CHECKPOINT_CHECKPOINT_VIEW_H_

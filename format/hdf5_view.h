@@ -1,0 +1,74 @@
+// An HDF5 file of Virtual Datasets: each is whole to a reader, and its elements lie in datasets of
+// other files. Made in memory; who asked for it writes the bytes.
+//
+// Like format/hdf5_template.h it knows nothing of checkpoints: format/tensor_view.cc says what to
+// put in. What libhdf5 (1.10.8) does with such a file, and what follows from it:
+// - All source files that a read touches stay open until the virtual dataset is closed. Where one
+//   cannot be opened, for lack of descriptors too, elements silently have the fill value. Views of
+//   views do not help: the inner ones keep their sources open as long. So a dataset may have
+//   *parts* instead: hidden contiguous datasets of the same file, whose storage is a range of bytes
+//   of the source file (external storage). Those are opened one at a time, whatever their number,
+//   and a file that is not there is an error.
+// - A source file that is not found under an absolute name is looked for under its last component,
+//   beside the view and in the working directory. All checkpoints name their images alike: another
+//   checkpoint would be read in the place of one that is gone. A name that begins with ".." is
+//   looked for as it is. Makers of a view mind that; here names are taken as they are.
+#ifndef HOLDFAST_FORMAT_HDF5_VIEW_H_
+#define HOLDFAST_FORMAT_HDF5_VIEW_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "format/dtype.h"
+#include "format/hdf5_template.h"
+
+namespace holdfast {
+
+// A box of a virtual dataset, of as many dimensions; of a scalar none.
+struct Hdf5Box {
+  std::vector<uint64_t> lo;
+  std::vector<uint64_t> size;
+};
+
+// Where elements of a virtual dataset lie.
+struct Hdf5ViewSource {
+  std::string file;
+  std::string dataset;          // absolute path in it; unused in parts
+  std::vector<uint64_t> shape;  // of that dataset, or of the part
+  uint64_t offset_bytes = 0;    // in the file; used in parts only
+  // Take the elements of the source one behind the other, all of them. None is empty.
+  std::vector<Hdf5Box> boxes;
+};
+
+struct Hdf5ViewDataset {
+  uint32_t group = 0;  // index into Hdf5ViewPlan::groups
+  std::string name;
+  Dtype dtype = Dtype::kUint8;
+  std::vector<uint64_t> shape;
+  std::vector<Hdf5Attribute> attributes;  // at most 8
+  std::vector<Hdf5ViewSource> sources;    // disjoint; none: an empty dataset
+  bool in_parts = false;
+};
+
+struct Hdf5ViewPlan {
+  std::vector<Hdf5Group> groups;  // as in Hdf5Plan
+  uint32_t parts_group = 0;       // where the parts go, with numbers as names
+  size_t dataset_count = 0;
+  // Called once for each, in order. What it views must live until the next call.
+  std::function<Hdf5ViewDataset(size_t)> dataset;
+  uint64_t bytes_max = 0;
+};
+
+// What a reader finds where a source is missing: NaN in all floating-point types (0x7f in
+// float8_e4m3fn), the least value of signed integers, the greatest of unsigned ones, TRUE.
+// The same plan gives the same bytes.
+// Errors: kResourceExhausted (more than bytes_max), kInternal (libhdf5, with its error text).
+absl::StatusOr<std::vector<std::byte>> BuildHdf5View(const Hdf5ViewPlan& plan);
+
+}  // namespace holdfast
+
+#endif  // HOLDFAST_FORMAT_HDF5_VIEW_H_

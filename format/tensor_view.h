@@ -1,0 +1,51 @@
+// The view of a checkpoint: one HDF5 file in which every tensor state is a whole dataset, while the
+// bytes stay in the images. For readers that know HDF5 and nothing of Holdfast; never part of a
+// commit. Names, attributes, and what a reader must know: docs/FORMAT.md.
+//
+// Made from INDEX alone: no image is opened (format/hdf5_template.h says why).
+#ifndef HOLDFAST_FORMAT_TENSOR_VIEW_H_
+#define HOLDFAST_FORMAT_TENSOR_VIEW_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "format/index.h"
+
+namespace holdfast {
+
+inline constexpr uint64_t kViewBytesMax = uint64_t{1} << 30;
+// A tensor state that lies in more images than this is put together from parts
+// (format/hdf5_view.h): a reader may usually open 1,024 files, and have a few datasets open.
+inline constexpr size_t kViewFilesMax = 256;
+
+// How the view names what it reads from. Both end in "/"; the name of an image follows.
+struct ViewPaths {
+  std::string datasets;  // for HDF5's search for source files
+  std::string parts;     // for open(2)
+};
+
+// The view may be moved, the checkpoint may not. `checkpoint` is an absolute path without links.
+ViewPaths AbsoluteViewPaths(const std::string& checkpoint);
+// They may be moved together. Both are absolute paths without links.
+ViewPaths RelativeViewPaths(const std::string& checkpoint, const std::string& view_directory);
+
+struct TensorView {
+  std::vector<std::byte> bytes;
+  uint64_t tensor_count = 0;
+  // Tensor states in parts, and the most images that one lies in.
+  uint64_t in_parts_count = 0;
+  uint64_t files_of_one_max = 0;
+};
+
+// The pieces of `index` cover every tensor exactly once, equal ones aside (CheckCover).
+// `checkpoint` is noted in the view. Errors: kResourceExhausted (above kViewBytesMax), kInternal
+// (libhdf5).
+absl::StatusOr<TensorView> BuildTensorView(const Index& index, const std::string& checkpoint,
+                                           const ViewPaths& paths);
+
+}  // namespace holdfast
+
+#endif  // HOLDFAST_FORMAT_TENSOR_VIEW_H_
