@@ -3,7 +3,6 @@
 
 #include <CLI/CLI.hpp>
 #include <cstdio>
-#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -18,6 +17,7 @@
 #include "cli/output.h"
 #include "cli/progress.h"
 #include "cli/verb.h"
+#include "format/layout_explain.h"
 
 namespace holdfast::cli {
 namespace {
@@ -28,22 +28,6 @@ struct Options {
   bool blobs = false;
   bool layout = false;
 };
-
-// What all tensors of one state come to.
-struct StateSum {
-  uint64_t tensor_count = 0;
-  uint64_t bytes = 0;
-};
-
-std::map<std::string, StateSum> SumByState(const Index& index) {
-  std::map<std::string, StateSum> sums;
-  for (const TensorState& state : index.tensor_states) {
-    StateSum& sum = sums[state.state];
-    ++sum.tensor_count;
-    sum.bytes += state.Bytes();
-  }
-  return sums;
-}
 
 std::string ShapeText(const TensorState& state) {
   return "[" + absl::StrJoin(state.shape, ", ") + "]";
@@ -101,7 +85,7 @@ nlohmann::ordered_json ToJson(const CatalogEntry& entry, const Index& index,
                               {"bytes", image.bytes},
                               {"block_bytes", image.block_bytes}});
   }
-  for (const auto& [state, sum] : SumByState(index)) {
+  for (const auto& [state, sum] : TotalsByState(index.tensor_states)) {
     json["states"][state] = {{"tensors", sum.tensor_count}, {"bytes", sum.bytes}};
   }
   if (options.tensors) {
@@ -149,7 +133,7 @@ void PrintText(const CatalogEntry& entry, const Index& index, const Options& opt
   }
   std::printf("  images     %zu of %u ranks, %s\n", index.images.size(), manifest.world_size,
               HumanBytes(bytes).c_str());
-  for (const auto& [state, sum] : SumByState(index)) {
+  for (const auto& [state, sum] : TotalsByState(index.tensor_states)) {
     std::printf("  state      %-16s %llu tensors, %s\n", Printable(state).c_str(),
                 static_cast<unsigned long long>(sum.tensor_count), HumanBytes(sum.bytes).c_str());
   }

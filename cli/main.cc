@@ -27,6 +27,7 @@ int main(int argc, char** argv) {
   AddInspect(app, invocation);
   AddVerify(app, invocation);
   AddDiff(app, invocation);
+  AddLayout(app, invocation);
   AddView(app, invocation);
   AddStatus(app, invocation);
   try {

@@ -117,6 +117,8 @@ TANGLED = layout(
      ("a%2Fb.c", [2, 2, 5, 5], [state("param", "float16", shard(3, "tp") + [
          {"op": "flat", "axis": "dp", "rule": "balanced"}])]),
      ("w13", [8, 6], [state("param", "float64", [{"op": "view", "shape": [2, 4, 6]}] + shard(1, "tp", "even"))]),
+     ("w31", [8, 6], [state("param", "float32", [{"op": "view", "shape": [2, 4, 6]}] + shard(1, "tp", "even") + [
+         {"op": "flat", "axis": "dp", "rule": "ceil"}])]),
      ("scalar", [], [state("param", "float32")]), ("step", [], [state("param", "uint64")]),
      ("none", [0, 3], [state("param", "float32", shard(0))]), ("none2", [4, 0], [state("param", "bool")]),
      ("wte", [9, 4], [state("param", "float32", shard(0, "tp"), buffer="shared")]),
@@ -201,6 +203,8 @@ class ViewTest(unittest.TestCase):
             mappings = {name: len(file["tensors/param"][name].virtual_sources())
                         for name in ("a", "a%2Fb", "a%252Fb%2Ec")}
             self.assertGreater(mappings["a"], 2 * 3)
+            self.assertIn("/tensors/param/w31.g1", [source.dset_name for source in
+                                                    file["tensors/param/w31"].virtual_sources()])
             self.assertGreater(mappings["a%252Fb%2Ec"], 2 * 2 * 3)
             self.assertEqual(file["tensors/param/a%2Fb"][4, 6, 2], 5 * 7 * 3 - 1)
 

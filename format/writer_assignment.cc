@@ -127,4 +127,12 @@ absl::StatusOr<RankLayout> WriterAssignment::ForRank(
   return std::move(held.layout);
 }
 
+std::vector<uint64_t> WriterAssignment::AssignedBytes() const {
+  std::vector<uint64_t> bytes(layout_->world_size(), 0);
+  for (const auto& [ranks, ends] : interval_ends_) {
+    for (size_t i = 0; i < ranks.size(); ++i) bytes[ranks[i]] += ends[i] - (i ? ends[i - 1] : 0);
+  }
+  return bytes;
+}
+
 }  // namespace holdfast

@@ -34,6 +34,10 @@ class WriterAssignment {
   // size), or is empty: one group. Errors: those of Layout::ForRank.
   absl::StatusOr<RankLayout> ForRank(Rank rank, std::span<const uint32_t> group_of_buffer) const;
 
+  // What each rank was assigned. ForRank, which cuts pieces at multiples of the grain only, gives a
+  // rank up to half a grain more or less per set of holders and end of its interval.
+  std::vector<uint64_t> AssignedBytes() const;
+
  private:
   explicit WriterAssignment(const Layout& layout) : layout_(&layout) {}
 
