@@ -2,14 +2,10 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <malloc.h>
 
-#include <atomic>
 #include <chrono>
 #include <cstdio>
-#include <cstdlib>
 #include <functional>
-#include <new>
 #include <random>
 #include <string>
 #include <utility>
@@ -17,26 +13,8 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "base/crc32c.h"
+#include "tests/support/allocation_meter.h"
 #include "tests/support/status_matchers.h"
-
-// Counts what the program has allocated, for the promise that decoding is bounded.
-namespace {
-std::atomic<size_t> g_allocated_bytes{0};
-std::atomic<size_t> g_allocated_bytes_peak{0};
-}  // namespace
-
-void* operator new(size_t bytes) {
-  void* p = std::malloc(bytes);
-  if (p == nullptr) std::abort();
-  const size_t now = g_allocated_bytes += malloc_usable_size(p);
-  if (now > g_allocated_bytes_peak) g_allocated_bytes_peak = now;
-  return p;
-}
-void operator delete(void* p) noexcept {
-  if (p != nullptr) g_allocated_bytes -= malloc_usable_size(p);
-  std::free(p);
-}
-void operator delete(void* p, size_t) noexcept { operator delete(p); }
 
 namespace holdfast {
 namespace {
@@ -223,12 +201,16 @@ TEST(IndexTest, AFingerprintOfNoKnownFunctionOrValueIsRefused) {
 }
 
 // What a decoder may do with bytes of a good checksum: refuse them, or read something that could
-// have been written. `peak` is compared with the promise in index.h.
+// have been written. What it allocates is compared with the promise in
+// index.h.
 absl::Status DecodeHostile(const std::vector<std::byte>& bytes) {
-  const size_t before = g_allocated_bytes;
-  g_allocated_bytes_peak = before;
-  const absl::StatusOr<Index> index = DecodeIndex(bytes);
-  EXPECT_LE(g_allocated_bytes_peak - before, 20 * bytes.size() + 8192);
+  const auto decode = [&bytes] {
+    const AllocationMeter meter;
+    absl::StatusOr<Index> index = DecodeIndex(bytes);
+    EXPECT_LE(meter.GrowthPeak(), 20 * bytes.size() + 8192);
+    return index;
+  };
+  const absl::StatusOr<Index> index = decode();
   if (index.ok()) {
     EXPECT_OK(CheckIndex(*index));
     const absl::StatusOr<Index> again = DecodeIndex(Encode(*index));

@@ -19,6 +19,7 @@
 #include "format/layout_packs.h"
 #include "format/layout_program.h"
 #include "format/local_tensor.h"
+#include "format/planner_geometry.h"
 
 namespace holdfast {
 namespace {
@@ -45,7 +46,7 @@ Piece PieceOf(BoxView box, uint64_t begin, uint64_t end, std::span<const uint64_
 std::vector<uint32_t> HoldersOf(const LayoutProgram& program, const Placement& placement,
                                 std::span<const uint32_t> coordinates) {
   const Mesh& mesh = program.MeshOf(placement);
-  CoordinateChoices choices = AllCoordinates(mesh);
+  CoordinateChoices choices(mesh.axes.size());
   for (const PlacementOp& op : placement.ops) {
     for (uint32_t axis : op.axes) {
       choices[axis] = op.kind == PlacementOp::Kind::kPlace
@@ -53,6 +54,7 @@ std::vector<uint32_t> HoldersOf(const LayoutProgram& program, const Placement& p
                           : std::vector<uint32_t>{coordinates[axis]};
     }
   }
+  ChooseAllOthers(mesh, choices);
   return RanksOf(mesh, choices);
 }
 
@@ -125,7 +127,8 @@ class RankLowering {
     const TensorState& tensor_state = State(index);
     const uint64_t element_bytes = ElementBytes(tensor_state.dtype);
     parts_.clear();
-    CHECK(local.PartsOf(begin, end, kLocalPartsMax, parts_));  // held when the document was parsed
+    // It fits when the document is parsed; a part of it may be in somewhat more pieces.
+    CHECK(local.PartsOf(begin, end, kLocalPartsMax * 64, parts_));
     for (const LocalPart& part : parts_) {
       Segment segment;
       segment.buffer = buffer;
@@ -199,29 +202,31 @@ class RankLowering {
 
   void AddListed(uint32_t index) {
     const uint64_t element_bytes = ElementBytes(State(index).dtype);
-    for (const ListedSegment& listed : program_.listed[program_.states[index].listed].segments) {
+    const ListedState& state = program_.listed[program_.states[index].listed];
+    for (const ListedSegment& listed : state.segments) {
       const auto copy = std::lower_bound(
           listed.copies.begin(), listed.copies.end(), rank_,
           [](const ListedSegment::Copy& each, uint32_t rank) { return each.rank < rank; });
       if (copy == listed.copies.end() || copy->rank != rank_) continue;
+      const ListedAddress& address = state.addresses[copy->address];
       Segment segment;
       uint64_t last = 0;  // offset of the last element
       uint64_t volume = 1;
       for (size_t d = 0; d < listed.size.size(); ++d) {
         volume *= listed.size[d];
-        if (!copy->strides_bytes.empty()) last += (listed.size[d] - 1) * copy->strides_bytes[d];
+        if (!address.strides_bytes.empty()) last += (listed.size[d] - 1) * address.strides_bytes[d];
       }
-      if (copy->strides_bytes.empty()) {
+      if (address.strides_bytes.empty()) {
         last = (volume - 1) * element_bytes;
         segment.piece =
             PieceOf({listed.lo, listed.size}, 0, volume, State(index).shape, out_.layout.boxes);
       } else {
         segment.piece = {0, out_.layout.boxes.Add(listed.lo, listed.size), 0, volume};
-        segment.strides = Strides(copy->strides_bytes);
+        segment.strides = Strides(address.strides_bytes);
       }
       segment.piece.tensor_state = index;
-      segment.buffer_offset_bytes = copy->offset_bytes;
-      segment.buffer = Buffer(copy->buffer, copy->offset_bytes + last + element_bytes);
+      segment.buffer_offset_bytes = address.offset_bytes;
+      segment.buffer = Buffer(address.buffer, address.offset_bytes + last + element_bytes);
       out_.layout.segments.push_back(segment);
       if (cut_by_holders_) SetHolders(HolderSet(RanksOfListed(listed)));
     }
@@ -255,9 +260,12 @@ struct BufferRun {
   uint32_t segment = 0;
 };
 
-// The runs of a segment; of a strided one with more than kRunsMax the bytes from its first to its
-// last, as if nothing lay between.
+// The runs of a segment; of a strided one that has more than kRunsMax, or brings all of them above
+// kRunsOfRankMax, the bytes from its first to its last, as if nothing lay between.
 constexpr uint64_t kRunsMax = uint64_t{1} << 20;
+constexpr uint64_t kRunsOfRankMax = uint64_t{1} << 22;
+// Ops that copy the strided segments of a rank (PlanSegment): what a capture plan can hold.
+constexpr uint64_t kStridedOpsMax = uint64_t{1} << 22;
 
 void AddRuns(const std::vector<TensorState>& tensor_states, const RankLayout& layout,
              uint32_t number, std::vector<BufferRun>& runs) {
@@ -284,10 +292,12 @@ void AddRuns(const std::vector<TensorState>& tensor_states, const RankLayout& la
   uint64_t count = 1;
   uint64_t span = run;
   for (size_t i = joined; i < order.size(); ++i) {
-    count = count > kRunsMax ? count : count * box.size[order[i]];
+    count = box.size[order[i]] > kRunsMax / count ? kRunsMax + 1 : count * box.size[order[i]];
+    if (count > kRunsMax) count = kRunsMax + 1;
     span += (box.size[order[i]] - 1) * strides[order[i]];
   }
-  if (count > kRunsMax) {
+  if (count > kRunsMax ||
+      count > kRunsOfRankMax - std::min<uint64_t>(kRunsOfRankMax, runs.size())) {
     runs.push_back({segment.buffer, at, at + span, number});
     return;
   }
@@ -300,6 +310,32 @@ void AddRuns(const std::vector<TensorState>& tensor_states, const RankLayout& la
     }
     runs.push_back({segment.buffer, begin, begin + run, number});
   }
+}
+
+absl::Status CheckStridedOps(const std::vector<TensorState>& tensor_states,
+                             const RankLayout& layout) {
+  uint64_t ops = 0;
+  for (const Segment& segment : layout.segments) {
+    if (segment.strides == kContiguous) continue;
+    const TensorState& tensor_state = tensor_states[segment.piece.tensor_state];
+    const uint64_t element_bytes = ElementBytes(tensor_state.dtype);
+    const BoxView view = layout.boxes[segment.piece.box];
+    ElementBox box;
+    box.dims = view.lo.size();
+    std::copy(view.lo.begin(), view.lo.end(), box.lo.begin());
+    std::copy(view.size.begin(), view.size.end(), box.size.begin());
+    Affine buffer;
+    std::copy(layout.strides_bytes[segment.strides].begin(),
+              layout.strides_bytes[segment.strides].end(), buffer.strides.begin());
+    // At most 2^62 each.
+    ops += CountRuns(box, RowMajor(view, 0, 0, element_bytes), buffer, element_bytes);
+    if (ops <= kStridedOpsMax) continue;
+    return absl::InvalidArgumentError(absl::StrFormat(
+        "%s: expected at most %d copies of elements at even distances for all strided "
+        "tensors, found more",
+        Describe(tensor_state), kStridedOpsMax));
+  }
+  return absl::OkStatus();
 }
 
 // Two segments of a buffer share bytes only if they are the same bytes of one dtype: tied tensors.
@@ -399,10 +435,11 @@ const std::vector<TensorState>& Layout::tensor_states() const { return program_-
 absl::StatusOr<RankLayout> Layout::ForRank(Rank rank) const {
   CHECK(Value(rank) < world_size());
   RankHoldings held = RankLowering(*program_, rank).Lower(/*cut_by_holders=*/false);
-  absl::Status apart = CheckBuffers(program_->tensor_states, held.layout);
-  if (!apart.ok()) {
+  absl::Status good = CheckBuffers(program_->tensor_states, held.layout);
+  if (good.ok()) good = CheckStridedOps(program_->tensor_states, held.layout);
+  if (!good.ok()) {
     return absl::InvalidArgumentError(
-        absl::StrFormat("rank %d: %s", Value(rank), std::string(apart.message())));
+        absl::StrFormat("rank %d: %s", Value(rank), std::string(good.message())));
   }
   return std::move(held.layout);
 }

@@ -97,7 +97,8 @@ class Layout {
   const std::vector<TensorState>& tensor_states() const;
 
   // CHECKs rank < world_size(). O(n log n) in the tensor states. Errors: kInvalidArgument if two
-  // tensors overlap in a buffer of this rank without being tied (same bytes, same dtype), named.
+  // tensors overlap in a buffer of this rank without being tied (same bytes, same dtype), named; or
+  // if its strided tensors take more than 4,194,304 copies.
   absl::StatusOr<RankLayout> ForRank(Rank rank) const;
   RankHoldings HeldByRank(Rank rank) const;
 

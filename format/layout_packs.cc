@@ -1,10 +1,10 @@
 #include "format/layout_packs.h"
 
 #include <algorithm>
+#include <numeric>
 #include <utility>
 
 #include "base/check.h"
-#include "format/local_tensor.h"
 
 namespace holdfast {
 namespace {
@@ -17,10 +17,16 @@ uint64_t RoundUp(uint64_t value, uint64_t multiple) {
 
 CoordinateChoices AllCoordinates(const Mesh& mesh) {
   CoordinateChoices choices(mesh.axes.size());
-  for (size_t axis = 0; axis < mesh.axes.size(); ++axis) {
-    for (uint32_t c = 0; c < mesh.axes[axis].size; ++c) choices[axis].push_back(c);
-  }
+  ChooseAllOthers(mesh, choices);
   return choices;
+}
+
+void ChooseAllOthers(const Mesh& mesh, CoordinateChoices& choices) {
+  for (size_t axis = 0; axis < mesh.axes.size(); ++axis) {
+    if (!choices[axis].empty()) continue;
+    choices[axis].resize(mesh.axes[axis].size);
+    std::iota(choices[axis].begin(), choices[axis].end(), 0u);
+  }
 }
 
 std::vector<uint32_t> RanksOf(const Mesh& mesh, const CoordinateChoices& choices) {
@@ -88,9 +94,24 @@ uint64_t PackCuts::LocalKey(uint32_t member, std::span<const uint32_t> coordinat
   return key;
 }
 
-std::vector<PackCuts::Interval> PackCuts::IntervalsOf(uint32_t member,
-                                                      const std::vector<uint32_t>& tuples,
-                                                      uint64_t begin, uint64_t end) const {
+std::map<uint64_t, std::vector<uint32_t>> PackCuts::TuplesAlike(uint32_t member) const {
+  std::map<uint64_t, std::vector<uint32_t>> alike;
+  for (uint32_t tuple = 0; tuple < tuples_.size(); ++tuple) {
+    if (contents_[tuple].starts[member] != PackContents::kNotHeld) {
+      alike[LocalKey(member, tuples_[tuple])].push_back(tuple);
+    }
+  }
+  return alike;
+}
+
+LocalTensor PackCuts::LocalOf(uint32_t member, uint32_t tuple) const {
+  const uint32_t index = pack_->members[member];
+  return Evaluate(*program_, program_->placements[program_->states[index].placement],
+                  program_->tensor_states[index].shape, tuples_[tuple]);
+}
+
+std::vector<uint64_t> PackCuts::CutsIn(uint32_t member, const std::vector<uint32_t>& tuples,
+                                       uint64_t begin, uint64_t end) const {
   std::vector<uint64_t> cuts = {begin, end};
   for (uint32_t tuple : tuples) {
     const PackContents& contents = contents_[tuple];
@@ -102,6 +123,13 @@ std::vector<PackCuts::Interval> PackCuts::IntervalsOf(uint32_t member,
   }
   std::sort(cuts.begin(), cuts.end());
   cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
+  return cuts;
+}
+
+std::vector<PackCuts::Interval> PackCuts::IntervalsOf(uint32_t member,
+                                                      const std::vector<uint32_t>& tuples,
+                                                      uint64_t begin, uint64_t end) const {
+  const std::vector<uint64_t> cuts = CutsIn(member, tuples, begin, end);
   std::vector<Interval> intervals;
   for (size_t i = 0; i + 1 < cuts.size(); ++i) {
     Interval interval{cuts[i], cuts[i + 1], {}};
@@ -117,11 +145,12 @@ std::vector<PackCuts::Interval> PackCuts::IntervalsOf(uint32_t member,
 }
 
 std::vector<uint32_t> PackCuts::Ranks(const std::vector<Holder>& holders) const {
-  CoordinateChoices choices = AllCoordinates(*mesh_);
+  CoordinateChoices choices(mesh_->axes.size());
   std::vector<uint32_t> ranks;
   for (const auto& [tuple, slice] : holders) {
     for (uint32_t axis : pack_->other_axes) choices[axis] = {tuples_[tuple][axis]};
     ChooseJoint(*mesh_, pack_->axes, slice, choices);
+    ChooseAllOthers(*mesh_, choices);
     const std::vector<uint32_t> more = RanksOf(*mesh_, choices);
     ranks.insert(ranks.end(), more.begin(), more.end());
   }
@@ -146,21 +175,28 @@ std::vector<PackCut> PackCuts::CutsOf(uint32_t member, std::span<const uint32_t>
   return cuts;
 }
 
+uint64_t PackCuts::HolderNumbers(uint64_t part_numbers, uint64_t numbers_max) const {
+  // Ranks that differ in no axis that counts are holders together.
+  const uint64_t ranks_of_holder =
+      program_->world_size / (tuples_.size() * mesh_->SizeOf(pack_->axes));
+  uint64_t numbers = 0;
+  for (uint32_t member = 0; member < pack_->members.size() && numbers <= numbers_max; ++member) {
+    for (const auto& [key, tuples] : TuplesAlike(member)) {
+      const uint64_t places = LocalOf(member, tuples[0]).places();
+      if (places == 0) continue;
+      const uint64_t parts = CutsIn(member, tuples, 0, places).size() - 1;
+      numbers += parts * (part_numbers + tuples.size() * (1 + ranks_of_holder));
+    }
+  }
+  return numbers;
+}
+
 void PackCuts::AddLoads(std::map<std::vector<uint32_t>, uint64_t>& loads) const {
   std::map<std::vector<Holder>, uint64_t> bytes;
   for (uint32_t member = 0; member < pack_->members.size(); ++member) {
-    const uint32_t index = pack_->members[member];
-    const TensorState& tensor_state = program_->tensor_states[index];
-    std::map<uint64_t, std::vector<uint32_t>> alike;  // tuples with equal local tensors
-    for (uint32_t tuple = 0; tuple < tuples_.size(); ++tuple) {
-      if (contents_[tuple].starts[member] != PackContents::kNotHeld) {
-        alike[LocalKey(member, tuples_[tuple])].push_back(tuple);
-      }
-    }
-    for (const auto& [key, tuples] : alike) {
-      const LocalTensor local =
-          Evaluate(*program_, program_->placements[program_->states[index].placement],
-                   tensor_state.shape, tuples_[tuples[0]]);
+    const TensorState& tensor_state = program_->tensor_states[pack_->members[member]];
+    for (const auto& [key, tuples] : TuplesAlike(member)) {
+      const LocalTensor local = LocalOf(member, tuples[0]);
       if (local.places() == 0) continue;
       for (Interval& interval : IntervalsOf(member, tuples, 0, local.places())) {
         const uint64_t elements = local.ElementCount(interval.begin, interval.end);

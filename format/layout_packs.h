@@ -14,12 +14,15 @@
 #include <vector>
 
 #include "format/layout_program.h"
+#include "format/local_tensor.h"
 
 namespace holdfast {
 
 // Per axis of the mesh: coordinates, ascending.
 using CoordinateChoices = std::vector<std::vector<uint32_t>>;
 CoordinateChoices AllCoordinates(const Mesh& mesh);
+// Fills in all coordinates of the axes that have no choice yet.
+void ChooseAllOthers(const Mesh& mesh, CoordinateChoices& choices);
 // All ranks whose coordinate of every axis is among the choices; ascending.
 std::vector<uint32_t> RanksOf(const Mesh& mesh, const CoordinateChoices& choices);
 // Fixes the coordinates of these axes to what JointCoordinate made `joint` of.
@@ -53,6 +56,10 @@ class PackCuts {
   std::vector<PackCut> CutsOf(uint32_t member, std::span<const uint32_t> coordinates,
                               uint64_t begin, uint64_t end) const;
 
+  // What AddLoads costs: ranks that hold a part between two cuts, counted for each part, and
+  // `part_numbers` more for each. Stops above `numbers_max`.
+  uint64_t HolderNumbers(uint64_t part_numbers, uint64_t numbers_max) const;
+
   // Adds the bytes that each set of ranks holds of all members.
   void AddLoads(std::map<std::vector<uint32_t>, uint64_t>& loads) const;
 
@@ -67,6 +74,12 @@ class PackCuts {
 
   // The coordinates on which the member's local tensor depends, as one number.
   uint64_t LocalKey(uint32_t member, std::span<const uint32_t> coordinates) const;
+  // Tuples that hold the member, those with equal local tensors together.
+  std::map<uint64_t, std::vector<uint32_t>> TuplesAlike(uint32_t member) const;
+  LocalTensor LocalOf(uint32_t member, uint32_t tuple) const;
+  // Where the holders of [begin, end) of the member's local tensor change, both ends included.
+  std::vector<uint64_t> CutsIn(uint32_t member, const std::vector<uint32_t>& tuples, uint64_t begin,
+                               uint64_t end) const;
   std::vector<Interval> IntervalsOf(uint32_t member, const std::vector<uint32_t>& tuples,
                                     uint64_t begin, uint64_t end) const;
   std::vector<uint32_t> Ranks(const std::vector<Holder>& holders) const;

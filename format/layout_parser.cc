@@ -15,6 +15,7 @@
 #include "base/json_reader.h"
 #include "base/status_macros.h"
 #include "base/suggestion.h"
+#include "format/layout_cost.h"
 #include "format/layout_program.h"
 #include "format/listed_segments.h"
 #include "format/placement_parser.h"
@@ -24,6 +25,13 @@ namespace {
 
 constexpr size_t kDocumentBytesMax = size_t{512} << 20;
 constexpr size_t kDocumentValuesMax = 50'000'000;
+constexpr size_t kStatesOfTensorMax = 256;
+// Pieces of all tensors on one rank: more are refused.
+constexpr uint64_t kSegmentsMax = 4'000'000;
+// The name of a tensor is kept for each of its states. All of them together may be so many times as
+// long as the document, or a million bytes.
+constexpr size_t kNameExpansionMax = 8;
+constexpr size_t kNamesBytesMin = 1'000'000;
 
 // `status` with what it is about behind the text.
 absl::Status About(const absl::Status& status, const std::string& what) {
@@ -47,7 +55,7 @@ class LayoutParser {
     ASSIGN_OR_RETURN(const JsonValue tensors, root.Get("tensors"));
     RETURN_IF_ERROR(ParseTensors(tensors));
     FinishPacks();
-    return absl::OkStatus();
+    return CheckLayoutCost(program_);
   }
 
  private:
@@ -93,7 +101,16 @@ class LayoutParser {
     }
     ASSIGN_OR_RETURN(const JsonValue states, tensor.Get("states"));
     ASSIGN_OR_RETURN(const size_t state_count, states.ArraySize());
-    if (state_count == 0) return states.Mismatch("at least one state");
+    if (state_count == 0 || state_count > kStatesOfTensorMax) {
+      return states.Mismatch(absl::StrFormat("1 to %d states", kStatesOfTensorMax));
+    }
+    names_bytes_ += state_count * name.size();
+    if (names_bytes_ > std::max(kNamesBytesMin, kNameExpansionMax * program_.text.size())) {
+      return RefuseLayout(
+          tensor,
+          "expected names that, once for each state, are at most 8 times as long as "
+          "the document, found more");
+    }
     const size_t first = program_.tensor_states.size();
     for (size_t i = 0; i < state_count; ++i) {
       RETURN_IF_ERROR(ParseState(states[i], name, shape));
@@ -131,8 +148,16 @@ class LayoutParser {
     } else {
       ASSIGN_OR_RETURN(state.placement,
                        placements_.PlacementOf(value.Find("place"), tensor_state.state));
-      RETURN_IF_ERROR(placements_.CheckFits(value, state.placement, shape));
-      RETURN_IF_ERROR(ParseBuffer(value, tensor_state, state));
+      ASSIGN_OR_RETURN(const PlacementParser::LocalBounds bounds,
+                       placements_.CheckFits(value, state.placement, shape));
+      segments_ += bounds.parts;
+      if (segments_ > kSegmentsMax) {
+        return RefuseLayout(
+            value,
+            absl::StrFormat("expected at most %d pieces of all tensors on one rank, found more",
+                            kSegmentsMax));
+      }
+      RETURN_IF_ERROR(ParseBuffer(value, tensor_state, bounds, state));
     }
     program_.tensor_states.push_back(std::move(tensor_state));
     program_.states.push_back(state);
@@ -151,14 +176,14 @@ class LayoutParser {
       ASSIGN_OR_RETURN(buffer, ParseLayoutName(value, "buffer"));
     }
     ASSIGN_OR_RETURN(ListedState listed, ParseListedSegments(value.Find("segments"), tensor_state,
-                                                             buffer, placements_));
+                                                             buffer, placements_, copy_count_));
     state.listed = static_cast<uint32_t>(program_.listed.size());
     program_.listed.push_back(std::move(listed));
     return absl::OkStatus();
   }
 
   absl::Status ParseBuffer(const JsonValue& value, const TensorState& tensor_state,
-                           StateProgram& state) {
+                           const PlacementParser::LocalBounds& bounds, StateProgram& state) {
     const std::vector<PlacementOp>& ops = program_.placements[state.placement].ops;
     if (!ops.empty() && ops.back().kind == PlacementOp::Kind::kPack) {
       for (std::string_view key : {"buffer", "offset_bytes"}) {
@@ -167,7 +192,7 @@ class LayoutParser {
                               "expected none: a packed state lies in the pack's buffer");
         }
       }
-      return AddToPack(value, ops.back().pack, tensor_state, state);
+      return AddToPack(value, ops.back().pack, tensor_state, bounds.places, state);
     }
     std::string buffer = absl::StrCat(tensor_state.state, "/", tensor_state.tensor);
     if (value.Find("buffer").present()) {
@@ -183,7 +208,7 @@ class LayoutParser {
   }
 
   absl::Status AddToPack(const JsonValue& value, uint32_t index, const TensorState& tensor_state,
-                         StateProgram& state) {
+                         uint64_t places_max, StateProgram& state) {
     PackProgram& pack = program_.packs[index];
     state.pack = index;
     state.buffer = pack.buffer;
@@ -199,18 +224,18 @@ class LayoutParser {
       }
     }
     pack.members.push_back(static_cast<uint32_t>(program_.tensor_states.size()));
-    // The whole tensors, aligned, bound what any rank packs.
+    // The largest local tensors, aligned, bound what any rank packs.
     const uint64_t padding = pack.align_elements + (pack.members.size() == 1 ? 1 : 0) *
                                                        pack.multiple_elements *
                                                        program_.meshes[pack.mesh].SizeOf(pack.axes);
     const uint64_t limit = kTensorBytesMax / ElementBytes(tensor_state.dtype);
     uint64_t& elements = pack_elements_[index];
-    if (tensor_state.ElementCount() + padding > limit - elements) {
+    if (places_max + padding > limit - elements) {
       return RefuseLayout(
           value,
           absl::StrFormat("expected at most 2^62 bytes in pack \"%s\", found more", pack.name));
     }
-    elements += tensor_state.ElementCount() + padding;
+    elements += places_max + padding;
     return absl::OkStatus();
   }
 
@@ -232,6 +257,9 @@ class LayoutParser {
   LayoutProgram& program_;
   PlacementParser placements_;
   std::unordered_map<uint32_t, uint64_t> pack_elements_;
+  uint64_t segments_ = 0;
+  size_t copy_count_ = 0;
+  size_t names_bytes_ = 0;
 };
 
 }  // namespace

@@ -1,7 +1,6 @@
 #include "format/layout_program.h"
 
 #include <algorithm>
-#include <numeric>
 
 #include "absl/strings/str_format.h"
 #include "base/check.h"
@@ -39,7 +38,7 @@ std::string CheckCut(const CutRule& rule, uint64_t elements, uint32_t count) {
                            count, rule.grain);
   }
   if (rule.kind == CutRule::Kind::kSizes) {
-    const uint64_t sum = std::accumulate(rule.sizes.begin(), rule.sizes.end(), uint64_t{0});
+    const uint64_t sum = rule.ends.empty() ? 0 : rule.ends.back();
     if (sum != elements) return absl::StrFormat("the sum of the sizes, %d elements", sum);
   }
   return "";
@@ -48,9 +47,7 @@ std::string CheckCut(const CutRule& rule, uint64_t elements, uint32_t count) {
 std::pair<uint64_t, uint64_t> Cut(const CutRule& rule, uint64_t elements, uint32_t count,
                                   uint32_t coordinate) {
   if (rule.kind == CutRule::Kind::kSizes) {
-    const auto mine = rule.sizes.begin() + coordinate;
-    const uint64_t begin = std::accumulate(rule.sizes.begin(), mine, uint64_t{0});
-    return {begin, begin + *mine};
+    return {coordinate == 0 ? 0 : rule.ends[coordinate - 1], rule.ends[coordinate]};
   }
   const uint64_t grains = elements / rule.grain + (elements % rule.grain != 0 ? 1 : 0);
   uint64_t first = 0;

@@ -28,7 +28,7 @@ struct CutRule {
   enum class Kind : uint8_t { kEven, kCeil, kBalanced, kSizes };
   Kind kind = Kind::kEven;
   uint64_t grain = 1;
-  std::vector<uint64_t> sizes;  // kSizes only: one per coordinate
+  std::vector<uint64_t> ends;  // kSizes only: where the part of each coordinate ends
 
   friend bool operator==(const CutRule&, const CutRule&) = default;
 };
@@ -113,16 +113,22 @@ struct ListedSegment {
   std::vector<uint64_t> size;
   struct Copy {
     uint32_t rank = 0;
-    uint32_t buffer = 0;  // index into buffer_names
-    uint64_t offset_bytes = 0;
-    std::vector<uint64_t> strides_bytes;  // empty: row-major
+    uint32_t address = 0;  // index into ListedState::addresses
   };
   std::vector<Copy> copies;  // ascending by rank, each rank once
+};
+
+// Where a box lies on some ranks.
+struct ListedAddress {
+  uint32_t buffer = 0;  // index into buffer_names
+  uint64_t offset_bytes = 0;
+  std::vector<uint64_t> strides_bytes;  // empty: row-major
 };
 
 // All of a tensor state; the boxes are disjoint, and together they are the tensor.
 struct ListedState {
   std::vector<ListedSegment> segments;
+  std::vector<ListedAddress> addresses;
 };
 
 struct LayoutProgram {

@@ -23,8 +23,18 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 constexpr size_t kToBytesMax = 64 << 10;
+constexpr size_t kChangesMax = 1000;  // in one --to
 constexpr size_t kRulesBytesMax = size_t{64} << 20;
 constexpr size_t kRulesMax = 10'000;
+
+// What the strict reader has accepted, for changing it. It may still have numbers that no double
+// holds.
+absl::StatusOr<Json> ToJson(const std::string& text, const std::string& what) {
+  Json json = Json::parse(text, /*callback=*/nullptr, /*allow_exceptions=*/false);
+  if (!json.is_discarded()) return json;
+  return absl::InvalidArgumentError(what +
+                                    ": expected numbers in the range of a double, found another");
+}
 
 // ---- Resizing ----
 
@@ -74,6 +84,9 @@ absl::StatusOr<std::vector<Change>> ParseTo(const std::string& to) {
       }
     }
     changes.push_back(std::move(change));
+    if (changes.size() > kChangesMax) {
+      return RefuseTo(begin + 1, absl::StrFormat("expected at most %d changes", kChangesMax));
+    }
     begin = end + 1;
   }
   return changes;
@@ -313,7 +326,7 @@ absl::StatusOr<std::string> ResizeLayout(const std::string& document, const std:
   // Bounds what the lenient reader below is given, and proves all types.
   RETURN_IF_ERROR(Layout::Parse(document).status());
   ASSIGN_OR_RETURN(const std::vector<Change> changes, ParseTo(to));
-  Json json = Json::parse(document);
+  ASSIGN_OR_RETURN(Json json, ToJson(document, "layout"));
   Resizer resizer(json);
   for (const Change& change : changes) RETURN_IF_ERROR(resizer.Apply(change));
   RETURN_IF_ERROR(resizer.CheckPlaces());
@@ -332,7 +345,7 @@ absl::StatusOr<std::string> ExpandLayoutRules(const std::string& rules,
   ASSIGN_OR_RETURN(const uint64_t number, version.Uint64());
   if (number != 1) return version.Mismatch("version 1 of the grammar");
   ASSIGN_OR_RETURN(const JsonValue list, root.Get("rules"));
-  Json json = Json::parse(rules);  // within the limits of the strict reader
+  ASSIGN_OR_RETURN(Json json, ToJson(rules, "rules"));
   ASSIGN_OR_RETURN(std::vector<Rule> all, ParseRules(list, json["rules"]));
 
   Json document = {{"holdfast_layout", 1}};

@@ -242,7 +242,7 @@ TEST(Layout, RefusesByPathAndTensorAndWords) {
       {Document(R"([{"axis":"","size":1}])", "[]"),
        "mesh[0].axis: axis: expected a name, found none"},
       {Document(kMesh, "[]"),
-       "tensors[0].states: expected at least one state, found an array of 0"},
+       "tensors[0].states: expected 1 to 256 states, found an array of 0"},
       {Document(kMesh, "[{}]"),
        "tensors[0].states[0]: expected the key \"state\", found none (tensor \"w\")"},
       {state(R"(,"dtyp":1)"), "unknown key \"dtyp\"; did you mean \"dtype\"?"},

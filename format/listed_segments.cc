@@ -13,7 +13,7 @@
 namespace holdfast {
 namespace {
 
-constexpr size_t kCopiesMax = 16'000'000;  // of one tensor state: segments times their ranks
+constexpr size_t kCopiesMax = 4'000'000;  // of a document: segments times their ranks
 
 using BoxKey = std::pair<std::vector<uint64_t>, std::vector<uint64_t>>;  // lo, size
 
@@ -56,68 +56,62 @@ absl::StatusOr<BoxKey> ParseBox(const JsonValue& value, const TensorState& tenso
   return box;
 }
 
-// Where the box lies; of the rank nothing is set. The strides are 0 only where there is one
-// element.
-absl::StatusOr<ListedSegment::Copy> ParseAddress(const JsonValue& value, const BoxKey& box,
-                                                 const TensorState& tensor_state,
-                                                 const std::string& buffer,
-                                                 PlacementParser& placements) {
+// Where the box lies. The strides are 0 only where there is one element.
+absl::StatusOr<ListedAddress> ParseAddress(const JsonValue& value, const BoxKey& box,
+                                           const TensorState& tensor_state,
+                                           const std::string& buffer, PlacementParser& placements) {
   const uint64_t element_bytes = ElementBytes(tensor_state.dtype);
-  ListedSegment::Copy copy;
+  ListedAddress address;
   std::string name = buffer;
   if (value.Find("buffer").present()) {
     ASSIGN_OR_RETURN(name, ParseLayoutName(value, "buffer"));
   }
-  copy.buffer = placements.InternBuffer(name);
+  address.buffer = placements.InternBuffer(name);
   const JsonValue offset = value.Find("offset_bytes");
   if (offset.present()) {
-    ASSIGN_OR_RETURN(copy.offset_bytes, offset.Uint64());
-    if (copy.offset_bytes > kTensorBytesMax) return offset.Mismatch("at most 2^62 bytes");
+    ASSIGN_OR_RETURN(address.offset_bytes, offset.Uint64());
+    if (address.offset_bytes > kTensorBytesMax) return offset.Mismatch("at most 2^62 bytes");
   }
   const JsonValue strides = value.Find("strides");
-  if (!strides.present()) return copy;
-  ASSIGN_OR_RETURN(copy.strides_bytes,
+  if (!strides.present()) return address;
+  ASSIGN_OR_RETURN(address.strides_bytes,
                    Numbers(strides, box.second.size(), "strides, one for each dimension"));
   uint64_t last = 0;  // element, of the box's last one
   for (size_t d = 0; d < box.second.size(); ++d) {
     const uint64_t steps = box.second[d] - 1;
-    if (steps > 0 && copy.strides_bytes[d] == 0) {
+    if (steps > 0 && address.strides_bytes[d] == 0) {
       return strides[d].Mismatch("at least 1, in elements");
     }
-    if (steps > 0 && copy.strides_bytes[d] > (kTensorBytesMax / element_bytes - last) / steps) {
+    if (steps > 0 && address.strides_bytes[d] > (kTensorBytesMax / element_bytes - last) / steps) {
       return strides.Mismatch("that the last element lies below 2^62 bytes");
     }
-    last += steps * copy.strides_bytes[d];
-    copy.strides_bytes[d] *= element_bytes;
+    last += steps * address.strides_bytes[d];
+    address.strides_bytes[d] *= element_bytes;
   }
-  return copy;
+  return address;
 }
 
 absl::Status CheckBoxes(const JsonValue& list, const TensorState& tensor_state,
                         const std::vector<ListedSegment>& segments) {
-  std::vector<ElementBox> boxes;
-  std::vector<uint32_t> numbers;
+  BoxIndex index(tensor_state.shape.size());
   uint64_t elements = 0;
-  for (const ListedSegment& segment : segments) {
+  for (uint32_t i = 0; i < segments.size(); ++i) {
     ElementBox box;
-    box.dims = segment.lo.size();
-    std::copy(segment.lo.begin(), segment.lo.end(), box.lo.begin());
-    std::copy(segment.size.begin(), segment.size.end(), box.size.begin());
+    box.dims = segments[i].lo.size();
+    std::copy(segments[i].lo.begin(), segments[i].lo.end(), box.lo.begin());
+    std::copy(segments[i].size.begin(), segments[i].size.end(), box.size.begin());
     elements += box.Volume();
-    numbers.push_back(static_cast<uint32_t>(boxes.size()));
-    boxes.push_back(box);
+    index.Add(box, i);
   }
-  const BoxIndex index(boxes, numbers);
-  for (uint32_t i = 0; i < boxes.size(); ++i) {
-    uint32_t other = i;
-    index.Visit(boxes[i], [&](uint32_t number, const ElementBox&) {
-      if (number != i) other = number;
-    });
-    if (other == i) continue;
+  index.Build();
+  const absl::StatusOr<BoxIndex::Overlap> overlap = index.FindOverlap(0);
+  if (!overlap.ok()) return RefuseLayout(list, std::string(overlap.status().message()));
+  if (overlap->has_value()) {
+    const auto [a, b] = **overlap;
     return RefuseLayout(list,
                         absl::StrFormat("expected boxes that are equal or apart, found %s and %s",
-                                        BoxText(segments[i].lo, segments[i].size),
-                                        BoxText(segments[other].lo, segments[other].size)));
+                                        BoxText(segments[a].lo, segments[a].size),
+                                        BoxText(segments[b].lo, segments[b].size)));
   }
   // Disjoint: so a sum that is too small is all that can be wrong.
   if (elements != tensor_state.ElementCount()) {
@@ -132,37 +126,41 @@ absl::Status CheckBoxes(const JsonValue& list, const TensorState& tensor_state,
 absl::StatusOr<ListedState> ParseListedSegments(const JsonValue& list,
                                                 const TensorState& tensor_state,
                                                 const std::string& buffer,
-                                                PlacementParser& placements) {
+                                                PlacementParser& placements, size_t& copy_count) {
   ASSIGN_OR_RETURN(const size_t count, list.ArraySize());
-  std::map<BoxKey, std::map<uint32_t, ListedSegment::Copy>> boxes;
-  size_t copies = 0;
+  ListedState state;
+  std::map<BoxKey, std::vector<ListedSegment::Copy>> boxes;
   for (size_t i = 0; i < count; ++i) {
     const JsonValue value = list[i];
     RETURN_IF_ERROR(value.ExpectKeys(
         {"ranks", "where", "mesh", "lo", "size", "buffer", "offset_bytes", "strides"}));
     ASSIGN_OR_RETURN(BoxKey box, ParseBox(value, tensor_state));
-    ASSIGN_OR_RETURN(ListedSegment::Copy copy,
+    ASSIGN_OR_RETURN(ListedAddress address,
                      ParseAddress(value, box, tensor_state, buffer, placements));
     ASSIGN_OR_RETURN(const std::vector<uint32_t> ranks, placements.RanksOf(value));
-    copies += ranks.size();
-    if (copies > kCopiesMax) {
-      return list.Mismatch(
-          absl::StrFormat("at most %d segments, each counted once a rank", kCopiesMax));
+    copy_count += ranks.size();
+    if (copy_count > kCopiesMax) {
+      return list.Mismatch(absl::StrFormat(
+          "at most %d segments in the document, each counted once a rank", kCopiesMax));
     }
-    std::map<uint32_t, ListedSegment::Copy>& of_box = boxes[std::move(box)];
+    std::vector<ListedSegment::Copy>& copies = boxes[std::move(box)];
     for (uint32_t rank : ranks) {
-      copy.rank = rank;
-      if (!of_box.emplace(rank, copy).second) {
-        return RefuseLayout(value, absl::StrFormat("rank %d holds this box already", rank));
-      }
+      copies.push_back({rank, static_cast<uint32_t>(state.addresses.size())});
     }
+    state.addresses.push_back(std::move(address));
   }
-  ListedState state;
-  for (auto& [box, of_box] : boxes) {
-    ListedSegment& segment = state.segments.emplace_back();
-    segment.lo = box.first;
-    segment.size = box.second;
-    for (auto& [rank, copy] : of_box) segment.copies.push_back(std::move(copy));
+  for (auto& [box, copies] : boxes) {
+    std::stable_sort(copies.begin(), copies.end(),
+                     [](const auto& a, const auto& b) { return a.rank < b.rank; });
+    const auto twice =
+        std::adjacent_find(copies.begin(), copies.end(),
+                           [](const auto& a, const auto& b) { return a.rank == b.rank; });
+    if (twice != copies.end()) {
+      // Addresses are in the order of the list.
+      return RefuseLayout(list[(twice + 1)->address],
+                          absl::StrFormat("rank %d holds this box already", twice->rank));
+    }
+    state.segments.push_back({box.first, box.second, std::move(copies)});
   }
   RETURN_IF_ERROR(CheckBoxes(list, tensor_state, state.segments));
   return state;

@@ -13,12 +13,13 @@
 
 namespace holdfast {
 
-// `buffer`: where those lie that name none. Errors: kInvalidArgument; also if two boxes overlap
+// `buffer`: where those lie that name none. `copy_count`: of the document so far, segments times
+// their ranks; grows. Errors: kInvalidArgument; also if two boxes overlap
 // without being equal, or an element of the tensor is in none.
 absl::StatusOr<ListedState> ParseListedSegments(const JsonValue& list,
                                                 const TensorState& tensor_state,
                                                 const std::string& buffer,
-                                                PlacementParser& placements);
+                                                PlacementParser& placements, size_t& copy_count);
 
 }  // namespace holdfast
 

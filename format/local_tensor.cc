@@ -11,15 +11,16 @@
 namespace holdfast {
 namespace {
 
-// Bounds places() so that places * element bytes never overflows.
+// Of a local tensor with padding: so places * element bytes never overflows. Without padding there
+// are at most as many places as the tensor has elements.
 constexpr uint64_t kPlacesMax = kTensorBytesMax / 8;
 
-// Saturates above kPlacesMax; 0 if any size is 0.
+// Exact up to kTensorBytesMax, and greater above; 0 if any size is 0.
 uint64_t Product(std::span<const uint64_t> sizes) {
   if (std::find(sizes.begin(), sizes.end(), uint64_t{0}) != sizes.end()) return 0;
   uint64_t product = 1;
   for (uint64_t size : sizes) {
-    if (product > kPlacesMax / size) return kPlacesMax + 1;
+    if (product > kTensorBytesMax / size) return kTensorBytesMax + 1;
     product *= size;
   }
   return product;
@@ -310,14 +311,14 @@ std::string LocalTensor::Pad(const PlacementOp& op) {
 uint64_t LocalTensor::ElementCount(uint64_t begin, uint64_t end) const {
   if (!keeps_steps_) return end - begin;
   std::vector<LocalPart> parts;
-  CHECK(PartsOf(begin, end, kLocalPartsMax, parts));  // held since the document was parsed
+  CHECK(PartsOf(begin, end, kLocalPartsMax * 64, parts));  // as in format/layout.cc
   uint64_t elements = 0;
   for (const LocalPart& part : parts) elements += part.ElementCount();
   return elements;
 }
 
 bool LocalTensor::PartsOf(uint64_t begin, uint64_t end, size_t parts_max,
-                          std::vector<LocalPart>& out) const {
+                          std::vector<LocalPart>& out, uint64_t* work) const {
   CHECK(begin <= end && end <= places());
   if (begin == end) return true;
   if (!keeps_steps_) {
@@ -344,9 +345,13 @@ bool LocalTensor::PartsOf(uint64_t begin, uint64_t end, size_t parts_max,
     for (size_t d = 0; d < dims_; ++d) strided.place += box.lo[d] * strides[d];
     boxes.push_back(strided);
   }
-  for (size_t i = steps_.size(); i-- > 0;) {
-    if (!LeadBack(steps_[i], parts_max, boxes)) return false;
+  uint64_t boxes_seen = 0;
+  bool fits = true;
+  for (size_t i = steps_.size(); fits && i-- > 0;) {
+    fits = LeadBack(steps_[i], parts_max, boxes, boxes_seen);
   }
+  if (work != nullptr) *work += boxes_seen;
+  if (!fits) return false;
   for (const Strided& strided : boxes) {
     LocalPart part;
     part.box = strided.box;
@@ -363,10 +368,12 @@ bool LocalTensor::PartsOf(uint64_t begin, uint64_t end, size_t parts_max,
 }
 
 // Replaces `boxes` by what they were before the step; drops padding. False: more than parts_max.
-bool LocalTensor::LeadBack(const Step& step, size_t parts_max, std::vector<Strided>& boxes) {
+bool LocalTensor::LeadBack(const Step& step, size_t parts_max, std::vector<Strided>& boxes,
+                           uint64_t& work) {
   std::vector<Strided> out;
   out.reserve(boxes.size());
   for (Strided& strided : boxes) {
+    work += 1 + step.ranges.size();
     switch (step.kind) {
       case Step::Kind::kSlice:
         strided.box.lo[step.dim] += step.first;
@@ -409,7 +416,7 @@ bool LocalTensor::LeadBack(const Step& step, size_t parts_max, std::vector<Strid
         break;
       }
       case Step::Kind::kView:
-        if (!LeadViewBack(step, strided, parts_max, out)) return false;
+        if (!LeadViewBack(step, strided, parts_max, out, work)) return false;
         break;
     }
     if (out.size() > parts_max) return false;
@@ -419,7 +426,7 @@ bool LocalTensor::LeadBack(const Step& step, size_t parts_max, std::vector<Strid
 }
 
 bool LocalTensor::LeadViewBack(const Step& step, const Strided& box, size_t parts_max,
-                               std::vector<Strided>& out) {
+                               std::vector<Strided>& out, uint64_t& work) {
   std::vector<Strided> done(1);  // all groups so far; coordinates of `from`
   done[0].place = box.place;
   done[0].box.dims = step.from.size();
@@ -457,6 +464,7 @@ bool LocalTensor::LeadViewBack(const Step& step, const Strided& box, size_t part
       }
     }
     done = std::move(next);
+    work += runs.size() + done.size();
   }
   out.insert(out.end(), done.begin(), done.end());
   return out.size() <= parts_max;

@@ -53,8 +53,10 @@ class LocalTensor {
   // Elements in places [begin, end).
   uint64_t ElementCount(uint64_t begin, uint64_t end) const;
   // Appends what lies in places [begin, end), in the order of the places of their corners. No part
-  // is empty. False: there are more than `parts_max`.
-  bool PartsOf(uint64_t begin, uint64_t end, size_t parts_max, std::vector<LocalPart>& out) const;
+  // is empty. False: there are more than `parts_max`. `work`, if not null, grows by the number of
+  // boxes that had to be looked at.
+  bool PartsOf(uint64_t begin, uint64_t end, size_t parts_max, std::vector<LocalPart>& out,
+               uint64_t* work = nullptr) const;
 
  private:
   // One operation, led back: coordinates of what it made -> coordinates of what it was given.
@@ -92,9 +94,10 @@ class LocalTensor {
   void AddFlatView();  // a step: all dimensions as one
   std::span<const uint64_t> sizes() const { return {size_.data(), dims_}; }
 
-  static bool LeadBack(const Step& step, size_t parts_max, std::vector<Strided>& boxes);
+  static bool LeadBack(const Step& step, size_t parts_max, std::vector<Strided>& boxes,
+                       uint64_t& work);
   static bool LeadViewBack(const Step& step, const Strided& box, size_t parts_max,
-                           std::vector<Strided>& out);
+                           std::vector<Strided>& out, uint64_t& work);
 
   bool held_ = true;
   size_t dims_ = 0;

@@ -19,6 +19,9 @@ constexpr size_t kLocalSizesMax = 4096;  // so that hostile sizes cost no time
 // Of a whole document.
 constexpr uint64_t kEvaluationsMax = 4'000'000;
 constexpr uint64_t kPartsMax = 4'000'000;
+// Operations applied for all ranks, and boxes looked at: what finding out takes here, and what
+// Layout::HolderLoads takes later. A few seconds.
+constexpr uint64_t kWorkMax = uint64_t{1} << 25;
 
 // Adds the sizes of all parts.
 void AddParts(const CutRule& rule, uint64_t size, uint32_t count, std::set<uint64_t>& parts) {
@@ -27,7 +30,7 @@ void AddParts(const CutRule& rule, uint64_t size, uint32_t count, std::set<uint6
     parts.insert(last - first);
   };
   if (rule.kind == CutRule::Kind::kSizes) {
-    parts.insert(rule.sizes.begin(), rule.sizes.end());
+    for (uint32_t coordinate = 0; coordinate < count; ++coordinate) add(coordinate);
     return;
   }
   // The sizes of parts only fall: few different ones, each a run. Looks at the first of each run
@@ -55,7 +58,8 @@ std::set<uint64_t> Products(const std::vector<std::set<uint64_t>>& sizes) {
     std::set<uint64_t> next;
     for (uint64_t a : products) {
       for (uint64_t b : dimension) {
-        if (next.size() <= kLocalSizesMax) next.insert(a * b);
+        next.insert(a * b);
+        if (next.size() > kLocalSizesMax) return next;
       }
     }
     products = std::move(next);
@@ -72,28 +76,41 @@ bool NarrowsOnly(const Placement& placement) {
 
 }  // namespace
 
-absl::Status PlacementParser::CheckFits(const JsonValue& where, uint32_t placement,
-                                        const std::vector<uint64_t>& shape) {
+absl::StatusOr<PlacementParser::LocalBounds> PlacementParser::CheckFits(
+    const JsonValue& where, uint32_t placement, const std::vector<uint64_t>& shape) {
   std::string key(reinterpret_cast<const char*>(shape.data()), shape.size() * sizeof(uint64_t));
   key.append(reinterpret_cast<const char*>(&placement), sizeof(placement));
-  if (checked_.contains(key)) return absl::OkStatus();
+  const auto known = fits_.find(key);
+  if (known != fits_.end()) return known->second;
   const Placement& ops = program_.placements[placement];
+  LocalBounds bounds;
   const std::string wrong =
-      NarrowsOnly(ops) ? FirstMisfit(ops, shape) : FirstMisfitByRank(ops, shape);
+      NarrowsOnly(ops) ? FirstMisfit(ops, shape, bounds) : FirstMisfitByRank(ops, shape, bounds);
   if (!wrong.empty()) {
     const JsonValue place = where.Find("place");
     return RefuseLayout(place.present() ? place : where, wrong);
   }
-  checked_.insert(std::move(key));
-  return absl::OkStatus();
+  fits_.emplace(std::move(key), bounds);
+  return bounds;
+}
+
+std::string PlacementParser::AddWork(uint64_t work) {
+  work_ += work;
+  if (work_ <= kWorkMax) return "";
+  return absl::StrFormat(
+      "expected at most %d operations on local tensors of all ranks in the document, found more",
+      kWorkMax);
 }
 
 std::string PlacementParser::FirstMisfit(const Placement& placement,
-                                         const std::vector<uint64_t>& shape) const {
+                                         const std::vector<uint64_t>& shape, LocalBounds& bounds) {
+  bounds = {1, 1};
+  for (uint64_t size : shape) bounds.places *= size;  // at most 2^62
   const Mesh& mesh = program_.MeshOf(placement);
   std::vector<std::set<uint64_t>> sizes;  // of each dimension, on any rank
   for (uint64_t size : shape) sizes.push_back({size});
   bool flat = false;
+  uint64_t combinations = 1;  // of coordinates with other local tensors
   for (const PlacementOp& op : placement.ops) {
     if (op.kind != PlacementOp::Kind::kShard && op.kind != PlacementOp::Kind::kFlat) continue;
     const uint32_t count = mesh.SizeOf(op.axes);
@@ -112,7 +129,9 @@ std::string PlacementParser::FirstMisfit(const Placement& placement,
     }
     std::set<uint64_t>& before = sizes[op.kind == PlacementOp::Kind::kFlat ? 0 : op.dim];
     std::set<uint64_t> after;
+    combinations *= count;
     for (uint64_t size : before) {
+      if (std::string most = AddWork(1 + op.rule.ends.size()); !most.empty()) return most;
       const std::string expected = CheckCut(op.rule, size, count);
       if (!expected.empty()) {
         const std::string what = flat ? "the flat range" : absl::StrCat("dimension ", op.dim);
@@ -123,15 +142,21 @@ std::string PlacementParser::FirstMisfit(const Placement& placement,
     }
     before = std::move(after);
   }
-  return "";
+  // A pack asks for its tensors otherwise: format/layout_cost.h.
+  const bool is_packed =
+      !placement.ops.empty() && placement.ops.back().kind == PlacementOp::Kind::kPack;
+  return is_packed ? "" : AddWork(combinations * placement.ops.size());
 }
 
 std::string PlacementParser::FirstMisfitByRank(const Placement& placement,
-                                               const std::vector<uint64_t>& shape) {
+                                               const std::vector<uint64_t>& shape,
+                                               LocalBounds& bounds) {
   const Mesh& mesh = program_.MeshOf(placement);
   std::vector<uint32_t> coordinates(mesh.axes.size(), 0);
   std::vector<uint32_t> axes;  // on which the local tensor depends
+  uint64_t ops_work = 0;
   for (const PlacementOp& op : placement.ops) {
+    ops_work += 1 + op.blocks.size();
     if (op.kind == PlacementOp::Kind::kPlace) {
       coordinates[op.axes[0]] = op.coordinates[0];
     } else if (op.kind != PlacementOp::Kind::kPack) {
@@ -145,6 +170,7 @@ std::string PlacementParser::FirstMisfitByRank(const Placement& placement,
         "expected at most %d local tensors with a view, perm or pad in the document, found more",
         kEvaluationsMax);
   }
+  if (std::string most = AddWork(combinations * ops_work); !most.empty()) return most;
   std::vector<LocalPart> parts;
   for (uint64_t combination = 0; combination < combinations; ++combination) {
     uint64_t rest = combination;
@@ -156,10 +182,15 @@ std::string PlacementParser::FirstMisfitByRank(const Placement& placement,
     const LocalTensor local = TryEvaluate(program_, placement, shape, coordinates, misfit);
     if (!misfit.empty()) return misfit;
     parts.clear();
-    if (!local.PartsOf(0, local.places(), kLocalPartsMax, parts)) {
+    uint64_t work = 0;
+    const bool is_few = local.PartsOf(0, local.places(), kLocalPartsMax, parts, &work);
+    if (std::string most = AddWork(work); !most.empty()) return most;
+    if (!is_few) {
       return absl::StrFormat("expected at most %d pieces of one local tensor, found more",
                              kLocalPartsMax);
     }
+    bounds.places = std::max(bounds.places, local.places());
+    bounds.parts = std::max<uint64_t>(bounds.parts, parts.size());
     part_count_ += parts.size();
     if (part_count_ > kPartsMax) {
       return absl::StrFormat("expected at most %d pieces of all local tensors, found more",

@@ -173,7 +173,7 @@ absl::StatusOr<std::vector<uint32_t>> PlacementParser::RanksOf(const JsonValue& 
   if (where.present()) {
     ASSIGN_OR_RETURN(const uint32_t number, MeshOf(value));
     const Mesh& mesh = program_.meshes[number];
-    CoordinateChoices choices = AllCoordinates(mesh);
+    CoordinateChoices choices(mesh.axes.size());
     ASSIGN_OR_RETURN(const auto names, where.Keys());
     for (std::string_view name : names) {
       const auto found = axes_[number].find(std::string(name));
@@ -183,6 +183,7 @@ absl::StatusOr<std::vector<uint32_t>> PlacementParser::RanksOf(const JsonValue& 
       ASSIGN_OR_RETURN(choices[found->second],
                        ParseCoordinates(where.Find(name), mesh.axes[found->second]));
     }
+    ChooseAllOthers(mesh, choices);
     return holdfast::RanksOf(mesh, choices);
   }
   if (value.Find("mesh").present()) return RefuseLayout(value, "expected no mesh beside ranks");
@@ -293,14 +294,19 @@ absl::StatusOr<uint32_t> PlacementParser::PlacementOf(const JsonValue& place,
   } else {
     ASSIGN_OR_RETURN(number, ParseWritten(place));
   }
-  const Written& written = written_[number];
-  Placement placement = written.placement;
+  Written& written = written_[number];
+  bool is_cut = false;
   if (written.zero.has_value()) {
     const auto named = zero_from_.find(state);
-    const uint32_t from = named == zero_from_.end() ? zero_from_.at("*") : named->second;
-    if (zero_stage_ >= from) placement.ops.push_back(*written.zero);
+    is_cut = zero_stage_ >= (named == zero_from_.end() ? zero_from_.at("*") : named->second);
   }
-  const uint32_t result = Intern(std::move(placement));
+  std::optional<uint32_t>& interned = written.interned[is_cut ? 1 : 0];
+  if (!interned.has_value()) {
+    Placement placement = written.placement;
+    if (is_cut) placement.ops.push_back(*written.zero);
+    interned = Intern(std::move(placement));
+  }
+  const uint32_t result = *interned;
   // One that stands in its place is not asked for again.
   if (place.type() != JsonValue::Type::kString) written_.pop_back();
   return result;
@@ -453,6 +459,7 @@ absl::StatusOr<PlacementOp> PlacementParser::ParsePlace(const JsonValue& value,
 
 absl::StatusOr<PlacementOp> PlacementParser::ParsePack(const JsonValue& value,
                                                        uint32_t mesh) const {
+  RETURN_IF_ERROR(value.ExpectKeys({"op", "pack"}));
   PlacementOp op;
   op.kind = PlacementOp::Kind::kPack;
   ASSIGN_OR_RETURN(const std::string name, ParseLayoutName(value, "pack"));
@@ -477,10 +484,7 @@ absl::StatusOr<PlacementOp> PlacementParser::ParseZeroOp(const JsonValue& value,
   if (!has_zero_) {
     return RefuseLayout(value, "expected \"zero\" in the document, with \"stage\" and \"axis\"");
   }
-  if (value.Find("pack").present()) {
-    RETURN_IF_ERROR(value.ExpectKeys({"op", "pack"}));
-    return ParsePack(value, mesh);
-  }
+  if (value.Find("pack").present()) return ParsePack(value, mesh);
   RETURN_IF_ERROR(value.ExpectKeys({"op", "rule", "sizes", "grain"}));
   PlacementOp op;
   op.kind = PlacementOp::Kind::kFlat;
@@ -591,7 +595,7 @@ absl::StatusOr<CutRule> PlacementParser::ParseRule(const JsonValue& value, uint6
     ASSIGN_OR_RETURN(const uint64_t size, list[i].Uint64());
     if (size > kTensorBytesMax - sum) return list.Mismatch("a sum of at most 2^62");
     sum += size;
-    rule.sizes.push_back(size);
+    rule.ends.push_back(sum);
   }
   return rule;
 }
@@ -670,7 +674,7 @@ uint32_t PlacementParser::Intern(Placement placement) {
                     static_cast<int>(op.rule.kind), ",", op.rule.grain, ",", op.pad_multiple, ",",
                     op.pad_size_min);
     numbers('a', op.axes);
-    numbers('s', op.rule.sizes);
+    numbers('s', op.rule.ends);
     numbers('b', op.blocks);
     numbers('c', op.coordinates);
     numbers('v', op.view);

@@ -9,7 +9,6 @@
 #include <string>
 #include <string_view>
 #include <unordered_map>
-#include <unordered_set>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -43,9 +42,14 @@ class PlacementParser {
   absl::StatusOr<uint32_t> PlacementOf(const JsonValue& place, const std::string& state);
   // Ranks of `{"ranks": [...]}` or `{"where": {"tp": [0]}, "mesh": NAME}`: ascending, not empty.
   absl::StatusOr<std::vector<uint32_t>> RanksOf(const JsonValue& value) const;
-  // OK if the placement fits tensors of this shape on every rank.
-  absl::Status CheckFits(const JsonValue& where, uint32_t placement,
-                         const std::vector<uint64_t>& shape);
+  // Of the local tensors of one tensor on any rank: the most places and pieces.
+  struct LocalBounds {
+    uint64_t places = 0;
+    uint64_t parts = 0;
+  };
+  // An error if the placement does not fit tensors of this shape on every rank.
+  absl::StatusOr<LocalBounds> CheckFits(const JsonValue& where, uint32_t placement,
+                                        const std::vector<uint64_t>& shape);
 
   uint32_t InternBuffer(const std::string& name);
 
@@ -54,6 +58,8 @@ class PlacementParser {
   struct Written {
     Placement placement;              // without the zero operation
     std::optional<PlacementOp> zero;  // the cut, where the rule asks for one
+    // What it is in LayoutProgram::placements, without and with that cut, once it was asked for.
+    std::optional<uint32_t> interned[2];
   };
 
   absl::Status ParseMesh(const JsonValue& axes, const std::string& name);
@@ -83,8 +89,12 @@ class PlacementParser {
   absl::StatusOr<uint32_t> Axis(const JsonValue& name_value, uint32_t mesh) const;
 
   uint32_t Intern(Placement placement);
-  std::string FirstMisfit(const Placement& placement, const std::vector<uint64_t>& shape) const;
-  std::string FirstMisfitByRank(const Placement& placement, const std::vector<uint64_t>& shape);
+  std::string FirstMisfit(const Placement& placement, const std::vector<uint64_t>& shape,
+                          LocalBounds& bounds);
+  std::string FirstMisfitByRank(const Placement& placement, const std::vector<uint64_t>& shape,
+                                LocalBounds& bounds);
+  // Empty, or that this is too much.
+  std::string AddWork(uint64_t work);
 
   LayoutProgram& program_;
   NameMap mesh_names_;
@@ -99,9 +109,10 @@ class PlacementParser {
   uint32_t zero_stage_ = 0;
   std::vector<std::string> zero_axes_;
   NameMap zero_from_;  // by state: the stage from which on it is cut; "*": all others
-  std::unordered_set<std::string> checked_;  // (shape, placement) pairs
+  std::unordered_map<std::string, LocalBounds> fits_;  // (shape, placement) pairs
   uint64_t evaluation_count_ = 0;
   uint64_t part_count_ = 0;
+  uint64_t work_ = 0;
 };
 
 }  // namespace holdfast

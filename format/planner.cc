@@ -20,6 +20,13 @@ namespace holdfast {
 namespace {
 
 constexpr size_t kNamesLookedAtMax = 10'000;  // for "did you mean"
+constexpr size_t kStatesNamedMax = 16;        // in one error
+// Of one plan: ops, and steps of searches for pieces. Both grow with what there is to plan, by so
+// much; a plan that takes more is refused.
+constexpr uint64_t kOpsMin = 4'000'000;
+constexpr uint64_t kOpsOfPieceMax = 16;
+constexpr uint64_t kStepsMin = 1'000'000;
+constexpr uint64_t kStepsOfPieceMax = 256;
 
 // Numbers of things, grouped by tensor state: counting sort.
 class ByState {
@@ -87,18 +94,21 @@ absl::StatusOr<NumberOfName> NumberNames(const std::vector<TensorState>& tensor_
 
 absl::Status NotInSource(const std::vector<TensorState>& source, const TensorState& wanted) {
   std::string states;
+  size_t found = 0;
   std::vector<std::string_view> names;
   for (const TensorState& each : source) {
-    if (each.tensor == wanted.tensor)
+    if (each.tensor == wanted.tensor && ++found <= kStatesNamedMax) {
       absl::StrAppend(&states, states.empty() ? "" : ", ", each.state);
+    }
     if (names.size() < kNamesLookedAtMax && (names.empty() || names.back() != each.tensor)) {
       names.push_back(each.tensor);
     }
   }
-  return absl::FailedPreconditionError(
-      absl::StrCat(Describe(wanted), ": expected it in the checkpoint, found ",
-                   states.empty() ? absl::StrCat("no such tensor", DidYouMean(wanted.tensor, names))
-                                  : absl::StrCat("only its states ", states)));
+  return absl::FailedPreconditionError(absl::StrCat(
+      Describe(wanted), ": expected it in the checkpoint, found ",
+      states.empty()
+          ? absl::StrCat("no such tensor", DidYouMean(wanted.tensor, names))
+          : absl::StrCat("only its states ", states, found > kStatesNamedMax ? ", ..." : "")));
 }
 
 std::string ShapeText(const TensorState& tensor_state) {
@@ -194,7 +204,10 @@ Affine BufferOf(const Segment& segment, const TensorState& tensor_state, const R
 // Plans one rank's segments, tensor state by tensor state.
 class Planner {
  public:
-  explicit Planner(const SourceView& source) : source_(source) {}
+  Planner(const SourceView& source, size_t segment_count)
+      : source_(source),
+        ops_max_(kOpsMin + kOpsOfPieceMax * (source.pieces.size() + segment_count)),
+        steps_max_(kStepsMin + kStepsOfPieceMax * (source.pieces.size() + segment_count)) {}
 
   absl::Status Fill(const StateSource& pieces, const TensorState& tensor_state,
                     const Segment& segment, const RankLayout& target,
@@ -212,6 +225,7 @@ class Planner {
           Choose(pieces[index], chosen[index], box.Volume() * element_bytes);
       const Affine image = RowMajorOfPiece(pieces[index].piece, tensor_state, source_.boxes,
                                            stored.image_offset_bytes);
+      if (!HasRoom(CountRuns(box, image, buffer, element_bytes))) return;
       AppendRuns(box, image, buffer, element_bytes, numbers(stored), ops_);
     };
     const auto copy_range = [&](uint32_t index, uint64_t begin, uint64_t end) {
@@ -230,10 +244,15 @@ class Planner {
       op.buffer_offset_bytes =
           segment.buffer_offset_bytes + (begin - segment.piece.begin) * element_bytes;
       op.run_bytes = (end - begin) * element_bytes;
-      ops_.push_back(op);
+      if (HasRoom(1)) ops_.push_back(op);
     };
     bytes_ += segment.piece.ElementCount() * element_bytes;
-    return pieces.Cover(segment.piece, target.boxes, copy_range, copy_box);
+    RETURN_IF_ERROR(pieces.Cover(segment.piece, target.boxes, copy_range, copy_box, steps_));
+    if (!is_full_ && steps_ <= steps_max_ + kStepsOfPieceMax * ops_.size()) return absl::OkStatus();
+    return absl::ResourceExhaustedError(absl::StrFormat(
+        "%s: expected a plan of at most %d copies, found in at most %d steps; its pieces are cut "
+        "too finely, or lie across each other",
+        Describe(tensor_state), ops_max_, steps_max_ + kStepsOfPieceMax * ops_.size()));
   }
 
   CopyPlan Finish() {
@@ -263,9 +282,18 @@ class Planner {
     return stored;
   }
 
+  bool HasRoom(uint64_t op_count) {
+    is_full_ = is_full_ || op_count > ops_max_ - ops_.size();
+    return !is_full_;
+  }
+
   const SourceView& source_;
+  const uint64_t ops_max_;
+  const uint64_t steps_max_;
   std::unordered_map<uint32_t, uint64_t> read_bytes_;  // of each image
   std::vector<CopyOp> ops_;
+  bool is_full_ = false;  // there were more
+  uint64_t steps_ = 0;
   uint64_t bytes_ = 0;
 };
 
@@ -282,9 +310,10 @@ absl::Status CheckCover(const SourceView& source) {
     ASSIGN_OR_RETURN(const StateSource state,
                      StateSource::Create(source, i, pieces[i], StateSource::Asked::kRanges));
     const Piece whole{i, kWholeTensor, 0, source.tensor_states[i].ElementCount()};
+    uint64_t steps = 0;
     RETURN_IF_ERROR(state.Cover(
         whole, source.boxes, [](uint32_t, uint64_t, uint64_t) {},
-        [](uint32_t, const ElementBox&) {}));
+        [](uint32_t, const ElementBox&) {}, steps));
   }
   return absl::OkStatus();
 }
@@ -299,7 +328,7 @@ absl::StatusOr<CopyPlan> PlanCopy(const SourceView& source,
     CHECK(segment.piece.tensor_state < target_states.size());
     return segment.piece.tensor_state;
   });
-  Planner planner(source);
+  Planner planner(source, target.segments.size());
   for (size_t i = 0; i < target_states.size(); ++i) {
     if (segments[i].empty()) continue;
     const TensorState& wanted = target_states[i];

@@ -61,14 +61,17 @@ struct CopyPlan {
 // OK if every tensor state is there completely, each element exactly once (equal pieces count as
 // one). Otherwise kDataLoss that names tensor, state, elements and images: the first element that
 // is missing, or two pieces that overlap without being equal, or a piece that is outside its
-// tensor.
+// tensor. O(m log m) for m pieces that are ranges or compact boxes; kResourceExhausted for pieces
+// of which it would take much longer to see, because they are thin along different dimensions, and
+// for too many of one tensor (format/planner_geometry.h, format/planner_source.cc).
 absl::Status CheckCover(const SourceView& source);
 
 // The plan that fills all segments of `target` (indices of `target_states`), from the same tensor
 // states of `source`. Of replicas it takes those in the image from which it reads least so far.
 // Errors, naming tensor and state: kFailedPrecondition (not in the source, or of another shape or
 // dtype: expected and found; never kNotFound, by which a restore says that there is no checkpoint),
-// kDataLoss (as CheckCover, within the tensor states needed).
+// kDataLoss (as CheckCover, within the tensor states needed), kResourceExhausted (as CheckCover, or
+// more than 4,000,000 ops and 16 for each piece and segment).
 // O((m + n) log(m + n)) for m pieces of these tensor states and n segments, plus the plan's size.
 absl::StatusOr<CopyPlan> PlanCopy(const SourceView& source,
                                   const std::vector<TensorState>& target_states,

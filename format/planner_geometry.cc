@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <numeric>
-#include <utility>
+
+#include "absl/strings/str_format.h"
+#include "base/check.h"
 
 namespace holdfast {
 namespace {
@@ -94,21 +96,31 @@ Affine RowMajor(BoxView box, uint64_t begin, uint64_t offset_bytes, uint64_t ele
   return affine;
 }
 
-void AppendRuns(const ElementBox& box, const Affine& image, const Affine& buffer,
-                uint64_t element_bytes, const CopyOp& numbers, std::vector<CopyOp>& out) {
-  struct Loop {
-    uint64_t count;
-    uint64_t image_stride;
-    uint64_t buffer_stride;
-  };
-  // Inner loops first. A loop that goes on where the one inside it ends is one loop with it.
-  std::vector<Loop> loops;
-  uint64_t run = element_bytes;
+namespace {
+
+// Of the copy of a box: nested loops around a run of bytes.
+struct Loop {
+  uint64_t count;
+  uint64_t image_stride;
+  uint64_t buffer_stride;
+};
+struct Loops {
+  uint64_t run_bytes = 0;
+  std::vector<Loop> loops;  // inner ones first
+};
+
+// A loop that goes on where the one inside it ends is one loop with it.
+Loops LoopsOf(const ElementBox& box, const Affine& image, const Affine& buffer,
+              uint64_t element_bytes) {
+  Loops all;
+  all.run_bytes = element_bytes;
+  std::vector<Loop>& loops = all.loops;
   for (size_t d = box.dims; d-- > 0;) {
     if (box.size[d] == 1) continue;
     const Loop loop{box.size[d], image.strides[d], buffer.strides[d]};
-    if (loops.empty() && loop.image_stride == run && loop.buffer_stride == run) {
-      run *= loop.count;
+    if (loops.empty() && loop.image_stride == all.run_bytes &&
+        loop.buffer_stride == all.run_bytes) {
+      all.run_bytes *= loop.count;
     } else if (!loops.empty() &&
                loop.image_stride == loops.back().image_stride * loops.back().count &&
                loop.buffer_stride == loops.back().buffer_stride * loops.back().count) {
@@ -117,9 +129,27 @@ void AppendRuns(const ElementBox& box, const Affine& image, const Affine& buffer
       loops.push_back(loop);
     }
   }
+  return all;
+}
+
+}  // namespace
+
+uint64_t CountRuns(const ElementBox& box, const Affine& image, const Affine& buffer,
+                   uint64_t element_bytes) {
+  const Loops all = LoopsOf(box, image, buffer, element_bytes);
+  uint64_t count = 1;
+  // The innermost loop is the count of an op.
+  for (size_t i = 1; i < all.loops.size(); ++i) count *= all.loops[i].count;
+  return count;
+}
+
+void AppendRuns(const ElementBox& box, const Affine& image, const Affine& buffer,
+                uint64_t element_bytes, const CopyOp& numbers, std::vector<CopyOp>& out) {
+  const Loops all = LoopsOf(box, image, buffer, element_bytes);
+  const std::vector<Loop>& loops = all.loops;
   const std::span<const uint64_t> corner(box.lo.data(), box.dims);
   CopyOp op = numbers;
-  op.run_bytes = run;
+  op.run_bytes = all.run_bytes;
   op.count = 1;
   op.image_stride_bytes = 0;
   op.buffer_stride_bytes = 0;
@@ -149,71 +179,121 @@ void AppendRuns(const ElementBox& box, const Affine& image, const Affine& buffer
   }
 }
 
-BoxIndex::BoxIndex(std::vector<ElementBox> boxes, std::vector<uint32_t> numbers)
-    : boxes_(std::move(boxes)), numbers_(std::move(numbers)), order_(boxes_.size()) {
-  std::iota(order_.begin(), order_.end(), 0u);
-  if (!boxes_.empty()) Build(0, static_cast<uint32_t>(boxes_.size()));
+void BoxIndex::Add(const ElementBox& box, uint32_t number) {
+  CHECK(box.dims == dims_ && nodes_.empty() && numbers_.size() < UINT32_MAX);
+  values_.insert(values_.end(), box.lo.begin(), box.lo.begin() + dims_);
+  values_.insert(values_.end(), box.size.begin(), box.size.begin() + dims_);
+  numbers_.push_back(number);
 }
 
-uint32_t BoxIndex::Build(uint32_t begin, uint32_t end) {
+void BoxIndex::Build() {
+  order_.resize(numbers_.size());
+  std::iota(order_.begin(), order_.end(), 0u);
+  if (!order_.empty()) BuildNode(0, static_cast<uint32_t>(order_.size()));
+}
+
+uint32_t BoxIndex::BuildNode(uint32_t begin, uint32_t end) {
   const uint32_t index = static_cast<uint32_t>(nodes_.size());
-  Node node;
-  node.begin = begin;
-  node.end = end;
-  node.bounds = boxes_[order_[begin]];
+  nodes_.push_back({begin, end, 0});
+  bounds_.resize(bounds_.size() + 2 * dims_);
+  uint64_t* const bounds = bounds_.data() + index * 2 * dims_;
   size_t widest = 0;
   uint64_t widest_spread = 0;
-  for (size_t d = 0; d < node.bounds.dims; ++d) {
+  for (size_t d = 0; d < dims_; ++d) {
     uint64_t low = UINT64_MAX;
     uint64_t low_max = 0;
     uint64_t high = 0;
     for (uint32_t i = begin; i < end; ++i) {
-      const ElementBox& box = boxes_[order_[i]];
-      low = std::min(low, box.lo[d]);
-      low_max = std::max(low_max, box.lo[d]);
-      high = std::max(high, box.lo[d] + box.size[d]);
+      const uint64_t* const box = Lo(order_[i]);
+      low = std::min(low, box[d]);
+      low_max = std::max(low_max, box[d]);
+      high = std::max(high, box[d] + box[dims_ + d]);
     }
-    node.bounds.lo[d] = low;
-    node.bounds.size[d] = high - low;
+    bounds[d] = low;
+    bounds[dims_ + d] = high - low;
     if (low_max - low > widest_spread) {
       widest_spread = low_max - low;
       widest = d;
     }
   }
-  nodes_.push_back(node);
   if (end - begin <= kLeafBoxesMax || widest_spread == 0) return index;
   const uint32_t middle = begin + (end - begin) / 2;
   std::nth_element(order_.begin() + begin, order_.begin() + middle, order_.begin() + end,
                    [&](uint32_t a, uint32_t b) {
-                     return boxes_[a].lo[widest] != boxes_[b].lo[widest]
-                                ? boxes_[a].lo[widest] < boxes_[b].lo[widest]
-                                : a < b;
+                     const uint64_t x = Lo(a)[widest];
+                     const uint64_t y = Lo(b)[widest];
+                     return x != y ? x < y : a < b;
                    });
-  Build(begin, middle);
-  const uint32_t right = Build(middle, end);
+  BuildNode(begin, middle);
+  const uint32_t right = BuildNode(middle, end);
   nodes_[index].right = right;
   return index;
 }
 
-void BoxIndex::Visit(const ElementBox& box,
-                     const std::function<void(uint32_t, const ElementBox&)>& visit) const {
-  if (nodes_.empty()) return;
+ElementBox BoxIndex::BoxAt(uint32_t box) const {
+  ElementBox result;
+  result.dims = dims_;
+  std::copy_n(Lo(box), dims_, result.lo.begin());
+  std::copy_n(Lo(box) + dims_, dims_, result.size.begin());
+  return result;
+}
+
+bool BoxIndex::Intersects(const ElementBox& box, const uint64_t* other, ElementBox& both) const {
+  for (size_t d = 0; d < dims_; ++d) {
+    const uint64_t begin = std::max(box.lo[d], other[d]);
+    const uint64_t end = std::min(box.lo[d] + box.size[d], other[d] + other[dims_ + d]);
+    if (begin >= end) return false;
+    both.lo[d] = begin;
+    both.size[d] = end - begin;
+  }
+  return true;
+}
+
+uint64_t BoxIndex::Visit(const ElementBox& box,
+                         const std::function<void(uint32_t, const ElementBox&)>& visit) const {
+  if (nodes_.empty()) return 0;
+  uint64_t steps = 0;
+  ElementBox both;
+  both.dims = dims_;
   std::vector<uint32_t> open = {0};
   while (!open.empty()) {
     const uint32_t index = open.back();
     open.pop_back();
     const Node& node = nodes_[index];
-    if (Intersect(box, node.bounds.View()).Volume() == 0) continue;
+    ++steps;
+    if (!Intersects(box, bounds_.data() + index * 2 * dims_, both)) continue;
     if (node.right != 0) {
       open.push_back(node.right);
       open.push_back(index + 1);
       continue;
     }
     for (uint32_t i = node.begin; i < node.end; ++i) {
-      const ElementBox both = Intersect(box, boxes_[order_[i]].View());
-      if (both.Volume() > 0) visit(numbers_[order_[i]], both);
+      ++steps;
+      if (Intersects(box, Lo(order_[i]), both)) visit(numbers_[order_[i]], both);
     }
   }
+  return steps;
+}
+
+absl::StatusOr<BoxIndex::Overlap> BoxIndex::FindOverlap(uint32_t first_number) const {
+  const uint64_t steps_max = kStepsMin + kStepsOfBoxMax * size();
+  uint64_t steps = 0;
+  for (uint32_t i = 0; i < size(); ++i) {
+    const uint32_t number = numbers_[i];
+    if (number < first_number) continue;
+    uint32_t other = number;
+    steps += Visit(BoxAt(i), [&](uint32_t each, const ElementBox&) {
+      if (each != number) other = each;
+    });
+    if (other != number) return Overlap({number, other});
+    if (steps > steps_max) {
+      return absl::ResourceExhaustedError(absl::StrFormat(
+          "expected to see within %d steps whether %d boxes overlap: they are long, "
+          "thin, and lie across each other",
+          steps_max, size()));
+    }
+  }
+  return Overlap();
 }
 
 }  // namespace holdfast

@@ -13,6 +13,9 @@ namespace holdfast {
 namespace {
 
 constexpr size_t kImagesNamedMax = 8;
+// Of one tensor state: boxes times their dimensions and one. A range of a tensor of many dimensions
+// is many boxes. Takes 300 MB; a tensor with more is refused.
+constexpr size_t kBoxSizesMax = size_t{1} << 23;
 
 std::string ImagesOf(const SourcePiece& piece, std::span<const StoredPiece> stored) {
   std::string text = piece.replicas.size() == 1 ? "image " : "images ";
@@ -34,15 +37,19 @@ absl::StatusOr<StateSource> StateSource::Create(const SourceView& source, uint32
                    [](const SourcePiece& piece) { return piece.piece.box != kWholeTensor; });
   state.range_count_ = static_cast<uint32_t>(first_box - state.pieces_.begin());
   if (asked == Asked::kBoxes || state.range_count_ < state.pieces_.size()) {
-    std::vector<ElementBox> boxes;
-    std::vector<uint32_t> numbers;
+    const size_t dims = state.tensor_state_->shape.size();
+    state.index_ = std::make_unique<BoxIndex>(dims);
     for (uint32_t i = 0; i < state.pieces_.size(); ++i) {
-      for (ElementBox& box : state.BoxesOf(state.pieces_[i].piece, source.boxes)) {
-        boxes.push_back(box);
-        numbers.push_back(i);
+      for (const ElementBox& box : state.BoxesOf(state.pieces_[i].piece, source.boxes)) {
+        state.index_->Add(box, i);
+      }
+      if (state.index_->size() * (dims + 1) > kBoxSizesMax) {
+        return absl::ResourceExhaustedError(absl::StrFormat(
+            "%s: expected pieces that are at most %d boxes of %d dimensions, found more",
+            Describe(*state.tensor_state_), kBoxSizesMax / (dims + 1), dims));
       }
     }
-    state.index_ = std::make_unique<BoxIndex>(std::move(boxes), std::move(numbers));
+    state.index_->Build();
   }
   RETURN_IF_ERROR(state.CheckDisjoint());
   return state;
@@ -99,16 +106,14 @@ absl::Status StateSource::CheckDisjoint() const {
   }
   if (index_ == nullptr) return absl::OkStatus();
   // Boxes of one piece are disjoint; ranges are disjoint among themselves.
-  for (uint32_t i = range_count_; i < pieces_.size(); ++i) {
-    for (const ElementBox& box : BoxesOf(pieces_[i].piece, source_->boxes)) {
-      uint32_t other = i;
-      index_->Visit(box, [&](uint32_t number, const ElementBox&) {
-        if (number != i) other = number;
-      });
-      if (other != i) return Overlap(std::min(i, other), std::max(i, other));
-    }
+  const absl::StatusOr<BoxIndex::Overlap> overlap = index_->FindOverlap(range_count_);
+  if (!overlap.ok()) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat(Describe(*tensor_state_), ": ", std::string(overlap.status().message())));
   }
-  return absl::OkStatus();
+  if (!overlap->has_value()) return absl::OkStatus();
+  const auto [a, b] = **overlap;
+  return Overlap(std::min(a, b), std::max(a, b));
 }
 
 std::vector<ElementBox> StateSource::BoxesOf(const Piece& piece, const BoxTable& boxes) const {
@@ -123,8 +128,8 @@ std::vector<ElementBox> StateSource::BoxesOf(const Piece& piece, const BoxTable&
 }
 
 absl::Status StateSource::Cover(const Piece& piece, const BoxTable& boxes,
-                                const RangeVisitor& visit_range,
-                                const BoxVisitor& visit_box) const {
+                                const RangeVisitor& visit_range, const BoxVisitor& visit_box,
+                                uint64_t& steps) const {
   const bool is_range = piece.box == kWholeTensor;
   uint64_t found = 0;
   if (is_range) {
@@ -147,7 +152,7 @@ absl::Status StateSource::Cover(const Piece& piece, const BoxTable& boxes,
   CHECK(index_ != nullptr);
   const std::vector<ElementBox> regions = BoxesOf(piece, boxes);
   for (const ElementBox& region : regions) {
-    index_->Visit(region, [&](uint32_t number, const ElementBox& both) {
+    steps += index_->Visit(region, [&](uint32_t number, const ElementBox& both) {
       if (is_range && number < range_count_) return;  // visited above
       visit_box(number, both);
       found += both.Volume();

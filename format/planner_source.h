@@ -32,7 +32,8 @@ class StateSource {
 
   // `pieces`: indices of all stored pieces of the state. `asked`: whether Cover will be asked for
   // pieces that are no ranges of the whole tensor. Errors: kDataLoss if a piece lies outside of its
-  // tensor or two overlap without being equal.
+  // tensor or two overlap without being equal; kResourceExhausted if they are too many boxes, or
+  // lie so that this takes too long to see (BoxIndex).
   static absl::StatusOr<StateSource> Create(const SourceView& source, uint32_t tensor_state,
                                             std::span<const uint32_t> pieces, Asked asked);
 
@@ -44,9 +45,9 @@ class StateSource {
   // The same for a range of the whole tensor that a range of the whole tensor has.
   using RangeVisitor = std::function<void(uint32_t index, uint64_t begin, uint64_t end)>;
   // Errors: kDataLoss, naming the first missing element in row-major order, if not all of `piece`
-  // is there. `boxes`: of `piece`.
+  // is there. `boxes`: of `piece`. `steps` grows by what BoxIndex::Visit counts.
   absl::Status Cover(const Piece& piece, const BoxTable& boxes, const RangeVisitor& visit_range,
-                     const BoxVisitor& visit_box) const;
+                     const BoxVisitor& visit_box, uint64_t& steps) const;
 
  private:
   StateSource(const SourceView& source, uint32_t tensor_state)
