@@ -257,10 +257,10 @@ class RegistrationBuilder {
     }
     ASSIGN_OR_RETURN(result_->image_, ImageTemplate::Build(spec, scratch_directory));
     const ImageTemplate& image = *result_->image_;
-    if (image.image_bytes() / image.block_bytes() > UINT32_MAX) {
+    if (image.image_bytes() / image.block_bytes() > kImageBlocksMax) {
       return absl::InvalidArgumentError(
           absl::StrFormat("an image of %d bytes has more than %d blocks of %d bytes",
-                          image.image_bytes(), UINT32_MAX, image.block_bytes()));
+                          image.image_bytes(), kImageBlocksMax, image.block_bytes()));
     }
     CHECK(image.block_bytes() == owner.block_bytes && image.image_bytes() > 0);
     CHECK(image.piece_offsets().size() == pieces.size());

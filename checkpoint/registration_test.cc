@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "checkpoint/capture_harness.h"
 #include "tests/support/status_matchers.h"
 
@@ -180,6 +181,20 @@ TEST(RegistrationTest, WhatElseIsRefusedByName) {
               StatusIs(absl::StatusCode::kInvalidArgument));
   EXPECT_THAT(Build(TestBuffers(), {}, TestLayout(1), Owner(0, 1, 5000)),
               StatusIs(absl::StatusCode::kInvalidArgument));
+}
+
+// A buffer is a number until somebody writes to it; the tables of its blocks are memory at once.
+TEST(RegistrationTest, AnImageOfMoreBlocksThanTablesMayHaveIsRefused) {
+  const auto error = [](uint64_t bytes) {
+    const std::string layout = absl::StrFormat(
+        R"({"holdfast_layout":1,"mesh":[],"tensors":[
+        {"name":"w","shape":[%d],"states":[{"state":"param","dtype":"uint8"}]}]})",
+        bytes);
+    return Build({{"param/w", bytes, 0}}, {}, layout).status();
+  };
+  EXPECT_OK(error(uint64_t{1} << 30));
+  EXPECT_THAT(error(kImageBlocksMax * 4096),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("more than 67108864 blocks")));
 }
 
 // Offsets and counts are the trainer's: any value is refused or harmless.

@@ -4,7 +4,6 @@
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_format.h"
-#include "format/tensor_piece.h"
 
 namespace holdfast {
 namespace {
@@ -25,10 +24,6 @@ std::optional<uint64_t> NumberAt(std::string_view name, size_t at) {
 }  // namespace
 
 absl::StatusOr<NamePattern> NamePattern::Parse(std::string_view text) {
-  if (text.size() > kNameBytesMax) {
-    return absl::InvalidArgumentError(
-        absl::StrFormat("a pattern of at most %d bytes", kNameBytesMax));
-  }
   NamePattern pattern;
   std::string literal;
   for (size_t i = 0; i < text.size(); ++i) {

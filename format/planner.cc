@@ -126,6 +126,46 @@ absl::Status CheckSame(const TensorState& source, const TensorState& target) {
                       Describe(target), ShapeText(target), ShapeText(source)));
 }
 
+// Makes one op of neighbours for which `join(last, op)` has joined `op` to `last`. In place: a plan
+// can be hundreds of megabytes.
+template <typename Join>
+void JoinNeighbours(std::vector<CopyOp>& ops, Join join) {
+  size_t kept = 0;
+  for (const CopyOp& op : ops) {
+    if (kept == 0 || !join(ops[kept - 1], op)) ops[kept++] = op;
+  }
+  ops.resize(kept);
+}
+
+bool JoinContiguous(CopyOp& last, const CopyOp& op) {
+  if (last.count != 1 || op.count != 1 || last.image != op.image || last.buffer != op.buffer ||
+      last.image_offset_bytes + last.run_bytes != op.image_offset_bytes ||
+      last.buffer_offset_bytes + last.run_bytes != op.buffer_offset_bytes) {
+    return false;
+  }
+  last.run_bytes += op.run_bytes;
+  return true;
+}
+
+bool JoinStrided(CopyOp& last, const CopyOp& op) {
+  const uint64_t image_step =
+      op.image_offset_bytes - last.image_offset_bytes - (last.count - 1) * last.image_stride_bytes;
+  const uint64_t buffer_step = op.buffer_offset_bytes - last.buffer_offset_bytes -
+                               (last.count - 1) * last.buffer_stride_bytes;
+  const bool forward =
+      op.buffer_offset_bytes > last.buffer_offset_bytes && op.image_offset_bytes >= last.ImageEnd();
+  if (op.count != 1 || last.image != op.image || last.buffer != op.buffer ||
+      last.run_bytes != op.run_bytes || !forward ||
+      (last.count > 1 &&
+       (image_step != last.image_stride_bytes || buffer_step != last.buffer_stride_bytes))) {
+    return false;
+  }
+  last.image_stride_bytes = image_step;
+  last.buffer_stride_bytes = buffer_step;
+  ++last.count;
+  return true;
+}
+
 // Ops that go on where the one before ends are one op; ops of one run length at even distances are
 // one op with a count.
 std::vector<CopyOp> Coalesce(std::vector<CopyOp> ops) {
@@ -133,42 +173,9 @@ std::vector<CopyOp> Coalesce(std::vector<CopyOp> ops) {
     return std::tie(a.image, a.image_offset_bytes, a.buffer, a.buffer_offset_bytes) <
            std::tie(b.image, b.image_offset_bytes, b.buffer, b.buffer_offset_bytes);
   });
-  std::vector<CopyOp> joined;
-  for (const CopyOp& op : ops) {
-    if (!joined.empty()) {
-      CopyOp& last = joined.back();
-      if (last.count == 1 && op.count == 1 && last.image == op.image && last.buffer == op.buffer &&
-          last.image_offset_bytes + last.run_bytes == op.image_offset_bytes &&
-          last.buffer_offset_bytes + last.run_bytes == op.buffer_offset_bytes) {
-        last.run_bytes += op.run_bytes;
-        continue;
-      }
-    }
-    joined.push_back(op);
-  }
-  std::vector<CopyOp> strided;
-  for (const CopyOp& op : joined) {
-    if (!strided.empty()) {
-      CopyOp& last = strided.back();
-      const uint64_t image_step = op.image_offset_bytes - last.image_offset_bytes -
-                                  (last.count - 1) * last.image_stride_bytes;
-      const uint64_t buffer_step = op.buffer_offset_bytes - last.buffer_offset_bytes -
-                                   (last.count - 1) * last.buffer_stride_bytes;
-      const bool forward = op.buffer_offset_bytes > last.buffer_offset_bytes &&
-                           op.image_offset_bytes >= last.ImageEnd();
-      if (op.count == 1 && last.image == op.image && last.buffer == op.buffer &&
-          last.run_bytes == op.run_bytes && forward &&
-          (last.count == 1 ||
-           (image_step == last.image_stride_bytes && buffer_step == last.buffer_stride_bytes))) {
-        last.image_stride_bytes = image_step;
-        last.buffer_stride_bytes = buffer_step;
-        ++last.count;
-        continue;
-      }
-    }
-    strided.push_back(op);
-  }
-  return strided;
+  JoinNeighbours(ops, JoinContiguous);
+  JoinNeighbours(ops, JoinStrided);
+  return ops;
 }
 
 std::vector<uint64_t> Zeros(const TensorState& tensor_state) {

@@ -1,0 +1,250 @@
+#include <algorithm>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "agent/packet.h"
+#include "base/check.h"
+#include "checkpoint/image_record.h"
+#include "checkpoint/sealed_json.h"
+#include "format/checkpoint_names.h"
+#include "format/index.h"
+#include "format/layout.h"
+#include "format/writer_assignment.h"
+#include "tests/fuzz/targets.h"
+#include "tests/support/scripted_trainer.h"
+
+namespace holdfast::fuzz {
+namespace {
+
+using Seeds = std::vector<std::string>;
+
+const std::string kSource = HOLDFAST_SOURCE_DIR;
+const std::string kGolden = kSource + "/tests/data/golden-v1/";
+const std::string kGoldenCheckpoint = kGolden + "golden.job-1/s000000000042.a0003/";
+
+std::string ReadFile(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  CHECK(file.good());
+  return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+}
+
+std::string Text(std::span<const std::byte> bytes) {
+  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+}
+
+// The examples of the grammar, and one document of every operation.
+Seeds LayoutDocuments() {
+  Seeds documents;
+  const std::string text = ReadFile(kSource + "/docs/layout-grammar.md");
+  constexpr std::string_view kFence = "```json\n";
+  for (size_t at = text.find(kFence); at != std::string::npos; at = text.find(kFence, at)) {
+    at += kFence.size();
+    documents.push_back(text.substr(at, text.find("```", at) - at));
+  }
+  documents.push_back(
+      R"({"holdfast_layout":1,"mesh":[{"axis":"a","size":2},{"axis":"b","size":3}],
+"packs":[{"pack":"p","axis":["b"],"buffer":"p","align_elements":4,"multiple_elements":2}],
+"placements":{"q":[{"op":"shard","dim":0,"axis":"a","rule":"sizes","sizes":[5,1]},{"op":"pack","pack":"p"}]},
+"tensors":[{"name":"t","shape":[6,4],"states":[
+{"state":"s","dtype":"int8","place":"q"},
+{"state":"u","dtype":"int8","place":[{"op":"pack","pack":"p"}]},
+{"state":"v","dtype":"float32","place":[{"op":"shard","dim":0,"axis":"a","rule":"balanced","grain":2,"blocks":[4,2]},
+{"op":"flat","axis":"b","rule":"ceil"}]},
+{"state":"w","dtype":"float64","place":[{"op":"view","shape":[3,2,-1]},{"op":"perm","dims":[2,0,1]},
+{"op":"pad","dim":1,"multiple":2,"axis":"a","size":5},{"op":"shard","dim":1,"axis":"a","rule":"even"},
+{"op":"place","axis":"b","index":1,"count":5,"rule":"ceil","virtual":2}]}]}]})");
+  for (const std::string& document : documents) CHECK_OK(Layout::Parse(document).status());
+  return documents;
+}
+
+Seeds RulesAndChanges() {
+  Seeds seeds;
+  for (const std::string& document : LayoutDocuments()) {
+    // The first axis of each.
+    std::string to = "dp=3,tp=1,zero=2";
+    const auto layout = Layout::Parse(document);
+    if (!(*layout)->mesh().empty()) to = absl::StrCat((*layout)->mesh()[0].name, "=2");
+    seeds.push_back(absl::StrCat(document, std::string(1, '\0'), to));
+  }
+  seeds.push_back(absl::StrCat(
+      R"({"holdfast_layout":1,"mesh":[{"axis":"dp","size":4}],"meshes":{"e":[{"axis":"ep","size":4}]},
+"zero":{"stage":1,"axis":"dp","states":{"m":2}},"tensors":[{"name":"t","shape":[5],"states":[
+{"state":"m","dtype":"int8","place":[{"op":"zero","rule":"ceil"}]},
+{"state":"n","dtype":"int8","place":{"mesh":"e","ops":[{"op":"place","axis":"ep","coordinates":[0,-1]}]}}]}]})",
+      std::string(1, '\0'), "dp=2,e.ep=2,zero=3"));
+  seeds.push_back(
+      R"({"holdfast_layout_rules":1,"mesh":[{"axis":"pp","size":2}],"rules":[
+{"tensors":"layers.{layer}.*","states":["param"],"place":[{"op":"place","axis":"pp","index":"{layer}","count":12,"rule":"even"}]},
+{"tensors":"*{n}b"},{"tensors":"*"}]})");
+  return seeds;
+}
+
+// What the ranks of a document store, as a commit writes it.
+std::string IndexOf(const std::string& document) {
+  const auto layout = Layout::Parse(document);
+  CHECK_OK(layout.status());
+  const uint32_t world_size = (*layout)->world_size();
+  Index index;
+  index.job = "job";
+  index.job_uuid = "01234567-89ab-cdef-0123-456789abcdef";
+  index.checkpoint = {Attempt{2}, Step{30}};
+  index.world_size = world_size;
+  index.layouts = {document};
+  index.tensor_states = (*layout)->tensor_states();
+  index.facts.resize(index.tensor_states.size());
+  const WriterAssignment writers = WriterAssignment::Create(**layout);
+  for (uint32_t rank = 0; rank < world_size; ++rank) {
+    const auto stored = writers.ForRank(Rank{rank}, {});
+    CHECK_OK(stored.status());
+    uint64_t offset = 0;
+    for (const Segment& segment : stored->segments) {
+      IndexPiece piece{segment.piece, rank, offset};
+      if (segment.piece.box != kWholeTensor) {
+        const BoxView box = stored->boxes[segment.piece.box];
+        piece.piece.box = index.boxes.Add(box.lo, box.size);
+      }
+      offset += segment.piece.ElementCount() *
+                ElementBytes(index.tensor_states[segment.piece.tensor_state].dtype);
+      index.pieces.push_back(piece);
+    }
+    index.images.push_back({ImageFileName(Rank{rank}), Rank{rank}, 0, 4096, 4096, {rank}});
+    index.blobs.push_back({BlobScope::kRank, Rank{rank}, "rng", rank, 64, 16});
+  }
+  SortIndex(index);
+  const auto bytes = EncodeIndex(index);
+  CHECK_OK(bytes.status());
+  return Text(*bytes);
+}
+
+Seeds Indexes() {
+  Seeds seeds = {ReadFile(kGoldenCheckpoint + "INDEX")};
+  for (const std::string& document : LayoutDocuments()) seeds.push_back(IndexOf(document));
+  return seeds;
+}
+
+Seeds SealedFiles() {
+  return {ReadFile(kGoldenCheckpoint + "MANIFEST.json"),
+          ReadFile(kGolden + "golden.job-1/JOB.json"), ReadFile(kGolden + "golden.job-1/HEAD.1"),
+          ReadFile(kGolden + "BAD.1"), SealJson({"\"a\": [1, {}]", "\"b\": \"\\u00e9\""})};
+}
+
+Seeds Names() {
+  return {"s000000001000.a0004",
+          "s18446744073709551615.a4294967295",
+          "rank-00000.h5",
+          "rank-123456.r12.h5",
+          "BAD.1",
+          "HEAD.4294967295",
+          "job.name-1",
+          "01234567-89ab-cdef-0123-456789abcdef"};
+}
+
+std::string Record(uint32_t slot_count) {
+  RecordHeader header;
+  header.registration_id = 3;
+  header.block_bytes = 4096;
+  header.slot_count = slot_count;
+  header.block_count = 3;
+  header.blob_count = 2;
+  const auto record = ImageRecord::Create(header);
+  CHECK_OK(record.status());
+  SlotRecord slot;
+  slot.state = SlotRecord::State::kSealed;
+  slot.file = SlotRecord::File::kDurable;
+  slot.generation = 5;
+  slot.step = 40;
+  slot.path = "/root/job/rank-00000.h5";
+  slot.block_table = {4, 0, 7};
+  slot.blob_bytes = {16, UINT64_MAX};
+  (*record)->Update(0, slot);
+  // Two pages have all of it.
+  std::string bytes(64 << 10, '\0');
+  const ssize_t size = pread((*record)->fd(), bytes.data(), bytes.size(), 0);
+  CHECK(size > 0 && static_cast<size_t>(size) < bytes.size());
+  bytes.resize(static_cast<size_t>(size));
+  return bytes;
+}
+
+Seeds Registrations() {
+  Seeds seeds;
+  const Seeds documents = LayoutDocuments();
+  for (const std::string& document : documents) {
+    const auto layout = Layout::Parse(document);
+    std::vector<TrainerBuffer> buffers;
+    const auto held = (*layout)->ForRank(Rank{0});
+    CHECK_OK(held.status());
+    for (const BufferNeed& need : held->buffers) buffers.push_back({need.name, need.bytes, 1});
+    seeds.push_back(EncodeDocument(document, buffers, {{"rng", 1, 100}, {"args", 0, 7}}));
+  }
+  seeds.push_back(EncodeDocument(
+      R"({"holdfast_layout":1,"mesh":[],"tensors":[{"name":"t","shape":[4,6],"states":[{"state":"s","dtype":"int8","place":[{"op":"perm","dims":[1,0]}]}]}]})",
+      {{"s/t", 24, 0}}, {}));
+  return seeds;
+}
+
+template <typename Body>
+std::string PacketOf(abi::MessageType type, const Body& body) {
+  const abi::MessageHeader header{abi::kProtocolMagic, abi::kProtocolVersion, type, 1,
+                                  sizeof(Body)};
+  return Text(std::as_bytes(std::span(&header, 1))) + Text(BodyBytes(body));
+}
+
+Seeds Packets() {
+  abi::OpenRequest open{};
+  std::strcpy(open.job, "job");
+  std::strcpy(open.attempt_key, "key");
+  std::strcpy(open.node, "node");
+  open.world_size = 2;
+  return {PacketOf(abi::MessageType::kOpen, open),
+          PacketOf(abi::MessageType::kRegister, abi::RegisterRequest{100}),
+          PacketOf(abi::MessageType::kQuery, abi::QueryRequest{})};
+}
+
+// Read by tests/fuzz/input_reader.h.
+Seeds Images() {
+  std::string seed = "\x0C\x02{}";
+  absl::StrAppend(&seed, "\x01", "\x03w/.", "\x05param", "\x0B", "\x02\x04\x06");
+  absl::StrAppend(&seed, "\x01", "b", "\x01s", "\x01", std::string(1, '\0'));
+  absl::StrAppend(&seed, "\x02", std::string("\x00\x00\x00\x08", 4));
+  absl::StrAppend(&seed, std::string("\x00\x01\x01\x02\x02\x03\x00\x06", 8));
+  absl::StrAppend(&seed, "\x01\x01\x03rng\x0F");
+  return {seed, std::string(200, '\xC1'), std::string(64, '\x05')};
+}
+
+Seeds Made(std::string_view name) {
+  if (name == "json" || name == "layout") return LayoutDocuments();
+  if (name == "layout_rules") return RulesAndChanges();
+  if (name == "index") return Indexes();
+  if (name == "sealed_files") return SealedFiles();
+  if (name == "names") return Names();
+  if (name == "image") return Images();
+  if (name == "image_record") return {Record(1), Record(3)};
+  if (name == "registration") return Registrations();
+  CHECK(name == "packet");
+  return Packets();
+}
+
+}  // namespace
+
+std::vector<std::string> SeedsOf(const Target& target) {
+  Seeds seeds = Made(target.name);
+  const std::filesystem::path corpus =
+      absl::StrCat(kSource, "/tests/fuzz/corpus/", std::string(target.name));
+  if (!std::filesystem::exists(corpus)) return seeds;
+  std::vector<std::string> paths;
+  for (const auto& entry : std::filesystem::directory_iterator(corpus)) {
+    paths.push_back(entry.path().string());
+  }
+  std::sort(paths.begin(), paths.end());
+  for (const std::string& path : paths) seeds.push_back(ReadFile(path));
+  return seeds;
+}
+
+}  // namespace holdfast::fuzz

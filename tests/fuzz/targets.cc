@@ -1,0 +1,32 @@
+#include "tests/fuzz/targets.h"
+
+namespace holdfast::fuzz {
+namespace {
+
+constexpr size_t kMiB = size_t{1} << 20;
+
+constexpr Target kTargets[] = {
+    {"json", FuzzJson, Form::kText, 1 * kMiB, 64, true, 20'000},
+    {"layout", FuzzLayout, Form::kText, 512 * kMiB, 128, true, 6'000},
+    {"layout_rules", FuzzLayoutRules, Form::kText, 512 * kMiB, 128, true, 3'000},
+    {"index", FuzzIndex, Form::kIndex, 512 * kMiB, 128, true, 6'000},
+    {"sealed_files", FuzzSealedFiles, Form::kSealedText, 1 * kMiB, 64, true, 10'000},
+    {"names", FuzzNames, Form::kBinary, 1 * kMiB, 64, true, 20'000},
+    {"image", FuzzImage, Form::kBinary, 64 * kMiB, 64, false, 300},
+    {"image_record", FuzzImageRecord, Form::kImageRecord, 1 * kMiB, 64, true, 4'000},
+    {"registration", FuzzRegistration, Form::kBinary, 512 * kMiB, 128, false, 500},
+    {"packet", FuzzPacket, Form::kBinary, 1 * kMiB, 64, true, 5'000},
+};
+
+}  // namespace
+
+std::span<const Target> Targets() { return kTargets; }
+
+const Target* FindTarget(std::string_view name) {
+  for (const Target& target : kTargets) {
+    if (target.name == name) return &target;
+  }
+  return nullptr;
+}
+
+}  // namespace holdfast::fuzz
