@@ -20,10 +20,32 @@ constexpr uint64_t kNumbersOfSet = 40;
 // on.
 constexpr uint64_t kPackStartsMax = uint64_t{1} << 25;
 constexpr uint64_t kStartsOfTuple = 24;
+// Operations that find these starts, blocks of a dimension counted singly.
+constexpr uint64_t kPackOpsMax = uint64_t{1} << 26;
+// Operations that lower one rank, blocks counted singly: a placement may be that of many tensors.
+constexpr uint64_t kOpsOfRankMax = uint64_t{1} << 26;
 
 absl::Status TooMuch(const std::string& what, uint64_t max) {
   return absl::InvalidArgumentError(
       absl::StrFormat("layout: expected at most %d %s, found more", max, what));
+}
+
+// Blocks are counted singly. No operation is counted for a listed state.
+uint64_t OpsOf(const LayoutProgram& program, uint32_t tensor_state) {
+  uint64_t ops = 0;
+  for (const PlacementOp& op : program.placements[program.states[tensor_state].placement].ops) {
+    ops += 1 + op.blocks.size();
+  }
+  return ops;
+}
+
+absl::Status CheckOps(const LayoutProgram& program) {
+  uint64_t ops = 0;
+  for (uint32_t i = 0; i < program.states.size(); ++i) {
+    ops += OpsOf(program, i);
+    if (ops > kOpsOfRankMax) return TooMuch("operations on all tensors of a rank", kOpsOfRankMax);
+  }
+  return absl::OkStatus();
 }
 
 absl::Status CheckBytes(const LayoutProgram& program) {
@@ -87,12 +109,18 @@ absl::Status CheckHolders(const LayoutProgram& program) {
 
 absl::Status CheckPacks(const LayoutProgram& program) {
   uint64_t starts = 0;
+  uint64_t ops = 0;
   for (const PackProgram& pack : program.packs) {
     const uint64_t tuples = program.meshes[pack.mesh].SizeOf(pack.other_axes);
     starts += tuples * (pack.members.size() + kStartsOfTuple);
     if (starts > kPackStartsMax) {
       return TooMuch("tensors in packs, each once for every choice of other coordinates",
                      kPackStartsMax);
+    }
+    for (uint32_t member : pack.members) ops += tuples * OpsOf(program, member);
+    if (ops > kPackOpsMax) {
+      return TooMuch("operations on tensors in packs, for every choice of other coordinates",
+                     kPackOpsMax);
     }
   }
   uint64_t numbers = 0;
@@ -111,6 +139,7 @@ absl::Status CheckPacks(const LayoutProgram& program) {
 
 absl::Status CheckLayoutCost(const LayoutProgram& program) {
   RETURN_IF_ERROR(CheckBytes(program));
+  RETURN_IF_ERROR(CheckOps(program));
   RETURN_IF_ERROR(CheckHolders(program));
   return CheckPacks(program);
 }

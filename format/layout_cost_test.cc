@@ -152,6 +152,47 @@ Case PackOfAMillionStages() {
       "tensors in packs"};
 }
 
+// Finding the padding in a part of a tensor of 30 dimensions looks at hundreds of boxes.
+Case PackOfManyDimensions() {
+  const std::string place =
+      Place({absl::StrCat(R"({"op":"perm","dims":[)",
+                          absl::StrJoin(std::vector<int>({1,  0,  3,  2,  5,  4,  7,  6,  9,  8,
+                                                          11, 10, 13, 12, 15, 14, 17, 16, 19, 18,
+                                                          21, 20, 23, 22, 25, 24, 27, 26, 29, 28}),
+                                        ","),
+                          "]}"),
+             R"({"op":"pack","pack":"p"})"});
+  const std::string shape = absl::StrCat("[", absl::StrJoin(std::vector<int>(30, 3), ","), "]");
+  return {"a packed tensor of 30 dimensions on a million ranks",
+          Document(Mesh({{"dp", kMillion}}), {{shape, "int8", place}},
+                   R"(,"packs":[{"pack":"p","axis":"dp","buffer":"p"}])"),
+          "ranks that hold a part of a pack"};
+}
+
+Case PackOfManyBlocks() {
+  const std::string blocks =
+      absl::StrCat(R"({"op":"shard","dim":0,"axis":"tp","rule":"ceil","blocks":[)",
+                   absl::StrJoin(std::vector<int>(4096, 1), ","), "]}");
+  return {"packed tensors of 4096 blocks on 16,384 ranks",
+          Document(Mesh({{"tp", 16384}}),
+                   std::vector<Tensor>(
+                       2, {"[4096]", "int8", Place({blocks, R"({"op":"pack","pack":"p"})"})}),
+                   R"(,"packs":[{"pack":"p","axis":[],"buffer":"p"}])"),
+          "operations on"};
+}
+
+Case ManyTensorsOfManyBlocks() {
+  std::vector<int> blocks(4096, 0);
+  blocks[0] = 1;
+  const std::string placements = absl::StrCat(
+      R"(,"placements":{"p":[{"op":"shard","dim":0,"axis":"tp","rule":"ceil","blocks":[)",
+      absl::StrJoin(blocks, ","), "]}]}");
+  return {"17,000 tensors of 4096 blocks",
+          Document(Mesh({{"tp", 2}}),
+                   std::vector<Tensor>(17'000, {"[1]", "int8", R"(,"place":"p")"}), placements),
+          "operations on all tensors of a rank"};
+}
+
 Case ListedEverywhere() {
   return {"segments on all of a million ranks",
           Document(Mesh({{"dp", kMillion}}),
@@ -203,6 +244,9 @@ std::vector<Case> Cases() {
           PaddedPack(),
           PackCutEverywhere(),
           PackOfAMillionStages(),
+          PackOfManyDimensions(),
+          PackOfManyBlocks(),
+          ManyTensorsOfManyBlocks(),
           ListedEverywhere(),
           PiecesOfPadding(),
           PiecesOfManyTensors(),

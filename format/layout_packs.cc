@@ -182,10 +182,10 @@ uint64_t PackCuts::HolderNumbers(uint64_t part_numbers, uint64_t numbers_max) co
   uint64_t numbers = 0;
   for (uint32_t member = 0; member < pack_->members.size() && numbers <= numbers_max; ++member) {
     for (const auto& [key, tuples] : TuplesAlike(member)) {
-      const uint64_t places = LocalOf(member, tuples[0]).places();
-      if (places == 0) continue;
-      const uint64_t parts = CutsIn(member, tuples, 0, places).size() - 1;
-      numbers += parts * (part_numbers + tuples.size() * (1 + ranks_of_holder));
+      const LocalTensor local = LocalOf(member, tuples[0]);
+      if (local.places() == 0) continue;
+      const uint64_t parts = CutsIn(member, tuples, 0, local.places()).size() - 1;
+      numbers += parts * (part_numbers + tuples.size() * (1 + ranks_of_holder) + local.RangeCost());
     }
   }
   return numbers;

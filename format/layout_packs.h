@@ -56,8 +56,8 @@ class PackCuts {
   std::vector<PackCut> CutsOf(uint32_t member, std::span<const uint32_t> coordinates,
                               uint64_t begin, uint64_t end) const;
 
-  // What AddLoads costs: ranks that hold a part between two cuts, counted for each part, and
-  // `part_numbers` more for each. Stops above `numbers_max`.
+  // What AddLoads costs: ranks that hold a part between two cuts, counted for each part, the boxes
+  // in which it may be, and `part_numbers` more for each. Stops above `numbers_max`.
   uint64_t HolderNumbers(uint64_t part_numbers, uint64_t numbers_max) const;
 
   // Adds the bytes that each set of ranks holds of all members.

@@ -50,6 +50,8 @@ class LocalTensor {
 
   bool held() const { return held_; }  // false: nothing is here, and places() is 0
   uint64_t places() const;             // padding included
+  // Boxes that PartsOf looks at for a few places, at most about.
+  uint64_t RangeCost() const { return keeps_steps_ ? 2 * (dims_ + 1) * (steps_.size() + 1) : 1; }
   // Elements in places [begin, end).
   uint64_t ElementCount(uint64_t begin, uint64_t end) const;
   // Appends what lies in places [begin, end), in the order of the places of their corners. No part

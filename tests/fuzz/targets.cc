@@ -12,9 +12,9 @@ constexpr Target kTargets[] = {
     {"index", FuzzIndex, Form::kIndex, 512 * kMiB, 128, true, 6'000},
     {"sealed_files", FuzzSealedFiles, Form::kSealedText, 1 * kMiB, 64, true, 10'000},
     {"names", FuzzNames, Form::kBinary, 1 * kMiB, 64, true, 20'000},
-    {"image", FuzzImage, Form::kBinary, 64 * kMiB, 64, false, 300},
+    {"image", FuzzImage, Form::kBinary, 64 * kMiB, 64, false, 2'000},
     {"image_record", FuzzImageRecord, Form::kImageRecord, 1 * kMiB, 64, true, 4'000},
-    {"registration", FuzzRegistration, Form::kBinary, 512 * kMiB, 128, false, 500},
+    {"registration", FuzzRegistration, Form::kBinary, 512 * kMiB, 128, false, 3'000},
     {"packet", FuzzPacket, Form::kBinary, 1 * kMiB, 64, true, 5'000},
 };
 
