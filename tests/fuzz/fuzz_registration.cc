@@ -38,7 +38,7 @@ void CheckWriters(const Registration& registration) {
 
 bool FuzzRegistration(Input input) {
   bool is_accepted = false;
-  for (const uint32_t world_size : {1u, 2u}) {
+  for (const uint32_t world_size : {1u, 2u, 4u, 6u}) {
     RegistrationOwner owner;
     owner.job = "job";
     owner.job_uuid = "01234567-89ab-cdef-0123-456789abcdef";

@@ -8,11 +8,13 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "base/crc32c.h"
+#include "hook/abi/messages.h"
 
 namespace holdfast::fuzz {
 namespace {
 
 constexpr size_t kInputBytesMax = 64 << 10;
+constexpr size_t kEditsMax = 8;
 
 uint32_t CrcOf(std::string_view bytes) { return Crc32c(std::as_bytes(std::span(bytes))); }
 
@@ -60,6 +62,17 @@ std::string SealImageRecord(std::string input) {
                                       std::as_bytes(std::span(place)));
     Store(input, at + kCopyBytes - 8, crc, 8);
   }
+  return input;
+}
+
+// hook/abi/messages.h: the bytes of the document at 8, those of the layout, which is its end,
+// at 24.
+std::string SealRegistration(std::string input) {
+  if (input.size() < sizeof(abi::RegistrationDocument)) return input;
+  Store(input, 8, input.size(), 8);
+  uint64_t layout_offset = 0;
+  std::memcpy(&layout_offset, input.data() + 16, 8);
+  if (layout_offset <= input.size()) Store(input, 24, input.size() - layout_offset, 8);
   return input;
 }
 
@@ -161,6 +174,8 @@ std::string Sealed(Form form, std::string input) {
       return SealIndex(std::move(input));
     case Form::kImageRecord:
       return SealImageRecord(std::move(input));
+    case Form::kRegistration:
+      return SealRegistration(std::move(input));
   }
   return input;
 }
@@ -182,8 +197,12 @@ void EnumerateMutations(Form form, const std::string& seed, const Visit& visit) 
 
 std::string Mutator::Next() {
   std::string input = seeds_[Below(seeds_.size())];
-  for (size_t edits = 1 + Below(4); edits > 0; --edits) {
-    if (IsText(form_) && Below(4) != 0) {
+  // Mostly one: few documents survive several.
+  size_t edits = 1;
+  while (edits < kEditsMax && Below(3) == 0) ++edits;
+  for (; edits > 0; --edits) {
+    const bool has_text = IsText(form_) || form_ == Form::kRegistration;
+    if (has_text && Below(4) != 0) {
       EditText(input);
     } else {
       Edit(input);

@@ -29,7 +29,7 @@ class Mutator {
   Mutator(Form form, const std::vector<std::string>& seeds, uint64_t random_seed)
       : form_(form), seeds_(seeds), random_(random_seed) {}
 
-  // A seed with one to four random edits.
+  // A seed with one or a few random edits.
   std::string Next();
 
  private:

@@ -172,7 +172,19 @@ std::string Record(uint32_t slot_count) {
   return bytes;
 }
 
+// The same with the layout as its end, so that it can grow.
+std::string LayoutLast(std::string document) {
+  abi::RegistrationDocument header;
+  std::memcpy(&header, document.data(), sizeof(header));
+  const std::string layout = document.substr(header.layout_offset, header.layout_bytes);
+  header.layout_offset = document.size();
+  header.total_bytes = document.size() + layout.size();
+  std::memcpy(document.data(), &header, sizeof(header));
+  return document + layout;
+}
+
 Seeds Registrations() {
+  constexpr uint64_t kBufferBytes = 1 << 20;
   Seeds seeds;
   const Seeds documents = LayoutDocuments();
   for (const std::string& document : documents) {
@@ -180,12 +192,14 @@ Seeds Registrations() {
     std::vector<TrainerBuffer> buffers;
     const auto held = (*layout)->ForRank(Rank{0});
     CHECK_OK(held.status());
-    for (const BufferNeed& need : held->buffers) buffers.push_back({need.name, need.bytes, 1});
-    seeds.push_back(EncodeDocument(document, buffers, {{"rng", 1, 100}, {"args", 0, 7}}));
+    // Large enough for other shapes and dtypes, too.
+    for (const BufferNeed& need : held->buffers) buffers.push_back({need.name, kBufferBytes, 1});
+    seeds.push_back(
+        LayoutLast(EncodeDocument(document, buffers, {{"rng", 1, 100}, {"args", 0, 7}})));
   }
-  seeds.push_back(EncodeDocument(
+  seeds.push_back(LayoutLast(EncodeDocument(
       R"({"holdfast_layout":1,"mesh":[],"tensors":[{"name":"t","shape":[4,6],"states":[{"state":"s","dtype":"int8","place":[{"op":"perm","dims":[1,0]}]}]}]})",
-      {{"s/t", 24, 0}}, {}));
+      {{"s/t", kBufferBytes, 0}}, {})));
   return seeds;
 }
 

@@ -14,7 +14,7 @@ constexpr Target kTargets[] = {
     {"names", FuzzNames, Form::kBinary, 1 * kMiB, 64, true, 20'000},
     {"image", FuzzImage, Form::kBinary, 64 * kMiB, 64, false, 2'000},
     {"image_record", FuzzImageRecord, Form::kImageRecord, 1 * kMiB, 64, true, 4'000},
-    {"registration", FuzzRegistration, Form::kBinary, 512 * kMiB, 128, false, 3'000},
+    {"registration", FuzzRegistration, Form::kRegistration, 512 * kMiB, 128, false, 3'000},
     {"packet", FuzzPacket, Form::kBinary, 1 * kMiB, 64, true, 5'000},
 };
 

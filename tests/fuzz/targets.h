@@ -35,7 +35,7 @@ bool FuzzPacket(Input input);        // agent/packet.h
 
 // How inputs are mutated, and what is put right afterwards, so that what lies behind a checksum is
 // reached (tests/fuzz/mutator.h).
-enum class Form { kBinary, kText, kSealedText, kIndex, kImageRecord };
+enum class Form { kBinary, kText, kSealedText, kIndex, kImageRecord, kRegistration };
 
 struct Target {
   std::string_view name;
