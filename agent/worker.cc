@@ -3,7 +3,6 @@
 #include <errno.h>
 #include <signal.h>
 #include <stdlib.h>
-#include <sys/random.h>
 #include <sys/signalfd.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -23,6 +22,7 @@
 #include "agent/version.h"
 #include "base/check.h"
 #include "base/kill_point.h"
+#include "base/random_bits.h"
 #include "base/status_macros.h"
 #include "format/image.h"
 #include "io/errno_status.h"
@@ -46,21 +46,6 @@ constexpr char kEndingText[] = "the agent is ending";
 constexpr size_t kLostNamedMax = 20;
 
 const char* NameOf(Caching caching) { return caching == Caching::kDirect ? "direct" : "buffered"; }
-
-uint64_t RandomBits() {
-  uint64_t bits = 0;
-  // Cannot fail for 8 bytes once the kernel's pool is seeded, and waits until it is.
-  CHECK(getrandom(&bits, sizeof(bits), 0) == sizeof(bits));
-  return bits;
-}
-
-// RFC 4122, version 4.
-std::string MakeUuid() {
-  const uint64_t high = (RandomBits() & ~uint64_t{0xf000}) | 0x4000;
-  const uint64_t low = (RandomBits() & ~(uint64_t{3} << 62)) | (uint64_t{2} << 62);
-  return absl::StrFormat("%08x-%04x-%04x-%04x-%012x", high >> 32, (high >> 16) & 0xffff,
-                         high & 0xffff, low >> 48, low & 0xffffffffffff);
-}
 
 // Makes the last component of `path` if only that is missing: a root on a file system that is not
 // mounted must not be made in the empty mount point's parent.
@@ -209,7 +194,7 @@ absl::Status Worker::BuildEngine() {
   FileStore::Options store_options;
   store_options.root = config_.root;
   store_options.writer = absl::StrFormat("%016x", RandomBits());
-  store_options.make_uuid = MakeUuid;
+  store_options.make_uuid = RandomUuid;
   store_ = std::make_unique<FileStore>(*file_system_, clock_, std::move(store_options));
 
   EngineOptions options;

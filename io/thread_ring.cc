@@ -16,14 +16,11 @@
 #include "base/mutex.h"
 #include "base/status_macros.h"
 #include "io/errno_status.h"
-#include "io/transfer_errors.h"
+#include "io/transfer.h"
 #include "io/unique_fd.h"
 
 namespace holdfast {
 namespace {
-
-// A transfer that makes no progress this often is given up.
-constexpr int kRetriesMax = 64;
 
 struct Operation {
   enum class Kind { kWrite, kRead, kSync };
@@ -36,75 +33,14 @@ struct Operation {
   absl::Status status = {};
 };
 
-// Calls `transfer(done_bytes)` until `length` bytes are done. It returns what a system call does.
-template <typename Transfer>
-absl::Status TransferAll(const char* verb, int fd, size_t length, Transfer transfer,
-                         size_t& done_bytes) {
-  int retries = 0;
-  while (done_bytes < length) {
-    const ssize_t moved = transfer(done_bytes);
-    if (moved > 0) {
-      done_bytes += static_cast<size_t>(moved);
-      retries = 0;
-    } else if (moved == 0) {
-      return absl::OkStatus();  // the caller sees that it is short
-    } else if ((errno != EINTR && errno != EAGAIN) || ++retries > kRetriesMax) {
-      return TransferError(errno, verb, fd);
-    }
-  }
-  return absl::OkStatus();
-}
-
-absl::Status WriteAll(const Operation& operation, size_t piece_bytes) {
-  const std::span<const std::byte> data = operation.source;
-  size_t done_bytes = 0;
-  RETURN_IF_ERROR(TransferAll(
-      "write", operation.fd, data.size(),
-      [&](size_t begin) {
-        return pwrite(operation.fd, data.data() + begin, std::min(data.size() - begin, piece_bytes),
-                      static_cast<off_t>(operation.offset_bytes + begin));
-      },
-      done_bytes));
-  if (done_bytes == data.size()) return absl::OkStatus();
-  return absl::UnavailableError(absl::StrFormat("write %s: the kernel took %d of %d bytes",
-                                                PathOfDescriptor(operation.fd), done_bytes,
-                                                data.size()));
-}
-
-absl::Status ReadAll(const Operation& operation, size_t piece_bytes) {
-  const std::span<std::byte> data = operation.target;
-  size_t done_bytes = 0;
-  absl::Status truncated;
-  RETURN_IF_ERROR(TransferAll(
-      "read", operation.fd, data.size(),
-      [&](size_t begin) -> ssize_t {
-        // A direct read behind the end of the file would be refused as unaligned: look first.
-        if (begin > 0) {
-          truncated = CheckNotTruncated(operation.fd, {operation.offset_bytes, data.size(), begin});
-          if (!truncated.ok()) return 0;
-        }
-        return pread(operation.fd, data.data() + begin, std::min(data.size() - begin, piece_bytes),
-                     static_cast<off_t>(operation.offset_bytes + begin));
-      },
-      done_bytes));
-  RETURN_IF_ERROR(truncated);
-  if (done_bytes == data.size()) return absl::OkStatus();
-  RETURN_IF_ERROR(
-      CheckNotTruncated(operation.fd, {operation.offset_bytes, data.size(), done_bytes}));
-  return absl::UnavailableError(absl::StrFormat("read %s: the kernel gave %d of %d bytes",
-                                                PathOfDescriptor(operation.fd), done_bytes,
-                                                data.size()));
-}
-
 absl::Status Carry(const Operation& operation, size_t piece_bytes) {
   switch (operation.kind) {
     case Operation::Kind::kWrite:
-      return WriteAll(operation, piece_bytes);
+      return WriteAll(operation.fd, operation.offset_bytes, operation.source, piece_bytes);
     case Operation::Kind::kRead:
-      return ReadAll(operation, piece_bytes);
+      return ReadAll(operation.fd, operation.offset_bytes, operation.target, piece_bytes);
     case Operation::Kind::kSync:
-      if (fsync(operation.fd) == 0) return absl::OkStatus();
-      return TransferError(errno, "sync", operation.fd);
+      return SyncAll(operation.fd);
   }
   CHECK(false);
 }
