@@ -116,7 +116,7 @@ enum class RestoreFrom {
 
 struct RestoreBegun {
   CheckpointId checkpoint;
-  uint32_t world_size = 0;  // it was made with
+  uint32_t world_size = 0;  // of the run that saved it: its blobs are of these ranks
   RestoreFrom restore_from = RestoreFrom::kNotGiven;
   uint64_t tensor_states = 0;           // of this rank: will be filled
   uint64_t tensor_states_left_out = 0;  // of this rank: not chosen, stay as they are

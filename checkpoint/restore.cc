@@ -116,7 +116,8 @@ absl::StatusOr<RestoreBegun> Restore::Describe() {
   RestoreBegun begun;
   const Index& index = source_->index();
   begun.checkpoint = index.checkpoint;
-  begun.world_size = index.world_size;
+  // Whose ranks the blobs are of: "mine" is an answer in a world of that size only.
+  begun.world_size = index.BlobWorldSize();
   begun.restore_from = options_.restore_from;
   begun.op_count = plan_.ops.size();
   begun.operations_bytes = BytesOf(plan_.ops).size();

@@ -5,6 +5,7 @@
 #include <map>
 #include <optional>
 #include <set>
+#include <tuple>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -189,14 +190,19 @@ Hdf5Dataset ImagePlan::BlobDataset(uint32_t mark, size_t blob_index) const {
   dataset.attributes = {
       {"name", std::string_view(blob.name)},
       {"bytes", CellValue(mark, kFirstBlobCell + static_cast<uint32_t>(blob_index))}};
+  if (blob.saved_by.has_value()) {
+    // An escaped name has no dot, so this cannot be the name of another blob.
+    absl::StrAppend(&dataset.name, ".rank", Value(*blob.saved_by));
+    dataset.attributes.push_back({"saved_by", uint64_t{Value(*blob.saved_by)}});
+  }
   return dataset;
 }
 
 absl::Status CheckBlobs(std::span<const ImageBlob> blobs) {
-  std::set<std::pair<BlobScope, std::string_view>> seen;
+  std::set<std::tuple<BlobScope, std::string_view, std::optional<Rank>>> seen;
   for (const ImageBlob& blob : blobs) {
     RETURN_IF_ERROR(CheckName("blob", blob.name));
-    if (!seen.emplace(blob.scope, blob.name).second) {
+    if (!seen.emplace(blob.scope, blob.name, blob.saved_by).second) {
       return absl::InvalidArgumentError(absl::StrFormat("blob \"%s\" of scope %s is given twice",
                                                         blob.name, BlobScopeName(blob.scope)));
     }

@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -40,6 +41,9 @@ struct ImageBlob {
   BlobScope scope = BlobScope::kGlobal;
   std::string name;
   uint64_t capacity_bytes = 0;
+  // In an image that no rank saved (reshard): who saved the blob. Such an image may hold the blobs
+  // of one name of several ranks.
+  std::optional<Rank> saved_by = std::nullopt;
 };
 
 // What an image shall hold. Payload lies in it in the order of `pieces`, then of `blobs`.

@@ -197,8 +197,13 @@ std::string ImageTest::ReadByH5py(const ImageTemplate& image, const std::string&
   for (size_t i = 0; i < blobs_.size(); ++i) {
     expected["blobs"].push_back(
         {{"path", absl::StrCat("/blobs/", std::string(BlobScopeName(blobs_[i].scope)), "/",
-                               EscapeName(blobs_[i].name))},
+                               EscapeName(blobs_[i].name),
+                               blobs_[i].saved_by.has_value()
+                                   ? absl::StrCat(".rank", Value(*blobs_[i].saved_by))
+                                   : "")},
          {"name", blobs_[i].name},
+         {"saved_by", blobs_[i].saved_by.has_value() ? nlohmann::json(Value(*blobs_[i].saved_by))
+                                                     : nlohmann::json(nullptr)},
          {"bytes", blob_bytes[i]},
          {"capacity", blobs_[i].capacity_bytes},
          {"contents", blob_bytes[i] == kBlobAbsent ? "" : BlobText(i, blob_bytes[i])}});
@@ -245,13 +250,16 @@ TEST_F(ImageTest, H5pyAndH5dumpReadEveryDtypeNameAndPiece) {
   blobs_ = {{BlobScope::kGlobal, "args", 1000},
             {BlobScope::kRank, "rng/cuda", 64},
             {BlobScope::kRank, "args", 0},
-            {BlobScope::kGlobal, "not given", 10}};
-  const uint64_t blob_bytes[] = {17, 64, 0, kBlobAbsent};
+            {BlobScope::kGlobal, "not given", 10},
+            {BlobScope::kRank, "rng/cuda", 20, Rank{0}},
+            {BlobScope::kRank, "rng/cuda", 0, Rank{5}},
+            {BlobScope::kRank, "rng/cuda.rank5", 3}};
+  const uint64_t blob_bytes[] = {17, 64, 0, kBlobAbsent, 20, 0, 3};
 
   ASSERT_OK_AND_ASSIGN(const ImageTemplate image, Build());
   const std::string path = Write(image, blob_bytes);
   EXPECT_THAT(ReadByH5py(image, path, blob_bytes),
-              HasSubstr(absl::StrCat(pieces_.size(), " datasets, 4 blobs")));
+              HasSubstr(absl::StrCat(pieces_.size(), " datasets, 7 blobs")));
 
   int status = 0;
   const std::string header = RunAndCapture("h5dump -H " + path, &status);

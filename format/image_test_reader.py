@@ -93,6 +93,8 @@ def main():
         for want in expected["blobs"]:
             blob = image[want["path"]]
             check(want["path"] + " name", want["name"], text(blob.attrs["name"]))
+            saved_by = int(blob.attrs["saved_by"]) if "saved_by" in blob.attrs else None
+            check(want["path"] + " saved_by", want["saved_by"], saved_by)
             check(want["path"] + " bytes", want["bytes"], int(blob.attrs["bytes"]))
             check(want["path"] + " capacity", [want["capacity"]], list(blob.shape))
             if want["bytes"] <= want["capacity"]:

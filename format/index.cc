@@ -62,6 +62,12 @@ absl::Status CheckHeader(const Index& index) {
     return Wrong(
         absl::StrFormat("world size: expected 1 to %d, found %d", kWorldSizeMax, index.world_size));
   }
+  if (index.blob_world_size > kWorldSizeMax || index.blob_world_size == index.world_size) {
+    return Wrong(absl::StrFormat(
+        "world size of the blobs: expected 0, which stands for the world size of %d, or another of "
+        "at most %d, found %d",
+        index.world_size, kWorldSizeMax, index.blob_world_size));
+  }
   std::set<std::string_view> layouts;
   for (size_t i = 0; i < index.layouts.size(); ++i) {
     if (index.layouts[i].empty() || !layouts.insert(index.layouts[i]).second) {
@@ -159,9 +165,9 @@ absl::Status CheckBlobs(const Index& index) {
       return Wrong(absl::StrFormat("%s: scope: expected 0 or 1, found %d", where,
                                    static_cast<int>(blob.scope)));
     }
-    if (Value(blob.rank) >= index.world_size) {
+    if (Value(blob.rank) >= index.BlobWorldSize()) {
       return Wrong(absl::StrFormat("%s: rank: expected less than %d, found %d", where,
-                                   index.world_size, Value(blob.rank)));
+                                   index.BlobWorldSize(), Value(blob.rank)));
     }
     if (i > 0 && OrderOf(index.blobs[i - 1]) >= OrderOf(blob)) {
       return Wrong(

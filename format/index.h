@@ -64,7 +64,7 @@ struct IndexPiece {
 
 struct IndexBlob {
   BlobScope scope = BlobScope::kGlobal;
-  Rank rank{};  // that saved it
+  Rank rank{};  // that saved it, below BlobWorldSize()
   std::string name;
   uint32_t image = 0;
   uint64_t offset_bytes = 0;
@@ -77,6 +77,9 @@ struct Index {
   std::string job_uuid;
   CheckpointId checkpoint;
   uint32_t world_size = 0;
+  // Of the run that saved the blobs, where that is another one: a reshard keeps them as they are. 0:
+  // world_size.
+  uint32_t blob_world_size = 0;
   std::vector<std::string> layouts;        // layout documents, each once
   std::vector<IndexImage> images;          // one per rank, in order of the ranks
   std::vector<TensorState> tensor_states;  // strictly ascending by (tensor, state), bytewise
@@ -85,6 +88,8 @@ struct Index {
   std::vector<IndexPiece> pieces;  // ascending by (tensor_state, image, offset_bytes)
   std::vector<IndexBlob> blobs;    // strictly ascending by (scope, name, rank)
 
+  // The size of the world whose ranks saved the blobs.
+  uint32_t BlobWorldSize() const { return blob_world_size == 0 ? world_size : blob_world_size; }
   // Where the pieces of a tensor state lie in `pieces`: [first, last).
   std::pair<size_t, size_t> PiecesOf(uint32_t tensor_state) const;
   // Index into tensor_states; empty if there is none. O(log n).

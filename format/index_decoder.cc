@@ -204,7 +204,8 @@ absl::Status Decoder::ReadHeader() {
   index_.world_size = header.Get32();
   const uint64_t job = header.Get64();
   const uint64_t job_uuid = header.Get64();
-  RETURN_IF_ERROR(Expect("reserved bytes of the header", 0, header.Get64()));
+  index_.blob_world_size = header.Get32();
+  RETURN_IF_ERROR(Expect("reserved bytes of the header", 0, header.Get32()));
   RETURN_IF_ERROR(ReadSectionTable());
   RETURN_IF_ERROR(ReadName(job, index_.job));
   return ReadName(job_uuid, index_.job_uuid);

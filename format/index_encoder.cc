@@ -178,7 +178,8 @@ std::vector<std::byte> Encoder::Encode() {
   file.Put32(index_.world_size);
   file.Put64(job);
   file.Put64(job_uuid);
-  file.Put64(0);
+  file.Put32(index_.blob_world_size);
+  file.Put32(0);
   uint64_t offset = kTableEnd;
   for (size_t i = 0; i < kSectionCount; ++i) {
     file.Put32(static_cast<uint32_t>(i + 1));

@@ -13,6 +13,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "base/crc32c.h"
+#include "format/layout.h"
 #include "tests/support/allocation_meter.h"
 #include "tests/support/status_matchers.h"
 
@@ -128,6 +129,18 @@ TEST(IndexTest, ReadsBackWhatWasWritten) {
   ASSERT_OK_AND_ASSIGN(const Index read, DecodeIndex(Encode(Example())));
   EXPECT_EQ(Show(read), Show(Example()));
   EXPECT_EQ(Encode(read), Encode(Example()));
+}
+
+TEST(IndexTest, BlobsOfAnotherWorldReadBack) {
+  Index index = Example();
+  index.blob_world_size = 1000;
+  index.blobs[2].rank = Rank{999};
+  ASSERT_OK_AND_ASSIGN(const std::vector<std::byte> bytes, EncodeIndex(index));
+  ASSERT_OK_AND_ASSIGN(const Index found, DecodeIndex(bytes));
+  EXPECT_EQ(found.blob_world_size, 1000u);
+  EXPECT_EQ(found.BlobWorldSize(), 1000u);
+  EXPECT_EQ(found.blobs, index.blobs);
+  EXPECT_EQ(Example().BlobWorldSize(), 2u);
 }
 
 TEST(IndexTest, AnIndexWithoutTensorsReadsBack) {
@@ -364,6 +377,10 @@ TEST(IndexTest, WhatBreaksARuleIsNamedAndNeverWritten) {
   EXPECT_THAT(error([](I i) { i.blobs[0].image = 9; }), wrong("blobs[0]", "9"));
   EXPECT_THAT(error([](I i) { i.blobs[0].bytes = 3889; }), wrong("blobs[0]", "3889"));
   EXPECT_THAT(error([](I i) { i.blobs[2].rank = Rank{2}; }), wrong("blobs[2]", "rank"));
+  EXPECT_THAT(error([](I i) { i.blob_world_size = 2; }), wrong("world size of the blobs", "2"));
+  EXPECT_THAT(error([](I i) { i.blob_world_size = kWorldSizeMax + 1; }),
+              wrong("world size of the blobs", "1048577"));
+  EXPECT_THAT(error([](I i) { i.blob_world_size = 1; }), wrong("blobs[2]", "less than 1"));
   EXPECT_THAT(error([](I i) { std::swap(i.blobs[1], i.blobs[2]); }), wrong("blobs[2]", "greater"));
   EXPECT_THAT(error([](I i) { i.blobs[1].scope = BlobScope{2}; }), wrong("blobs[1]", "scope"));
 }

@@ -48,7 +48,8 @@ std::string TimeJson(absl::Time time) {
 }
 
 // `{`, the members one per line, and the line with the checksum.
-std::string Seal(std::initializer_list<std::pair<const char*, std::string>> members) {
+using Members = std::vector<std::pair<const char*, std::string>>;
+std::string Seal(const Members& members) {
   std::string text = "{\n";
   for (const auto& [key, value] : members) absl::StrAppend(&text, "\"", key, "\": ", value, ",\n");
   const uint32_t crc = Crc32c(std::as_bytes(std::span(text)));
@@ -100,6 +101,7 @@ class Reader {
   }
 
   JsonValue Get(std::string_view key) { return Take(value_.Get(key)); }
+  bool Has(std::string_view key) const { return status_.ok() && value_.Find(key).present(); }
   Reader Object(std::string_view key, std::initializer_list<std::string_view> known) {
     Reader reader(where_, Get(key));
     reader.status_ = status_;
@@ -395,14 +397,40 @@ absl::StatusOr<Manifest> DecodeManifest(std::string_view bytes, const std::strin
 
 // ---- JOB.json ----
 
+namespace {
+
+std::string SourceJson(const JobSource& source) {
+  return absl::StrFormat(
+      "{\"job\": %s, \"job_uuid\": %s, \"attempt\": %d, \"step\": %d, \"directory\": %s}",
+      Quoted(source.job), Quoted(source.job_uuid), Value(source.checkpoint.attempt),
+      Value(source.checkpoint.step), Quoted(source.directory));
+}
+
+JobSource ReadSource(Reader& reader) {
+  Reader member = reader.Object("source", {"job", "job_uuid", "attempt", "step", "directory"});
+  JobSource source;
+  source.job = member.Text("job", kJobNameBytesMax);
+  source.job_uuid = member.Text("job_uuid", 36);
+  source.checkpoint = member.CheckpointMembers();
+  source.directory = member.Text("directory", kSourceBytesMax);
+  if (member.status().ok()) member.Fail(CheckJobName(source.job));
+  if (member.status().ok()) member.Fail(CheckJobUuid(source.job_uuid));
+  reader.Fail(member.status());
+  return source;
+}
+
+}  // namespace
+
 std::string EncodeJobRecord(const JobRecord& record) {
-  std::string text = Seal({
+  Members members = {
       {"holdfast_job", absl::StrCat(kFormatVersion)},
       {"job", Quoted(record.job)},
       {"job_uuid", Quoted(record.job_uuid)},
-      {"created_by", Quoted(record.created_by)},
-      {"created_at", TimeJson(record.created_at)},
-  });
+  };
+  if (record.source.has_value()) members.emplace_back("source", SourceJson(*record.source));
+  members.emplace_back("created_by", Quoted(record.created_by));
+  members.emplace_back("created_at", TimeJson(record.created_at));
+  std::string text = Seal(members);
   return Checked(text, DecodeJobRecord(text, kJobFileName).status());
 }
 
@@ -410,11 +438,12 @@ absl::StatusOr<JobRecord> DecodeJobRecord(std::string_view bytes, const std::str
   ASSIGN_OR_RETURN(const std::unique_ptr<JsonDocument> document,
                    OpenSealed(bytes, kSmallRecordBytesMax, where));
   Reader reader(where, document->root());
-  reader.Keys({"holdfast_job", "job", "job_uuid", "created_by", "created_at", "crc32c"});
+  reader.Keys({"holdfast_job", "job", "job_uuid", "source", "created_by", "created_at", "crc32c"});
   reader.Version("holdfast_job");
   JobRecord record;
   record.job = reader.Text("job", kJobNameBytesMax);
   record.job_uuid = reader.Text("job_uuid", 36);
+  if (reader.Has("source")) record.source = ReadSource(reader);
   record.created_by = reader.Text("created_by", 256);
   record.created_at = reader.Time("created_at");
   if (reader.status().ok()) reader.Fail(CheckJobName(record.job));

@@ -81,11 +81,22 @@ absl::StatusOr<Manifest> DecodeManifest(std::string_view bytes, const std::strin
 
 // ---- JOB.json ----
 
+// The checkpoint that a tool made a job's first one from (attempt 0).
+struct JobSource {
+  std::string job;
+  std::string job_uuid;
+  CheckpointId checkpoint;
+  std::string directory;  // where it lay then: for people, UTF-8, at most kSourceBytesMax
+  friend bool operator==(const JobSource&, const JobSource&) = default;
+};
+inline constexpr size_t kSourceBytesMax = 16384;
+
 struct JobRecord {
   std::string job;
   std::string job_uuid;
   std::string created_by;
-  absl::Time created_at{};  // as in Manifest
+  absl::Time created_at{};                         // as in Manifest
+  std::optional<JobSource> source = std::nullopt;  // empty: runs of the job made all that it has
 };
 std::string EncodeJobRecord(const JobRecord& record);
 absl::StatusOr<JobRecord> DecodeJobRecord(std::string_view bytes, const std::string& where);

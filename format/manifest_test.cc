@@ -119,6 +119,9 @@ std::vector<Sealed> AllSealed() {
       {EncodeManifest(Example()), [](const auto& b) { return DecodeManifest(b, "F").status(); }},
       {EncodeJobRecord({"llm.7b", kUuid, "holdfast 0.1.0", kTime}),
        [](const auto& b) { return DecodeJobRecord(b, "F").status(); }},
+      {EncodeJobRecord({"llm.7b", kUuid, "holdfast 0.1.0", kTime,
+                        JobSource{"llm", kUuid, Id(3, 900), "/a \"b\"/llm/s000000000900.a0003"}}),
+       [](const auto& b) { return DecodeJobRecord(b, "F").status(); }},
       {EncodeBadMark({2, kUuid, Id(4, 1000), "NaN in \"wte\"", "holdfast 0.1.0", kTime}),
        [](const auto& b) { return DecodeBadMark(b, "F").status(); }},
       {EncodeHead({1, kUuid, Id(3, 900), Attempt{5}, "loss spike", "holdfast 0.1.0", kTime}),
@@ -235,6 +238,32 @@ TEST(ManifestTest, ALargeGroupFitsItsLimit) {
   ASSERT_OK_AND_ASSIGN(const Manifest read, DecodeManifest(bytes, "M"));
   EXPECT_EQ(read.images, manifest.images);
   EXPECT_LT(bytes.size() / manifest.world_size, kManifestBytesMax >> 20);
+}
+
+TEST(JobRecordTest, ReadsBackWithAndWithoutASource) {
+  JobRecord record{"llm.7b", kUuid, "holdfast 0.1.0", kTime};
+  EXPECT_EQ(DecodeJobRecord(EncodeJobRecord(record), "J")->source, std::nullopt);
+  record.source = JobSource{"llm", "76543210-89ab-cdef-0123-456789abcdef", Id(3, 900),
+                            std::string(kSourceBytesMax, 'd')};
+  const std::string good = EncodeJobRecord(record);
+  ASSERT_OK_AND_ASSIGN(const JobRecord found, DecodeJobRecord(good, "J"));
+  EXPECT_EQ(found.source, record.source);
+  EXPECT_EQ(found.job_uuid, record.job_uuid);
+  const auto error = [&good](const char* from, const std::string& to) {
+    const std::string bad = Reseal(absl::StrReplaceAll(good, {{from, to}}));
+    EXPECT_NE(bad, good) << from;
+    return DecodeJobRecord(bad, "J").status();
+  };
+  const auto damaged = [](const std::string& text) {
+    return StatusIs(absl::StatusCode::kDataLoss, HasSubstr(text));
+  };
+  EXPECT_THAT(error("{\"job\": \"llm\"", "{\"job\": \"../llm\""), damaged("../llm"));
+  EXPECT_THAT(error("\"76543210-", "\"7654321-"), damaged("7654321-"));
+  EXPECT_THAT(error("\"attempt\": 3", "\"attempt\": 4294967296"), damaged("4294967296"));
+  EXPECT_THAT(error("\"attempt\": 3, ", ""), damaged("attempt"));
+  EXPECT_THAT(error("\"step\": 900", "\"step\": 900, \"x\": 1"), damaged("x"));
+  EXPECT_THAT(error("\"ddd", "\"dddd"), damaged("16384"));
+  EXPECT_THAT(error("\"source\": {", "\"source\": null, \"sauce\": {"), damaged("sauce"));
 }
 
 TEST(HeadTest, ReadsBackWithAndWithoutATarget) {

@@ -211,7 +211,7 @@ typedef struct hf_restore_result {
   size_t struct_bytes;
   uint64_t step;
   uint32_t attempt;           /* that made the checkpoint */
-  uint32_t world_size;        /* it was made with */
+  uint32_t world_size;        /* of the run that saved it, whose ranks its blobs are of */
   uint64_t bytes;             /* copied into this rank's buffers */
   uint64_t bytes_from_memory; /* of them, from images in the agent's memory */
   int64_t nanoseconds;
