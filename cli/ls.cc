@@ -48,11 +48,18 @@ nlohmann::ordered_json IdJson(const CheckpointId& id) {
 nlohmann::ordered_json ToJson(const JobListing& listing) {
   nlohmann::ordered_json job = {{"job", listing.path.job},
                                 {"uuid", listing.catalog.job.job_uuid},
+                                {"source", nullptr},
                                 {"bytes", listing.bytes},
                                 {"saves_that_fit", nullptr},
                                 {"newest", nullptr},
                                 {"checkpoints", nlohmann::ordered_json::array()},
                                 {"warnings", listing.catalog.warnings}};
+  if (const std::optional<JobSource>& source = listing.catalog.job.source; source.has_value()) {
+    job["source"] = IdJson(source->checkpoint);
+    job["source"]["job"] = source->job;
+    job["source"]["uuid"] = source->job_uuid;
+    job["source"]["directory"] = source->directory;
+  }
   if (listing.saves_that_fit.has_value()) job["saves_that_fit"] = *listing.saves_that_fit;
   if (listing.catalog.newest.has_value()) {
     job["newest"] = IdJson(listing.catalog.entries[*listing.catalog.newest].id);
@@ -77,6 +84,12 @@ nlohmann::ordered_json ToJson(const JobListing& listing) {
 
 void PrintText(const JobListing& listing) {
   std::printf("%s\n", listing.path.job.c_str());
+  if (const std::optional<JobSource>& source = listing.catalog.job.source; source.has_value()) {
+    std::printf("  made from step %llu of attempt %u of job %s (%s), %s\n",
+                static_cast<unsigned long long>(Value(source->checkpoint.step)),
+                Value(source->checkpoint.attempt), source->job.c_str(), source->job_uuid.c_str(),
+                Printable(source->directory).c_str());
+  }
   std::printf("  %12s %8s  %-22s %10s %6s  %s\n", "step", "attempt", "state", "bytes", "ranks",
               "survives");
   for (size_t i = 0; i < listing.catalog.entries.size(); ++i) {

@@ -29,6 +29,7 @@ int main(int argc, char** argv) {
   AddDiff(app, invocation);
   AddLayout(app, invocation);
   AddView(app, invocation);
+  AddReshard(app, invocation);
   AddStatus(app, invocation);
   try {
     app.parse(argc, argv);

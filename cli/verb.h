@@ -34,6 +34,7 @@ void AddVerify(CLI::App& app, Invocation& invocation);
 void AddDiff(CLI::App& app, Invocation& invocation);
 void AddLayout(CLI::App& app, Invocation& invocation);
 void AddView(CLI::App& app, Invocation& invocation);
+void AddReshard(CLI::App& app, Invocation& invocation);
 void AddStatus(CLI::App& app, Invocation& invocation);
 
 // Prints `status` on standard error ("holdfast: ...") and returns its exit code.
