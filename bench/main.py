@@ -26,6 +26,7 @@ BENCHMARKS = {
     "view": ("view", "rows"),
     "fingerprint": ("fingerprint", "rows"),
     "diff": ("diff", "rows"),
+    "reshard": ("reshard", "rows"),
     "side_by_side": ("side_by_side", "rows"),
 }
 

@@ -401,10 +401,13 @@ ReshardSchedule ReshardPlan::ScheduleUnits(uint64_t unit_bytes, uint64_t buffer_
                          schedule.distinct_read_bytes);
   };
   schedule.read_bytes = reads(schedule.slot_count);
-  // Memory that spares no read is not touched: new pages cost time.
-  while (schedule.slot_count / 2 >= 2 * schedule.thread_count &&
-         reads(schedule.slot_count / 2) == schedule.read_bytes) {
+  // Memory that spares next to no read is not touched: new pages cost time.
+  const uint64_t enough = schedule.read_bytes + schedule.distinct_read_bytes / 100;
+  while (schedule.slot_count / 2 >= 2 * schedule.thread_count) {
+    const uint64_t with_half = reads(schedule.slot_count / 2);
+    if (with_half > enough) break;
     schedule.slot_count /= 2;
+    schedule.read_bytes = with_half;
   }
   return schedule;
 }

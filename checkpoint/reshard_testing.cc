@@ -127,6 +127,29 @@ absl::StatusOr<std::vector<std::byte>> MakeImage(const Layout& layout,
   return bytes;
 }
 
+// From the first tensor or blob on, what belongs to none is zero.
+absl::Status CheckGaps(const Index& index, std::vector<std::string> files) {
+  std::vector<size_t> begins(files.size(), SIZE_MAX);
+  const auto clear = [&](uint32_t image, uint64_t offset_bytes, uint64_t bytes) {
+    if (bytes == 0) return;
+    begins[image] = std::min<size_t>(begins[image], offset_bytes);
+    files[image].replace(offset_bytes, bytes, bytes, '\0');
+  };
+  for (const IndexPiece& piece : index.pieces) {
+    const Dtype dtype = index.tensor_states[piece.piece.tensor_state].dtype;
+    clear(piece.image, piece.offset_bytes, piece.piece.ElementCount() * ElementBytes(dtype));
+  }
+  for (const IndexBlob& blob : index.blobs) clear(blob.image, blob.offset_bytes, blob.bytes);
+  for (size_t i = 0; i < files.size(); ++i) {
+    if (begins[i] == SIZE_MAX) continue;
+    const size_t found = files[i].find_first_not_of('\0', begins[i]);
+    if (found == std::string::npos) continue;
+    return absl::DataLossError(
+        absl::StrFormat("image %d: byte %d belongs to nothing and is not zero", i, found));
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 std::string ScratchDirectory() {
@@ -221,6 +244,7 @@ absl::Status CheckTestCheckpoint(FileSystem& file_system, const ReadAt& read_at,
                                                uint64_t{1} << 30));
     files.push_back(std::move(bytes));
   }
+  RETURN_IF_ERROR(CheckGaps(index, files));
   std::vector<std::vector<bool>> seen;
   for (const TensorState& state : index.tensor_states) seen.emplace_back(state.ElementCount());
   for (const IndexPiece& piece : index.pieces) {
