@@ -1,9 +1,6 @@
 #include "checkpoint/verify.h"
 
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -16,7 +13,7 @@
 #include "checkpoint/commit.h"
 #include "checkpoint/describe.h"
 #include "format/image_fingerprints.h"
-#include "io/errno_status.h"
+#include "io/transfer.h"
 
 namespace holdfast {
 namespace {
@@ -188,20 +185,8 @@ class Verifier {
 }  // namespace
 
 ReadAt PlainReadAt() {
-  return [](IoFile& file, uint64_t offset, std::span<std::byte> out) -> absl::Status {
-    size_t done = 0;
-    while (done < out.size()) {
-      const ssize_t got = pread(file.handle(), out.data() + done, out.size() - done,
-                                static_cast<off_t>(offset + done));
-      if (got < 0 && errno == EINTR) continue;
-      if (got < 0) return ErrnoStatus(errno, "read", absl::StrFormat("offset %d", offset + done));
-      if (got == 0) {
-        return absl::DataLossError(absl::StrFormat(
-            "truncated: expected %d bytes at offset %d, found %d", out.size(), offset, done));
-      }
-      done += static_cast<size_t>(got);
-    }
-    return absl::OkStatus();
+  return [](IoFile& file, uint64_t offset, std::span<std::byte> out) {
+    return ReadAll(file.handle(), offset, out);
   };
 }
 
