@@ -38,7 +38,7 @@ void ImageFingerprints::AppendParts(uint64_t offset_bytes, std::span<const std::
     const uint64_t begin = std::max(offset_bytes, placed.image_offset_bytes);
     const uint64_t end = std::min(end_bytes, EndOf(placed));
     if (begin >= end) continue;
-    parts.push_back({placed.piece.tensor_state, end - begin,
+    parts.push_back({placed.piece.tensor_state, order_[at], end - begin,
                      fingerprinter.OfPiece(tensor_states_[placed.piece.tensor_state], placed.piece,
                                            boxes_, begin - placed.image_offset_bytes,
                                            bytes.subspan(begin - offset_bytes, end - begin))});

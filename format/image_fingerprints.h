@@ -22,6 +22,7 @@ struct PlacedPiece {
 // What a part of an image adds to the fingerprint of a tensor state.
 struct FingerprintPart {
   uint32_t tensor_state = 0;
+  uint32_t piece = 0;  // index into the pieces
   uint64_t bytes = 0;  // of the tensor state that are in the sum
   Fingerprint sum;
 };

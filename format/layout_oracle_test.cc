@@ -144,6 +144,121 @@ void RestoreAndCompare(const Side& from, const Checkpoint& checkpoint, const Sid
   }
 }
 
+// The bytes of a replica, its elements one behind the other.
+std::vector<uint8_t> BytesOf(const Layout& layout, const RankShare& share, const Replica& replica,
+                             const Buffers& buffers) {
+  const uint64_t bytes =
+      replica.segment.piece.ElementCount() *
+      ElementBytes(layout.tensor_states()[replica.segment.piece.tensor_state].dtype);
+  std::vector<uint8_t> read(bytes, 0xAA);
+  for (const CopyOp& op :
+       PlanSegment(layout.tensor_states(), share.stored, replica.segment, 0, 0)) {
+    Copy(op, buffers.at(share.stored.buffers[op.buffer].name), read, true);
+  }
+  return read;
+}
+
+struct ReplicaCounts {
+  uint64_t replicas = 0;
+  uint64_t strided = 0;
+  uint64_t in_parts = 0;  // written by several holders
+};
+
+// Holders agree about what they hold and who writes which part of it. (The oracle's values differ
+// from element to element, so equal bytes are the same elements in the same order.)
+void ExpectReplicasToAgree(const Side& side, oracle::Random& random, ReplicaCounts& counts) {
+  const WriterAssignment writers = WriterAssignment::Create(*side.layout);
+  // The n-th replica of a set of holders: its bytes, and the parts that holders write.
+  struct Known {
+    std::vector<uint8_t> bytes;
+    uint32_t tensor_state = 0;
+    size_t holders_seen = 0;
+    std::map<uint64_t, uint64_t> written;  // first element -> end, counted from the replica's first
+  };
+  std::map<std::vector<uint32_t>, std::vector<Known>> known;
+  for (uint32_t rank = 0; rank < side.layout->world_size(); ++rank) {
+    std::vector<uint32_t> groups;
+    const size_t buffer_count = side.layout->ForRank(Rank{rank})->buffers.size();
+    for (size_t i = 0; i < buffer_count; ++i) groups.push_back(static_cast<uint32_t>(random() % 3));
+    const auto share = writers.ShareOf(Rank{rank}, groups);
+    ASSERT_TRUE(share.ok());
+    std::map<uint32_t, size_t> next;  // of each set of holders
+    for (const Replica& replica : share->replicas) {
+      const std::vector<uint32_t>& holders = share->holder_sets.at(replica.holders);
+      ASSERT_GE(holders.size(), 2u);
+      const Piece& piece = replica.segment.piece;
+      std::vector<Known>& of_holders = known[holders];
+      const size_t n = next[replica.holders]++;
+      const std::vector<uint8_t> bytes = BytesOf(*side.layout, *share, replica, side.buffers[rank]);
+      if (of_holders.size() == n) {
+        ASSERT_EQ(rank, holders[0]);
+        of_holders.push_back({bytes, piece.tensor_state, 0, {}});
+      }
+      ASSERT_LT(n, of_holders.size());
+      Known& here = of_holders[n];
+      EXPECT_EQ(here.tensor_state, piece.tensor_state);
+      EXPECT_TRUE(here.bytes == bytes) << "replica " << n << " of rank " << rank;
+      ASSERT_LT(here.holders_seen, holders.size());
+      EXPECT_EQ(holders[here.holders_seen++], rank);
+      ++counts.replicas;
+      counts.strided += replica.segment.strides == kContiguous ? 0 : 1;
+      if (replica.written_begin == replica.written_end) continue;
+      counts.in_parts += replica.written_end - replica.written_begin < piece.ElementCount() ? 1 : 0;
+      const Piece& stored = share->stored.segments.at(replica.stored).piece;
+      EXPECT_EQ(stored.tensor_state, piece.tensor_state);
+      EXPECT_EQ(stored.box, piece.box);
+      EXPECT_LE(stored.begin, replica.written_begin);
+      EXPECT_GE(stored.end, replica.written_end);
+      here.written[replica.written_begin - piece.begin] = replica.written_end - piece.begin;
+    }
+  }
+  std::map<std::vector<uint32_t>, uint64_t> loads;
+  for (const auto& [holders, replicas] : known) {
+    for (const Known& replica : replicas) {
+      EXPECT_EQ(replica.holders_seen, holders.size());
+      loads[holders] += replica.bytes.size();
+      const uint64_t element_bytes =
+          ElementBytes(side.layout->tensor_states()[replica.tensor_state].dtype);
+      uint64_t covered = 0;
+      for (const auto& [begin, end] : replica.written) {
+        EXPECT_EQ(begin, covered);
+        covered = end;
+      }
+      EXPECT_EQ(covered * element_bytes, replica.bytes.size());
+    }
+  }
+  // Nothing that several ranks hold is left out.
+  for (const HolderLoad& load : side.layout->HolderLoads()) {
+    if (load.ranks.size() == 1 || load.bytes == 0) continue;
+    EXPECT_EQ(loads[load.ranks], load.bytes);
+    loads.erase(load.ranks);
+  }
+  EXPECT_TRUE(loads.empty());
+}
+
+TEST(LayoutOracle, HoldersAgreeAboutTheirReplicasAndWhoWritesThem) {
+  const uint64_t seed = 20251126;
+  printf("seed %llu\n", static_cast<unsigned long long>(seed));
+  ReplicaCounts counts;
+  for (uint64_t round = 0; round < 8000; ++round) {
+    oracle::Random random(seed + round);
+    Side side;
+    if (!Make(oracle::RandomDocument(random, oracle::RandomTensors(random)), random, side)) {
+      continue;
+    }
+    SCOPED_TRACE(absl::StrCat("round ", round, "\n", side.layout->text()));
+    ExpectReplicasToAgree(side, random, counts);
+    if (testing::Test::HasFailure()) return;
+  }
+  printf("%llu replicas, %llu strided, %llu in parts\n",
+         static_cast<unsigned long long>(counts.replicas),
+         static_cast<unsigned long long>(counts.strided),
+         static_cast<unsigned long long>(counts.in_parts));
+  EXPECT_GT(counts.replicas, 10'000u);
+  EXPECT_GT(counts.strided, 1000u);
+  EXPECT_GT(counts.in_parts, 500u);
+}
+
 TEST(LayoutOracle, WhatOneLayoutWritesAnyOtherReads) {
   const uint64_t seed = 20251125;
   const int rounds = 20000;

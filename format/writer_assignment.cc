@@ -57,7 +57,27 @@ bool Continues(const Segment& before, const Segment& here, uint64_t element_byte
              here.buffer_offset_bytes;
 }
 
+// The segments' numbers, ordered by the group of their buffer.
+std::vector<uint32_t> OrderByGroup(const std::vector<Segment>& segments,
+                                   std::span<const uint32_t> group_of_buffer) {
+  std::vector<uint32_t> order(segments.size());
+  std::iota(order.begin(), order.end(), 0u);
+  if (group_of_buffer.empty()) return order;
+  std::stable_sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) {
+    return group_of_buffer[segments[a].buffer] < group_of_buffer[segments[b].buffer];
+  });
+  return order;
+}
+
 }  // namespace
+
+Segment PartOf(const Segment& segment, uint64_t first, uint64_t last, uint64_t element_bytes) {
+  Segment part = segment;
+  part.piece.begin = segment.piece.begin + first;
+  part.piece.end = segment.piece.begin + last;
+  if (part.strides == kContiguous) part.buffer_offset_bytes += first * element_bytes;
+  return part;
+}
 
 WriterAssignment WriterAssignment::Create(const Layout& layout) {
   WriterAssignment assignment(layout);
@@ -78,6 +98,13 @@ WriterAssignment WriterAssignment::Create(const Layout& layout) {
 
 absl::StatusOr<RankLayout> WriterAssignment::ForRank(
     Rank rank, std::span<const uint32_t> group_of_buffer) const {
+  absl::StatusOr<RankShare> share = ShareOf(rank, group_of_buffer);
+  if (!share.ok()) return share.status();
+  return std::move(share->stored);
+}
+
+absl::StatusOr<RankShare> WriterAssignment::ShareOf(
+    Rank rank, std::span<const uint32_t> group_of_buffer) const {
   absl::StatusOr<RankLayout> whole = layout_->ForRank(rank);
   if (!whole.ok()) return whole.status();
   CHECK(group_of_buffer.empty() || group_of_buffer.size() == whole->buffers.size());
@@ -97,6 +124,7 @@ absl::StatusOr<RankLayout> WriterAssignment::ForRank(
     streams.push_back({0, mine == 0 ? 0 : ends[mine - 1], ends[mine]});
   }
 
+  RankShare share;
   std::vector<Segment> stored;
   for (size_t i = 0; i < held.layout.segments.size(); ++i) {
     const Segment& segment = held.layout.segments[i];
@@ -107,24 +135,37 @@ absl::StatusOr<RankLayout> WriterAssignment::ForRank(
     const uint64_t first = CutInPiece(stream.begin, stream.at, bytes);
     const uint64_t last = CutInPiece(stream.end, stream.at, bytes);
     stream.at += bytes;
-    if (first >= last) continue;
-    Segment part = segment;
-    part.piece.begin = segment.piece.begin + first / element_bytes;
-    part.piece.end = segment.piece.begin + last / element_bytes;
-    if (part.strides == kContiguous) part.buffer_offset_bytes += first;
-    if (!stored.empty() && Continues(stored.back(), part, element_bytes)) {
-      stored.back().piece.end = part.piece.end;
-    } else {
-      stored.push_back(part);
+    const Segment part =
+        PartOf(segment, first / element_bytes, last / element_bytes, element_bytes);
+    if (first < last) {
+      if (!stored.empty() && Continues(stored.back(), part, element_bytes)) {
+        stored.back().piece.end = part.piece.end;
+      } else {
+        stored.push_back(part);
+      }
     }
+    if (held.holder_sets[held.holders[i]].size() == 1) continue;
+    share.replicas.push_back(
+        {.segment = segment,
+         .holders = held.holders[i],
+         .written_begin = part.piece.begin,
+         .written_end = part.piece.end,
+         .stored = first < last ? static_cast<uint32_t>(stored.size() - 1) : 0});
   }
-  if (!group_of_buffer.empty()) {
-    std::stable_sort(stored.begin(), stored.end(), [&](const Segment& a, const Segment& b) {
-      return group_of_buffer[a.buffer] < group_of_buffer[b.buffer];
-    });
+
+  const std::vector<uint32_t> order = OrderByGroup(stored, group_of_buffer);
+  std::vector<uint32_t> place_of(stored.size());
+  held.layout.segments.clear();
+  for (const uint32_t from : order) {
+    place_of[from] = static_cast<uint32_t>(held.layout.segments.size());
+    held.layout.segments.push_back(stored[from]);
   }
-  held.layout.segments = std::move(stored);
-  return std::move(held.layout);
+  for (Replica& replica : share.replicas) {
+    if (replica.written_begin < replica.written_end) replica.stored = place_of[replica.stored];
+  }
+  share.stored = std::move(held.layout);
+  share.holder_sets = std::move(held.holder_sets);
+  return share;
 }
 
 std::vector<uint64_t> WriterAssignment::AssignedBytes() const {
