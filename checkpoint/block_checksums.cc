@@ -74,10 +74,15 @@ void BlockChecksums::StartJob(std::deque<Request>& queue) {
         for (const Request& request : job->requests) {
           const std::span<const std::byte> bytes =
               memory->bytes().subspan(request.memory_block * block_bytes, block_bytes);
+          const uint64_t offset_bytes = request.block * block_bytes;
           Found& found = job->found.emplace_back();
-          found.crc32c = request.look == Request::Look::kFirst
-                             ? Crc32c(bytes)
-                             : SumBlock(*registration, request.block, bytes, found.parts);
+          if (request.look == Request::Look::kSecond) {
+            found.crc32c = SumBytes(registration->fingerprints(), offset_bytes, bytes, found.parts);
+          } else if (registration->replicas().replicas.empty()) {
+            found.crc32c = Crc32c(bytes);
+          } else {
+            found.crc32c = SumBytes(registration->replica_sums(), offset_bytes, bytes, found.parts);
+          }
         }
       },
       [this, alive = std::weak_ptr<bool>(alive_), job] {

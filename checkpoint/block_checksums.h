@@ -1,7 +1,8 @@
 // Computes checksums of blocks on the pool: two queues, and a few jobs that take what has gathered.
 //
-// The first look at a block is on the way to "captured". A second look, which also takes the sums
-// of fingerprints, is not: first looks go before it, and it never holds the last job.
+// The first look at a block is on the way to "captured"; where replicas are to be compared, it
+// takes their sums. A second look, which takes the sums of fingerprints, is not: first looks go
+// before it, and it never holds the last job.
 #ifndef HOLDFAST_CHECKPOINT_BLOCK_CHECKSUMS_H_
 #define HOLDFAST_CHECKPOINT_BLOCK_CHECKSUMS_H_
 
@@ -24,14 +25,15 @@ class BlockChecksums {
  public:
   struct Request {
     uint32_t slot = 0;          // whose, for pending() and Cancel()
-    uint32_t block = 0;         // of the image; for the caller
+    uint32_t block = 0;         // of the slot
     uint32_t memory_block = 0;  // where it lies
     enum class Look : uint8_t { kFirst, kSecond } look = Look::kFirst;
     uint32_t try_number = 0;  // for the caller
   };
   struct Found {
     uint32_t crc32c = 0;
-    // kSecond: of the very bytes that have this checksum, whoever writes them meanwhile.
+    // Of the very bytes that have this checksum, whoever writes them meanwhile. kFirst: of the
+    // registration's replica_sums(). kSecond: of its fingerprints().
     std::vector<FingerprintPart> parts;
   };
   using Done = std::function<void(const Request& request, const Found& found)>;

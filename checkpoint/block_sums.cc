@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <utility>
 
 #include "base/check.h"
 #include "base/crc32c.h"
@@ -12,19 +13,35 @@ namespace {
 // Stays in the cache between the copy, the checksum and the sums.
 constexpr size_t kCopyBytes = size_t{64} << 10;
 
+// Calls `add` for every part of all blocks. False if a block does not have its checksum.
+template <typename Add>
+bool SumBlocks(const ImageFingerprints& sums, uint64_t block_bytes,
+               std::span<const std::span<const std::byte>> blocks,
+               std::span<const uint32_t> block_crc32c, Add add) {
+  CHECK(blocks.size() == block_crc32c.size());
+  std::vector<FingerprintPart> parts;
+  for (size_t block = 0; block < blocks.size(); ++block) {
+    CHECK(blocks[block].size() == block_bytes);
+    parts.clear();
+    if (SumBytes(sums, block * block_bytes, blocks[block], parts) != block_crc32c[block]) {
+      return false;
+    }
+    for (const FingerprintPart& part : parts) add(part);
+  }
+  return true;
+}
+
 }  // namespace
 
-uint32_t SumBlock(const Registration& registration, uint64_t block,
+uint32_t SumBytes(const ImageFingerprints& sums, uint64_t offset_bytes,
                   std::span<const std::byte> bytes, std::vector<FingerprintPart>& parts) {
-  CHECK(bytes.size() == registration.block_bytes());
-  const uint64_t begin = block * registration.block_bytes();
   const auto copy = std::make_unique_for_overwrite<std::byte[]>(std::min(kCopyBytes, bytes.size()));
   uint32_t crc32c = 0;
   for (size_t at = 0; at < bytes.size(); at += kCopyBytes) {
     const std::span<std::byte> part(copy.get(), std::min(kCopyBytes, bytes.size() - at));
     std::ranges::copy(bytes.subspan(at, part.size()), part.begin());
     crc32c = ExtendCrc32c(crc32c, part);
-    registration.fingerprints().AppendParts(begin + at, part, parts);
+    sums.AppendParts(offset_bytes + at, part, parts);
   }
   return crc32c;
 }
@@ -32,17 +49,25 @@ uint32_t SumBlock(const Registration& registration, uint64_t block,
 std::optional<std::vector<Fingerprint>> SumImage(const Registration& registration,
                                                  std::span<const std::span<const std::byte>> blocks,
                                                  std::span<const uint32_t> block_crc32c) {
-  CHECK(blocks.size() == block_crc32c.size() && blocks.size() == registration.block_count());
+  CHECK(blocks.size() == registration.block_count());
   std::vector<Fingerprint> sums(registration.layout().tensor_states().size());
-  std::vector<FingerprintPart> parts;
-  for (size_t block = 0; block < blocks.size(); ++block) {
-    parts.clear();
-    if (SumBlock(registration, block, blocks[block], parts) != block_crc32c[block]) {
-      return std::nullopt;
-    }
-    for (const FingerprintPart& part : parts) sums[part.tensor_state] += part.sum;
-  }
-  return sums;
+  const bool intact =
+      SumBlocks(registration.fingerprints(), registration.block_bytes(), blocks, block_crc32c,
+                [&](const FingerprintPart& part) { sums[part.tensor_state] += part.sum; });
+  return intact ? std::optional(std::move(sums)) : std::nullopt;
+}
+
+std::optional<std::vector<Fingerprint>> SumReplicas(
+    const Registration& registration, std::span<const std::span<const std::byte>> blocks,
+    std::span<const uint32_t> block_crc32c) {
+  CHECK(blocks.size() == registration.slot_block_count());
+  const Replicas& replicas = registration.replicas();
+  std::vector<Fingerprint> sums(replicas.replicas.size());
+  const bool intact = SumBlocks(registration.replica_sums(), registration.block_bytes(), blocks,
+                                block_crc32c, [&](const FingerprintPart& part) {
+                                  sums[replicas.replica_of_place[part.piece]] += part.sum;
+                                });
+  return intact ? std::optional(std::move(sums)) : std::nullopt;
 }
 
 }  // namespace holdfast

@@ -14,9 +14,9 @@
 
 namespace holdfast {
 
-// The CRC32C of a block of an image of this registration; appends what it adds to the fingerprints.
-// Each byte is read once, so both are of the same bytes even if somebody writes them meanwhile.
-uint32_t SumBlock(const Registration& registration, uint64_t block,
+// The CRC32C of the bytes of a slot from `offset_bytes` on; appends what they add to `sums`. Each
+// byte is read once, so both are of the same bytes even if somebody writes them meanwhile.
+uint32_t SumBytes(const ImageFingerprints& sums, uint64_t offset_bytes,
                   std::span<const std::byte> bytes, std::vector<FingerprintPart>& parts);
 
 // The sums of a whole image, one per tensor state of the layout. Empty if a block does not have its
@@ -24,6 +24,12 @@ uint32_t SumBlock(const Registration& registration, uint64_t block,
 std::optional<std::vector<Fingerprint>> SumImage(const Registration& registration,
                                                  std::span<const std::span<const std::byte>> blocks,
                                                  std::span<const uint32_t> block_crc32c);
+
+// The sums of a whole slot, one per replica of the registration. Empty if a block does not have its
+// checksum.
+std::optional<std::vector<Fingerprint>> SumReplicas(
+    const Registration& registration, std::span<const std::span<const std::byte>> blocks,
+    std::span<const uint32_t> block_crc32c);
 
 }  // namespace holdfast
 

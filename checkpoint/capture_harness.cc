@@ -194,7 +194,7 @@ absl::Status CaptureHarness::Register(SessionId id) {
   Session& session = *sessions_.at(id);
   const std::string layout =
       options_.layout.empty() ? TestLayout(session.identity().world_size) : options_.layout;
-  const std::string document = EncodeDocument(layout, TestBuffers(), TestBlobs());
+  const std::string document = EncodeDocument(layout, TestBuffers(), TestBlobs(), options_.copies);
   std::optional<absl::Status> prepared;
   session.Prepare(SealedDocument(document), document.size(),
                   [&](const absl::StatusOr<std::shared_ptr<const Registration>>& result) {
@@ -299,6 +299,7 @@ std::string CaptureHarness::OracleImage(SessionId id, uint64_t step) {
       stamp, 0,
       std::as_writable_bytes(std::span<char>(image)).first(registration.image().head_bytes()));
   for (const auto& [offset, bytes] : trainers_.at(id)->TrainerBytes(step, blobs)) {
+    if (offset >= image.size()) continue;  // an extra copy
     image.replace(offset, bytes.size(), bytes);
   }
   return image;

@@ -68,6 +68,7 @@ struct HarnessOptions {
   uint32_t writes_in_flight_max = 4;
   bool flush_by_itself = true;
   std::string layout;  // empty: TestLayout(1)
+  abi::Copies copies = abi::Copies::kOnce;
   PopulateMemory populate = nullptr;
 };
 

@@ -376,7 +376,8 @@ absl::StatusOr<TestTrainer*> EngineHarness::OpenProcess(std::unique_ptr<TestTrai
   return trainers_.back().get();
 }
 
-absl::Status EngineHarness::Register(TestTrainer& trainer, const std::string& layout) {
+absl::Status EngineHarness::Register(TestTrainer& trainer, const std::string& layout,
+                                     std::optional<abi::Copies> copies) {
   const std::string document = layout.empty() ? SmallLayout(trainer.world_size) : layout;
   ASSIGN_OR_RETURN(trainer.layout, Layout::Parse(document));
   std::vector<TrainerBuffer> buffers;
@@ -384,7 +385,8 @@ absl::Status EngineHarness::Register(TestTrainer& trainer, const std::string& la
   for (const BufferNeed& need : held.buffers) {
     buffers.push_back({need.name, need.bytes, 0});
   }
-  const std::string encoded = EncodeDocument(document, buffers, SmallBlobs());
+  const std::string encoded =
+      EncodeDocument(document, buffers, SmallBlobs(), copies.value_or(options_.copies));
   absl::StatusOr<RegisterResult> result = absl::UnknownError("no answer");
   engine_->Register(trainer.session, SealedDocument(encoded), encoded.size(),
                     [&result](absl::StatusOr<RegisterResult> answer) { result = answer; });
@@ -417,6 +419,10 @@ absl::StatusOr<std::vector<TestTrainer*>> EngineHarness::Launch(uint32_t world_s
   return trainers;
 }
 
+void EngineHarness::FlipBit(TestTrainer& trainer, uint32_t buffer, uint64_t byte, int bit) {
+  trainer.flipped.push_back({buffer, byte, bit});
+}
+
 std::optional<uint32_t> EngineHarness::BeginSave(TestTrainer& trainer, uint64_t step) {
   std::vector<std::optional<std::string>> blobs;
   for (const TrainerBlob& blob : SmallBlobs()) {
@@ -424,6 +430,9 @@ std::optional<uint32_t> EngineHarness::BeginSave(TestTrainer& trainer, uint64_t 
   }
   const std::optional<uint32_t> slot = trainer.script->BeginSave(step, blobs);
   trainer.script->buffers() = StateAfter(*trainer.layout, trainer.rank, step);
+  for (const TestTrainer::FlippedBit& flipped : trainer.flipped) {
+    trainer.script->buffers()[flipped.buffer][flipped.byte] ^= std::byte{1} << flipped.bit;
+  }
   engine_->Doorbell(trainer.session);
   return slot;
 }

@@ -64,6 +64,12 @@ struct TestTrainer {
   UniqueFd page;
   std::unique_ptr<ScriptedTrainer> script;  // once registered
   bool dead = false;
+  struct FlippedBit {
+    uint32_t buffer = 0;
+    uint64_t byte = 0;
+    int bit = 0;
+  };
+  std::vector<FlippedBit> flipped;
 };
 
 struct RestoreOutcome {
@@ -85,6 +91,7 @@ struct EngineHarnessOptions {
   uint64_t host_memory_bytes = uint64_t{64} << 20;
   uint32_t images_per_rank_max = 2;
   uint64_t block_bytes = 4096;
+  abi::Copies copies = abi::Copies::kOnce;  // of all trainers that ask for nothing else
   uint64_t blobs_bytes_max = uint64_t{1} << 20;
   bool root_exists = false;
   // In the place of the disk itself, to which they lead.
@@ -110,11 +117,15 @@ class EngineHarness {
                                     const std::string& restore_from = "");
   // The trainer's process opens as it did before, because it never heard the answer.
   absl::StatusOr<TestTrainer*> OpenAgain(TestTrainer& trainer);
-  absl::Status Register(TestTrainer& trainer, const std::string& layout = "");
+  absl::Status Register(TestTrainer& trainer, const std::string& layout = "",
+                        std::optional<abi::Copies> copies = std::nullopt);
   // Opens and registers ranks 0 to world_size - 1.
   absl::StatusOr<std::vector<TestTrainer*>> Launch(uint32_t world_size, const std::string& key = "",
                                                    const std::string& job = "job",
                                                    const std::string& restore_from = "");
+
+  // From now on this trainer saves this bit of its buffer's byte the other way round.
+  void FlipBit(TestTrainer& trainer, uint32_t buffer, uint64_t byte, int bit);
 
   // hf_save with the state after `step`: the slot; nothing if none was granted.
   std::optional<uint32_t> BeginSave(TestTrainer& trainer, uint64_t step);

@@ -73,7 +73,14 @@ void AddFingerprints(const std::vector<GroupPart>& parts, Index& index) {
 
 }  // namespace
 
-absl::Status CheckSameLayout(const Registration& a, const Registration& b) {
+absl::Status CheckRegisteredAlike(const Registration& a, const Registration& b) {
+  if (a.copies() != b.copies()) {
+    return absl::InvalidArgumentError(absl::StrFormat(
+        "rank %d has registered with copies = %s, rank %d with copies = %s: expected the same on "
+        "all ranks",
+        Value(b.owner().rank), CopiesName(b.copies()), Value(a.owner().rank),
+        CopiesName(a.copies())));
+  }
   if (a.layout().hash() == b.layout().hash()) return absl::OkStatus();
   const std::string& text_a = a.layout().text();
   const std::string& text_b = b.layout().text();
@@ -100,7 +107,7 @@ absl::StatusOr<Index> BuildIndex(CheckpointId checkpoint, const std::vector<Grou
   for (uint32_t i = 0; i < parts.size(); ++i) {
     const GroupPart& part = parts[i];
     CHECK(part.image.rank == Rank{i} && part.image.checkpoint == checkpoint);
-    RETURN_IF_ERROR(CheckSameLayout(first, *part.registration));
+    RETURN_IF_ERROR(CheckRegisteredAlike(first, *part.registration));
     index.images.push_back({.file = part.file,
                             .rank = part.image.rank,
                             .layout = 0,

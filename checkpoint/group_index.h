@@ -25,13 +25,13 @@ struct GroupPart {
   std::optional<std::vector<Fingerprint>> fingerprints = std::nullopt;
 };
 
-// OK if all parts have the same layout document; else kInvalidArgument that names the ranks and the
-// first difference.
-absl::Status CheckSameLayout(const Registration& a, const Registration& b);
+// OK if both have the same layout document and `copies`; else kInvalidArgument that names the ranks
+// and the first difference.
+absl::Status CheckRegisteredAlike(const Registration& a, const Registration& b);
 
 // `parts` in order of the ranks, all of them. The fingerprint of a tensor state is given if those
 // of all images with a piece of it are known. Pure, may take long: for a WorkPool. Errors:
-// CheckIndex, CheckSameLayout.
+// CheckIndex, CheckRegisteredAlike.
 absl::StatusOr<Index> BuildIndex(CheckpointId checkpoint, const std::vector<GroupPart>& parts);
 
 }  // namespace holdfast

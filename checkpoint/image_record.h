@@ -45,7 +45,7 @@ struct RecordHeader {
   uint64_t block_bytes = 0;
   uint64_t document_bytes = 0;
   uint32_t slot_count = 0;
-  uint32_t block_count = 0;
+  uint32_t block_count = 0;  // of a slot: of the image and its extra copies
   uint32_t blob_count = 0;
   friend bool operator==(const RecordHeader&, const RecordHeader&) = default;
 };
@@ -66,7 +66,7 @@ struct SlotRecord {
   uint64_t step = 0;                  // from kCapturing on
   int64_t begun_ns = 0;               // agent's clock when the capture was first seen
   uint32_t names_used = 0;            // file names so far; none is ever used twice
-  uint32_t block_root = 0;            // kSealed: CRC32C of the block checksums
+  uint32_t block_root = 0;            // kSealed: CRC32C of all block_count checksums
   int32_t code = 0;                   // kVoid, or kFailed: absl::StatusCode
   std::string path;                   // at most kRecordPathBytesMax
   std::string text;                   // cut to kRecordTextBytesMax

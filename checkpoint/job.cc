@@ -416,7 +416,8 @@ absl::Status Job::CheckLayout(SessionId id, std::shared_ptr<const Registration> 
   const Rank rank = session->identity().rank;
   AttemptState& attempt = attempts_.at(session->identity().attempt);
   const size_t finished = attempt.rounds_finished[rank];
-  if (finished > 0 && CheckSameLayout(*attempt.rounds[finished - 1].first, *registration).ok()) {
+  if (finished > 0 &&
+      CheckRegisteredAlike(*attempt.rounds[finished - 1].first, *registration).ok()) {
     return absl::OkStatus();
   }
   if (finished == attempt.rounds.size()) attempt.rounds.emplace_back();
@@ -425,7 +426,7 @@ absl::Status Job::CheckLayout(SessionId id, std::shared_ptr<const Registration> 
   if (round.ranks.empty()) {
     round.first = std::move(registration);
   } else {
-    RETURN_IF_ERROR(CheckSameLayout(*round.first, *registration));
+    RETURN_IF_ERROR(CheckRegisteredAlike(*round.first, *registration));
   }
   round.ranks.insert(rank);
   return absl::OkStatus();
@@ -559,7 +560,9 @@ void Job::StartRecovered(const Loaded& loaded, std::function<void()> then) {
       SessionEnded(id);
     }
     // What the former worker said of an image that was lost with it.
-    for (const auto& [attempt, state] : attempts_) LowerCommitted(attempt);
+    AfterComparisons([this] {
+      for (const auto& [attempt, state] : attempts_) LowerCommitted(attempt);
+    });
     if (replaced) Abandon();
     then();
   });

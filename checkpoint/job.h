@@ -10,6 +10,7 @@
 // so at least one of the two sees the other.
 //
 // Deciding the restore point of attempt n, once (job_restore.cc):
+//   0. Replicas that are being compared are waited for: their group is sealed or void then.
 //   1. The catalog is read; the candidate is the newest of its branch, or a newer checkpoint that
 //      all ranks of an older attempt have sealed in this agent's memory. If there is neither, and
 //      the attempt was begun with a checkpoint of another job to start from, it is that one.
@@ -37,6 +38,7 @@
 #include "checkpoint/coordination_store.h"
 #include "checkpoint/engine.h"
 #include "checkpoint/group_index.h"
+#include "checkpoint/replica_vote.h"
 #include "checkpoint/restore_source.h"
 #include "checkpoint/save_groups.h"
 #include "checkpoint/session.h"
@@ -105,8 +107,8 @@ class Job final : private SaveGroups::Host {
 
   // Registrations of an attempt come in rounds, one for each change of the layout: a rank is in the
   // round after the last that it has finished; a registration of the layout that it has already
-  // is of no new one. OK if the other ranks of the round have this layout; else kInvalidArgument
-  // with both ranks and the first difference. After OK call RegistrationEnded.
+  // is of no new one. OK if the other ranks of the round have this layout and `copies`; else
+  // kInvalidArgument with both ranks and the first difference. After OK call RegistrationEnded.
   absl::Status CheckLayout(SessionId session, std::shared_ptr<const Registration> registration);
   // It was made, or failed. The session may have ended.
   void RegistrationEnded(Attempt attempt, Rank rank, const absl::Status& status);
@@ -190,6 +192,8 @@ class Job final : private SaveGroups::Host {
   // ---- Restore points (job_restore.cc) ----
   void RunDecision(Attempt attempt, bool from_nothing,
                    std::function<void(absl::StatusOr<RestorePoint>)> then);
+  void LoadDecision(Attempt attempt, bool from_nothing,
+                    std::function<void(absl::StatusOr<RestorePoint>)> then);
   void Propose(Attempt attempt, bool from_nothing, int tries_left,
                std::function<void(absl::StatusOr<RestorePoint>)> then);
   absl::StatusOr<RestorePoint> Choose(const Catalog& catalog, Attempt attempt) const;
@@ -203,6 +207,7 @@ class Job final : private SaveGroups::Host {
                      std::function<void(absl::StatusOr<std::shared_ptr<RestoreSource>>)> done);
   void OpenForeignSource(const ForeignCheckpoint& foreign,
                          std::function<void(absl::StatusOr<std::shared_ptr<RestoreSource>>)> done);
+  absl::StatusOr<ReplicaHolder> HolderOf(const SaveGroup::Member& member) const;
   // One that another rank is using, if this may use it, too.
   std::shared_ptr<RestoreSource> SharedSource(const RestorePoint& point) const;
   void ShareSource(const RestorePoint& point, const std::shared_ptr<RestoreSource>& source);
@@ -217,6 +222,8 @@ class Job final : private SaveGroups::Host {
   void MakeDirectory(CheckpointId id) override;
   void Commit(CheckpointId id) override;
   absl::Status CheckMembers(const SaveGroup& group) override;
+  bool CompareReplicas(const SaveGroup& group) override;
+  void AfterComparisons(std::function<void()> then);  // at once if there are none
   void ReportSealed(CheckpointId id) override;
   void ReportCommitted(CheckpointId id) override;
   void ReportFailed(CheckpointId id, const absl::Status& why) override;
@@ -242,6 +249,9 @@ class Job final : private SaveGroups::Host {
   std::deque<std::string> warnings_;
   std::deque<std::function<void(Finish)>> queue_;
   bool running_ = false;
+  // Groups whose replicas are being compared, and who waits until none are.
+  uint32_t comparing_count_ = 0;
+  std::vector<std::function<void()>> after_comparisons_;
   SaveGroups groups_;
   std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
 };

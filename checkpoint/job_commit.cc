@@ -109,7 +109,7 @@ absl::Status Job::CheckMembers(const SaveGroup& group) {
           absl::StrFormat("%s: rank %d has no registration", Describe(group.id), Value(rank)));
     }
     if (first == nullptr) first = registration;
-    RETURN_IF_ERROR(CheckSameLayout(*first, *registration));
+    RETURN_IF_ERROR(CheckRegisteredAlike(*first, *registration));
     for (const uint64_t bytes : member.sealed->blob_bytes) {
       if (bytes != kBlobAbsent) blobs_bytes += bytes;
     }
@@ -122,6 +122,56 @@ absl::Status Job::CheckMembers(const SaveGroup& group) {
                         Describe(group.id), blobs_bytes, options_.blobs_bytes_max));
   }
   return absl::OkStatus();
+}
+
+// ---- Replicas ----
+
+absl::StatusOr<ReplicaHolder> Job::HolderOf(const SaveGroup::Member& member) const {
+  const Session* session = FindSession(member.image.session);
+  const RankImages* images = FindImages(member.image);
+  ReplicaHolder holder;
+  holder.registration = session->registration_of(member.image);
+  holder.sums = images->ReplicaSums(member.image);
+  holder.mapping = session->memory_of(member.image)->mapping();
+  for (uint32_t block = 0; block < holder.registration->slot_block_count(); ++block) {
+    ASSIGN_OR_RETURN(const RankImages::BlockView view, images->Block(member.image, block));
+    holder.blocks.push_back(view.bytes);
+    holder.block_crc32c.push_back(view.crc32c);
+  }
+  return holder;
+}
+
+bool Job::CompareReplicas(const SaveGroup& group) {
+  const bool has_replicas =
+      std::any_of(group.members.begin(), group.members.end(), [this](const auto& entry) {
+        const Session* session = FindSession(entry.second.image.session);
+        return !session->registration_of(entry.second.image)->replicas().replicas.empty();
+      });
+  if (!has_replicas) return false;
+  std::vector<ReplicaHolder> holders;
+  absl::Status held;  // not OK: an image became void a moment ago, which is about to be reported
+  for (const auto& [rank, member] : group.members) {
+    absl::StatusOr<ReplicaHolder> holder = HolderOf(member);
+    held.Update(holder.status());
+    if (holder.ok()) holders.push_back(*std::move(holder));
+  }
+  ++comparing_count_;
+  OnPool<absl::Status>(
+      [holders = std::move(holders), held] { return held.ok() ? VoteOnReplicas(holders) : held; },
+      [this, id = group.id](const absl::Status& status) {
+        groups_.ReplicasCompared(id, status);
+        if (--comparing_count_ > 0) return;
+        for (const auto& then : std::exchange(after_comparisons_, {})) then();
+      });
+  return true;
+}
+
+void Job::AfterComparisons(std::function<void()> then) {
+  if (comparing_count_ == 0) {
+    then();
+  } else {
+    after_comparisons_.push_back(std::move(then));
+  }
 }
 
 // ---- Commit ----

@@ -56,6 +56,14 @@ void Job::RunDecision(Attempt attempt, bool from_nothing,
     then(WasReplaced());
     return;
   }
+  // Step 0.
+  AfterComparisons([this, attempt, from_nothing, then = std::move(then)] {
+    LoadDecision(attempt, from_nothing, then);
+  });
+}
+
+void Job::LoadDecision(Attempt attempt, bool from_nothing,
+                       std::function<void(absl::StatusOr<RestorePoint>)> then) {
   const auto known = attempts_.find(attempt);
   if (known != attempts_.end() && known->second.restore_point.has_value()) {
     then(*known->second.restore_point);

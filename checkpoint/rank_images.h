@@ -4,6 +4,10 @@
 // also takes the sums of its tensors' fingerprints. Everything that must outlive this process lies
 // in the record memory (checkpoint/image_record.h).
 //
+// A slot has the blocks of an image and behind them those of its extra copies
+// (checkpoint/replicas.h). All are granted, captured, checksummed, sealed, recorded and recycled
+// together; only the image's are flushed.
+//
 // It trusts nothing in the shared memory: block tables and states are its own copies, and whatever
 // the trainer writes there can at most void an image of this rank.
 #ifndef HOLDFAST_CHECKPOINT_RANK_IMAGES_H_
@@ -108,7 +112,7 @@ class RankImages {
   // Nothing can be granted for want of blocks: releasing an image would help.
   virtual bool IsStarved() const = 0;
 
-  // For restore from memory. kNotFound if it is not sealed (any more). The bytes are those that
+  // A block of the slot. kNotFound if the image is not sealed (any more). The bytes are those that
   // were checksummed unless a living trainer has written since: the reader verifies.
   struct BlockView {
     std::span<const std::byte> bytes;
@@ -120,6 +124,10 @@ class RankImages {
   // What the image adds to the fingerprint of every tensor state of the layout, in its order. Known
   // when the image has become durable under this worker and until Release(); else nothing.
   virtual std::optional<std::vector<Fingerprint>> Fingerprints(ImageId id) const = 0;
+
+  // The sum of every replica of the registration. Known if the whole slot was captured under this
+  // worker, from the seal until Release(); else nothing.
+  virtual std::optional<std::vector<Fingerprint>> ReplicaSums(ImageId id) const = 0;
 
   // Free blocks of this rank's memory for staging a restore, during which the trainer begins no
   // save: takes up to `count` (an unused grant is taken back for it if nothing else is free),
@@ -137,8 +145,8 @@ class RankImages {
   struct Counters {
     ImageId id;
     CheckpointId checkpoint;
-    std::string state;  // "granted", "capturing", "sealed", "durable", "void"
-    uint64_t block_count = 0;
+    std::string state;         // "granted", "capturing", "sealed", "durable", "void"
+    uint64_t block_count = 0;  // of the slot; blocks_flushed only ever counts the image's
     uint64_t blocks_captured = 0;
     uint64_t blocks_checksummed = 0;
     uint64_t blocks_flushed = 0;

@@ -271,19 +271,26 @@ void RankImagesImpl::ChecksumDone(const BlockChecksums::Request& request,
                                   const BlockChecksums::Found& found) {
   Slot& slot = *slots_[request.slot];
   if (request.look == BlockChecksums::Request::Look::kFirst) {
-    BlockChecksummed(slot, request.block, found.crc32c);
+    BlockChecksummed(slot, request.block, found);
   } else {
     LookedAgain(slot, request, found);
   }
 }
 
-void RankImagesImpl::BlockChecksummed(Slot& slot, uint32_t block, uint32_t crc32c) {
+void RankImagesImpl::BlockChecksummed(Slot& slot, uint32_t block,
+                                      const BlockChecksums::Found& found) {
   CHECK(slot.is(State::kCapturing));  // else the request was cancelled
-  parts_.record->SetChecksum(slot.index, block, slot.record.generation, crc32c);
+  parts_.record->SetChecksum(slot.index, block, slot.record.generation, found.crc32c);
   KillPoint("capture.block_checksummed");
   slot.blocks[block] |= kChecksummed;
   ++slot.checksummed_count;
-  if (slot.flush != nullptr) slot.flush->BlockReady(block);
+  const Replicas& replicas = registration_->replicas();
+  slot.replica_sums.resize(replicas.replicas.size());
+  ++slot.replica_summed_count;
+  for (const FingerprintPart& part : found.parts) {
+    slot.replica_sums[replicas.replica_of_place[part.piece]] += part.sum;
+  }
+  if (slot.flush != nullptr && block < image_block_count()) slot.flush->BlockReady(block);
   TrySeal(slot);
 }
 
@@ -309,6 +316,7 @@ void RankImagesImpl::ReportSealed(const Slot& slot) {
   image.image_bytes = registration_->image_bytes();
   image.block_bytes = block_bytes();
   image.block_crc32c = BlockChecksumsOf(slot);
+  image.block_crc32c.resize(image_block_count());
   image.blob_bytes = slot.record.blob_bytes;
   Tell([image = std::move(image)](ImageObserver& observer) { observer.OnSealed(image); });
   if (slot.StorageFailed()) {

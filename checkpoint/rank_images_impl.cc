@@ -38,7 +38,7 @@ RankImagesImpl::RankImagesImpl(Parts parts, const ImageWorld& world)
           },
           [this](uint32_t slot) { MaybeRecycle(*slots_[slot]); }) {
   const RecordHeader& header = parts_.record->header();
-  CHECK(header.block_count == registration_->block_count());
+  CHECK(header.block_count == registration_->slot_block_count());
   CHECK(header.block_bytes == registration_->block_bytes());
   CHECK(header.block_bytes == memory_->block_bytes());
   CHECK(header.blob_count == registration_->blobs().size());
@@ -67,6 +67,8 @@ void RankImagesImpl::Slot::Reset(uint32_t block_count) {
   checksummed_count = 0;
   looked_again_count = 0;
   fingerprints.clear();
+  replica_sums.clear();
+  replica_summed_count = 0;
   first_uncaptured = 0;
   wanted_path.clear();
   flush.reset();
@@ -93,10 +95,7 @@ void RankImagesImpl::Tell(std::function<void(ImageObserver&)> what) {
 }
 
 void RankImagesImpl::ReportCounters(const Slot& slot) {
-  const uint32_t written = slot.flush != nullptr ? slot.flush->blocks_written()
-                           : slot.flushed        ? block_count()
-                                                 : 0;
-  parts_.reports->SetCounters(Step{slot.record.step}, slot.captured_count, written);
+  parts_.reports->SetCounters(Step{slot.record.step}, slot.captured_count, flushed_count(slot));
 }
 
 void RankImagesImpl::Advance() {
@@ -219,7 +218,7 @@ absl::StatusOr<RankImages::BlockView> RankImagesImpl::Block(ImageId id,
   }
   if (block_index >= block_count()) {
     return absl::InvalidArgumentError(
-        absl::StrFormat("block %d of an image of %d blocks", block_index, block_count()));
+        absl::StrFormat("block %d of a slot of %d blocks", block_index, block_count()));
   }
   const auto block = static_cast<uint32_t>(block_index);
   const std::optional<uint32_t> crc32c =
@@ -234,8 +233,14 @@ absl::StatusOr<RankImages::BlockView> RankImagesImpl::Block(ImageId id,
 
 std::optional<std::vector<Fingerprint>> RankImagesImpl::Fingerprints(ImageId id) const {
   const Slot* slot = Find(id);
-  if (slot == nullptr || slot->looked_again_count < block_count()) return std::nullopt;
+  if (slot == nullptr || slot->looked_again_count < image_block_count()) return std::nullopt;
   return slot->fingerprints;
+}
+
+std::optional<std::vector<Fingerprint>> RankImagesImpl::ReplicaSums(ImageId id) const {
+  const Slot* slot = Find(id);
+  if (slot == nullptr || slot->replica_summed_count < block_count()) return std::nullopt;
+  return slot->replica_sums;
 }
 
 std::vector<uint64_t> RankImagesImpl::TakeStaging(size_t count) {
@@ -311,9 +316,7 @@ std::vector<RankImages::Counters> RankImagesImpl::counters() const {
     counters.block_count = block_count();
     counters.blocks_captured = slot->captured_count;
     counters.blocks_checksummed = slot->checksummed_count;
-    counters.blocks_flushed = slot->flush != nullptr ? slot->flush->blocks_written()
-                              : slot->flushed        ? block_count()
-                                                     : 0;
+    counters.blocks_flushed = flushed_count(*slot);
     counters.void_reason = slot->record.text;
     result.push_back(std::move(counters));
   }

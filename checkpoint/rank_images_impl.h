@@ -53,6 +53,7 @@ class RankImagesImpl final : public RankImages {
   bool IsStarved() const override;
   absl::StatusOr<BlockView> Block(ImageId id, uint64_t block_index) const override;
   std::optional<std::vector<Fingerprint>> Fingerprints(ImageId id) const override;
+  std::optional<std::vector<Fingerprint>> ReplicaSums(ImageId id) const override;
   std::vector<uint64_t> TakeStaging(size_t count) override;
   void ReturnStaging(std::span<const uint64_t> memory_offsets) override;
   std::span<std::byte> memory() const override;
@@ -61,7 +62,7 @@ class RankImagesImpl final : public RankImages {
   std::vector<Counters> counters() const override;
 
  private:
-  // What is known of a block of an image, as bits.
+  // What is known of a block of a slot, as bits; the last two are an image's only.
   enum BlockBit : uint8_t {
     kCaptured = 1,     // its bytes are complete
     kChecksummed = 2,  // and its checksum is recorded
@@ -87,6 +88,9 @@ class RankImagesImpl final : public RankImages {
     uint32_t looked_again_count = 0;
     // Over the blocks looked at again: one per tensor state of the layout; empty: none yet.
     std::vector<Fingerprint> fingerprints;
+    // Over the blocks that this worker has checksummed: one per replica.
+    std::vector<Fingerprint> replica_sums;
+    uint32_t replica_summed_count = 0;
     uint32_t first_uncaptured = 0;  // no block below is uncaptured
     // The file.
     std::string wanted_path;  // StartFlush was called
@@ -113,7 +117,12 @@ class RankImagesImpl final : public RankImages {
   using State = SlotRecord::State;
   using File = SlotRecord::File;
 
-  uint32_t block_count() const { return registration_->block_count(); }
+  uint32_t block_count() const { return registration_->slot_block_count(); }  // of a slot
+  uint32_t image_block_count() const { return registration_->block_count(); }
+  uint32_t flushed_count(const Slot& slot) const {
+    if (slot.flush != nullptr) return slot.flush->blocks_written();
+    return slot.flushed ? image_block_count() : 0;
+  }
   uint64_t block_bytes() const { return registration_->block_bytes(); }
   ImageId IdOf(const Slot& slot) const {
     return {parts_.session, slot.index, slot.record.generation};
@@ -145,7 +154,7 @@ class RankImagesImpl final : public RankImages {
   void BlockCaptured(Slot& slot, uint32_t block);
   void RequestChecksum(Slot& slot, uint32_t block);
   void ChecksumDone(const BlockChecksums::Request& request, const BlockChecksums::Found& found);
-  void BlockChecksummed(Slot& slot, uint32_t block, uint32_t crc32c);
+  void BlockChecksummed(Slot& slot, uint32_t block, const BlockChecksums::Found& found);
   void TrySeal(Slot& slot);
   void ReportSealed(const Slot& slot);
   absl::Duration CaptureTime(const Slot& slot) const;
@@ -167,7 +176,7 @@ class RankImagesImpl final : public RankImages {
   void ResumeCapture(Slot& slot);
   void ResumeSealed(Slot& slot);
   absl::Status CheckSealedRecord(const Slot& slot) const;
-  std::vector<uint32_t> BlockChecksumsOf(const Slot& slot) const;
+  std::vector<uint32_t> BlockChecksumsOf(const Slot& slot) const;  // of all blocks of the slot
 
   Parts parts_;
   const ImageWorld world_;

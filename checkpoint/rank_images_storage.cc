@@ -33,11 +33,12 @@ void RankImagesImpl::BeginFlush(Slot& slot) {
   if (slot.wanted_path.empty() || slot.removing_file || slot.flush != nullptr) return;
   ImageFlush::Image image;
   image.memory = memory_->mapping();
-  image.block_table = slot.record.block_table;
+  image.block_table.assign(slot.record.block_table.begin(),
+                           slot.record.block_table.begin() + image_block_count());
   image.block_bytes = block_bytes();
   slot.flush =
       ImageFlush::Start(std::move(image), slot.wanted_path, slot.record.names_used, slot, world_);
-  for (uint32_t block = 0; block < block_count(); ++block) {
+  for (uint32_t block = 0; block < image_block_count(); ++block) {
     if (slot.blocks[block] & kChecksummed) slot.flush->BlockReady(block);
   }
 }
@@ -107,7 +108,7 @@ void RankImagesImpl::LookedAgain(Slot& slot, const BlockChecksums::Request& requ
 
 void RankImagesImpl::TryDurable(Slot& slot) {
   if (!slot.is(State::kSealed) || slot.released || slot.IsDurable() || !slot.flushed) return;
-  if (slot.looked_again_count < block_count()) return;
+  if (slot.looked_again_count < image_block_count()) return;
   slot.record.file = File::kDurable;
   slot.record.text.clear();
   Save(slot);

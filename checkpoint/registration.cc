@@ -49,6 +49,7 @@ class RegistrationBuilder {
     RETURN_IF_ERROR(ReadLayout());
     RETURN_IF_ERROR(MatchBuffers());
     RETURN_IF_ERROR(BuildImage(scratch_directory));
+    RETURN_IF_ERROR(PlaceCopies());
     RETURN_IF_ERROR(PlanCapture());
     FindGaps();
     return std::shared_ptr<const Registration>(std::move(result_));
@@ -94,6 +95,11 @@ class RegistrationBuilder {
                                      kRegisteredBuffersMax, kRegisteredBlobsMax,
                                      header_.buffer_count, header_.blob_count));
     }
+    if (header_.copies > abi::Copies::kAll) {
+      return Invalid(absl::StrFormat("expected copies 0 (once), 1 (per-node) or 2 (all), found %d",
+                                     static_cast<uint32_t>(header_.copies)));
+    }
+    result_->copies_ = header_.copies;
     RETURN_IF_ERROR(CheckRange("layout", header_.layout_offset, header_.layout_bytes, 1, 1));
     RETURN_IF_ERROR(CheckRange("buffers", header_.buffers_offset, header_.buffer_count,
                                sizeof(abi::DocumentBuffer), 8));
@@ -237,10 +243,11 @@ class RegistrationBuilder {
   absl::Status BuildImage(const std::string& scratch_directory) {
     const RegistrationOwner& owner = result_->owner_;
     const Layout& layout = result_->layout();
-    ASSIGN_OR_RETURN(stored_, result_->layout_->writers.ForRank(owner.rank, group_of_need_));
+    ASSIGN_OR_RETURN(share_, result_->layout_->writers.ShareOf(owner.rank, group_of_need_));
+    const RankLayout& stored = share_.stored;
     std::vector<Piece> pieces;
-    pieces.reserve(stored_.segments.size());
-    for (const Segment& segment : stored_.segments) pieces.push_back(segment.piece);
+    pieces.reserve(stored.segments.size());
+    for (const Segment& segment : stored.segments) pieces.push_back(segment.piece);
 
     ImageSpec spec;
     spec.job = owner.job;
@@ -251,17 +258,13 @@ class RegistrationBuilder {
     spec.layout_json = layout.text();
     spec.tensor_states = layout.tensor_states();
     spec.pieces = pieces;
-    spec.boxes = &stored_.boxes;
+    spec.boxes = &stored.boxes;
     for (const RegisteredBlob& blob : result_->blobs_) {
       if (IsStored(blob)) spec.blobs.push_back({blob.scope, blob.name, blob.capacity_bytes});
     }
     ASSIGN_OR_RETURN(result_->image_, ImageTemplate::Build(spec, scratch_directory));
     const ImageTemplate& image = *result_->image_;
-    if (image.image_bytes() / image.block_bytes() > kImageBlocksMax) {
-      return absl::InvalidArgumentError(
-          absl::StrFormat("an image of %d bytes has more than %d blocks of %d bytes",
-                          image.image_bytes(), kImageBlocksMax, image.block_bytes()));
-    }
+    RETURN_IF_ERROR(CheckBlockCount("an image", image.image_bytes()));
     CHECK(image.block_bytes() == owner.block_bytes && image.image_bytes() > 0);
     CHECK(image.piece_offsets().size() == pieces.size());
 
@@ -272,9 +275,41 @@ class RegistrationBuilder {
     for (size_t i = 0; i < pieces.size(); ++i) {
       result_->stored_pieces_.push_back({pieces[i], image.piece_offsets()[i]});
     }
-    result_->stored_boxes_ = stored_.boxes;
+    result_->stored_boxes_ = stored.boxes;
     result_->fingerprints_.emplace(layout.tensor_states(), result_->stored_boxes_,
                                    result_->stored_pieces_);
+    return absl::OkStatus();
+  }
+
+  absl::Status CheckBlockCount(const char* what, uint64_t bytes) const {
+    if (bytes / result_->owner_.block_bytes <= kImageBlocksMax) return absl::OkStatus();
+    return absl::InvalidArgumentError(
+        absl::StrFormat("%s of %d bytes has more than %d blocks of %d bytes", what, bytes,
+                        kImageBlocksMax, result_->owner_.block_bytes));
+  }
+
+  // The slot ends behind the last block that has a copy.
+  absl::Status PlaceCopies() {
+    const uint64_t block_bytes = result_->block_bytes();
+    uint64_t end_bytes = result_->image_bytes();
+    if (result_->copies_ == abi::Copies::kAll) {
+      ASSIGN_OR_RETURN(
+          result_->replicas_,
+          PlaceReplicas(share_, result_->layout().tensor_states(), result_->image_->piece_offsets(),
+                        group_of_need_, result_->image_bytes(), extra_));
+    }
+    for (const PlacedPiece& placed : result_->replicas_.places) {
+      end_bytes = std::max(
+          end_bytes,
+          placed.image_offset_bytes +
+              placed.piece.ElementCount() *
+                  ElementBytes(result_->layout().tensor_states()[placed.piece.tensor_state].dtype));
+    }
+    end_bytes = (end_bytes + block_bytes - 1) / block_bytes * block_bytes;
+    RETURN_IF_ERROR(CheckBlockCount("an image with its extra copies", end_bytes));
+    result_->slot_block_count_ = static_cast<uint32_t>(end_bytes / block_bytes);
+    result_->replica_sums_.emplace(result_->layout().tensor_states(), result_->stored_boxes_,
+                                   result_->replicas_.places);
     return absl::OkStatus();
   }
 
@@ -283,23 +318,27 @@ class RegistrationBuilder {
     return blob.scope == BlobScope::kRank || Value(result_->owner_.rank) == 0;
   }
 
+  void AddOps(const Segment& segment, uint64_t offset_bytes, std::vector<abi::CaptureOp>& ops) {
+    for (const CopyOp& op : PlanSegment(result_->layout().tensor_states(), share_.stored, segment,
+                                        /*image=*/0, offset_bytes)) {
+      if (op.run_bytes == 0 || op.count == 0) continue;
+      // Runs lie one behind the other in the slot, and inside what was registered.
+      CHECK(op.count == 1 || op.image_stride_bytes == op.run_bytes);
+      const uint32_t buffer = result_->buffer_of_need_[op.buffer];
+      CHECK(buffer != Registration::kNoBuffer);
+      CHECK(op.buffer_offset_bytes + (op.count - 1) * op.buffer_stride_bytes + op.run_bytes <=
+            result_->buffers_[buffer].bytes);
+      ops.push_back({op.image_offset_bytes, op.buffer_offset_bytes, op.run_bytes, op.count,
+                     op.buffer_stride_bytes, buffer, result_->buffers_[buffer].group});
+    }
+  }
+
   absl::Status PlanCapture() {
     std::vector<abi::CaptureOp> ops;
-    for (size_t i = 0; i < stored_.segments.size(); ++i) {
-      for (const CopyOp& op :
-           PlanSegment(result_->layout().tensor_states(), stored_, stored_.segments[i], 0,
-                       result_->stored_pieces_[i].image_offset_bytes)) {
-        if (op.run_bytes == 0 || op.count == 0) continue;
-        // Runs lie one behind the other in the image, and inside what was registered.
-        CHECK(op.count == 1 || op.image_stride_bytes == op.run_bytes);
-        const uint32_t buffer = result_->buffer_of_need_[op.buffer];
-        CHECK(buffer != Registration::kNoBuffer);
-        CHECK(op.buffer_offset_bytes + (op.count - 1) * op.buffer_stride_bytes + op.run_bytes <=
-              result_->buffers_[buffer].bytes);
-        ops.push_back({op.image_offset_bytes, op.buffer_offset_bytes, op.run_bytes, op.count,
-                       op.buffer_stride_bytes, buffer, result_->buffers_[buffer].group});
-      }
+    for (size_t i = 0; i < share_.stored.segments.size(); ++i) {
+      AddOps(share_.stored.segments[i], result_->stored_pieces_[i].image_offset_bytes, ops);
     }
+    for (const ExtraCopy& copy : extra_) AddOps(copy.segment, copy.slot_offset_bytes, ops);
     std::sort(ops.begin(), ops.end(), [](const abi::CaptureOp& a, const abi::CaptureOp& b) {
       return a.image_offset < b.image_offset;
     });
@@ -310,6 +349,7 @@ class RegistrationBuilder {
     header.op_count = ops.size();
     header.blob_count = result_->blobs_.size();
     header.image_bytes = result_->image_bytes();
+    header.slot_bytes = result_->slot_bytes();
     Append(std::span(&header, 1));
     Append(std::span(ops));
     for (const RegisteredBlob& blob : result_->blobs_) {
@@ -329,7 +369,7 @@ class RegistrationBuilder {
   // Whatever no op and no blob area covers behind the head is the agent's to zero.
   void FindGaps() {
     std::vector<ImageRange> taken = {{0, result_->image_->head_bytes()}};
-    result_->writers_.assign(result_->block_count(), Registration::Writer::kAgent);
+    result_->writers_.assign(result_->slot_block_count(), Registration::Writer::kAgent);
     for (const RegisteredBlob& blob : result_->blobs_) {
       if (!blob.image_offset_bytes || blob.capacity_bytes == 0) continue;
       taken.push_back({*blob.image_offset_bytes, *blob.image_offset_bytes + blob.capacity_bytes});
@@ -347,10 +387,8 @@ class RegistrationBuilder {
       if (range.begin > covered) result_->gaps_.push_back({covered, range.begin});
       covered = range.end;
     }
-    CHECK(covered <= result_->image_bytes());
-    if (covered < result_->image_bytes()) {
-      result_->gaps_.push_back({covered, result_->image_bytes()});
-    }
+    CHECK(covered <= result_->slot_bytes());
+    if (covered < result_->slot_bytes()) result_->gaps_.push_back({covered, result_->slot_bytes()});
   }
 
   void SetWriter(const ImageRange& range, Registration::Writer writer) {
@@ -366,8 +404,21 @@ class RegistrationBuilder {
   abi::RegistrationDocument header_ = {};
   std::unordered_map<std::string_view, uint32_t> buffer_index_;
   std::vector<uint32_t> group_of_need_;
-  RankLayout stored_;
+  RankShare share_;
+  std::vector<ExtraCopy> extra_;
 };
+
+std::string_view CopiesName(abi::Copies copies) {
+  switch (copies) {
+    case abi::Copies::kOnce:
+      return "once";
+    case abi::Copies::kPerNode:
+      return "per-node";
+    case abi::Copies::kAll:
+      return "all";
+  }
+  CHECK(false);
+}
 
 absl::StatusOr<std::shared_ptr<const Registration>> Registration::Build(
     std::string document, const RegistrationOwner& owner, const std::string& scratch_directory,

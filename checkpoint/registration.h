@@ -1,9 +1,11 @@
-// What a rank has registered, understood: layout, buffers, blobs, the image that its saves will
+// What a rank has registered, understood: layout, buffers, blobs, the slot that its saves will
 // fill, and who fills which byte. A pure function of the document and of who the rank is, so that a
 // restarted worker makes the same from the kept document.
 //
-// Bytes of the image are written by exactly one of two: by the trainer (capture plan; blobs given
-// at the step) or by the agent (head, gaps, the rest of a blob's area, padding: zeros).
+// A slot is the image, block for block as it is in the file, and behind it the blocks of the extra
+// copies (checkpoint/replicas.h), if there are any. Bytes of it are written by exactly one of two:
+// by the trainer (capture plan; blobs given at the step) or by the agent (head, gaps, the rest of a
+// blob's area, padding: zeros).
 #ifndef HOLDFAST_CHECKPOINT_REGISTRATION_H_
 #define HOLDFAST_CHECKPOINT_REGISTRATION_H_
 
@@ -13,11 +15,13 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "absl/status/statusor.h"
 #include "base/ids.h"
 #include "checkpoint/layout_cache.h"
+#include "checkpoint/replicas.h"
 #include "format/image.h"
 #include "format/image_fingerprints.h"
 #include "format/layout.h"
@@ -58,7 +62,10 @@ struct RegisteredBlob {
   std::optional<uint64_t> image_offset_bytes;
 };
 
-// Bytes [begin, end) of an image.
+// "once", "per-node", "all"
+std::string_view CopiesName(abi::Copies copies);
+
+// Bytes [begin, end) of a slot.
 struct ImageRange {
   uint64_t begin = 0;
   uint64_t end = 0;
@@ -72,8 +79,8 @@ class Registration {
   // seconds for 100,000 tensors: call it on a WorkPool. Errors: kInvalidArgument that names what
   // is wrong, expected and found: offsets and counts of the document, names, the layout (see
   // Layout::Parse), its world size, buffers missing, unknown or too small, names given twice,
-  // overlapping tensors, blobs; errors of ImageTemplate::Build. `layouts`: from which the layout
-  // comes; nullptr: it is made for this registration alone.
+  // overlapping tensors, blobs; errors of ImageTemplate::Build and of PlaceReplicas. `layouts`: from
+  // which the layout comes; nullptr: it is made for this registration alone.
   static absl::StatusOr<std::shared_ptr<const Registration>> Build(
       std::string document, const RegistrationOwner& owner, const std::string& scratch_directory,
       LayoutCache* layouts = nullptr);
@@ -99,7 +106,17 @@ class Registration {
   const ImageTemplate& image() const { return *image_; }
   uint64_t image_bytes() const { return image_->image_bytes(); }
   uint64_t block_bytes() const { return image_->block_bytes(); }
+  // Of the image: these are flushed.
   uint32_t block_count() const { return static_cast<uint32_t>(image_bytes() / block_bytes()); }
+
+  abi::Copies copies() const { return copies_; }
+  // What must be compared with the other holders' copies; empty unless copies() is kAll.
+  const Replicas& replicas() const { return replicas_; }
+  // The sums of replicas().places, from any block of the slot.
+  const ImageFingerprints& replica_sums() const { return *replica_sums_; }
+  // Of the image and the extra copies: these are captured.
+  uint32_t slot_block_count() const { return slot_block_count_; }
+  uint64_t slot_bytes() const { return slot_block_count_ * block_bytes(); }
 
   // The whole capture plan, as sent to the trainer (messages.h).
   std::span<const std::byte> capture_plan() const { return capture_plan_; }
@@ -109,7 +126,8 @@ class Registration {
   enum class Writer : uint8_t { kAgent, kBlobs, kOps };
   Writer writer_of(uint32_t block) const { return writers_[block]; }
 
-  // Zeros that the agent writes, ascending and disjoint: everything but head, ops and blob areas.
+  // Zeros that the agent writes, ascending and disjoint: everything of the slot but head, ops and
+  // blob areas.
   std::span<const ImageRange> gaps() const { return gaps_; }
 
   // Lengths for ImageStamp (of the stored blobs only) out of lengths for all registered ones.
@@ -129,6 +147,10 @@ class Registration {
   BoxTable stored_boxes_;
   std::optional<ImageFingerprints> fingerprints_;
   std::optional<ImageTemplate> image_;
+  abi::Copies copies_ = abi::Copies::kOnce;
+  Replicas replicas_;
+  std::optional<ImageFingerprints> replica_sums_;
+  uint32_t slot_block_count_ = 0;
   std::vector<std::byte> capture_plan_;
   std::vector<Writer> writers_;
   std::vector<ImageRange> gaps_;

@@ -29,15 +29,18 @@ RegistrationOwner Owner(uint32_t rank = 0, uint32_t world_size = 1, uint64_t blo
   return owner;
 }
 
-absl::StatusOr<std::shared_ptr<const Registration>> Build(
-    const std::vector<TrainerBuffer>& buffers, const std::vector<TrainerBlob>& blobs,
-    const std::string& layout = TestLayout(1), const RegistrationOwner& owner = Owner()) {
-  return Registration::Build(EncodeDocument(layout, buffers, blobs), owner, TestScratchDirectory());
+absl::StatusOr<std::shared_ptr<const Registration>> Build(const std::vector<TrainerBuffer>& buffers,
+                                                          const std::vector<TrainerBlob>& blobs,
+                                                          const std::string& layout = TestLayout(1),
+                                                          const RegistrationOwner& owner = Owner(),
+                                                          abi::Copies copies = abi::Copies::kOnce) {
+  return Registration::Build(EncodeDocument(layout, buffers, blobs, copies), owner,
+                             TestScratchDirectory());
 }
 
-// Every byte of an image has exactly one writer: head, an op, a blob's area, or a gap.
+// Every byte of a slot has exactly one writer: head, an op, a blob's area, or a gap.
 void ExpectOneWriterPerByte(const Registration& registration) {
-  std::vector<int> writers(registration.image_bytes());
+  std::vector<int> writers(registration.slot_bytes());
   const auto add = [&](uint64_t begin, uint64_t end) {
     ASSERT_LE(end, writers.size());
     for (uint64_t i = begin; i < end; ++i) ++writers[i];
@@ -87,6 +90,38 @@ TEST(RegistrationTest, EveryByteOfAnImageHasOneWriterOnEveryRank) {
     }
     // Replicated state is captured once in all.
     EXPECT_EQ(tensor_bytes, 37u * 5 * 4 * 2 + 14 + 3001 * 4 + 8);
+  }
+}
+
+// The image is the same bytes at the same places, whatever is captured besides.
+TEST(RegistrationTest, ExtraCopiesLieBehindAnImageThatDoesNotChange) {
+  constexpr uint64_t kTensorBytes = 37u * 5 * 4 * 2 + 14 + 3001 * 4 + 8;
+  for (const uint32_t world_size : {1u, 2u, 5u}) {
+    for (uint32_t rank = 0; rank < world_size; ++rank) {
+      SCOPED_TRACE(testing::Message() << "rank " << rank << " of " << world_size);
+      const auto build = [&](abi::Copies copies) {
+        return Build(TestBuffers(), TestBlobs(), TestLayout(world_size), Owner(rank, world_size),
+                     copies);
+      };
+      ASSERT_OK_AND_ASSIGN(const auto once, build(abi::Copies::kOnce));
+      ASSERT_OK_AND_ASSIGN(const auto per_node, build(abi::Copies::kPerNode));
+      ASSERT_OK_AND_ASSIGN(const auto all, build(abi::Copies::kAll));
+      ExpectOneWriterPerByte(*all);
+      for (const auto& none : {once, per_node}) {
+        EXPECT_EQ(none->slot_block_count(), none->block_count());
+        EXPECT_TRUE(none->replicas().replicas.empty());
+      }
+      EXPECT_TRUE(std::ranges::equal(once->capture_plan(), per_node->capture_plan()));
+      EXPECT_EQ(all->image_bytes(), once->image_bytes());
+      const auto ops = all->capture_ops().first(once->capture_ops().size());
+      EXPECT_TRUE(std::ranges::equal(std::as_bytes(ops), std::as_bytes(once->capture_ops())));
+      // All that it holds is captured, in the image or behind it.
+      uint64_t bytes = 0;
+      for (const abi::CaptureOp& op : all->capture_ops()) bytes += op.run_bytes * op.count;
+      EXPECT_EQ(bytes, kTensorBytes);
+      EXPECT_EQ(all->slot_block_count() > all->block_count(), world_size > 1);
+      EXPECT_EQ(all->replicas().replicas.size(), world_size > 1 ? 5u : 0u);
+    }
   }
 }
 
@@ -176,6 +211,8 @@ TEST(RegistrationTest, WhatElseIsRefusedByName) {
   EXPECT_THAT(Build(TestBuffers(), {}, TestLayout(2)),
               StatusIs(absl::StatusCode::kInvalidArgument,
                        AllOf(HasSubstr("2 ranks"), HasSubstr("world size 1"))));
+  EXPECT_THAT(Build(TestBuffers(), {}, TestLayout(1), Owner(), static_cast<abi::Copies>(3)),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("expected copies")));
   EXPECT_THAT(Build(TestBuffers(), {}, "{"), StatusIs(absl::StatusCode::kInvalidArgument));
   EXPECT_THAT(Build(TestBuffers(), {}, TestLayout(1), Owner(1, 1)),
               StatusIs(absl::StatusCode::kInvalidArgument));

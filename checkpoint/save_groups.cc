@@ -39,10 +39,15 @@ absl::Status WithRank(const absl::Status& status, CheckpointId id, Rank rank) {
 
 }  // namespace
 
+bool SaveGroup::IsWhole() const {
+  return sealed || (comparing && std::none_of(members.begin(), members.end(),
+                                              [](const auto& entry) { return entry.second.gone; }));
+}
+
 const char* PhaseName(const SaveGroup& group) {
   switch (group.phase) {
     case SaveGroup::Phase::kOpen:
-      return group.sealed ? "sealed" : "open";
+      return group.sealed ? "sealed" : group.comparing ? "comparing" : "open";
     case SaveGroup::Phase::kCommitting:
       return "committing";
     case SaveGroup::Phase::kCommitted:
@@ -185,9 +190,42 @@ void SaveGroups::CheckSealed(SaveGroup& group) {
     Fail(group, together, Failure::kImages);
     return;
   }
+  group.comparing = host_.CompareReplicas(group);
+  if (!group.comparing) SetSealed(group);
+}
+
+void SaveGroups::SetSealed(SaveGroup& group) {
   group.sealed = true;
   host_.ReportSealed(group.id);
   Recycle();
+}
+
+void SaveGroups::ReplicasCompared(CheckpointId id, const absl::Status& status) {
+  SaveGroup& group = groups_.at(id);
+  CHECK(group.comparing && !group.sealed);
+  const bool was_given_up = !group.IsWhole();
+  group.comparing = false;
+  if (was_given_up) {
+    Recycle();
+    return;
+  }
+  if (status.ok()) {
+    SetSealed(group);
+    CommitNext();
+    return;
+  }
+  const absl::Status why(
+      status.code(), absl::StrFormat("%s was not committed: %s", Describe(id), status.message()));
+  if (group.phase == SaveGroup::Phase::kOpen) {
+    Fail(group, why, Failure::kImages);
+  } else {
+    // Its storage has failed before, or is known to hold it; what is in memory is of no use.
+    host_.ReportFailed(id, why);
+    ReleaseMembers(group);
+  }
+  host_.ReportLost(id);  // a former worker may have called it committed
+  Recycle();
+  CommitNext();
 }
 
 void SaveGroups::OnDurable(ImageId id, const std::string& path) {
@@ -283,7 +321,8 @@ void SaveGroups::FenceOlder(Attempt newest) {
     if (id < newest && !attempt.fenced_by.has_value()) attempt.fenced_by = newest;
   }
   for (auto& [id, group] : groups_) {
-    if (id.attempt >= newest || group.sealed || IsFinal(group) ||
+    // What is being compared may be sealed in a moment: a decision waits for it.
+    if (id.attempt >= newest || group.IsWhole() || IsFinal(group) ||
         group.phase == SaveGroup::Phase::kCommitting) {
       continue;
     }
@@ -341,7 +380,7 @@ void SaveGroups::DirectoryMade(CheckpointId id, const absl::Status& status) {
   if (!status.ok()) {
     group.directory = SaveGroup::Directory::kNone;
     // No image of it will be flushed, so those that are not sealed now are not waited for.
-    Fail(group, status, group.sealed ? Failure::kStorage : Failure::kImages);
+    Fail(group, status, group.IsWhole() ? Failure::kStorage : Failure::kImages);
     Recycle();
     CommitNext();
     return;
@@ -392,7 +431,7 @@ void SaveGroups::EndRecovery(const std::vector<CheckpointId>& committed, Attempt
     group.phase = SaveGroup::Phase::kCommitted;
     host_.ReportCommitted(id);
     // Some ranks' images may have been given back already.
-    if (!group.sealed) ReleaseMembers(group);
+    if (!group.IsWhole()) ReleaseMembers(group);
   }
   FenceOlder(newest);
   if (restore_point.has_value()) SettleFence(newest, restore_point->checkpoint);
@@ -496,7 +535,7 @@ void SaveGroups::Forget() {
   for (auto group = groups_.end(); group != groups_.begin();) {
     --group;
     const bool is_finished = IsFinal(group->second) && !HoldsMemory(group->second) &&
-                             group->second.reader_count == 0 &&
+                             group->second.reader_count == 0 && !group->second.comparing &&
                              group->second.directory != SaveGroup::Directory::kMaking;
     if (is_finished && ++finished > kFinishedGroupsKept) group = groups_.erase(group);
   }

@@ -4,7 +4,10 @@
 //
 // Life of a group:
 //   open        some ranks capture or flush
-//   sealed      every rank's image is in memory and has its checksums: committed for `process`
+//   comparing   every rank's image is in memory and has its checksums, and the host compares the
+//               replicas in them, if there are any. A difference fails the group, and gives its
+//               images back: nobody shall restore one of two truths
+//   sealed      that, and no replica differs: committed for `process`
 //   committing  every rank's image is durable on storage, by identity: the host publishes
 //   committed   for `power`
 //   failed      a rank voided its image, ended, or saved a newer step; or storage failed. It is
@@ -51,12 +54,17 @@ struct SaveGroup {
   std::map<Rank, Member> members;
   Phase phase = Phase::kOpen;
   Directory directory = Directory::kNone;
-  bool sealed = false;  // all ranks' images are sealed and still in memory
+  bool comparing = false;  // the host compares the replicas in the images
+  bool sealed = false;     // all ranks' images are sealed, agree, and are still in memory
   absl::Status failure;
   uint32_t reader_count = 0;
+
+  // Sealed, or about to be if the replicas agree (as they did if a former worker has called it
+  // committed).
+  bool IsWhole() const;
 };
 
-// "open", "sealed", "committing", "committed", "failed"
+// "open", "comparing", "sealed", "committing", "committed", "failed"
 const char* PhaseName(const SaveGroup& group);
 
 // Threads: the event loop's. Lifetime: the host outlives it.
@@ -75,6 +83,9 @@ class SaveGroups final : public ImageObserver {
     virtual void Commit(CheckpointId id) = 0;
     // OK if the images of a sealed group belong together: one layout.
     virtual absl::Status CheckMembers(const SaveGroup& group) = 0;
+    // Whether ranks hold copies to be compared with each other: then answers later with
+    // ReplicasCompared, though the images may be released meanwhile.
+    virtual bool CompareReplicas(const SaveGroup& group) = 0;
     // To all ranks of the attempt.
     virtual void ReportSealed(CheckpointId id) = 0;
     virtual void ReportCommitted(CheckpointId id) = 0;
@@ -113,6 +124,7 @@ class SaveGroups final : public ImageObserver {
 
   // Answers of the host.
   void DirectoryMade(CheckpointId id, const absl::Status& status);
+  void ReplicasCompared(CheckpointId id, const absl::Status& status);
   void CommitEnded(CheckpointId id, const absl::Status& status);
   // The session is about to be destroyed, its images with it.
   void SessionGone(SessionId session);
@@ -160,6 +172,7 @@ class SaveGroups final : public ImageObserver {
   void Unseal(SaveGroup& group);
   void StartFlush(SaveGroup& group, Rank rank);
   void CheckSealed(SaveGroup& group);
+  void SetSealed(SaveGroup& group);
   void CommitNext();
   bool MayRelease(const SaveGroup& group, bool needs_room) const;
   bool HasEveryRankItsState(const AttemptState& attempt) const;

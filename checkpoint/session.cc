@@ -188,10 +188,19 @@ absl::StatusOr<Session::Registered*> Session::MakeRegistered() {
   for (const auto& [other_id, other] : registered_) {
     if (other->memory.get() == own && other->is_writer) ++own_writer_count;
   }
-  ASSIGN_OR_RETURN(const std::shared_ptr<RankMemory> memory,
-                   world_.memories.Obtain(identity_.job_uuid, identity_.rank, world_.block_bytes,
-                                          prepared_->block_count(), world_.images_per_rank_max, own,
-                                          own_writer_count));
+  absl::StatusOr<std::shared_ptr<RankMemory>> obtained = world_.memories.Obtain(
+      identity_.job_uuid, identity_.rank, world_.block_bytes, prepared_->slot_block_count(),
+      world_.images_per_rank_max, own, own_writer_count);
+  if (!obtained.ok() && prepared_->slot_block_count() > prepared_->block_count()) {
+    return absl::Status(
+        obtained.status().code(),
+        absl::StrFormat("%s; of the %d blocks that one save takes, %d are extra copies (copies = "
+                        "all)",
+                        obtained.status().message(), prepared_->slot_block_count(),
+                        prepared_->slot_block_count() - prepared_->block_count()));
+  }
+  RETURN_IF_ERROR(obtained.status());
+  const std::shared_ptr<RankMemory> memory = *std::move(obtained);
   absl::StatusOr<Registered*> made = MakeRegisteredIn(memory);
   if (!made.ok()) memory->DropIfUnused();
   return made;
@@ -203,13 +212,13 @@ absl::StatusOr<Session::Registered*> Session::MakeRegisteredIn(
   const uint64_t id = last_registration_id_ + 1;
   auto registered = std::make_unique<Registered>();
   registered->memory = memory;
-  const auto slot_count = static_cast<uint32_t>(
-      std::min<uint64_t>({world_.images_per_rank_max, abi::kSlotsMax,
-                          registered->memory->pool().block_count() / prepared_->block_count()}));
+  const auto slot_count = static_cast<uint32_t>(std::min<uint64_t>(
+      {world_.images_per_rank_max, abi::kSlotsMax,
+       registered->memory->pool().block_count() / prepared_->slot_block_count()}));
   SlotSizes sizes;
   sizes.registration_id = id;
   sizes.slot_count = slot_count;
-  sizes.block_count = prepared_->block_count();
+  sizes.block_count = prepared_->slot_block_count();
   sizes.blob_count = static_cast<uint32_t>(prepared_->blobs().size());
   sizes.block_bytes = world_.block_bytes;
   ASSIGN_OR_RETURN(registered->shared,

@@ -235,11 +235,11 @@ class SessionRecovery : public std::enable_shared_from_this<SessionRecovery> {
     ASSIGN_OR_RETURN(part.registered->registration, std::move(part.registration));
     const Registration& registration = *part.registered->registration;
     const RecordHeader header = part.record->header();
-    if (header.block_count != registration.block_count() ||
+    if (header.block_count != registration.slot_block_count() ||
         header.blob_count != registration.blobs().size() || header.slot_count > abi::kSlotsMax) {
       return absl::DataLossError(absl::StrFormat(
           "image record: expected %d blocks and %d blobs, found %d and %d, in %d slots",
-          registration.block_count(), registration.blobs().size(), header.block_count,
+          registration.slot_block_count(), registration.blobs().size(), header.block_count,
           header.blob_count, header.slot_count));
     }
     SlotSizes sizes;

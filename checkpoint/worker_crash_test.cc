@@ -56,6 +56,24 @@ void RunScript(CaptureHarness& harness, SessionId first, SessionId second) {
   harness.Settle();
 }
 
+// What the session's trainer captured behind the image at `step` is in memory. Returns how much.
+uint64_t ExpectExtraCopies(CaptureHarness& harness, SessionId session, uint64_t step) {
+  uint64_t copied = 0;
+  for (const auto& [id, image] : harness.observer().images) {
+    if (id.session != session || Value(image.checkpoint.step) != step) continue;
+    const RankImages& images = *harness.session(session).images_of(id);
+    for (const auto& [offset, bytes] : harness.trainer(session).TrainerBytes(step, BlobsAt(step))) {
+      if (offset < image.sealed->image_bytes) continue;
+      copied += bytes.size();
+      for (uint64_t i = 0; i < bytes.size(); ++i) {
+        const auto view = images.Block(id, (offset + i) / 4096);
+        EXPECT_EQ(static_cast<char>(view->bytes[(offset + i) % 4096]), bytes[i]);
+      }
+    }
+  }
+  return copied;
+}
+
 void ExpectOutcome(CaptureHarness& harness, SessionId first, SessionId second) {
   // Every image that was captured is durable with the right bytes, and its name is the only file.
   size_t durable_count = 0;
@@ -88,27 +106,42 @@ void ExpectOutcome(CaptureHarness& harness, SessionId first, SessionId second) {
   EXPECT_TRUE(harness.trainer(first).HasGrant());
 }
 
+void CrashEverywhere(abi::Copies copies, SimDisk::InFlight in_flight, uint64_t seed) {
+  uint64_t crash_step = 1;
+  for (;; ++crash_step) {
+    SCOPED_TRACE(testing::Message() << "seed " << seed << ", crash behind step " << crash_step
+                                    << ", in flight " << static_cast<int>(in_flight));
+    HarnessOptions options;
+    options.seed = seed;
+    options.copies = copies;
+    CaptureHarness harness(options);
+    const SessionId first = harness.OpenAndRegister(kRank0, 2);
+    const SessionId second = harness.OpenAndRegister(kRank1, 2);
+    harness.CrashAtStep(crash_step, in_flight);
+    RunScript(harness, first, second);
+    ExpectOutcome(harness, first, second);
+    const uint64_t copied =
+        ExpectExtraCopies(harness, first, 3) + ExpectExtraCopies(harness, second, 3);
+    EXPECT_EQ(copied, copies == abi::Copies::kAll ? 37u * 5 * 4 * 2 + 14 + 3001 * 4 + 8 : 0u);
+    if (testing::Test::HasFailure() || !harness.crashed()) break;
+  }
+  EXPECT_GT(crash_step, 100u);
+  printf("%lu crash points, seed %lu\n", crash_step - 1, seed);
+}
+
 TEST(WorkerCrashTest, NothingCapturedIsLostAtAnyStepOfTheLoop) {
   for (const SimDisk::InFlight in_flight : {SimDisk::InFlight::kAll, SimDisk::InFlight::kNone}) {
     for (const uint64_t seed : {0, 7}) {
-      uint64_t crash_step = 1;
-      for (;; ++crash_step) {
-        SCOPED_TRACE(testing::Message() << "seed " << seed << ", crash behind step " << crash_step
-                                        << ", in flight " << static_cast<int>(in_flight));
-        HarnessOptions options;
-        options.seed = seed;
-        CaptureHarness harness(options);
-        const SessionId first = harness.OpenAndRegister(kRank0, 2);
-        const SessionId second = harness.OpenAndRegister(kRank1, 2);
-        harness.CrashAtStep(crash_step, in_flight);
-        RunScript(harness, first, second);
-        ExpectOutcome(harness, first, second);
-        if (testing::Test::HasFailure() || !harness.crashed()) break;
-      }
+      CrashEverywhere(abi::Copies::kOnce, in_flight, seed);
       ASSERT_FALSE(testing::Test::HasFailure());
-      EXPECT_GT(crash_step, 100u);
-      printf("%lu crash points, seed %lu\n", crash_step - 1, seed);
     }
+  }
+}
+
+TEST(WorkerCrashTest, NorAreExtraCopies) {
+  for (const uint64_t seed : {0, 7}) {
+    CrashEverywhere(abi::Copies::kAll, SimDisk::InFlight::kAll, seed);
+    ASSERT_FALSE(testing::Test::HasFailure());
   }
 }
 

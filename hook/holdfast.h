@@ -72,6 +72,17 @@ typedef struct hf_job hf_job;
 /* Deadlines are durations in nanoseconds from the call. */
 #define HF_FOREVER INT64_MAX
 
+/* How many ranks capture a tensor that several of them hold. What is written to storage is one copy
+ * whatever this says. */
+typedef enum hf_copies {
+  HF_COPIES_ONCE = 0,     /* one */
+  HF_COPIES_PER_NODE = 1, /* one on every node that holds it. One agent is one node: as ONCE */
+  HF_COPIES_ALL = 2       /* all of them: the others' copies stay in the agent's memory, and must be
+                             equal bit for bit. If they are not, the save fails with HF_DATA_LOSS,
+                             which names tensor, element and ranks (docs/OPERATING.md). Costs their
+                             size in memory, for each image, and their capture */
+} hf_copies;
+
 typedef struct hf_open_options {
   size_t struct_bytes;     /* sizeof(hf_open_options): lets the struct grow */
   const char* job;         /* NULL: $HOLDFAST_JOB. [A-Za-z0-9._-]{1,128}, no leading dot */
@@ -100,11 +111,13 @@ typedef struct hf_open_options {
                                The same on every rank, or HF_INVALID_ARGUMENT. A relative path is
                                taken from this process's directory. The agent reads it with its
                                own rights, so for its own user only (HF_PERMISSION_DENIED) */
+  int32_t copies;        /* -1: $HOLDFAST_COPIES (once, per-node, all), else once. hf_copies; the
+                            same on all ranks */
 } hf_open_options;
 
 /* All defaults: every field as "not given". */
 #define HF_OPEN_OPTIONS_INIT \
-  { sizeof(hf_open_options), NULL, -1, -1, -1, NULL, NULL, NULL, -1, -1, 0, 0, NULL }
+  { sizeof(hf_open_options), NULL, -1, -1, -1, NULL, NULL, NULL, -1, -1, 0, 0, NULL, -1 }
 
 /* Joins the job's current attempt, or begins the next one (which fences the older at once). Starts
  * a private agent if none listens and that is allowed. One that listens and takes nobody now (it is
@@ -264,7 +277,7 @@ typedef struct hf_info {
   uint32_t reconnect_count;        /* how often the agent's worker had to be found again */
   uint64_t committed_process_step; /* newest of this attempt; UINT64_MAX: none */
   uint64_t committed_power_step;
-  uint64_t image_bytes; /* of this rank, 0 before hf_register */
+  uint64_t image_bytes; /* of this rank's file, 0 before hf_register */
   uint64_t block_bytes;
 } hf_info;
 HF_API hf_code hf_get_info(hf_job* job, hf_info* info);
@@ -282,10 +295,10 @@ typedef struct hf_save_report {
   size_t struct_bytes;
   uint64_t step;
   hf_save_state state;
-  uint64_t image_bytes;
-  uint64_t blocks;          /* of the image */
+  uint64_t image_bytes; /* of the file */
+  uint64_t blocks;      /* of the image and, with HF_COPIES_ALL, of the extra copies behind it */
   uint64_t blocks_captured; /* by this rank, so far */
-  uint64_t blocks_flushed;  /* written to storage, so far */
+  uint64_t blocks_flushed;  /* written to storage, so far; extra copies never are */
   int64_t call_ns;          /* hf_save itself */
   int64_t blocked_ns;       /* in hf_wait_captured */
   int64_t capture_ns;       /* from hf_save to the last block captured; 0 while not yet */

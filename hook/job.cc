@@ -122,7 +122,8 @@ Error Job::Register(const char* layout_json, std::span<const hf_buffer> buffers,
                  "the capture of step %llu has not been waited for (hf_wait_captured)",
                  Print(current().step));
   }
-  Result<std::shared_ptr<const Document>> document = Document::Make(layout_json, buffers, blobs);
+  Result<std::shared_ptr<const Document>> document =
+      Document::Make(layout_json, buffers, blobs, settings_.copies);
   if (!document.ok()) return document.error();
   captured_registration_.reset();
   snapshot_ = Link::Snapshot();
@@ -298,6 +299,7 @@ Error Job::Save(uint64_t step, const hf_save_options& options) {
   record.state = HF_SAVE_CAPTURING;
   record.image_bytes = registration->image_bytes();
   record.blocks = registration->block_count();
+  record.block_bytes = registration->block_bytes();
   captured_registration_ = registration;
   captured_slot_ = slot.value();
   unwaited_groups_ = registration->groups();
@@ -523,7 +525,9 @@ Error Job::Report(uint64_t step, hf_save_report* report) const {
     error = Error(HF_ABORTED, "the agent that held the image of step %llu is gone", Print(step));
   }
   // An agent that has only found it on storage did not count.
-  if (report->state == HF_SAVE_COMMITTED_POWER) report->blocks_flushed = report->blocks;
+  if (report->state == HF_SAVE_COMMITTED_POWER) {
+    report->blocks_flushed = record->image_bytes / record->block_bytes;
+  }
   report->error.code = error.code();
   std::memcpy(report->error.text, error.text(), std::strlen(error.text()) + 1);
   return Error();

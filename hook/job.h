@@ -61,6 +61,7 @@ class Job {
     uint64_t session_id = 0;
     hf_save_state state = HF_SAVE_NONE;  // up to CAPTURED, or FAILED
     uint64_t image_bytes = 0;
+    uint64_t block_bytes = 1;
     uint64_t blocks = 0;
     uint64_t blocks_captured = 0;  // when the capture ended
     int64_t call_ns = 0;

@@ -51,7 +51,7 @@ void Put(std::vector<std::byte>& bytes, uint64_t offset, const void* data, size_
 
 std::vector<std::byte> Serialize(std::string_view layout,
                                  const std::vector<Document::Buffer>& buffers,
-                                 const std::vector<Document::Blob>& blobs) {
+                                 const std::vector<Document::Blob>& blobs, abi::Copies copies) {
   abi::RegistrationDocument header = {};
   header.magic = abi::kProtocolMagic;
   header.version = abi::kProtocolVersion;
@@ -61,6 +61,7 @@ std::vector<std::byte> Serialize(std::string_view layout,
   header.buffer_count = buffers.size();
   header.blobs_offset = header.buffers_offset + buffers.size() * sizeof(abi::DocumentBuffer);
   header.blob_count = blobs.size();
+  header.copies = copies;
   uint64_t name_offset = header.blobs_offset + blobs.size() * sizeof(abi::DocumentBlob);
   header.total_bytes = name_offset;
   for (const Document::Buffer& buffer : buffers) header.total_bytes += buffer.name.size();
@@ -108,7 +109,8 @@ bool RunsFit(uint64_t offset, uint64_t run_bytes, uint64_t count, uint64_t strid
 
 Result<std::shared_ptr<const Document>> Document::Make(const char* layout_json,
                                                        std::span<const hf_buffer> buffers,
-                                                       std::span<const hf_blob_slot> blobs) {
+                                                       std::span<const hf_blob_slot> blobs,
+                                                       abi::Copies copies) {
   if (layout_json == nullptr) return Error(HF_INVALID_ARGUMENT, "layout_json is NULL");
   auto document = std::make_shared<Document>();
   document->buffers_.reserve(buffers.size());
@@ -134,7 +136,8 @@ Result<std::shared_ptr<const Document>> Document::Make(const char* layout_json,
                    ShortName(named[order[i]].name).text());
     }
   }
-  const std::vector<std::byte> bytes = Serialize(layout_json, document->buffers_, document->blobs_);
+  const std::vector<std::byte> bytes =
+      Serialize(layout_json, document->buffers_, document->blobs_, copies);
   Result<UniqueFd> memory = MakeSealedMemory("holdfast-registration", bytes);
   if (!memory.ok()) return memory.error();
   document->memory_ = std::move(memory.value());
@@ -196,8 +199,10 @@ Error Registration::CheckShared(const abi::RegisterReply& reply) {
   block_count_ = shared_->block_count;
   slot_count_ = shared_->slot_count;
   if (block_bytes_ == 0 || shared_->block_bytes != block_bytes_ ||
-      image_bytes_ != block_bytes_ * block_count_) {
-    return Error(HF_INTERNAL, "registration: image of %llu bytes is not %u blocks of %llu bytes",
+      image_bytes_ % block_bytes_ != 0 || image_bytes_ / block_bytes_ > block_count_ ||
+      block_count_ > UINT64_MAX / block_bytes_) {
+    return Error(HF_INTERNAL,
+                 "registration: an image of %llu bytes does not fit %u blocks of %llu bytes",
                  Print(image_bytes_), block_count_, Print(block_bytes_));
   }
   const uint64_t blob_count = document_->blobs().size();
@@ -227,8 +232,9 @@ Error Registration::CheckPlan() {
   const uint64_t rest = plan_.bytes() - sizeof(header);
   const uint64_t blob_count = document_->blobs().size();
   if (header.magic != abi::kProtocolMagic || header.version != abi::kProtocolVersion ||
-      header.image_bytes != image_bytes_ || header.blob_count != blob_count ||
-      header.op_count > rest / sizeof(CaptureOp) || header.op_count >= UINT32_MAX ||
+      header.image_bytes != image_bytes_ || header.slot_bytes != block_count_ * block_bytes_ ||
+      header.blob_count != blob_count || header.op_count > rest / sizeof(CaptureOp) ||
+      header.op_count >= UINT32_MAX ||
       blob_count > (rest - header.op_count * sizeof(CaptureOp)) / sizeof(abi::BlobArea)) {
     return Error(HF_INTERNAL,
                  "capture plan: %llu operations, %llu blobs, image of %llu bytes in %llu bytes do "
@@ -240,15 +246,15 @@ Error Registration::CheckPlan() {
   ops_ = {reinterpret_cast<const CaptureOp*>(begin), header.op_count};
   blob_areas_ = {reinterpret_cast<const abi::BlobArea*>(begin + ops_.size_bytes()), blob_count};
 
-  uint64_t end = 0;  // of the operations so far, in the image
+  uint64_t end = 0;  // of the operations so far, in the slot
   for (size_t i = 0; i < ops_.size(); ++i) {
     const CaptureOp& op = ops_[i];
     const bool known = op.buffer_index < document_->buffers().size() && op.group < kGroupCount;
     if (!known ||
         !RunsFit(op.buffer_offset, op.run_bytes, op.count, op.buffer_stride,
                  document_->buffers()[op.buffer_index].bytes) ||
-        op.image_offset < end || op.image_offset > image_bytes_ ||
-        OpBytes(op) > image_bytes_ - op.image_offset) {
+        op.image_offset < end || op.image_offset > header.slot_bytes ||
+        OpBytes(op) > header.slot_bytes - op.image_offset) {
       return Error(HF_INTERNAL,
                    "capture plan: operation %zu (image offset %llu, buffer %u, group %u) is out of "
                    "bounds or order",

@@ -43,7 +43,8 @@ class Document {
   // HF_INVALID_ARGUMENT, HF_RESOURCE_EXHAUSTED.
   static Result<std::shared_ptr<const Document>> Make(const char* layout_json,
                                                       std::span<const hf_buffer> buffers,
-                                                      std::span<const hf_blob_slot> blobs);
+                                                      std::span<const hf_blob_slot> blobs,
+                                                      abi::Copies copies = abi::Copies::kOnce);
 
   const std::vector<Buffer>& buffers() const { return buffers_; }
   const std::vector<Blob>& blobs() const { return blobs_; }
@@ -75,8 +76,9 @@ class Registration {
   const Document& document() const { return *document_; }
   const std::shared_ptr<const Document>& shared_document() const { return document_; }
   uint64_t id() const { return id_; }
-  uint64_t image_bytes() const { return image_bytes_; }
+  uint64_t image_bytes() const { return image_bytes_; }  // of the file
   uint64_t block_bytes() const { return block_bytes_; }
+  // Of a slot: of the image, and of the extra copies behind it.
   uint32_t block_count() const { return block_count_; }
   const Mapping& memory() const { return memory_; }
 

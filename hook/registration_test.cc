@@ -127,7 +127,7 @@ struct Answer {
     memory_header.block_done_offset = 7104;
     memory_header.blob_bytes_offset = 7168;
     static_assert(sizeof(abi::RegistrationMemory) <= 7040);
-    header() = {abi::kProtocolMagic, abi::kProtocolVersion, 2, 1, 2 * 4096};
+    header() = {abi::kProtocolMagic, abi::kProtocolVersion, 2, 1, 2 * 4096, 2 * 4096};
     op(0) = {100, 0, 50, 10, 60, 0, 0};
     op(1) = {5000, 600, 400, 1, 0, 0, 63};
     blob() = {6000, 16};
@@ -142,6 +142,20 @@ struct Answer {
     return Registration::Make(Document::Make("{}", buffers, blobs).value(), reply, fds);
   }
 };
+
+TEST(RegistrationTest, ASlotMayBeLongerThanItsImage) {
+  Answer answer;
+  answer.reply.image_bytes = answer.header().image_bytes = 4096;
+  answer.blob() = {4000, 16};
+  const auto made = answer.Make();
+  ASSERT_TRUE(made.ok()) << made.error().text();
+  EXPECT_EQ(made.value()->image_bytes(), 4096u);
+  EXPECT_EQ(made.value()->block_count(), 2u);
+  EXPECT_EQ(made.value()->copied_blocks().size(), 2u);
+  // A blob is stored, so it is in the image.
+  answer.blob() = {4090, 16};
+  EXPECT_FALSE(answer.Make().ok());
+}
 
 TEST(RegistrationTest, AnAnswerThatContradictsItselfIsRefused) {
   ASSERT_TRUE(Answer().Make().ok()) << Answer().Make().error().text();
@@ -177,6 +191,10 @@ TEST(RegistrationTest, AnAnswerThatContradictsItselfIsRefused) {
       [](Answer& a) { a.header().op_count = UINT64_MAX; },
       [](Answer& a) { a.header().blob_count = 0; },
       [](Answer& a) { a.header().image_bytes = 4096; },
+      [](Answer& a) { a.header().slot_bytes = 3 * 4096; },
+      // An image that is longer than its slot.
+      [](Answer& a) { a.header().image_bytes = a.reply.image_bytes = 3 * 4096; },
+      [](Answer& a) { a.header().image_bytes = a.reply.image_bytes = 4097; },
       [](Answer& a) { a.op(0).buffer_index = 1; },
       [](Answer& a) { a.op(0).group = 64; },
       [](Answer& a) { a.op(0).buffer_offset = 411; },

@@ -177,6 +177,29 @@ Error ReadCheckSource(const hf_open_options& options, Settings* settings) {
   return Error();
 }
 
+Error ReadCopies(const hf_open_options& options, Settings* settings) {
+  if (options.copies >= HF_COPIES_ONCE && options.copies <= HF_COPIES_ALL) {
+    settings->copies = static_cast<abi::Copies>(options.copies);
+    return Error();
+  }
+  if (options.copies != -1) {
+    return Error(HF_INVALID_ARGUMENT, "copies: expected -1 to 2, found %d", options.copies);
+  }
+  const std::string text = Variable("HOLDFAST_COPIES");
+  if (text == "once" || text.empty()) {
+    settings->copies = abi::Copies::kOnce;
+  } else if (text == "per-node") {
+    settings->copies = abi::Copies::kPerNode;
+  } else if (text == "all") {
+    settings->copies = abi::Copies::kAll;
+  } else {
+    return Error(HF_INVALID_ARGUMENT,
+                 "$HOLDFAST_COPIES: expected once, per-node or all, found '%s'",
+                 ShortName(text).text());
+  }
+  return Error();
+}
+
 }  // namespace
 
 std::string RuntimeDirectory() {
@@ -203,6 +226,7 @@ Result<Settings> ReadSettings(const hf_open_options& options) {
   if (Error error = ReadNames(options, &settings); !error.ok()) return error;
   if (Error error = ReadNumbers(options, &settings); !error.ok()) return error;
   if (Error error = ReadCheckSource(options, &settings); !error.ok()) return error;
+  if (Error error = ReadCopies(options, &settings); !error.ok()) return error;
   settings.socket_path =
       options.socket != nullptr ? std::string(options.socket) : Variable("HOLDFAST_SOCKET");
   if (!settings.socket_path.empty()) {

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <string>
 
+#include "hook/abi/messages.h"
 #include "hook/check_source.h"
 #include "hook/error.h"
 
@@ -29,6 +30,7 @@ struct Settings {
   std::string daemon_path;        // $HOLDFASTD; empty: look beside the library and in PATH
   std::string search_path;        // $PATH
   CheckSource check_source = CheckSource::kSample;
+  abi::Copies copies = abi::Copies::kOnce;
   uint32_t copy_threads = 1;
   int64_t capture_head_start_ns = kCaptureHeadStartNs;
   int64_t deadline_ns = 0;

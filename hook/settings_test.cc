@@ -23,6 +23,7 @@ constexpr const char* kVariables[] = {"HOLDFAST_JOB",
                                       "HOLDFAST_PRIVATE",
                                       "HOLDFAST_CHECK_SOURCE",
                                       "HOLDFAST_COPY_THREADS",
+                                      "HOLDFAST_COPIES",
                                       "HOLDFAST_CAPTURE_HEAD_START_MS",
                                       "HOLDFAST_RUNTIME_DIR",
                                       "XDG_RUNTIME_DIR",
@@ -66,6 +67,7 @@ TEST_F(SettingsTest, DefaultsWithoutAnyVariable) {
   EXPECT_TRUE(settings.private_agent);
   EXPECT_EQ(settings.check_source, CheckSource::kSample);
   EXPECT_EQ(settings.copy_threads, 1u);
+  EXPECT_EQ(settings.copies, abi::Copies::kOnce);
   EXPECT_EQ(settings.capture_head_start_ns, 200'000'000);
   EXPECT_EQ(settings.deadline_ns, 30'000'000'000);
   // (0xcbf29ce484222325 ^ 0x6a) * 0x100000001b3 modulo 2^64.
@@ -134,6 +136,29 @@ TEST_F(SettingsTest, VariablesFillWhatOptionsLeaveOpen) {
   char* current = getcwd(nullptr, 0);
   EXPECT_EQ(settings.root, std::string(current) + "/relative");
   free(current);
+}
+
+TEST_F(SettingsTest, CopiesAreNamedInTheVariableAndNumberedInTheOption) {
+  const abi::Copies values[] = {abi::Copies::kOnce, abi::Copies::kPerNode, abi::Copies::kAll};
+  const char* const names[] = {"once", "per-node", "all"};
+  const hf_copies numbers[] = {HF_COPIES_ONCE, HF_COPIES_PER_NODE, HF_COPIES_ALL};
+  hf_open_options options = Minimal();
+  for (int i = 0; i < 3; ++i) {
+    unsetenv("HOLDFAST_COPIES");
+    options.copies = numbers[i];
+    EXPECT_EQ(Read(options).copies, values[i]);
+    setenv("HOLDFAST_COPIES", names[i], 1);
+    EXPECT_EQ(Read(Minimal()).copies, values[i]);
+    // The option wins.
+    options.copies = numbers[(i + 1) % 3];
+    EXPECT_EQ(Read(options).copies, values[(i + 1) % 3]);
+  }
+  for (const int number : {-2, 3}) {
+    options.copies = number;
+    ExpectRefused(options, "copies: expected -1 to 2, found");
+  }
+  setenv("HOLDFAST_COPIES", "twice", 1);
+  ExpectRefused(Minimal(), "$HOLDFAST_COPIES: expected once, per-node or all, found 'twice'");
 }
 
 TEST_F(SettingsTest, AGivenSocketIsSomebodysAgent) {

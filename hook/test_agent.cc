@@ -532,6 +532,7 @@ void TestAgent::ServeRegister(const Message& message) {
   header.op_count = plan_.ops.size();
   header.blob_count = plan_.blobs.size();
   header.image_bytes = plan_.block_bytes * plan_.block_count;
+  header.slot_bytes = header.image_bytes;
   const uint64_t ops_bytes = plan_.ops.size() * sizeof(abi::CaptureOp);
   const uint64_t blobs_bytes = plan_.blobs.size() * sizeof(abi::BlobArea);
   plan_memory_ = TestMemory::Make(sizeof(header) + ops_bytes + blobs_bytes);

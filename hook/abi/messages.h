@@ -89,6 +89,13 @@ struct OpenReply {
 };
 static_assert(sizeof(OpenReply) == 1096);
 
+// Who captures a tensor that several ranks hold; the numbers of hf_open_options.
+enum class Copies : uint32_t {
+  kOnce = 0,     // one of them
+  kPerNode = 1,  // one on every node that holds it; one agent is one node: as kOnce
+  kAll = 2,      // all of them: one copy goes into an image, the others stay in memory
+};
+
 // The registration document (a memfd sealed against every change): this header, then at the offsets
 // given the layout JSON, `buffer_count` x DocumentBuffer, `blob_count` x DocumentBlob, and names.
 struct RegistrationDocument {
@@ -101,8 +108,10 @@ struct RegistrationDocument {
   uint64_t buffer_count;
   uint64_t blobs_offset;  // 8-aligned
   uint64_t blob_count;
+  Copies copies;  // the same on all ranks
+  uint32_t reserved;
 };
-static_assert(sizeof(RegistrationDocument) == 64);
+static_assert(sizeof(RegistrationDocument) == 72);
 
 struct DocumentBuffer {
   uint64_t name_offset;
@@ -131,21 +140,23 @@ struct RegisterReply {
   uint64_t memory_bytes;               // of the rank memory memfd
   uint64_t registration_memory_bytes;  // of the memory described in shared_memory.h
   uint64_t capture_plan_bytes;
-  uint64_t image_bytes;  // a multiple of block_bytes
+  uint64_t image_bytes;  // a multiple of block_bytes, without extra copies
   uint64_t block_bytes;
 };
 static_assert(sizeof(RegisterReply) == 1072);
 
 // The capture plan (sealed memfd): header, then capture_op_count x CaptureOp sorted by image
-// offset, then blob_count x BlobArea in the order of the registration.
+// offset, then blob_count x BlobArea in the order of the registration. Behind the image, in the
+// slot's further blocks, lie the extra copies: their offsets go on from image_bytes.
 struct CapturePlan {
   uint32_t magic;
   uint32_t version;
   uint64_t op_count;
   uint64_t blob_count;
   uint64_t image_bytes;
+  uint64_t slot_bytes;  // a multiple of block_bytes: image and extra copies
 };
-static_assert(sizeof(CapturePlan) == 32);
+static_assert(sizeof(CapturePlan) == 40);
 
 // Copies `count` runs of `run_bytes` from the buffer, `buffer_stride` bytes apart, to the image,
 // where they lie one behind the other.

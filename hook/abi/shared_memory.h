@@ -169,7 +169,7 @@ struct RegistrationMemory {
   uint32_t version;
   uint64_t registration_id;
   uint32_t slot_count;   // 1 to kSlotsMax
-  uint32_t block_count;  // of an image
+  uint32_t block_count;  // of a slot: of an image and its extra copies
   uint32_t blob_count;
   uint32_t reserved0;
   uint64_t block_bytes;

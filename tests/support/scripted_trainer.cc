@@ -39,12 +39,13 @@ void AppendBytes(std::string& out, const T& value) {
 
 std::string EncodeDocument(const std::string& layout_json,
                            const std::vector<TrainerBuffer>& buffers,
-                           const std::vector<TrainerBlob>& blobs) {
+                           const std::vector<TrainerBlob>& blobs, abi::Copies copies) {
   abi::RegistrationDocument header = {};
   header.magic = abi::kProtocolMagic;
   header.version = abi::kProtocolVersion;
   header.buffer_count = buffers.size();
   header.blob_count = blobs.size();
+  header.copies = copies;
   header.buffers_offset = sizeof(header);
   header.blobs_offset = header.buffers_offset + buffers.size() * sizeof(abi::DocumentBuffer);
   header.layout_offset = header.blobs_offset + blobs.size() * sizeof(abi::DocumentBlob);

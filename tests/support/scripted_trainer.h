@@ -37,7 +37,8 @@ struct TrainerBlob {
 // The bytes of a registration document, as hf_register sends it.
 std::string EncodeDocument(const std::string& layout_json,
                            const std::vector<TrainerBuffer>& buffers,
-                           const std::vector<TrainerBlob>& blobs);
+                           const std::vector<TrainerBlob>& blobs,
+                           abi::Copies copies = abi::Copies::kOnce);
 // A memfd with these bytes, sealed as hf_register seals it.
 UniqueFd SealedDocument(const std::string& document);
 
@@ -86,8 +87,8 @@ class ScriptedTrainer {
   };
   std::optional<Report> ReportOf(uint64_t step) const;
 
-  // The bytes that the trainer of this capture plan writes at `step`, by image offset: the oracle's
-  // half of an image.
+  // The bytes that the trainer of this capture plan writes at `step`, by slot offset: the oracle's
+  // half of an image, and extra copies.
   std::map<uint64_t, std::string> TrainerBytes(
       uint64_t step, const std::vector<std::optional<std::string>>& blobs) const;
 
@@ -96,7 +97,7 @@ class ScriptedTrainer {
   std::span<std::byte> page_bytes() const { return page_; }
   std::span<std::byte> memory_bytes() const { return memory_; }
   std::span<std::byte> registration_bytes() const { return registration_; }
-  uint32_t block_count() const { return block_count_; }
+  uint32_t block_count() const { return block_count_; }  // of a slot
   // Block `block` of the image in `slot`, as the slot's table says.
   std::span<std::byte> Block(uint32_t slot, uint32_t block) const;
   std::atomic<uint8_t>& BlockDone(uint32_t slot, uint32_t block) const;

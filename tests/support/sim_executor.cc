@@ -51,6 +51,17 @@ void SimExecutor::Run(std::function<void()> work, std::function<void()> done) {
   pool_.push_back({std::move(work), std::move(done)});
 }
 
+void SimExecutor::HoldNewestPoolWork() {
+  CHECK(!pool_.empty());
+  held_.push_back(std::move(pool_.back()));
+  pool_.pop_back();
+}
+
+void SimExecutor::ReleasePoolWork() {
+  for (PoolWork& work : held_) pool_.push_back(std::move(work));
+  held_.clear();
+}
+
 absl::Time SimExecutor::WallTime() const {
   return absl::UnixEpoch() + absl::Seconds(999'999'000) + now_;
 }

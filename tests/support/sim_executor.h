@@ -66,6 +66,10 @@ class SimExecutor final : public EventLoop, public WorkPool, public Clock {
   // When the next timer is due, as a value of Elapsed().
   std::optional<absl::Duration> next_timer_due() const;
 
+  // The newest pool work that has not run rests until it is released: a job that takes long.
+  void HoldNewestPoolWork();
+  void ReleasePoolWork();
+
   // The watched `fd` is ready once: its function runs in order with what is posted.
   void MarkReady(int fd);
   bool is_watched(int fd) const { return watches_.count(fd) > 0; }
@@ -86,6 +90,7 @@ class SimExecutor final : public EventLoop, public WorkPool, public Clock {
   uint64_t seed_;
   std::deque<std::function<void()>> posted_;
   std::deque<PoolWork> pool_;
+  std::deque<PoolWork> held_;
   std::vector<IoRing*> rings_;
   std::map<std::pair<absl::Duration, TimerId>, std::function<void()>> timers_;
   std::map<TimerId, absl::Duration> timer_due_;

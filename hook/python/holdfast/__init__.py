@@ -11,8 +11,8 @@ from .checkpointer import Checkpointer, Resumed
 from .errors import (Aborted, AlreadyExists, Code, DataLoss, DeadlineExceeded, Error,
                      FailedPrecondition, Internal, InvalidArgument, LibraryNotFound, NotFound,
                      PermissionDenied, ResourceExhausted, Unavailable, Unimplemented)
-from .job import (ALL_GROUPS, Blob, Buffer, CheckSource, Faults, Info, Job, Restored, RestoreFrom,
-                  SaveReport, SaveState, Scope)
+from .job import (ALL_GROUPS, Blob, Buffer, CheckSource, Copies, Faults, Info, Job, Restored,
+                  RestoreFrom, SaveReport, SaveState, Scope)
 from .layout import replicated
 from .memory import Memory, memory_of
 
@@ -20,8 +20,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ALL_GROUPS", "Aborted", "AlreadyExists", "Blob", "Buffer", "CheckSource", "Checkpointer",
-    "Code", "DataLoss", "DeadlineExceeded", "Error", "FailedPrecondition", "Faults", "Info",
-    "Internal", "InvalidArgument", "Job", "LibraryNotFound", "Memory", "NotFound",
+    "Code", "Copies", "DataLoss", "DeadlineExceeded", "Error", "FailedPrecondition", "Faults",
+    "Info", "Internal", "InvalidArgument", "Job", "LibraryNotFound", "Memory", "NotFound",
     "PermissionDenied", "ResourceExhausted", "Restored", "RestoreFrom", "Resumed", "SaveReport",
     "SaveState", "Scope", "Unavailable", "Unimplemented", "library_path", "library_version",
     "memory", "memory_of", "replicated", "values"]

@@ -24,6 +24,9 @@ BLOB_RANK = 1
 RESTORE_FROM_NOT_GIVEN = 0
 RESTORE_FROM_USED = 1
 RESTORE_FROM_IGNORED = 2
+COPIES_ONCE = 0
+COPIES_PER_NODE = 1
+COPIES_ALL = 2
 
 
 class hf_error(ctypes.Structure):
@@ -35,7 +38,8 @@ class hf_open_options(ctypes.Structure):
         ("struct_bytes", c_size_t), ("job", c_char_p), ("rank", c_int64), ("world_size", c_int64),
         ("local_rank", c_int64), ("attempt_key", c_char_p), ("root", c_char_p),
         ("socket", c_char_p), ("private_agent", c_int32), ("check_source", c_int32),
-        ("copy_threads", c_int32), ("deadline_ns", c_int64), ("restore_from", c_char_p)]
+        ("copy_threads", c_int32), ("deadline_ns", c_int64), ("restore_from", c_char_p),
+        ("copies", c_int32)]
 
 
 class hf_buffer(ctypes.Structure):

@@ -98,7 +98,7 @@ class Checkpointer:
         save_wait: seconds that a save may wait for image memory, while earlier ones are flushed.
         capture_timeout: seconds that a capture may hold up an update; past it the save is void.
         rank, world_size: default $RANK and $WORLD_SIZE, or, if neither is set, one rank alone.
-        open_options: of Job: job, root, restore_from, attempt_key, socket, check_source, ...
+        open_options: of Job: job, root, restore_from, attempt_key, socket, check_source, copies, ...
         """
         if layout is not None and (prepare is not None or rank_0_states):
             raise InvalidArgument("prepare, rank_0_states: expected only without a layout document")

@@ -55,6 +55,15 @@ class CheckSource(enum.IntEnum):
     ALL = 2
 
 
+class Copies(enum.IntEnum):
+    """How many ranks capture a tensor that several of them hold. One copy is written to storage
+    whatever this says."""
+
+    ONCE = _abi.COPIES_ONCE
+    PER_NODE = _abi.COPIES_PER_NODE  # one agent is one node: as ONCE
+    ALL = _abi.COPIES_ALL  # the others stay in memory, and must be equal: else the save fails
+
+
 class SaveState(enum.IntEnum):
     NONE = 0
     CAPTURING = 1
@@ -198,15 +207,17 @@ class Job:
                  attempt_key: Optional[str] = None, root: Optional[str] = None,
                  socket: Optional[str] = None, private_agent: Optional[bool] = None,
                  check_source: Optional[CheckSource] = None, copy_threads: int = 0,
-                 restore_from: Optional[str] = None, timeout: float = 30.0):
+                 restore_from: Optional[str] = None, copies: Optional[Copies] = None,
+                 timeout: float = 30.0):
         """Joins the job's current attempt, or begins the next one, which fences the older at once.
         Starts a private agent if none listens and that is allowed.
 
         What is not given comes from the environment: HOLDFAST_JOB, RANK, WORLD_SIZE, LOCAL_RANK,
         HOLDFAST_ATTEMPT_KEY (else torchrun's), HOLDFAST_ROOT, HOLDFAST_SOCKET, HOLDFAST_PRIVATE,
-        HOLDFAST_CHECK_SOURCE, HOLDFAST_COPY_THREADS, HOLDFAST_RESTORE_FROM. restore_from: a
-        checkpoint's directory, or ROOT/JOB for its newest, of any job: what a job starts from that
-        has no checkpoint of its own; the same on every rank; "": none. timeout: seconds, above 0.
+        HOLDFAST_CHECK_SOURCE, HOLDFAST_COPY_THREADS, HOLDFAST_RESTORE_FROM, HOLDFAST_COPIES.
+        restore_from: a checkpoint's directory, or ROOT/JOB for its newest, of any job: what a job
+        starts from that has no checkpoint of its own; the same on every rank; "": none. timeout:
+        seconds, above 0.
         """
         self._handle: Optional[ctypes.c_void_p] = None
         self._buffers: Tuple[Tuple[str, Memory], ...] = ()
@@ -224,7 +235,8 @@ class Job:
             check_source=-1 if check_source is None else CheckSource(check_source),
             copy_threads=_number(copy_threads, "copy_threads", 0, 2**31 - 1),
             restore_from=_text(restore_from, "restore_from"),
-            deadline_ns=max(1, _nanoseconds(timeout, "timeout")))
+            deadline_ns=max(1, _nanoseconds(timeout, "timeout")),
+            copies=-1 if copies is None else Copies(copies))
         handle = ctypes.c_void_p()
         self._call(self._api.hf_open, ctypes.byref(options), ctypes.byref(handle))
         self._handle = handle

@@ -24,6 +24,7 @@ CONSTANTS = {
     "HF_BLOB_GLOBAL": job.Scope.GLOBAL, "HF_BLOB_RANK": job.Scope.RANK,
     **{f"HF_RESTORE_FROM_{what.name}": what for what in job.RestoreFrom},
     **{f"HF_{code.name}": code for code in errors.Code},
+    **{f"HF_COPIES_{copies.name}": copies for copies in job.Copies},
     **{f"HF_SAVE_{state.name}": state for state in job.SaveState},
 }
 # Of no use from Python: what an initialiser, an attribute or a source is.
