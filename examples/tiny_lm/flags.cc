@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <functional>
 #include <limits>
+#include <set>
 #include <utility>
 
 #include "absl/strings/numbers.h"
@@ -17,6 +18,8 @@ namespace {
 
 constexpr uint32_t kAxisMax = 1024;
 constexpr uint32_t kLayersMax = 1024;
+constexpr const char* kBitFlipForm =
+    "rank=R,step=S,tensor=NAME,element=E,bit=B and perhaps state=NAME";
 
 // Sets an option from the flag's value, which is empty for a flag without one.
 using Setter = std::function<absl::Status(TrainerOptions&, const std::string&)>;
@@ -101,6 +104,27 @@ absl::Status SetStageLayers(TrainerOptions& options, const std::string& text) {
   return absl::OkStatus();
 }
 
+absl::Status AddBitFlip(TrainerOptions& options, const std::string& text) {
+  BitFlip flip;
+  std::set<std::string> given;
+  for (const absl::string_view part : absl::StrSplit(text, ',')) {
+    const std::pair<std::string, std::string> item = absl::StrSplit(part, absl::MaxSplits('=', 1));
+    const auto& [key, value] = item;
+    const bool is_valid = (key == "rank" && absl::SimpleAtoi(value, &flip.rank)) ||
+                          (key == "step" && absl::SimpleAtoi(value, &flip.step)) ||
+                          (key == "element" && absl::SimpleAtoi(value, &flip.element)) ||
+                          (key == "bit" && absl::SimpleAtoi(value, &flip.bit)) ||
+                          ((key == "tensor" || key == "state") && !value.empty());
+    if (key == "tensor") flip.tensor = value;
+    if (key == "state") flip.state = value;
+    if (!is_valid || !given.insert(key).second) return Expected(kBitFlipForm, text);
+  }
+  given.erase("state");
+  if (given.size() != 5) return Expected(kBitFlipForm, text);
+  options.bit_flips.push_back(std::move(flip));
+  return absl::OkStatus();
+}
+
 const std::vector<Flag>& Flags() {
   constexpr uint64_t kMax = std::numeric_limits<uint32_t>::max();
   static const std::vector<Flag> flags = {
@@ -148,6 +172,11 @@ const std::vector<Flag>& Flags() {
        Switch(&TrainerOptions::check_restore, true)},
       {"no-wait-committed-at-end", nullptr, "leave without saving and committing the last step",
        Switch(&TrainerOptions::wait_committed_at_end, false)},
+      {"flip-bit", "rank=R,...",
+       "a fault: rank=R,step=S,tensor=NAME[,state=NAME],element=E,bit=B flips one bit in one "
+       "rank's "
+       "memory behind step S, before it is saved; may be repeated",
+       AddBitFlip},
       {"save-wait-ms", "MS", "how long a save may wait for image memory (default 0)",
        Milliseconds(&CheckpointingOptions::save_wait_ns)},
       {"capture-deadline-ms", "MS", "of hf_wait_captured",

@@ -43,6 +43,11 @@ TEST(Flags, EveryFlagSetsItsOption) {
                                                             "--no-holdfast",
                                                             "--check-restore",
                                                             "--no-wait-committed-at-end",
+                                                            "--flip-bit",
+                                                            "rank=2,step=5,tensor=a.b,element=17,"
+                                                            "bit=3",
+                                                            "--flip-bit=tensor=t,state=master,"
+                                                            "rank=0,step=1,element=0,bit=31",
                                                             "--save-wait-ms",
                                                             "1",
                                                             "--capture-deadline-ms",
@@ -70,6 +75,16 @@ TEST(Flags, EveryFlagSetsItsOption) {
   EXPECT_FALSE(parsed->use_holdfast);
   EXPECT_TRUE(parsed->check_restore);
   EXPECT_FALSE(parsed->wait_committed_at_end);
+  ASSERT_EQ(parsed->bit_flips.size(), 2U);
+  const BitFlip& first = parsed->bit_flips[0];
+  EXPECT_EQ(first.rank, 2U);
+  EXPECT_EQ(first.step, 5U);
+  EXPECT_EQ(first.tensor, "a.b");
+  EXPECT_EQ(first.state, "param");
+  EXPECT_EQ(first.element, 17U);
+  EXPECT_EQ(first.bit, 3U);
+  EXPECT_EQ(parsed->bit_flips[1].state, "master");
+  EXPECT_EQ(parsed->bit_flips[1].bit, 31U);
   EXPECT_EQ(parsed->checkpointing.save_wait_ns, 1'000'000);
   EXPECT_EQ(parsed->checkpointing.capture_deadline_ns, 2'000'000);
   EXPECT_EQ(parsed->checkpointing.commit_deadline_ns, 3'000'000);
@@ -93,6 +108,11 @@ TEST(Flags, WhatIsWrongIsNamed) {
       {{"--corpus", "a", "--device-ms", "nan"}, "--device-ms"},
       {{"--corpus", "a", "--no-holdfast=1"}, "--no-holdfast: expected no value"},
       {{"--corpus", "a", "--bytes", "1T"}, "found '1T'"},
+      {{"--corpus", "a", "--flip-bit", "rank=1"}, "--flip-bit: expected rank=R,step=S"},
+      {{"--corpus", "a", "--flip-bit", "rank=1,step=1,tensor=,element=1,bit=1"}, "expected rank=R"},
+      {{"--corpus", "a", "--flip-bit", "rank=1,step=x,tensor=t,element=1,bit=1"}, "step=x"},
+      {{"--corpus", "a", "--flip-bit", "rank=1,rank=1,step=1,tensor=t,element=1,bit=1"}, "rank=1,"},
+      {{"--corpus", "a", "--flip-bit", "rank=1,step=1,tensor=t,element=1,bit=1,b=2"}, "b=2"},
   };
   for (const auto& [arguments, text] : cases) {
     const absl::Status status = ParseFlags(arguments).status();

@@ -18,6 +18,17 @@ struct CheckpointingOptions {
   int64_t save_wait_ns = 0;                       // for image memory
 };
 
+// A fault to be found: once a step is done, one rank has one bit of one element otherwise than it
+// should.
+struct BitFlip {
+  uint32_t rank = 0;
+  uint64_t step = 0;  // behind its optimizer step, before it is saved
+  std::string tensor;
+  std::string state = "param";
+  uint64_t element = 0;  // in the whole tensor, row-major
+  uint32_t bit = 0;      // of the element, 0 is the least significant
+};
+
 struct TrainerOptions {
   std::vector<std::string> corpus_paths;
   ParallelOptions parallel;
@@ -34,6 +45,7 @@ struct TrainerOptions {
   bool use_holdfast = true;
   bool check_restore = false;
   bool wait_committed_at_end = true;
+  std::vector<BitFlip> bit_flips;
   CheckpointingOptions checkpointing;
 
   ModelConfig model() const {

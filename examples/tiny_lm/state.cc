@@ -85,6 +85,20 @@ std::vector<StateBuffer> TrainingState::Buffers() {
   return buffers;
 }
 
+std::span<std::byte> TrainingState::Find(const std::string& tensor, const std::string& state,
+                                         uint64_t element) {
+  for (const Piece& piece : Pieces()) {
+    if (piece.tensor != tensor || piece.state != state) continue;
+    for (uint64_t i = 0; i < piece.count; ++i) {
+      if (piece.index.Of(piece.begin + i) != element) continue;
+      // Pieces point into this state, which is not const here.
+      auto* const data = const_cast<std::byte*>(piece.data);
+      return {data + i * piece.element_bytes, piece.element_bytes};
+    }
+  }
+  return {};
+}
+
 std::vector<Piece> TrainingState::Pieces() const {
   std::vector<Piece> pieces;
   const JobLayout& layout = partition_.layout();

@@ -59,6 +59,9 @@ class TrainingState {
   // Everything that the layout places on this rank.
   std::vector<Piece> Pieces() const;
 
+  // The bytes of an element of the whole tensor; empty if it is not on this rank.
+  std::span<std::byte> Find(const std::string& tensor, const std::string& state, uint64_t element);
+
   // ZeRO-3: as own(); else as slots. A vocabulary's padding is 0 and is never stored.
   std::vector<uint16_t> parameters;
   // As own().

@@ -323,6 +323,24 @@ absl::Status Trainer::SumOverRanks() {
   return reduced.ok() ? summed : reduced;
 }
 
+absl::Status Trainer::FlipBits(uint64_t step) {
+  for (const BitFlip& flip : options_.bit_flips) {
+    if (flip.rank != rank_ || flip.step != step) continue;
+    const std::span<std::byte> element = state_.Find(flip.tensor, flip.state, flip.element);
+    if (flip.bit >= 8 * element.size()) {
+      return absl::InvalidArgumentError(
+          absl::StrFormat("--flip-bit: rank %d has no bit %d of element %d of %s, state %s", rank_,
+                          flip.bit, flip.element, flip.tensor, flip.state));
+    }
+    element[flip.bit / 8] ^= std::byte{1} << (flip.bit % 8);
+    log_.Print(
+        "bit_flipped",
+        absl::StrFormat("\"step\":%d,\"tensor\":%s,\"state\":%s,\"element\":%d,\"bit\":%d", step,
+                        JsonString(flip.tensor), JsonString(flip.state), flip.element, flip.bit));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status Trainer::Step(uint64_t step) {
   if (checkpointing_ != nullptr) checkpointing_->Heartbeat(step);
   Phases phases;
@@ -340,6 +358,7 @@ absl::Status Trainer::Step(uint64_t step) {
   phases.End("wait_captured");
   RETURN_IF_ERROR(data_parallel_->Update(AdamConfig(), options_.batch));
   state_.ballast.Stamp(static_cast<uint64_t>(state_.optimizer_step));
+  RETURN_IF_ERROR(FlipBits(step));
   phases.End("optimizer");
   if (checkpointing_ != nullptr) {
     const bool due =

@@ -62,6 +62,8 @@ class Trainer {
   absl::Status ForwardBackward(const std::vector<Windows>& micro_batches);
   void WaitForDevice(std::chrono::steady_clock::time_point began);
   absl::Status SumOverRanks();
+  // What --flip-bit asks for behind this step, on this rank.
+  absl::Status FlipBits(uint64_t step);
   void PrintStep(uint64_t step, uint64_t first_sample, const Phases& phases) const;
 
   const std::chrono::steady_clock::time_point began_ = std::chrono::steady_clock::now();
