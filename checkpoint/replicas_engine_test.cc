@@ -78,6 +78,10 @@ std::string Refusal(const TestTrainer& trainer, uint64_t step) {
   return report->text;
 }
 
+std::string LastWarning(const EngineHarness& harness) {
+  return harness.warnings().empty() ? "" : harness.warnings().back();
+}
+
 std::map<std::string, std::string> Files(SimDisk& disk) {
   std::map<std::string, std::string> files;
   for (const std::string& path : disk.AllFiles()) {
@@ -167,7 +171,7 @@ TEST(Replicas, ThatDifferNameTheMinorityOrNobody) {
         EXPECT_EQ(EngineHarness::CommittedPower(*trainer), 1u);
         EXPECT_EQ(EngineHarness::CommittedProcess(*trainer), 1u);
       }
-      EXPECT_THAT(harness.warnings().back(), HasSubstr(vote));
+      EXPECT_THAT(LastWarning(harness), HasSubstr(vote));
     }
   }
 }
@@ -183,7 +187,7 @@ TEST(Replicas, ThatAllDifferAreAllNamed) {
     if (rank == 2) harness.FlipBit(*trainers[rank], steps, 7, 7);
   }
   harness.SaveAll(trainers, 5);
-  EXPECT_THAT(harness.warnings().back(),
+  EXPECT_THAT(LastWarning(harness),
               AllOf(HasSubstr("rank 0 and rank 1 and rank 2 differ from each other"),
                     HasSubstr("element 0 (at [0, 0]): 0x"), HasSubstr(" on rank 1, 0x"),
                     // Of the other tensor a majority knows.
