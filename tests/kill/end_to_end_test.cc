@@ -54,6 +54,34 @@ TEST(EndToEnd, WhatTwoRanksCommitIsRestoredFromStorageOnOneTwoAndThreeRanks) {
   }
 }
 
+// Each time the worker dies in the middle of the first restore, and the ranks go on with the next
+// one.
+TEST(EndToEnd, ANewJobStartsFromAnotherOneWhateverKillsTheWorkerMeanwhile) {
+  Drill old;
+  Trainers first = old.StartTrainers(2, 6, 2);
+  ExpectFinished(old, first);
+  ASSERT_EQ(first[0]->LastNumber("committed"), 6u);
+  for (const char* point :
+       {"restore.point_decided", "restore.planned", "restore.piece_delivered", "restore.ended"}) {
+    SCOPED_TRACE(point);
+    Drill drill;
+    drill.Set("HOLDFAST_RESTORE_FROM", absl::StrCat(old.root(), "/drill"));
+    drill.Set("HOLDFAST_KILL_AT", point);
+    Trainers second = drill.StartTrainers(3, 2, 2);
+    ExpectFinished(drill, second);
+    EXPECT_EQ(Count(drill.Log(), absl::StrCat("kill point ", point, " reached")), 1u)
+        << drill.Log();
+    for (const auto& trainer : second) {
+      EXPECT_TRUE(trainer->HasSaid("restored 6 1")) << trainer->output();
+    }
+    EXPECT_EQ(second[0]->LastNumber("committed"), 8u);
+    // The variable may stay: what the job has committed itself is newer.
+    Trainers third = drill.StartTrainers(1, 2, 2);
+    ExpectFinished(drill, third);
+    EXPECT_TRUE(third[0]->HasSaid("restored 8 1")) << third[0]->output();
+  }
+}
+
 TEST(EndToEnd, AnAgentThatLingersRestoresFromMemoryAndStaysOne) {
   Drill drill;
   drill.Set("HOLDFAST_LINGER", "60s");
