@@ -218,8 +218,9 @@ class ByteDiff {
   const Index& B() const { return inputs_[1]->index; }
 
   absl::Status CompareTensors(std::span<const CommonState> common) {
-    ASSIGN_OR_RETURN(const DiffPlan plan,
-                     DiffPlan::Create(A(), B(), common, options_.memory_bytes_max));
+    ASSIGN_OR_RETURN(
+        const DiffPlan plan,
+        DiffPlan::Create(A(), B(), common, {.memory_bytes_max = options_.memory_bytes_max}));
     const uint64_t bytes = plan.schedule().bytes;
     const auto progress = [&](uint64_t bytes_done) {
       return !options_.progress || options_.progress(bytes_done, bytes);

@@ -4,6 +4,7 @@
 #include <list>
 #include <tuple>
 
+#include "absl/strings/str_format.h"
 #include "base/check.h"
 #include "base/status_macros.h"
 #include "checkpoint/commit.h"
@@ -112,14 +113,14 @@ class Slots {
 
 class Scheduler {
  public:
-  Scheduler(const DiffPlan& plan, uint64_t memory_bytes_max)
+  Scheduler(const DiffPlan& plan, const DiffLimits& limits)
       : plan_(plan),
-        slots_{Slots(plan.lead_index(), memory_bytes_max / 2),
-               Slots(plan.other_index(), memory_bytes_max / 2)},
-        memory_bytes_max_(memory_bytes_max) {}
+        slots_{Slots(plan.lead_index(), limits.memory_bytes_max / 2),
+               Slots(plan.other_index(), limits.memory_bytes_max / 2)},
+        limits_(limits) {}
 
-  DiffSchedule Make(DiffPlan::Order order) {
-    CutPieces(order);
+  absl::StatusOr<DiffSchedule> Make(DiffPlan::Order order) {
+    RETURN_IF_ERROR(CutPieces(order));
     if (order == DiffPlan::Order::kElements) SortByElements();
     AssignLoads();
     schedule_.slot_count = {slots_[0].count(), slots_[1].count()};
@@ -132,7 +133,7 @@ class Scheduler {
     return ElementBytes(plan_.lead_index().tensor_states[piece.piece.tensor_state].dtype);
   }
 
-  void CutPieces(DiffPlan::Order order) {
+  absl::Status CutPieces(DiffPlan::Order order) {
     // In the order of elements, pieces that are boxes take turns: the blocks of all of them are
     // there at once, so one turn must not be long.
     std::vector<uint32_t> box_count(plan_.lead_index().tensor_states.size(), 0);
@@ -143,20 +144,25 @@ class Scheduler {
       uint64_t window_bytes = kDiffWindowBytesMax;
       const uint32_t boxes = box_count[plan_.pieces()[i].piece.tensor_state];
       if (order == DiffPlan::Order::kElements && boxes > 0) {
-        window_bytes = std::clamp(memory_bytes_max_ / 8 / boxes / kBoxWindowBytesMin, uint64_t{1},
-                                  kDiffWindowBytesMax / kBoxWindowBytesMin) *
+        window_bytes = std::clamp(limits_.memory_bytes_max / 8 / boxes / kBoxWindowBytesMin,
+                                  uint64_t{1}, kDiffWindowBytesMax / kBoxWindowBytesMin) *
                        kBoxWindowBytesMin;
       }
-      CutPiece(i, window_bytes);
+      RETURN_IF_ERROR(CutPiece(i, window_bytes));
     }
+    return absl::OkStatus();
   }
 
-  void CutPiece(uint32_t number, uint64_t window_bytes_max) {
+  absl::Status CutPiece(uint32_t number, uint64_t window_bytes_max) {
     const LeadPiece& piece = plan_.pieces()[number];
     const IndexImage& image = plan_.lead_index().images[piece.image];
     const uint64_t element_bytes = ElementBytesOf(piece);
     const uint64_t bytes = piece.piece.ElementCount() * element_bytes;
     for (uint64_t begin = 0; begin < bytes;) {
+      if (schedule_.windows.size() == limits_.windows_max) {
+        return absl::ResourceExhaustedError(absl::StrFormat(
+            "to compare bytes in more than %d parts is not supported", limits_.windows_max));
+      }
       uint64_t end = begin + std::min(bytes - begin, window_bytes_max);
       // To the end of the block, so that its bytes need not be put together from two; an element
       // that lies in two blocks is a window of its own.
@@ -179,6 +185,7 @@ class Scheduler {
       schedule_.windows.push_back(window);
       begin = end;
     }
+    return absl::OkStatus();
   }
 
   // The blocks of a window, in found_. False: more than may be in slots at once.
@@ -271,7 +278,7 @@ class Scheduler {
 
   const DiffPlan& plan_;
   std::array<Slots, 2> slots_;  // of the leading checkpoint and of the other
-  const uint64_t memory_bytes_max_;
+  const DiffLimits limits_;
   DiffSchedule schedule_;
   // Of each window, as it was cut, its blocks.
   std::vector<BlockName> blocks_;
@@ -284,7 +291,7 @@ class Scheduler {
 
 absl::StatusOr<DiffPlan> DiffPlan::Create(const Index& a, const Index& b,
                                           std::span<const CommonState> common,
-                                          uint64_t memory_bytes_max) {
+                                          const DiffLimits& limits) {
   std::array<absl::StatusOr<DiffPlan>, 2> plans{WithPieces(a, b, common, 0),
                                                 absl::UnknownError("not needed so far")};
   RETURN_IF_ERROR(plans[0].status());
@@ -295,7 +302,7 @@ absl::StatusOr<DiffPlan> DiffPlan::Create(const Index& a, const Index& b,
         plans[lead] = WithPieces(a, b, common, lead);
         RETURN_IF_ERROR(plans[lead].status());
       }
-      DiffSchedule schedule = Scheduler(*plans[lead], memory_bytes_max).Make(order);
+      ASSIGN_OR_RETURN(DiffSchedule schedule, Scheduler(*plans[lead], limits).Make(order));
       if (best != kNone && schedule.bytes >= plans[best]->schedule_.bytes) continue;
       best = lead;
       plans[best]->schedule_ = std::move(schedule);
@@ -309,10 +316,10 @@ absl::StatusOr<DiffPlan> DiffPlan::Create(const Index& a, const Index& b,
 
 absl::StatusOr<DiffPlan> DiffPlan::CreateWith(const Index& a, const Index& b,
                                               std::span<const CommonState> common,
-                                              uint64_t memory_bytes_max, uint32_t lead,
+                                              const DiffLimits& limits, uint32_t lead,
                                               Order order) {
   ASSIGN_OR_RETURN(DiffPlan plan, WithPieces(a, b, common, lead));
-  plan.schedule_ = Scheduler(plan, memory_bytes_max).Make(order);
+  ASSIGN_OR_RETURN(plan.schedule_, Scheduler(plan, limits).Make(order));
   return plan;
 }
 

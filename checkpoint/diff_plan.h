@@ -34,6 +34,14 @@ inline constexpr uint64_t kDiffWindowBytesMax = uint64_t{4} << 20;
 // Slots of each checkpoint: as many as fit into its half of the memory, within these.
 inline constexpr size_t kDiffSlotsMin = 4;
 inline constexpr size_t kDiffSlotsMax = 4096;
+// Windows of a schedule, for which there are about 100 bytes of memory each: 64 TiB in whole blocks
+// of 4 MiB. More come only from an index of tensors that all share the same bytes.
+inline constexpr uint64_t kDiffWindowsMax = uint64_t{1} << 24;
+
+struct DiffLimits {
+  uint64_t memory_bytes_max = 0;  // of the slots; see kDiffSlotsMin
+  uint64_t windows_max = kDiffWindowsMax;
+};
 
 // A tensor state that both have, with equal dtype and shape: numbers in each index.
 struct CommonState {
@@ -84,14 +92,14 @@ class DiffPlan {
   enum class Order { kStorage, kElements };
 
   // The plan that reads least. `common` are all that shall be compared. CheckIndexCover holds for
-  // both. Errors: those of PlanCopy.
+  // both. Errors: kResourceExhausted (more windows than limits.windows_max), those of PlanCopy.
   static absl::StatusOr<DiffPlan> Create(const Index& a, const Index& b,
                                          std::span<const CommonState> common,
-                                         uint64_t memory_bytes_max);
+                                         const DiffLimits& limits);
   // The one where `lead` leads in this order: Create chooses among these.
   static absl::StatusOr<DiffPlan> CreateWith(const Index& a, const Index& b,
                                              std::span<const CommonState> common,
-                                             uint64_t memory_bytes_max, uint32_t lead, Order order);
+                                             const DiffLimits& limits, uint32_t lead, Order order);
 
   uint32_t lead() const { return lead_; }  // 0 or 1
   const Index& lead_index() const { return *lead_index_; }

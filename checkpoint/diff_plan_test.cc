@@ -42,7 +42,8 @@ struct Pair {
                      {b.directory(), b.index()}, Caching::kBuffered, options);
   }
   uint64_t Bytes(uint64_t memory, uint32_t lead, DiffPlan::Order order) const {
-    return DiffPlan::CreateWith(a.index(), b.index(), common, memory, lead, order)
+    return DiffPlan::CreateWith(a.index(), b.index(), common, {.memory_bytes_max = memory}, lead,
+                                order)
         .value()
         .schedule()
         .bytes;
@@ -54,8 +55,8 @@ TEST(DiffPlan, EqualCutsAreReadInTheOrderOfStorageAndNothingTwice) {
   for (const std::string& place : {std::string(), CutOver(0), CutOver(1)}) {
     const auto layout = MatrixLayout(4, 256, 300, place);
     const Pair pair(*layout, *layout, random);
-    ASSERT_OK_AND_ASSIGN(const DiffPlan plan,
-                         DiffPlan::Create(pair.a.index(), pair.b.index(), pair.common, 0));
+    ASSERT_OK_AND_ASSIGN(const DiffPlan plan, DiffPlan::Create(pair.a.index(), pair.b.index(),
+                                                               pair.common, DiffLimits{}));
     const DiffSchedule& schedule = plan.schedule();
     EXPECT_EQ(schedule.bytes, schedule.distinct_bytes);
     EXPECT_GE(schedule.bytes, 2 * 256 * 300 * 2u);
@@ -75,7 +76,8 @@ TEST(DiffPlan, RowsAgainstColumnsAreReadOnceWhereMemoryAllows) {
     const Pair pair(columns_first ? *columns : *rows, columns_first ? *rows : *columns, random);
     const uint64_t memory = 64 * kBlock;
     ASSERT_OK_AND_ASSIGN(const DiffPlan plan,
-                         DiffPlan::Create(pair.a.index(), pair.b.index(), pair.common, memory));
+                         DiffPlan::Create(pair.a.index(), pair.b.index(), pair.common,
+                                          {.memory_bytes_max = memory}));
     EXPECT_EQ(plan.schedule().bytes, plan.schedule().distinct_bytes);
     // Not because any order would do: by the storage of the columns rows are read again and again.
     EXPECT_GT(pair.Bytes(memory, columns_first ? 0 : 1, DiffPlan::Order::kStorage),
@@ -95,12 +97,43 @@ TEST(DiffPlan, ColumnsAgainstOtherColumnsAreReadOnceInTheOrderOfElements) {
   const Pair pair(*MatrixLayout(2, 512, 1536, CutOver(1)), *MatrixLayout(3, 512, 1536, CutOver(1)),
                   random);
   const uint64_t memory = 64 * kBlock;
-  ASSERT_OK_AND_ASSIGN(const DiffPlan plan,
-                       DiffPlan::Create(pair.a.index(), pair.b.index(), pair.common, memory));
+  ASSERT_OK_AND_ASSIGN(
+      const DiffPlan plan,
+      DiffPlan::Create(pair.a.index(), pair.b.index(), pair.common, {.memory_bytes_max = memory}));
   EXPECT_EQ(plan.schedule().bytes, plan.schedule().distinct_bytes);
   for (const uint32_t lead : {0, 1}) {
     EXPECT_GT(pair.Bytes(memory, lead, DiffPlan::Order::kStorage), plan.schedule().bytes);
   }
+}
+
+// Of rows of four blocks each, of which a column touches one: the others between are not read.
+TEST(DiffPlan, AColumnOfLongRowsReadsOnlyTheBlocksThatItTouches) {
+  std::mt19937_64 random(4);
+  const Pair pair(*MatrixLayout(8, 64, 8192, CutOver(1)), *MatrixLayout(1, 64, 8192, ""), random);
+  ASSERT_OK_AND_ASSIGN(
+      const DiffPlan plan,
+      DiffPlan::CreateWith(pair.a.index(), pair.b.index(), pair.common,
+                           {.memory_bytes_max = 64 * kBlock}, 0, DiffPlan::Order::kStorage));
+  uint64_t loads = 0;
+  for (const BlockLoad& load : plan.schedule().loads) loads += load.checkpoint;
+  EXPECT_GE(loads, 8 * 64u);
+  EXPECT_LE(loads, 2 * 8 * 64u);  // a run of half a block may lie in two
+}
+
+TEST(DiffPlan, MoreWindowsThanTheLimitAreRefused) {
+  std::mt19937_64 random(5);
+  const auto layout = MatrixLayout(4, 256, 300, CutOver(0));
+  const Pair pair(*layout, *layout, random);
+  const auto create = [&](uint64_t windows_max) {
+    return DiffPlan::Create(pair.a.index(), pair.b.index(), pair.common,
+                            {.windows_max = windows_max});
+  };
+  ASSERT_OK_AND_ASSIGN(const DiffPlan plan, create(kDiffWindowsMax));
+  const uint64_t windows = plan.schedule().windows.size();
+  EXPECT_GT(windows, 30u);
+  EXPECT_OK(create(windows).status());
+  EXPECT_THAT(create(windows - 1).status(),
+              StatusIs(absl::StatusCode::kResourceExhausted, testing::HasSubstr("parts")));
 }
 
 }  // namespace

@@ -254,8 +254,10 @@ TEST(DiffBytes, TheDifferencesOfAnyTwoLayoutsAreThoseThatWereMade) {
     uint64_t least = UINT64_MAX;
     for (const uint32_t lead : {0, 1}) {
       for (const DiffPlan::Order order : {DiffPlan::Order::kStorage, DiffPlan::Order::kElements}) {
-        ASSERT_OK_AND_ASSIGN(const DiffPlan plan, DiffPlan::CreateWith(a.index(), b.index(), common,
-                                                                       memory, lead, order));
+        ASSERT_OK_AND_ASSIGN(
+            const DiffPlan plan,
+            DiffPlan::CreateWith(a.index(), b.index(), common,
+                                 DiffLimits{.memory_bytes_max = memory}, lead, order));
         ASSERT_OK_AND_ASSIGN(const auto results,
                              CompareBytes(plan, common.size(), {a_reader.get(), b_reader.get()},
                                           [](uint64_t) { return true; }));
