@@ -11,11 +11,6 @@ namespace holdfast {
 
 absl::StatusOr<ViewMade> MakeView(FileSystem& file_system, const CatalogEntry& entry,
                                   const ViewRequest& request) {
-  const std::string path = request.directory + "/" + request.name;
-  if (file_system.Stat(path).ok()) {
-    return absl::AlreadyExistsError(
-        absl::StrFormat("%s exists; a view replaces no file: remove it first", path));
-  }
   ASSIGN_OR_RETURN(const Index index, LoadCommittedIndex(file_system, entry));
   if (const absl::Status there = CheckImageSizes(file_system, entry.directory, *entry.manifest);
       !there.ok()) {
@@ -35,8 +30,8 @@ absl::StatusOr<ViewMade> MakeView(FileSystem& file_system, const CatalogEntry& e
                                               .is_whole = nullptr,
                                               .bytes_max = kViewBytesMax});
   if (absl::IsAlreadyExists(published)) {
-    return absl::AlreadyExistsError(
-        absl::StrFormat("%s exists; a view replaces no file: remove it first", path));
+    return absl::AlreadyExistsError(absl::StrFormat(
+        "%s/%s exists; a view replaces no file: remove it first", request.directory, request.name));
   }
   RETURN_IF_ERROR(published);
   RETURN_IF_ERROR(file_system.SyncDirectory(request.directory));

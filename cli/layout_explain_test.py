@@ -5,6 +5,7 @@ Usage: layout_explain_test.py HOLDFAST GOLDEN_ROOT MAKE_CHECKPOINT"""
 
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -151,7 +152,12 @@ class LayoutExplainTest(unittest.TestCase):
         self.assertIn("0-999", text)
         text = self.ok(path, "--tensor", "up")
         self.assertLess(len(text.splitlines()), 120)
-        self.assertRegex(text, r"(?m)^    and \d+ more$")
+        tensors = self.json(path, "--tensor", "up")["tensors"]
+        self.assertEqual([len(tensor["held"]) for tensor in tensors], [tensor["held_count"] for tensor in tensors])
+        rest = [tensor[count] - 24 for tensor in tensors for count in ("held_count", "stored_count")
+                if tensor[count] > 24]
+        self.assertEqual([int(count) for count in re.findall(r"(?m)^    and (\d+) more$", text)], rest)
+        self.assertGreaterEqual(len(rest), 2)
         self.assertLess(max(map(len, text.splitlines())), 200)
 
     def test_strides_are_said(self):

@@ -210,11 +210,14 @@ absl::StatusOr<TensorsExplained> ExplainTensors(const Layout& layout,
   const WriterAssignment assignment = WriterAssignment::Create(layout);
   for (uint32_t rank = 0; rank < explained.ranks_asked; ++rank) {
     const RankHoldings held = layout.HeldByRank(Rank{rank});
+    bool holds_any = false;
     for (const Segment& segment : held.layout.segments) {
       const uint32_t number = number_of[segment.piece.tensor_state];
-      if (number != kNotAsked) holders[number].AddHeld(rank, held.layout, segment);
+      if (number == kNotAsked) continue;
+      holders[number].AddHeld(rank, held.layout, segment);
+      holds_any = true;
     }
-    if (writers == Writers::kNotAsked) continue;
+    if (writers == Writers::kNotAsked || !holds_any) continue;
     ASSIGN_OR_RETURN(const RankLayout stored, assignment.ForRank(Rank{rank}, {}));
     for (const Segment& segment : stored.segments) {
       const uint32_t number = number_of[segment.piece.tensor_state];

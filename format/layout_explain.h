@@ -20,7 +20,7 @@
 namespace holdfast {
 
 // ExplainTensors asks ranks, in their order, as long as ranks times tensor states of the layout are
-// at most this: some ten seconds.
+// at most this: up to twenty seconds of one core.
 inline constexpr uint64_t kExplainedRankStatesMax = 20'000'000;
 // A name that is not there is compared with at most so many.
 inline constexpr size_t kComparedNamesMax = 100'000;

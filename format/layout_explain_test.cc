@@ -297,6 +297,25 @@ TEST(LayoutExplain, AThousandRanksOfAHybridShardAreSixteenGroups) {
   EXPECT_EQ(summary.sharing[0].set_count, 16u);
 }
 
+TEST(LayoutExplain, TheSameByteAtOtherStridesIsAnotherPlace) {
+  const std::string segment = R"({"lo":[0,0],"size":[2,3],"buffer":"b","offset_bytes":0,"ranks":)";
+  const auto layout = Layout::Parse(absl::StrCat(
+      R"({"holdfast_layout":1,"mesh":[{"axis":"dp","size":4}],"tensors":[{"name":"w","shape":[2,3],
+          "states":[{"state":"p","dtype":"float32","segments":[)",
+      segment, "[0,3]},", segment, R"([1],"strides":[1,2]},)", segment,
+      "[2],\"strides\":[4,1]}]}]}]}"));
+  ASSERT_TRUE(layout.ok()) << layout.status().ToString();
+  const auto explained = ExplainTensors(**layout, std::vector<uint32_t>{0}, Writers::kNotAsked);
+  ASSERT_TRUE(explained.ok());
+  ASSERT_EQ(explained->states[0].held.size(), 1u);
+  const std::vector<HeldPlace>& places = explained->states[0].held[0].places;
+  ASSERT_EQ(places.size(), 3u);
+  EXPECT_THAT(places[0].ranks, ElementsAre(0, 3));
+  EXPECT_THAT(places[1].strides_bytes, ElementsAre(4, 8));
+  EXPECT_THAT(places[2].strides_bytes, ElementsAre(16, 4));
+  EXPECT_TRUE(explained->states[0].stored.empty());
+}
+
 std::vector<TensorState> Named(const std::vector<std::string>& names) {
   std::vector<TensorState> states;
   for (const std::string& name : names) {
