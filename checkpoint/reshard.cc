@@ -223,37 +223,41 @@ absl::StatusOr<std::unique_ptr<const ReshardPlan>> PlanReshard(FileSystem& file_
 }
 
 absl::StatusOr<ReshardReport> RunReshard(const ReshardStorage& storage,
-                                         const ReshardRequest& request, const ReshardPlan& plan,
-                                         const ReshardSchedule& schedule,
-                                         const ReshardOptions& options) {
+                                         const ReshardRequest& request,
+                                         std::shared_ptr<const ReshardPlan> plan,
+                                         ReshardSchedule schedule, const ReshardOptions& options) {
   FileSystem& file_system = storage.file_system;
-  const CheckpointId id = TargetId(plan.source());
+  const CheckpointId id = TargetId(plan->source());
   const std::string job_directory = absl::StrCat(request.root, "/", request.job);
   ReshardReport report;
   report.directory = absl::StrCat(job_directory, "/", CheckpointDirectoryName(id));
-  report.job_uuid = plan.target().job_uuid;
+  report.job_uuid = plan->target().job_uuid;
+  report.bytes_written = plan->image_bytes();
 
-  RETURN_IF_ERROR(CheckRoom(file_system, request.root, plan.image_bytes()));  // step 2
+  RETURN_IF_ERROR(CheckRoom(file_system, request.root, plan->image_bytes()));  // step 2
   ASSIGN_OR_RETURN(const std::unique_ptr<BlockReader> reader,
                    BlockReader::Open(file_system, storage.read_at, request.source_directory,
-                                     plan.source(), options.source_caching));
-  RETURN_IF_ERROR(PublishJob(file_system, request, plan));
+                                     plan->source(), options.source_caching));
+  RETURN_IF_ERROR(PublishJob(file_system, request, *plan));
   RETURN_IF_ERROR(EnsureDirectory(file_system, job_directory, CheckpointDirectoryName(id)));
 
-  ReshardWriter writer(storage, plan, schedule, *reader, report.directory, id, options);
-  absl::Status written = writer.Run();  // steps 4 to 6
+  auto writer = std::make_unique<ReshardWriter>(storage, *plan, schedule, *reader, report.directory,
+                                                id, options);
+  absl::Status written = writer->Run();  // steps 4 to 6
   std::optional<Index> index;
   if (written.ok()) {
-    index = plan.MakeIndex(id, writer.TakeChecksums(), writer.sums());
-    written = CompareFingerprints(plan.source(), *index, report);
+    writer->Close();
+    index = plan->MakeIndex(id, writer->TakeChecksums(), writer->sums());
+    written = CompareFingerprints(plan->source(), *index, report);
   }
   if (!written.ok()) {
-    writer.RemoveImages();
+    writer->RemoveImages();
     return written;
   }
-  report.bytes_read = writer.bytes_read();
-  report.bytes_written = plan.image_bytes();
-  writer.Close();
+  report.bytes_read = writer->bytes_read();
+  writer.reset();
+  schedule = {};
+  plan.reset();
   RETURN_IF_ERROR(CommitCheckpoint(file_system,
                                    {.job_directory = job_directory,
                                     .writer = request.writer,

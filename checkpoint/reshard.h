@@ -89,10 +89,12 @@ absl::StatusOr<std::unique_ptr<const ReshardPlan>> PlanReshard(FileSystem& file_
 // fingerprint than the source's INDEX says; both named), kResourceExhausted (no room: found before
 // anything is written, where the file system knows it), kCancelled, kAlreadyExists as above,
 // kFailedPrecondition (an agent has opened the job meanwhile, and fenced it), the storage's.
+// Plan and schedule are let go before the commit, whose own memory is that of the target's INDEX:
+// decoded twice, and its bytes twice.
 absl::StatusOr<ReshardReport> RunReshard(const ReshardStorage& storage,
-                                         const ReshardRequest& request, const ReshardPlan& plan,
-                                         const ReshardSchedule& schedule,
-                                         const ReshardOptions& options);
+                                         const ReshardRequest& request,
+                                         std::shared_ptr<const ReshardPlan> plan,
+                                         ReshardSchedule schedule, const ReshardOptions& options);
 
 }  // namespace holdfast
 

@@ -47,7 +47,7 @@ class Disks {
   }
 
   absl::Status Run(SimDisk& disk) const {
-    return RunReshard(SimReshardStorage(disk), Request(), *plan_, schedule_,
+    return RunReshard(SimReshardStorage(disk), Request(), plan_, schedule_,
                       {.source_caching = Caching::kDirect, .target_caching = Caching::kDirect})
         .status();
   }
@@ -57,9 +57,9 @@ class Disks {
     ReshardRequest request = Request();
     request.writer = "again";
     request.new_job_uuid = "00000000-0000-4000-8000-000000000001";
-    ASSIGN_OR_RETURN(const auto plan, PlanReshard(disk, request, source_.index));
+    ASSIGN_OR_RETURN(auto plan, PlanReshard(disk, request, source_.index));
     ASSIGN_OR_RETURN(const ReshardSchedule schedule, plan->Schedule(uint64_t{1} << 20, 1));
-    return RunReshard(SimReshardStorage(disk), request, *plan, schedule, {}).status();
+    return RunReshard(SimReshardStorage(disk), request, std::move(plan), schedule, {}).status();
   }
 
   void ExpectSourceUntouched(const SimDisk& disk) const {
@@ -93,7 +93,7 @@ class Disks {
 
   std::map<std::string, std::string> files_;
   Found source_;
-  std::unique_ptr<const ReshardPlan> plan_;
+  std::shared_ptr<const ReshardPlan> plan_;
   ReshardSchedule schedule_;
 };
 

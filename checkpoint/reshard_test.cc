@@ -63,11 +63,11 @@ ReshardRequest RequestFor(const Found& source, const std::string& layout,
 absl::StatusOr<ReshardReport> Reshard(const ReshardStorage& storage, const ReshardRequest& request,
                                       const Index& source, uint64_t buffer_bytes = kLots,
                                       uint32_t thread_count = 1) {
-  ASSIGN_OR_RETURN(const std::unique_ptr<const ReshardPlan> plan,
+  ASSIGN_OR_RETURN(std::unique_ptr<const ReshardPlan> plan,
                    PlanReshard(storage.file_system, request, source));
   ASSIGN_OR_RETURN(const ReshardSchedule schedule,
                    plan->Schedule(std::max(buffer_bytes, plan->buffer_bytes_min()), thread_count));
-  return RunReshard(storage, request, *plan, schedule,
+  return RunReshard(storage, request, std::move(plan), schedule,
                     {.source_caching = Caching::kDirect, .target_caching = Caching::kDirect});
 }
 
@@ -176,14 +176,14 @@ TEST(Reshard, SmallerUnitsSpareReadsWhereManyImagesNeedOneBlock) {
   ASSERT_OK(WriteTestCheckpoint(*disk, WideLayout(4, true), {.block_bytes = 262144}));
   ASSERT_OK_AND_ASSIGN(const Found source, FindNewest(*disk, "/src", "job"));
   const ReshardRequest request = RequestFor(source, WideLayout(16, false));
-  ASSERT_OK_AND_ASSIGN(const auto plan, PlanReshard(*disk, request, source.index));
+  ASSERT_OK_AND_ASSIGN(auto plan, PlanReshard(*disk, request, source.index));
   // 4 MiB in blocks of 256 KiB; every image needs something of each, and there is room for eight.
   ASSERT_OK_AND_ASSIGN(const ReshardSchedule schedule, plan->Schedule(8 * 262144, 1));
   EXPECT_LT(schedule.unit_bytes, 262144u);
   EXPECT_LE(schedule.buffer_bytes(), 8u * 262144u);
   EXPECT_LE(schedule.read_bytes, schedule.distinct_read_bytes * 3 / 2);
-  ASSERT_OK_AND_ASSIGN(const ReshardReport report,
-                       RunReshard(SimReshardStorage(*disk), request, *plan, schedule, {}));
+  ASSERT_OK_AND_ASSIGN(const ReshardReport report, RunReshard(SimReshardStorage(*disk), request,
+                                                              std::move(plan), schedule, {}));
   // One thread reads exactly what the plan said.
   EXPECT_EQ(report.bytes_read, schedule.read_bytes);
   ASSERT_OK_AND_ASSIGN(const Found target, FindNewest(*disk, "/out", "job"));
@@ -194,7 +194,7 @@ TEST(Reshard, BuffersKeepToTheBudgetAndBelowTheLeastItIsRefused) {
   const auto disk = NewDisk();
   ASSERT_OK(WriteTestCheckpoint(*disk, WideLayout(4, true), {}));
   ASSERT_OK_AND_ASSIGN(const Found source, FindNewest(*disk, "/src", "job"));
-  ASSERT_OK_AND_ASSIGN(const auto plan,
+  ASSERT_OK_AND_ASSIGN(auto plan,
                        PlanReshard(*disk, RequestFor(source, WideLayout(2, false)), source.index));
   for (uint64_t budget = plan->buffer_bytes_min(); budget < 100 * 4096; budget += 1000) {
     for (const uint32_t threads : {1, 3, 8}) {
@@ -220,12 +220,13 @@ TEST(Reshard, ThreadsOnARealDiskMakeTheSameBytes) {
     ReshardRequest request =
         RequestFor(source, WideLayout(8, false), absl::StrCat("threads", threads));
     request.root = root;
-    ASSERT_OK_AND_ASSIGN(const auto plan, PlanReshard(*file_system, request, source.index));
+    ASSERT_OK_AND_ASSIGN(auto plan, PlanReshard(*file_system, request, source.index));
     // So few blocks that threads wait for each other.
     ASSERT_OK_AND_ASSIGN(const ReshardSchedule schedule,
                          plan->Schedule(threads * 3 * 4096, threads));
     EXPECT_EQ(schedule.thread_count, threads);
     uint64_t last = 0;
+    const uint64_t image_bytes = plan->image_bytes();
     ReshardOptions options;
     options.progress = [&last](uint64_t done, uint64_t total) {
       EXPECT_GT(done, last);
@@ -234,10 +235,11 @@ TEST(Reshard, ThreadsOnARealDiskMakeTheSameBytes) {
       return true;
     };
     ASSERT_OK(
-        RunReshard(RealReshardStorage(*file_system), request, *plan, schedule, options).status());
+        RunReshard(RealReshardStorage(*file_system), request, std::move(plan), schedule, options)
+            .status());
     // With others, this thread may find nothing left to do.
     if (threads == 1) {
-      EXPECT_EQ(last, plan->image_bytes());
+      EXPECT_EQ(last, image_bytes);
     }
     ASSERT_OK_AND_ASSIGN(const Found target, FindNewest(*file_system, root, request.job));
     EXPECT_OK(CheckTestCheckpoint(*file_system, PlainReadAt(), target.entry, 4));
@@ -391,7 +393,7 @@ TEST_F(ReshardSmall, WhatIsThereIsNeverReplaced) {
 
 TEST_F(ReshardSmall, AnAgentThatOpensTheJobMeanwhileFencesIt) {
   const ReshardRequest request = RequestFor(source_, SmallLayout(2));
-  ASSERT_OK_AND_ASSIGN(const auto plan, PlanReshard(*disk_, request, source_.index));
+  ASSERT_OK_AND_ASSIGN(auto plan, PlanReshard(*disk_, request, source_.index));
   ASSERT_OK_AND_ASSIGN(const ReshardSchedule schedule, plan->Schedule(kLots, 1));
   ReshardOptions options;
   bool is_fenced = false;
@@ -402,18 +404,18 @@ TEST_F(ReshardSmall, AnAgentThatOpensTheJobMeanwhileFencesIt) {
     is_fenced = true;
     return true;
   };
-  EXPECT_THAT(RunReshard(storage_, request, *plan, schedule, options),
+  EXPECT_THAT(RunReshard(storage_, request, std::move(plan), schedule, options),
               StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("fenced")));
   EXPECT_TRUE(is_fenced);
 }
 
 TEST_F(ReshardSmall, AStopIsClean) {
   const ReshardRequest request = RequestFor(source_, SmallLayout(2));
-  ASSERT_OK_AND_ASSIGN(const auto plan, PlanReshard(*disk_, request, source_.index));
+  ASSERT_OK_AND_ASSIGN(auto plan, PlanReshard(*disk_, request, source_.index));
   ASSERT_OK_AND_ASSIGN(const ReshardSchedule schedule, plan->Schedule(kLots, 1));
   ReshardOptions options;
   options.progress = [](uint64_t, uint64_t) { return false; };
-  EXPECT_THAT(RunReshard(storage_, request, *plan, schedule, options),
+  EXPECT_THAT(RunReshard(storage_, request, std::move(plan), schedule, options),
               StatusIs(absl::StatusCode::kCancelled));
   ExpectNothingPublished();
   EXPECT_OK(Try(SmallLayout(2)));

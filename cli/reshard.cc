@@ -50,6 +50,9 @@ struct Options {
 struct Source {
   CatalogEntry entry;
   Index index;
+  // Of the process, before and after INDEX was read.
+  ProcessMemory memory_before;
+  ProcessMemory memory_after;
 };
 
 // How the target's mount is written to.
@@ -71,8 +74,10 @@ absl::StatusOr<Source> OpenSource(FileSystem& file_system, const std::string& pa
         absl::StrFormat("%s is marked bad, and a copy would not be: %s", entry.directory,
                         entry.bad_marks.front().reason));
   }
+  ASSIGN_OR_RETURN(const ProcessMemory before, LookAtProcessMemory(file_system));
   ASSIGN_OR_RETURN(Index index, LoadIndex(file_system, entry.directory, *entry.manifest));
-  return Source{std::move(entry), std::move(index)};
+  ASSIGN_OR_RETURN(const ProcessMemory after, LookAtProcessMemory(file_system));
+  return Source{std::move(entry), std::move(index), before, after};
 }
 
 absl::StatusOr<std::string> TargetLayout(FileSystem& file_system, const Options& options,
@@ -109,11 +114,26 @@ absl::Status MakeRoot(FileSystem& file_system, const std::string& root) {
   return file_system.SyncDirectory(std::filesystem::path(root).parent_path());
 }
 
+// The least for which all phases keep to it: planning, which is over; building the heads once more
+// on top of the plan; copying with the least buffers; the commit, which makes the target's INDEX,
+// and reads it back.
+uint64_t LeastMemory(const Source& source, const ReshardPlan& plan, const ProcessMemory& now) {
+  const uint64_t heads = now.peak_resident_bytes - source.memory_after.resident_bytes;
+  uint64_t pieces = 0;
+  for (const ReshardImage& image : plan.images()) pieces += image.pieces.size();
+  const uint64_t source_pieces = std::max<uint64_t>(source.index.pieces.size(), 1);
+  const uint64_t growth = (pieces + source_pieces - 1) / source_pieces;
+  const uint64_t decoded =
+      source.memory_after.resident_bytes -
+      std::min(source.memory_after.resident_bytes, source.memory_before.resident_bytes);
+  const uint64_t commit = 2 * growth * (decoded + source.entry.manifest->index_bytes);
+  return now.resident_bytes + kReserveBytes + std::max({heads, commit, plan.buffer_bytes_min()});
+}
+
 absl::StatusOr<ReshardSchedule> MakeSchedule(FileSystem& file_system, const Options& options,
-                                             const ReshardPlan& plan) {
+                                             const Source& source, const ReshardPlan& plan) {
   ASSIGN_OR_RETURN(const ProcessMemory memory, LookAtProcessMemory(file_system));
-  const uint64_t least = std::max(memory.peak_resident_bytes,
-                                  memory.resident_bytes + kReserveBytes + plan.buffer_bytes_min());
+  const uint64_t least = LeastMemory(source, plan, memory);
   if (options.memory_bytes < least) {
     return absl::InvalidArgumentError(
         absl::StrFormat("--memory: expected at least %s for the plan of this checkpoint and the "
@@ -187,14 +207,15 @@ void PrintPlan(const Source& source, const ReshardPlan& plan, const ReshardSched
 }
 
 absl::StatusOr<ReshardReport> Carry(Invocation& invocation, const ReshardRequest& request,
-                                    const ReshardPlan& plan, const ReshardSchedule& schedule,
-                                    const Mount& mount) {
+                                    std::unique_ptr<const ReshardPlan> plan,
+                                    ReshardSchedule schedule, const Mount& mount) {
   RETURN_IF_ERROR(MakeRoot(invocation.file_system, request.root));
   RaiseOpenFilesLimit();
   Progress progress(
       "reshard", invocation.no_progress ? Progress::Display::kNever : Progress::Display::kAutomatic,
       RealClock());
-  return RunReshard(RealReshardStorage(invocation.file_system), request, plan, schedule,
+  return RunReshard(RealReshardStorage(invocation.file_system), request, std::move(plan),
+                    std::move(schedule),
                     {.source_caching = Caching::kDirect,
                      .target_caching = mount.caching,
                      .progress = [&progress](uint64_t done, uint64_t total) {
@@ -205,7 +226,7 @@ absl::StatusOr<ReshardReport> Carry(Invocation& invocation, const ReshardRequest
 
 absl::Status Run(Invocation& invocation, const Options& options) {
   FileSystem& file_system = invocation.file_system;
-  ASSIGN_OR_RETURN(Source source, OpenSource(file_system, options.path));
+  ASSIGN_OR_RETURN(const Source source, OpenSource(file_system, options.path));
   ReshardRequest request;
   request.source_directory = source.entry.directory;
   ASSIGN_OR_RETURN(request.layout_json, TargetLayout(file_system, options, source.index));
@@ -224,9 +245,9 @@ absl::Status Run(Invocation& invocation, const Options& options) {
         mount, ProbeTarget(file_system, request.root, source.index.images.front().block_bytes));
     request.alignment_bytes = mount.alignment_bytes;
   }
-  ASSIGN_OR_RETURN(const std::unique_ptr<const ReshardPlan> plan,
+  ASSIGN_OR_RETURN(std::unique_ptr<const ReshardPlan> plan,
                    PlanReshard(file_system, request, source.index));
-  ASSIGN_OR_RETURN(const ReshardSchedule schedule, MakeSchedule(file_system, options, *plan));
+  ASSIGN_OR_RETURN(ReshardSchedule schedule, MakeSchedule(file_system, options, source, *plan));
   const std::string directory =
       absl::StrFormat("%s/%s/%s", request.root, request.job,
                       CheckpointDirectoryName({Attempt{0}, source.index.checkpoint.step}));
@@ -235,7 +256,7 @@ absl::Status Run(Invocation& invocation, const Options& options) {
   if (!invocation.json) PrintPlan(source, *plan, schedule, directory);
   if (!options.dry_run) {
     ASSIGN_OR_RETURN(const ReshardReport report,
-                     Carry(invocation, request, *plan, schedule, mount));
+                     Carry(invocation, request, std::move(plan), std::move(schedule), mount));
     ASSIGN_OR_RETURN(const ProcessMemory memory, LookAtProcessMemory(file_system));
     output["result"] = {{"bytes_read", report.bytes_read},
                         {"bytes_written", report.bytes_written},
