@@ -34,8 +34,10 @@ bool IsValueOrRefusal(const absl::StatusOr<T>& value) {
 void Write(const JsonValue& value, std::string& out) {
   const bool is_bool = IsValueOrRefusal(value.Bool());
   const bool is_string = IsValueOrRefusal(value.String());
-  const bool is_number = IsValueOrRefusal(value.Uint64()) | IsValueOrRefusal(value.Int64()) |
-                         IsValueOrRefusal(value.Double());
+  const bool is_unsigned = IsValueOrRefusal(value.Uint64());
+  const bool is_signed = IsValueOrRefusal(value.Int64());
+  const bool is_double = IsValueOrRefusal(value.Double());
+  const bool is_number = is_unsigned || is_signed || is_double;
   CHECK(is_bool + is_string + is_number <= 1);
   switch (value.type()) {
     case JsonValue::Type::kNull:

@@ -109,6 +109,7 @@ TEST_P(HostileTest, InputsCostBoundedMemoryAndTimeAndAreRefusedOrUsable) {
       run(seeds[i], "as it is");
     }
   }
+  for (const CorpusInput& input : CorpusOf(target)) driver.Run(input.bytes, input.name);
   Mutator mutator(target.form, seeds, kRandomSeed);
   for (size_t i = 0; i < target.random_cases; ++i) {
     driver.Run(mutator.Next(), absl::StrFormat("random mutation %d of seed %d", i, kRandomSeed));

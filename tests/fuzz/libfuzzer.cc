@@ -23,12 +23,16 @@ using holdfast::fuzz::Target;
 const Target* g_target = nullptr;
 
 void WriteSeeds(const std::string& directory) {
+  const auto write = [&directory](const std::string& name, const std::string& bytes) {
+    std::ofstream file(absl::StrCat(directory, "/", name), std::ios::binary);
+    file << bytes;
+    CHECK(file.good());
+  };
   size_t number = 0;
   for (const std::string& seed : holdfast::fuzz::SeedsOf(*g_target)) {
-    std::ofstream file(absl::StrCat(directory, "/seed-", number++), std::ios::binary);
-    file << seed;
-    CHECK(file.good());
+    write(absl::StrCat("seed-", number++), seed);
   }
+  for (const auto& input : holdfast::fuzz::CorpusOf(*g_target)) write(input.name, input.bytes);
 }
 
 }  // namespace

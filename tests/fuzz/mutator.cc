@@ -220,9 +220,11 @@ void Mutator::Edit(std::string& input) {
     case 0:
       if (!input.empty()) input[at] = static_cast<char>(random_());
       return;
-    case 1:
-      Store(input, at / 4 * 4, kExtremes[Below(std::size(kExtremes))], size_t{1} << Below(4));
+    case 1: {
+      const uint64_t extreme = kExtremes[Below(std::size(kExtremes))];
+      Store(input, at / 4 * 4, extreme, size_t{1} << Below(4));
       return;
+    }
     case 2:
       input.erase(at, bytes);
       return;

@@ -52,8 +52,15 @@ struct Target {
 std::span<const Target> Targets();
 const Target* FindTarget(std::string_view name);  // null if there is none
 
-// Good inputs, as our own encoders make them, and those that once did harm (corpus/NAME/).
+// Good inputs, as our own encoders make them: what others are made of.
 std::vector<std::string> SeedsOf(const Target& target);
+
+// Inputs that once did harm or took long: corpus/NAME/, by the names of their files.
+struct CorpusInput {
+  std::string name;
+  std::string bytes;
+};
+std::vector<CorpusInput> CorpusOf(const Target& target);
 
 }  // namespace holdfast::fuzz
 

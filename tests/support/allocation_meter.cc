@@ -15,12 +15,17 @@ std::atomic<size_t> g_limit{holdfast::AllocationMeter::kNoLimit};
 std::atomic<bool> g_is_metered{false};
 }  // namespace
 
-void* operator new(size_t bytes) {
-  if (g_bytes + bytes > g_limit) throw std::bad_alloc();
+void* operator new(size_t bytes, const std::nothrow_t&) noexcept {
+  if (g_bytes + bytes > g_limit) return nullptr;
   void* block = std::malloc(bytes == 0 ? 1 : bytes);
-  if (block == nullptr) throw std::bad_alloc();
+  if (block == nullptr) return nullptr;
   const size_t now = g_bytes += malloc_usable_size(block);
   if (now > g_peak) g_peak = now;
+  return block;
+}
+void* operator new(size_t bytes) {
+  void* block = operator new(bytes, std::nothrow);
+  if (block == nullptr) throw std::bad_alloc();
   return block;
 }
 void operator delete(void* block) noexcept {
@@ -28,6 +33,7 @@ void operator delete(void* block) noexcept {
   std::free(block);
 }
 void operator delete(void* block, size_t) noexcept { operator delete(block); }
+void operator delete(void* block, const std::nothrow_t&) noexcept { operator delete(block); }
 
 namespace holdfast {
 
