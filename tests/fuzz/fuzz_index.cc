@@ -1,5 +1,6 @@
-// What decodes can be encoded, and decodes to the same again; the planner gives a verdict on its
-// pieces, and what it calls complete fills the buffers of every layout in it.
+// What decodes can be encoded, and decodes to the same again; its pieces lie in their tensors and
+// images; the planner gives a verdict on them, and what it calls complete fills the buffers of
+// every layout in it.
 #include <algorithm>
 #include <string>
 
@@ -46,9 +47,33 @@ void CheckPlan(const Index& index, const absl::StatusOr<CopyPlan>& plan) {
   CHECK(bytes == plan->bytes);
 }
 
+// Written anew, so that no check stands for itself.
+void CheckInside(const Index& index, const IndexPiece& stored) {
+  const Piece& piece = stored.piece;
+  CHECK(piece.tensor_state < index.tensor_states.size() && stored.image < index.images.size());
+  const TensorState& state = index.tensor_states[piece.tensor_state];
+  std::vector<uint64_t> size = state.shape;
+  if (piece.box != kWholeTensor) {
+    CHECK(piece.box < index.boxes.size());
+    const BoxView box = index.boxes[piece.box];
+    CHECK(box.size.size() == size.size());
+    for (size_t d = 0; d < size.size(); ++d) {
+      CHECK(box.size[d] <= size[d] && box.lo[d] <= size[d] - box.size[d]);
+      size[d] = box.size[d];
+    }
+  }
+  uint64_t volume = 1;  // at most 2^62, or 0
+  for (uint64_t each : size) volume *= each;
+  CHECK(piece.begin <= piece.end && piece.end <= volume);
+  const uint64_t bytes = (piece.end - piece.begin) * ElementBytes(state.dtype);
+  const uint64_t image_bytes = index.images[stored.image].bytes;
+  CHECK(bytes <= image_bytes && stored.offset_bytes <= image_bytes - bytes);
+}
+
 void UsePieces(const Index& index) {
   std::vector<StoredPiece> stored;
   for (const IndexPiece& piece : index.pieces) {
+    CheckInside(index, piece);
     stored.push_back({piece.piece, piece.image, piece.offset_bytes});
   }
   const SourceView source{index.tensor_states, index.boxes, stored};

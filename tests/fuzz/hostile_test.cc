@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <iterator>
 #include <new>
 #include <string>
 #include <string_view>
@@ -29,17 +30,24 @@ constexpr size_t kEnumeratedBytesMax = 4096;
 // Of processor time, for one input. No input takes a hundredth of it; what hangs is named.
 constexpr int kInputSecondsMax = 60;
 
-// What is running, for the watchdog.
+// What is running: whatever ends the program names it first.
 char g_what[512];
 
-// Names the input, with what a signal handler may do.
+constexpr int kSignals[] = {SIGABRT, SIGSEGV, SIGBUS, SIGFPE, SIGPROF};
+struct sigaction g_before[std::size(kSignals)];
+
+// Only what a signal handler may do. Who handled the signal before goes on: a sanitizer's report,
+// the end of the program.
 void OnSignal(int number) {
-  constexpr char kSlow[] = ": takes more than a minute of processor time\n";
-  constexpr char kFailed[] = ": a CHECK failed, as above\n";
+  constexpr char kSlow[] = ": more than a minute of processor time\n";
+  constexpr char kFailed[] = ": a CHECK failed, or a crash\n";
   const std::string_view text = number == SIGPROF ? kSlow : kFailed;
   (void)!write(STDERR_FILENO, g_what, std::strlen(g_what));
   (void)!write(STDERR_FILENO, text.data(), text.size());
-  _exit(1);
+  for (size_t i = 0; i < std::size(kSignals); ++i) {
+    if (kSignals[i] == number) sigaction(number, &g_before[i], nullptr);
+  }
+  if (number == SIGPROF) _exit(1);
 }
 
 void StartWatchdog() {
@@ -50,14 +58,16 @@ void StartWatchdog() {
 class Driver {
  public:
   explicit Driver(const Target& target) : target_(target) {
-    signal(SIGPROF, OnSignal);
-    signal(SIGABRT, OnSignal);
+    struct sigaction action = {};
+    action.sa_handler = OnSignal;
+    for (size_t i = 0; i < std::size(kSignals); ++i) {
+      CHECK(sigaction(kSignals[i], &action, &g_before[i]) == 0);
+    }
   }
   ~Driver() {
     const itimerval none = {};
     CHECK(setitimer(ITIMER_PROF, &none, nullptr) == 0);
-    signal(SIGPROF, SIG_DFL);
-    signal(SIGABRT, SIG_DFL);
+    for (size_t i = 0; i < std::size(kSignals); ++i) sigaction(kSignals[i], &g_before[i], nullptr);
   }
 
   void Run(const std::string& input, const std::string& what) {
