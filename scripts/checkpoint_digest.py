@@ -1,5 +1,6 @@
 """Reads a checkpoint's images with stock h5py, knowing nothing of Holdfast's code, and computes the
-digests that tiny_lm prints of what it has restored (examples/tiny_lm/state.h, DigestOf), and its blobs."""
+digests that tiny_lm prints of what it has restored (examples/tiny_lm/state.h, DigestOf), and its blobs;
+and the same digests of a view."""
 
 import collections
 import json
@@ -64,6 +65,28 @@ def checkpoint_digests(directory):
                     digests[key] += piece_digest(path, dataset.id.get_offset() or 0, end - begin,
                                                  dataset.id.get_type().get_size(), begin, box)
     return {key: (digests[key] % 2**64, elements[key]) for key in digests}
+
+
+def view_digests(path):
+    """The same from a view of the checkpoint, in which every tensor is whole."""
+    digests = {}
+    with h5py.File(path, "r") as file:
+        for group in file["tensors"].values():
+            for dataset in group.values():
+                kind = numpy.dtype(f"<u{dataset.id.get_type().get_size()}")
+                data = numpy.ravel(whole_bits(dataset, kind)).astype(numpy.uint64)
+                with numpy.errstate(over="ignore"):
+                    index = numpy.arange(len(data), dtype=numpy.uint64)
+                    total = int(numpy.sum(mix(mix(index) + data), dtype=numpy.uint64)) % 2**64
+                digests[text(dataset.attrs["name"]), text(group.attrs["name"])] = total, len(data)
+    return digests
+
+
+def whole_bits(dataset, kind):
+    """All elements of a dataset, its own type's bits as unsigned integers."""
+    out = numpy.empty(dataset.shape, dtype=kind)
+    dataset.id.read(h5py.h5s.ALL, h5py.h5s.ALL, out, dataset.id.get_type())
+    return out
 
 
 def checkpoint_blobs(directory):

@@ -18,7 +18,8 @@ import sys
 import time
 import traceback
 
-from demo_job import BUILD, JOB, SAVE_EVERY, Agent, Failure, Training, kill, total, wait_until
+from demo_job import (BUILD, JOB, SAVE_EVERY, Agent, Failure, Training, holdfast, kill, total,
+                      wait_until)
 
 REFERENCE_STEPS = 120
 BLOCK_BYTES = 4 << 20
@@ -105,13 +106,13 @@ class Demo:
 
     # ---- What is on storage
 
-    def committed_steps(self):
+    def committed_steps(self, root="root"):
         return sorted({int(path.parent.name[1:].split(".")[0])
-                       for path in (self.place / "root" / JOB).glob("s*.a*/MANIFEST.json")})
+                       for path in (self.place / root / JOB).glob("s*.a*/MANIFEST.json")})
 
-    def checkpoint(self, step):
+    def checkpoint(self, step, root="root"):
         """The directory of the greatest attempt that committed `step`."""
-        return sorted((self.place / "root" / JOB).glob(f"s{step:012d}.a*/MANIFEST.json"))[-1].parent
+        return sorted((self.place / root / JOB).glob(f"s{step:012d}.a*/MANIFEST.json"))[-1].parent
 
     def block_count(self):
         """Blocks of all images of the newest checkpoint together."""
@@ -348,6 +349,46 @@ class Demo:
         self.collect(name, training)
         self.report.check(name, f"step {steps} committed", True, steps in self.committed_steps())
 
+    # ---- Offline, without an agent
+
+    def verb(self, name, what, expected, *arguments):
+        """Runs a verb; its exit status must be `expected`. Returns what it printed."""
+        status, text = holdfast(*arguments)
+        if not self.report.check(name, what, expected, status):
+            self.report.note(text.strip())
+        return text
+
+    def offline(self, name="offline"):
+        """The newest checkpoint in another layout, compared, looked at with h5py, and trained on."""
+        from checkpoint_digest import checkpoint_digests, view_digests
+        step = self.committed_steps()[-1]
+        source, older = self.checkpoint(step), self.checkpoint(self.committed_steps()[-2])
+        self.report.heading(f"Step {step} is resharded offline, from ZeRO-1 on 4 ranks to tp=2 dp=2")
+        self.verb(name, "reshard, exit status", 0, "reshard", source, self.place / "resharded", "--to",
+                  "tp=2,dp=2,zero=1")
+        resharded = self.checkpoint(step, "resharded")
+        self.verb(name, "verify of the result, exit status", 0, "verify", resharded)
+        self.verb(name, "diff with the source by fingerprints, exit status", 0, "diff", source, resharded)
+        self.verb(name, "diff with the source by bytes, exit status", 0, "diff", "--bytes", source,
+                  resharded)
+        self.verb(name, "diff with an older step, exit status", 1, "diff", older, resharded)
+        view = self.place / "view.h5"
+        self.verb(name, "view, exit status", 0, "view", resharded, view)
+        expected, found = checkpoint_digests(source), view_digests(view)
+        self.report.check(name, f"tensors and states that h5py reads otherwise through the view, of "
+                          f"{len(expected)}", [],
+                          sorted(str(key) for key in expected.keys() | found.keys()
+                                 if expected.get(key) != found.get(key)))
+        self.report.heading("Another job goes on from there (HOLDFAST_RESTORE_FROM), as tp=2 dp=2")
+        steps = step + SAVE_EVERY
+        training = self.train("from-resharded", 4, steps, layout=("--tp", "2", "--zero", "1"),
+                              root="other", restore_from=resharded)
+        training.finish()
+        self.report.check(name, "restored step, all ranks", [step],
+                          sorted({line["step"] for line in training.events("restored")}))
+        self.collect(name, training)
+        self.report.check(name, f"step {steps} committed", True, steps in self.committed_steps("other"))
+
     # ---- All of it
 
     def run(self):
@@ -373,6 +414,8 @@ class Demo:
         self.go_on("pp", 3, "as a pipeline, pp=3", layout=("--pp", "3", "--zero", "0"))
         self.go_on("zero-3", 3, "with ZeRO-3 on 3 ranks", layout=("--zero", "3"))
         self.go_on("back", 4, "as it was, ZeRO-1 on 4 ranks")
+        self.agent.wait_gone()
+        self.offline()
         self.summary()
 
     def summary(self):
@@ -431,7 +474,7 @@ def main():
     arguments = parser.parse_args()
     place = BUILD.parent / "demo"
     shutil.rmtree(place, ignore_errors=True)
-    for name in ("root", "run"):
+    for name in ("root", "other", "run"):
         (place / name).mkdir(parents=True, mode=0o700)
     report = Report()
     demo = Demo(place, arguments.bytes, report)

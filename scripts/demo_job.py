@@ -56,6 +56,13 @@ def kill(pid, number=signal.SIGKILL):
         pass
 
 
+def holdfast(*arguments):
+    """Runs a verb of the command line: its exit status, and what it printed."""
+    result = subprocess.run([BUILD / "cli" / "holdfast", *arguments], capture_output=True, text=True,
+                            check=False, timeout=WAIT_SECONDS)
+    return result.returncode, result.stdout + result.stderr
+
+
 def total(images, counter):
     return sum(image[counter] for image in images)
 
@@ -152,14 +159,14 @@ class Training:
     """One run of examples/launch: starts ranks, restarts them when one dies."""
 
     def __init__(self, place, name, ranks, steps, ballast, drill=None, use_holdfast=True, device_ms=150,
-                 layout=("--zero", "1")):
+                 layout=("--zero", "1"), root="root", restore_from=None):
         self.directory = place / name
         self.ranks = ranks
         # Nothing of the caller's own Holdfast, and nothing outside `place`.
         environment = {key: value for key, value in os.environ.items()
                        if not key.startswith("HOLDFAST")}
         environment.update({
-            "HOLDFAST_JOB": JOB, "HOLDFAST_ROOT": str(place / "root"),
+            "HOLDFAST_JOB": JOB, "HOLDFAST_ROOT": str(place / root),
             "HOLDFAST_RUNTIME_DIR": str(place / "run"), "HOLDFAST_LINGER": "2s",
             "HOLDFAST_HOST_MEMORY": "6GiB",
             # The agent follows captures from their first block, so that a drill can stop it in the middle.
@@ -169,6 +176,8 @@ class Training:
         })
         if drill:
             environment["HOLDFAST_KILL_AT"] = drill
+        if restore_from:
+            environment["HOLDFAST_RESTORE_FROM"] = str(restore_from)
         command = [BUILD / "examples" / "tiny_lm" / "tiny_lm", "--corpus", ROOT / "docs",
                    "--steps", str(steps), "--save-every", str(SAVE_EVERY), *layout,
                    "--bytes", str(ballast), "--device-ms", str(device_ms), "--check-restore",
