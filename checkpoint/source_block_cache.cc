@@ -32,10 +32,10 @@ absl::StatusOr<SourceBlockCache::Pin> SourceBlockCache::Get(uint32_t image, uint
           return Pin(*this, *found, BytesOf(*found, image));
         }
       } else {
-        const std::optional<uint32_t> given =
-            table_.Assign(key, [this](uint32_t each) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-              return slots_[each].pins == 0;
-            });
+        // Called by Assign, under the lock that is held here, which clang cannot see.
+        const auto may_go = [this](uint32_t each)
+                                ABSL_NO_THREAD_SAFETY_ANALYSIS { return slots_[each].pins == 0; };
+        const std::optional<uint32_t> given = table_.Assign(key, may_go);
         if (given.has_value()) {
           slot = *given;
           break;
