@@ -79,8 +79,8 @@ class Registration {
   // seconds for 100,000 tensors: call it on a WorkPool. Errors: kInvalidArgument that names what
   // is wrong, expected and found: offsets and counts of the document, names, the layout (see
   // Layout::Parse), its world size, buffers missing, unknown or too small, names given twice,
-  // overlapping tensors, blobs; errors of ImageTemplate::Build and of PlaceReplicas. `layouts`: from
-  // which the layout comes; nullptr: it is made for this registration alone.
+  // overlapping tensors, blobs; errors of ImageTemplate::Build and of PlaceReplicas. `layouts`:
+  // from which the layout comes; nullptr: it is made for this registration alone.
   static absl::StatusOr<std::shared_ptr<const Registration>> Build(
       std::string document, const RegistrationOwner& owner, const std::string& scratch_directory,
       LayoutCache* layouts = nullptr);

@@ -370,7 +370,7 @@ TEST(Replicas, ADecisionWaitsForAVoteThatTakesLong) {
     ASSERT_OK(harness.Register(*next, DataParallel(1)));
     std::optional<absl::StatusOr<RestoreBegun>> begun;
     harness.engine().Restore(
-        next->session, next->registration_id,
+        next->session, next->registration_id, {},
         [&](absl::StatusOr<RestoreBegun> answer) { begun = std::move(answer); },
         [](const absl::StatusOr<RestoreEnded>&) {});
     harness.Settle();

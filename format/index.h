@@ -77,8 +77,8 @@ struct Index {
   std::string job_uuid;
   CheckpointId checkpoint;
   uint32_t world_size = 0;
-  // Of the run that saved the blobs, where that is another one: a reshard keeps them as they are. 0:
-  // world_size.
+  // Of the run that saved the blobs, where that is another one: a reshard keeps them as they are.
+  // 0: world_size.
   uint32_t blob_world_size = 0;
   std::vector<std::string> layouts;        // layout documents, each once
   std::vector<IndexImage> images;          // one per rank, in order of the ranks

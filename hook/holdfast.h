@@ -111,8 +111,8 @@ typedef struct hf_open_options {
                                The same on every rank, or HF_INVALID_ARGUMENT. A relative path is
                                taken from this process's directory. The agent reads it with its
                                own rights, so for its own user only (HF_PERMISSION_DENIED) */
-  int32_t copies;        /* -1: $HOLDFAST_COPIES (once, per-node, all), else once. hf_copies; the
-                            same on all ranks */
+  int32_t copies;           /* -1: $HOLDFAST_COPIES (once, per-node, all), else once. hf_copies; the
+                               same on all ranks */
 } hf_open_options;
 
 /* All defaults: every field as "not given". */

@@ -117,6 +117,11 @@ void TestAgent::FailNext(abi::MessageType type, Fault fault) {
   faults_[type] = fault;
 }
 
+void TestAgent::FailAlways(abi::MessageType type, Fault fault) {
+  std::lock_guard lock(mutex_);
+  lasting_faults_[type] = fault;
+}
+
 void TestAgent::MutateRegister(
     std::function<void(abi::RegisterReply&, TestMemory&, TestMemory&)> mutate) {
   std::lock_guard lock(mutex_);
@@ -396,6 +401,10 @@ void TestAgent::Serve(Message message) {
   if (const auto found = faults_.find(type); found != faults_.end()) {
     fault = found->second;
     faults_.erase(found);
+  } else if (const auto lasting = lasting_faults_.find(type); lasting != lasting_faults_.end()) {
+    fault = lasting->second;
+  }
+  if (fault.has_value()) {
     const auto reply_type = static_cast<abi::MessageType>(
         static_cast<uint16_t>(type) + (type == abi::MessageType::kRestore ? 2 : 1));
     if (ApplyFault(*fault, reply_type, message.header.request_id)) return;

@@ -118,7 +118,8 @@ class TestAgent {
   // ---- The script
   void SetPlan(std::function<TestPlan(const TestDocument&)> plan);
   void SetRestore(TestRestore restore);
-  void FailNext(abi::MessageType type, Fault fault);
+  void FailNext(abi::MessageType type, Fault fault);  // once
+  void FailAlways(abi::MessageType type, Fault fault);
   void SetDueEvery(uint64_t steps) { due_every_ = steps; }
   // Changes a reply before it is sent.
   void MutateRegister(
@@ -195,7 +196,8 @@ class TestAgent {
 
   std::function<TestPlan(const TestDocument&)> make_plan_;
   std::function<void(abi::RegisterReply&, TestMemory&, TestMemory&)> mutate_register_;
-  std::map<abi::MessageType, Fault> faults_;
+  std::map<abi::MessageType, Fault> faults_;  // once
+  std::map<abi::MessageType, Fault> lasting_faults_;
   std::map<abi::MessageType, int> counts_;
 
   uint64_t session_id_ = 0;
