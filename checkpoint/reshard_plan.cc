@@ -25,7 +25,16 @@ constexpr double kWorthwhile = 0.9;
 constexpr double kAgainNegligible = 0.05;
 // Smaller writes cost more than what they spare.
 constexpr uint64_t kUnitBytesWanted = uint64_t{64} << 10;
-constexpr uint64_t kSlotsMax = uint64_t{1} << 20;
+// 256 GiB in blocks of 4 MiB; the tables about them stay below 10 MiB.
+constexpr uint64_t kSlotsMax = uint64_t{1} << 16;
+
+// A unit, with the place in the order of work.
+struct OrderedUnit {
+  std::pair<uint32_t, uint64_t> first_element;
+  ReshardUnit unit;
+};
+// Of each unit while the list of them is made.
+constexpr uint64_t kUnitBytesPlanned = sizeof(OrderedUnit) + sizeof(ReshardUnit);
 
 uint64_t RoundDown(uint64_t value, uint64_t multiple) { return value / multiple * multiple; }
 
@@ -309,12 +318,18 @@ std::pair<uint32_t, uint64_t> ReshardPlan::FirstElementOf(const ReshardImage& im
   return {placed.piece.tensor_state, of_tensor};
 }
 
+uint64_t ReshardPlan::UnitCount(uint64_t unit_bytes) const {
+  uint64_t count = 0;
+  for (const ReshardImage& image : images_) {
+    if (image.units_begin == image.image_bytes) continue;
+    count += (image.image_bytes - 1) / unit_bytes - image.units_begin / unit_bytes + 1;
+  }
+  return count;
+}
+
 std::vector<ReshardUnit> ReshardPlan::UnitsOf(uint64_t unit_bytes) const {
-  struct Ordered {
-    std::pair<uint32_t, uint64_t> first_element;
-    ReshardUnit unit;
-  };
-  std::vector<Ordered> ordered;
+  std::vector<OrderedUnit> ordered;
+  ordered.reserve(UnitCount(unit_bytes));
   for (uint32_t number = 0; number < images_.size(); ++number) {
     const ReshardImage& image = images_[number];
     size_t piece = 0;
@@ -334,13 +349,14 @@ std::vector<ReshardUnit> ReshardPlan::UnitsOf(uint64_t unit_bytes) const {
       begin = end;
     }
   }
-  std::sort(ordered.begin(), ordered.end(), [](const Ordered& a, const Ordered& b) {
+  CHECK(ordered.size() == UnitCount(unit_bytes));
+  std::sort(ordered.begin(), ordered.end(), [](const OrderedUnit& a, const OrderedUnit& b) {
     return std::tie(a.first_element, a.unit.image, a.unit.begin_bytes) <
            std::tie(b.first_element, b.unit.image, b.unit.begin_bytes);
   });
   std::vector<ReshardUnit> units;
   units.reserve(ordered.size());
-  for (const Ordered& each : ordered) units.push_back(each.unit);
+  for (const OrderedUnit& each : ordered) units.push_back(each.unit);
   return units;
 }
 
@@ -380,6 +396,29 @@ uint64_t ReshardPlan::unit_bytes_min() const {
 
 uint64_t ReshardPlan::buffer_bytes_min() const { return unit_bytes_min() + slot_bytes(); }
 
+uint64_t ReshardPlan::memory_bytes_min() const {
+  uint64_t least = UINT64_MAX;
+  // The sizes that Schedule() tries: the smaller the units, the longer their list.
+  for (uint64_t unit_bytes = block_bytes_;;
+       unit_bytes = std::max(unit_bytes / 4, unit_bytes_min())) {
+    const uint64_t count = UnitCount(unit_bytes);
+    least = std::min(least, std::max(count * kUnitBytesPlanned,
+                                     count * sizeof(ReshardUnit) + unit_bytes + slot_bytes()));
+    if (unit_bytes == unit_bytes_min()) return least;
+  }
+}
+
+uint64_t ReshardPlan::writer_bytes(uint32_t thread_count) const {
+  // Of each tensor state: the sums of each thread, of all, and the copy of these.
+  uint64_t bytes =
+      (uint64_t{thread_count} + 2) * sizeof(Fingerprint) * layout_->tensor_states().size();
+  for (const ReshardImage& image : images_) {
+    bytes += alignment_bytes_ + sizeof(uint32_t) * (image.image_bytes / block_bytes_) +
+             ImageFingerprints::kBytesPerPiece * image.pieces.size();
+  }
+  return bytes;
+}
+
 ReshardSchedule ReshardPlan::ScheduleUnits(uint64_t unit_bytes, uint64_t buffer_bytes,
                                            uint32_t thread_count_max) const {
   ReshardSchedule schedule;
@@ -413,7 +452,8 @@ ReshardSchedule ReshardPlan::ScheduleUnits(uint64_t unit_bytes, uint64_t buffer_
 }
 
 absl::StatusOr<ReshardSchedule> ReshardPlan::Schedule(uint64_t buffer_bytes,
-                                                      uint32_t thread_count_max) const {
+                                                      uint32_t thread_count_max,
+                                                      uint64_t memory_bytes) const {
   CHECK(thread_count_max > 0);
   if (buffer_bytes < buffer_bytes_min()) {
     return absl::InvalidArgumentError(absl::StrFormat(
@@ -421,13 +461,24 @@ absl::StatusOr<ReshardSchedule> ReshardPlan::Schedule(uint64_t buffer_bytes,
         "target, found room for %d",
         buffer_bytes_min(), buffer_bytes));
   }
+  if (memory_bytes < memory_bytes_min()) {
+    return absl::InvalidArgumentError(absl::StrFormat(
+        "buffers and the list of the parts of the target: expected at least %d bytes, found room "
+        "for %d",
+        memory_bytes_min(), memory_bytes));
+  }
   const auto again = [](const ReshardSchedule& schedule) {
     return static_cast<double>(schedule.read_bytes - schedule.distinct_read_bytes);
   };
   ReshardSchedule best;
   for (uint64_t unit_bytes = block_bytes_;;
        unit_bytes = std::max(unit_bytes / 4, unit_bytes_min())) {
-    ReshardSchedule schedule = ScheduleUnits(unit_bytes, buffer_bytes, thread_count_max);
+    const uint64_t count = UnitCount(unit_bytes);
+    const uint64_t kept_bytes = best.units.size() * sizeof(ReshardUnit);
+    const uint64_t list_bytes = count * sizeof(ReshardUnit);
+    if (kept_bytes + count * kUnitBytesPlanned > memory_bytes) break;
+    ReshardSchedule schedule = ScheduleUnits(
+        unit_bytes, std::min(buffer_bytes, memory_bytes - list_bytes), thread_count_max);
     const bool fits = schedule.slot_count > 0;
     if (fits && (best.slot_count == 0 || again(schedule) < kWorthwhile * again(best))) {
       best = std::move(schedule);
@@ -437,6 +488,7 @@ absl::StatusOr<ReshardSchedule> ReshardPlan::Schedule(uint64_t buffer_bytes,
     if (is_good || unit_bytes == unit_bytes_min()) break;
   }
   CHECK(best.slot_count > 0 && best.buffer_bytes() <= buffer_bytes);
+  CHECK(best.buffer_bytes() + best.units.size() * sizeof(ReshardUnit) <= memory_bytes);
   return best;
 }
 

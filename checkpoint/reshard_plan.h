@@ -109,10 +109,17 @@ class ReshardPlan {
   // What the unit is made of, by (image, block). Replaces `parts`.
   void PartsOf(const ReshardUnit& unit, std::vector<ReshardPart>& parts) const;
 
-  // The best schedule whose buffers take at most `buffer_bytes`. Errors: kInvalidArgument with the
+  // The best schedule whose buffers take at most `buffer_bytes`, and they and the lists of units,
+  // also while the schedule is made, at most `memory_bytes`. Errors: kInvalidArgument with the
   // least that is needed.
-  absl::StatusOr<ReshardSchedule> Schedule(uint64_t buffer_bytes, uint32_t thread_count_max) const;
+  absl::StatusOr<ReshardSchedule> Schedule(uint64_t buffer_bytes, uint32_t thread_count_max,
+                                           uint64_t memory_bytes = UINT64_MAX) const;
   uint64_t buffer_bytes_min() const;
+  // The least for both.
+  uint64_t memory_bytes_min() const;
+  // What a writer with so many threads has beside these: sums and checksums, the ends of heads, the
+  // order of the pieces. An upper bound.
+  uint64_t writer_bytes(uint32_t thread_count) const;
 
   // The index of the target. `block_crc32c` of each image; `sums` over the elements of each of
   // layout().tensor_states(). The number of non-finite elements and the marks are the source's.
@@ -126,6 +133,7 @@ class ReshardPlan {
   void AssignBlobs();
   absl::Status PlaceImages();
   absl::Status PlanCopies();
+  uint64_t UnitCount(uint64_t unit_bytes) const;
   std::vector<ReshardUnit> UnitsOf(uint64_t unit_bytes) const;
   // With slot_count 0 if `buffer_bytes` are too few for such units.
   ReshardSchedule ScheduleUnits(uint64_t unit_bytes, uint64_t buffer_bytes,

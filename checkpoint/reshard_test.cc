@@ -62,11 +62,13 @@ ReshardRequest RequestFor(const Found& source, const std::string& layout,
 // From plan to commit.
 absl::StatusOr<ReshardReport> Reshard(const ReshardStorage& storage, const ReshardRequest& request,
                                       const Index& source, uint64_t buffer_bytes = kLots,
-                                      uint32_t thread_count = 1) {
+                                      uint32_t thread_count = 1,
+                                      uint64_t* distinct_read_bytes = nullptr) {
   ASSIGN_OR_RETURN(std::unique_ptr<const ReshardPlan> plan,
                    PlanReshard(storage.file_system, request, source));
   ASSIGN_OR_RETURN(const ReshardSchedule schedule,
                    plan->Schedule(std::max(buffer_bytes, plan->buffer_bytes_min()), thread_count));
+  if (distinct_read_bytes != nullptr) *distinct_read_bytes = schedule.distinct_read_bytes;
   return RunReshard(storage, request, std::move(plan), schedule,
                     {.source_caching = Caching::kDirect, .target_caching = Caching::kDirect});
 }
@@ -89,6 +91,7 @@ std::string RandomLayout(oracle::Random& random, const std::vector<oracle::Tenso
 TEST(Reshard, AnyLayoutBecomesAnyOtherAtAnyBudget) {
   oracle::Random random(Seed());
   uint64_t bytes = 0;
+  uint64_t read = 0;
   uint64_t read_again = 0;
   for (int pair = 0; pair < 100; ++pair) {
     const std::vector<oracle::Tensor> tensors = oracle::RandomTensors(random);
@@ -100,21 +103,25 @@ TEST(Reshard, AnyLayoutBecomesAnyOtherAtAnyBudget) {
     ASSERT_OK_AND_ASSIGN(const Found source, FindNewest(*disk, "/src", "job"));
     // From a block of the source and one of the target to room for everything.
     const uint64_t budget = 4096 * (2 + (pair % 3 == 0 ? 0 : random() % 40));
-    ASSERT_OK_AND_ASSIGN(
-        const ReshardReport report,
-        Reshard(SimReshardStorage(*disk), RequestFor(source, to), source.index, budget));
+    uint64_t distinct_bytes = 0;
+    ASSERT_OK_AND_ASSIGN(const ReshardReport report,
+                         Reshard(SimReshardStorage(*disk), RequestFor(source, to), source.index,
+                                 budget, /*thread_count=*/1, &distinct_bytes));
     ASSERT_OK_AND_ASSIGN(const Found target, FindNewest(*disk, "/out", "job"));
     ASSERT_OK(CheckTestCheckpoint(*disk, SimReadAt(*disk), target.entry, source.index.world_size))
         << where;
     EXPECT_EQ(report.directory, target.entry.directory);
     EXPECT_EQ(report.fingerprints_equal, source.index.tensor_states.size());
     bytes += report.bytes_written;
-    read_again += report.bytes_read;
+    read += report.bytes_read;
+    read_again += report.bytes_read - distinct_bytes;
     if (HasFailure()) return;
   }
-  std::printf("%llu bytes written, %llu read\n", static_cast<unsigned long long>(bytes),
+  std::printf("%llu bytes written, %llu read, %llu of them again\n",
+              static_cast<unsigned long long>(bytes), static_cast<unsigned long long>(read),
               static_cast<unsigned long long>(read_again));
   EXPECT_GT(bytes, 1'000'000u);
+  EXPECT_GT(read_again, 0u);  // some budgets were tight
 }
 
 TEST(Reshard, AChainOfLayoutsEndsWithTheBytesThatItBeganWith) {
@@ -207,6 +214,32 @@ TEST(Reshard, BuffersKeepToTheBudgetAndBelowTheLeastItIsRefused) {
   }
   EXPECT_THAT(plan->Schedule(plan->buffer_bytes_min() - 1, 1),
               StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("8192")));
+}
+
+TEST(Reshard, TheListOfUnitsCountsAsMemoryAndSmallerUnitsAreNotTriedWhereItDoesNotFit) {
+  const auto disk = NewDisk();
+  ASSERT_OK(WriteTestCheckpoint(*disk, WideLayout(4, true), {.block_bytes = 262144}));
+  ASSERT_OK_AND_ASSIGN(const Found source, FindNewest(*disk, "/src", "job"));
+  ASSERT_OK_AND_ASSIGN(auto plan,
+                       PlanReshard(*disk, RequestFor(source, WideLayout(16, false)), source.index));
+  const auto with_list = [](const ReshardSchedule& schedule) {
+    return schedule.buffer_bytes() + schedule.units.size() * sizeof(ReshardUnit);
+  };
+  const uint64_t buffers = 8 * 262144;
+  ASSERT_OK_AND_ASSIGN(const ReshardSchedule schedule, plan->Schedule(buffers, 1));
+  ASSERT_LT(schedule.unit_bytes, 262144u);
+  EXPECT_GT(with_list(schedule), buffers);  // so the list is what the following is about
+  ASSERT_OK_AND_ASSIGN(const ReshardSchedule with_memory, plan->Schedule(buffers, 1, buffers));
+  EXPECT_LE(with_list(with_memory), buffers);
+  const uint64_t least = plan->memory_bytes_min();
+  for (uint64_t memory = least; memory < least + 4 * 262144; memory += 10'000) {
+    for (const uint32_t threads : {1, 6}) {
+      ASSERT_OK_AND_ASSIGN(const ReshardSchedule found, plan->Schedule(kLots, threads, memory));
+      EXPECT_LE(with_list(found), memory);
+    }
+  }
+  EXPECT_THAT(plan->Schedule(kLots, 1, least - 1),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(absl::StrCat(least))));
 }
 
 TEST(Reshard, ThreadsOnARealDiskMakeTheSameBytes) {

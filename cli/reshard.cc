@@ -31,11 +31,14 @@ namespace {
 
 constexpr uint64_t kLayoutFileBytesMax = uint64_t{512} << 20;
 constexpr uint64_t kMemoryBytesDefault = uint64_t{256} << 20;
-// For stacks, lists of copies, and what the commit makes once the buffers are gone.
+// For stacks, lists of copies, and tables about the buffers; what grows with the checkpoint is
+// counted (LeastMemory).
 constexpr uint64_t kReserveBytes = uint64_t{8} << 20;
 // More do not help: they wait for the same device and the same cores.
 constexpr uint32_t kThreadsMax = 6;
 constexpr size_t kRanksShownMax = 16;
+// The resident size of two runs differs by pages of the program's files that are there or not.
+constexpr uint64_t kLeastMemoryMargin = uint64_t{1} << 20;
 
 struct Options {
   std::string path;
@@ -127,20 +130,35 @@ uint64_t LeastMemory(const Source& source, const ReshardPlan& plan, const Proces
       source.memory_after.resident_bytes -
       std::min(source.memory_after.resident_bytes, source.memory_before.resident_bytes);
   const uint64_t commit = 2 * growth * (decoded + source.entry.manifest->index_bytes);
-  return now.resident_bytes + kReserveBytes + std::max({heads, commit, plan.buffer_bytes_min()});
+  return now.resident_bytes + kReserveBytes + plan.writer_bytes(kThreadsMax) +
+         std::max({heads, commit, plan.memory_bytes_min()});
+}
+
+// `least` in whole MiB, rounded up, as --memory takes it: what is asked for suffices.
+absl::Status TooLittleMemory(uint64_t least, uint64_t found) {
+  const uint64_t mebibytes = (least + kLeastMemoryMargin + (uint64_t{1} << 20) - 1) >> 20;
+  return absl::InvalidArgumentError(
+      absl::StrFormat("--memory: expected at least %dM for the plan of this checkpoint and the "
+                      "least buffers, found %s",
+                      mebibytes, HumanBytes(found)));
 }
 
 absl::StatusOr<ReshardSchedule> MakeSchedule(FileSystem& file_system, const Options& options,
                                              const Source& source, const ReshardPlan& plan) {
   ASSIGN_OR_RETURN(const ProcessMemory memory, LookAtProcessMemory(file_system));
   const uint64_t least = LeastMemory(source, plan, memory);
-  if (options.memory_bytes < least) {
-    return absl::InvalidArgumentError(
-        absl::StrFormat("--memory: expected at least %s for the plan of this checkpoint and the "
-                        "least buffers, found %s",
-                        HumanBytes(least), HumanBytes(options.memory_bytes)));
-  }
-  return plan.Schedule(options.memory_bytes - memory.resident_bytes - kReserveBytes, kThreadsMax);
+  if (options.memory_bytes < least) return TooLittleMemory(least, options.memory_bytes);
+  const uint64_t free_bytes =
+      options.memory_bytes - memory.resident_bytes - kReserveBytes - plan.writer_bytes(kThreadsMax);
+  ASSIGN_OR_RETURN(ReshardSchedule schedule, plan.Schedule(free_bytes, kThreadsMax, free_bytes));
+  // What was counted before, measured: with the schedule, and what making it has left behind.
+  ASSIGN_OR_RETURN(const ProcessMemory scheduled, LookAtProcessMemory(file_system));
+  const uint64_t heads = memory.peak_resident_bytes - source.memory_after.resident_bytes;
+  const uint64_t needed = std::max(scheduled.peak_resident_bytes,
+                                   scheduled.resident_bytes + plan.writer_bytes(kThreadsMax) +
+                                       std::max(heads, schedule.buffer_bytes()));
+  if (options.memory_bytes < needed) return TooLittleMemory(needed, options.memory_bytes);
+  return schedule;
 }
 
 std::string MeshText(const Layout& layout) {

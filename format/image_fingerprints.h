@@ -27,9 +27,12 @@ struct FingerprintPart {
   Fingerprint sum;
 };
 
-// Threads: any; immutable. Lifetime: what is given must outlive it. 12 bytes per piece.
+// Threads: any; immutable. Lifetime: what is given must outlive it.
 class ImageFingerprints {
  public:
+  // What it has of each piece.
+  static constexpr uint64_t kBytesPerPiece = sizeof(uint32_t) + sizeof(uint64_t);
+
   // CheckPiece holds for all pieces. Pieces may share bytes (tied tensors), and be empty.
   ImageFingerprints(std::span<const TensorState> tensor_states, const BoxTable& boxes,
                     std::span<const PlacedPiece> pieces);
