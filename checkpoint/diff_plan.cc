@@ -160,7 +160,7 @@ class Scheduler {
     const uint64_t bytes = piece.piece.ElementCount() * element_bytes;
     for (uint64_t begin = 0; begin < bytes;) {
       if (schedule_.windows.size() == limits_.windows_max) {
-        return absl::ResourceExhaustedError(absl::StrFormat(
+        return absl::InvalidArgumentError(absl::StrFormat(
             "to compare bytes in more than %d parts is not supported", limits_.windows_max));
       }
       uint64_t end = begin + std::min(bytes - begin, window_bytes_max);
@@ -296,21 +296,28 @@ absl::StatusOr<DiffPlan> DiffPlan::Create(const Index& a, const Index& b,
                                                 absl::UnknownError("not needed so far")};
   RETURN_IF_ERROR(plans[0].status());
   uint32_t best = kNone;
+  absl::Status refused;  // the first that was
   for (const Order order : {Order::kStorage, Order::kElements}) {
     for (uint32_t lead = 0; lead < 2; ++lead) {
       if (!plans[lead].ok()) {
         plans[lead] = WithPieces(a, b, common, lead);
         RETURN_IF_ERROR(plans[lead].status());
       }
-      ASSIGN_OR_RETURN(DiffSchedule schedule, Scheduler(*plans[lead], limits).Make(order));
-      if (best != kNone && schedule.bytes >= plans[best]->schedule_.bytes) continue;
+      absl::StatusOr<DiffSchedule> schedule = Scheduler(*plans[lead], limits).Make(order);
+      if (!schedule.ok()) {
+        // Too many windows for one may not be too many for the next.
+        refused.Update(schedule.status());
+        continue;
+      }
+      if (best != kNone && schedule->bytes >= plans[best]->schedule_.bytes) continue;
       best = lead;
-      plans[best]->schedule_ = std::move(schedule);
+      plans[best]->schedule_ = *std::move(schedule);
       if (plans[best]->schedule_.bytes == plans[best]->schedule_.distinct_bytes) {
         return std::move(plans[best]);
       }
     }
   }
+  if (best == kNone) return refused;
   return std::move(plans[best]);
 }
 

@@ -34,8 +34,9 @@ inline constexpr uint64_t kDiffWindowBytesMax = uint64_t{4} << 20;
 // Slots of each checkpoint: as many as fit into its half of the memory, within these.
 inline constexpr size_t kDiffSlotsMin = 4;
 inline constexpr size_t kDiffSlotsMax = 4096;
-// Windows of a schedule, for which there are about 100 bytes of memory each: 64 TiB in whole blocks
-// of 4 MiB. More come only from an index of tensors that all share the same bytes.
+// Windows of a schedule: 64 TiB in whole blocks of 4 MiB. Each takes about 40 bytes of memory (80
+// while they are sorted), and 20 for each block that it touches (16 of them while it is made).
+// More come only from an index of tensors that all share the same bytes.
 inline constexpr uint64_t kDiffWindowsMax = uint64_t{1} << 24;
 
 struct DiffLimits {
@@ -91,8 +92,9 @@ class DiffPlan {
  public:
   enum class Order { kStorage, kElements };
 
-  // The plan that reads least. `common` are all that shall be compared. CheckIndexCover holds for
-  // both. Errors: kResourceExhausted (more windows than limits.windows_max), those of PlanCopy.
+  // The plan that reads least, of those that keep to limits.windows_max. `common` are all that
+  // shall be compared. CheckIndexCover holds for both. Errors: kInvalidArgument (none of them does,
+  // and no retry helps), those of PlanCopy.
   static absl::StatusOr<DiffPlan> Create(const Index& a, const Index& b,
                                          std::span<const CommonState> common,
                                          const DiffLimits& limits);

@@ -5,6 +5,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
 #include <memory>
 #include <random>
@@ -133,7 +134,36 @@ TEST(DiffPlan, MoreWindowsThanTheLimitAreRefused) {
   EXPECT_GT(windows, 30u);
   EXPECT_OK(create(windows).status());
   EXPECT_THAT(create(windows - 1).status(),
-              StatusIs(absl::StatusCode::kResourceExhausted, testing::HasSubstr("parts")));
+              StatusIs(absl::StatusCode::kInvalidArgument, testing::HasSubstr("parts")));
+}
+
+TEST(DiffPlan, OneScheduleOfTooManyWindowsDoesNotRefuseTheOthers) {
+  std::mt19937_64 random(6);
+  const auto whole = MatrixLayout(1, 256, 300, "");
+  const auto columns = MatrixLayout(64, 256, 300, CutOver(1));
+  for (const bool columns_first : {false, true}) {
+    const Pair pair(columns_first ? *columns : *whole, columns_first ? *whole : *columns, random);
+    uint64_t least = UINT64_MAX;
+    uint64_t most = 0;
+    for (const DiffPlan::Order order : {DiffPlan::Order::kStorage, DiffPlan::Order::kElements}) {
+      for (const uint32_t lead : {0, 1}) {
+        ASSERT_OK_AND_ASSIGN(const DiffPlan plan,
+                             DiffPlan::CreateWith(pair.a.index(), pair.b.index(), pair.common,
+                                                  DiffLimits{}, lead, order));
+        least = std::min<uint64_t>(least, plan.schedule().windows.size());
+        most = std::max<uint64_t>(most, plan.schedule().windows.size());
+      }
+    }
+    ASSERT_LT(least, most);
+    ASSERT_OK_AND_ASSIGN(
+        const DiffPlan plan,
+        DiffPlan::Create(pair.a.index(), pair.b.index(), pair.common, {.windows_max = least}));
+    EXPECT_EQ(plan.schedule().windows.size(), least);
+    EXPECT_THAT(
+        DiffPlan::Create(pair.a.index(), pair.b.index(), pair.common, {.windows_max = least - 1})
+            .status(),
+        StatusIs(absl::StatusCode::kInvalidArgument));
+  }
 }
 
 }  // namespace
