@@ -164,9 +164,10 @@ class BlobReader {
   uint64_t bytes_read_ = 0;
 };
 
-// Both have one length.
+// Both have one length. `progress` is called block by block; false stops: kCancelled.
 absl::StatusOr<bool> AreEqual(const IndexBlob& a, const IndexBlob& b, BlobReader& a_reader,
-                              BlobReader& b_reader) {
+                              BlobReader& b_reader,
+                              const std::function<bool(uint64_t bytes_compared)>& progress) {
   for (uint64_t done = 0; done < a.bytes;) {
     ASSIGN_OR_RETURN(const auto a_bytes, a_reader.From(a.image, a.offset_bytes + done));
     ASSIGN_OR_RETURN(const auto b_bytes, b_reader.From(b.image, b.offset_bytes + done));
@@ -177,6 +178,7 @@ absl::StatusOr<bool> AreEqual(const IndexBlob& a, const IndexBlob& b, BlobReader
       return false;
     }
     done += count;
+    if (!progress(2 * count)) return absl::CancelledError("the comparison was stopped");
   }
   return true;
 }
@@ -216,18 +218,34 @@ class ByteDiff {
  private:
   const Index& A() const { return inputs_[0]->index; }
   const Index& B() const { return inputs_[1]->index; }
+  bool GoesOn(uint64_t bytes_done) const {
+    return !options_.progress || options_.progress(bytes_done, bytes_total_);
+  }
+
+  // Of the blobs that CompareBlobs compares, in both.
+  uint64_t BlobBytes() const {
+    uint64_t bytes = 0;
+    DiffReport unused;
+    using Kind = BlobDifference::Kind;
+    CHECK_OK(
+        AddBlobs(A(), B(), unused,
+                 [&](const IndexBlob& a, const IndexBlob&) -> absl::StatusOr<std::optional<Kind>> {
+                   bytes += 2 * a.bytes;
+                   return std::optional<Kind>();
+                 }));
+    return bytes;
+  }
 
   absl::Status CompareTensors(std::span<const CommonState> common) {
     ASSIGN_OR_RETURN(
         const DiffPlan plan,
         DiffPlan::Create(A(), B(), common, {.memory_bytes_max = options_.memory_bytes_max}));
     const uint64_t bytes = plan.schedule().bytes;
-    const auto progress = [&](uint64_t bytes_done) {
-      return !options_.progress || options_.progress(bytes_done, bytes);
-    };
-    ASSIGN_OR_RETURN(
-        const std::vector<StateComparison> results,
-        CompareBytes(plan, common.size(), {readers_[0].get(), readers_[1].get()}, progress));
+    bytes_total_ = bytes + BlobBytes();
+    const auto progress = [&](uint64_t bytes_done) { return GoesOn(bytes_done); };
+    ASSIGN_OR_RETURN(const std::vector<StateComparison> results,
+                     CompareBytes(plan, common.size(), {readers_[0].get(), readers_[1].get()},
+                                  options_.threads, progress));
     report_.bytes_read += bytes;
     size_t next = 0;
     AddStates(A(), B(), report_, [&](uint32_t i, uint32_t j, TensorDifference& difference) {
@@ -259,11 +277,19 @@ class ByteDiff {
   absl::Status CompareBlobs() {
     BlobReader a_reader(*readers_[0], A());
     BlobReader b_reader(*readers_[1], B());
+    const uint64_t tensor_bytes = report_.bytes_read;
+    const auto progress = [&](uint64_t bytes_compared) {
+      blob_bytes_done_ += bytes_compared;
+      return GoesOn(tensor_bytes + blob_bytes_done_);
+    };
     using Kind = BlobDifference::Kind;
     RETURN_IF_ERROR(AddBlobs(
         A(), B(), report_,
         [&](const IndexBlob& a, const IndexBlob& b) -> absl::StatusOr<std::optional<Kind>> {
-          ASSIGN_OR_RETURN(const bool equal, AreEqual(a, b, a_reader, b_reader));
+          const uint64_t before = blob_bytes_done_;
+          ASSIGN_OR_RETURN(const bool equal, AreEqual(a, b, a_reader, b_reader, progress));
+          // Of those that differ the rest is not read.
+          blob_bytes_done_ = before + 2 * a.bytes;
           return equal ? std::nullopt : std::optional(Kind::kContents);
         }));
     report_.bytes_read += a_reader.bytes_read() + b_reader.bytes_read();
@@ -276,6 +302,9 @@ class ByteDiff {
   const Caching caching_;
   const DiffOptions& options_;
   std::array<std::unique_ptr<BlockReader>, 2> readers_;
+  // For the progress.
+  uint64_t bytes_total_ = 0;
+  uint64_t blob_bytes_done_ = 0;
   DiffReport report_;
 };
 

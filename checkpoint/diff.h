@@ -14,10 +14,13 @@
 #include <cstdint>
 #include <functional>
 #include <optional>
+#include <span>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "base/ids.h"
 #include "checkpoint/verify.h"
 #include "format/element_difference.h"
 #include "format/index.h"
@@ -103,16 +106,25 @@ struct DiffInput {
 // From the two indices alone. O(n) in tensor states and blobs.
 DiffReport DiffFingerprints(const Index& a, const Index& b);
 
+struct DiffThreads {
+  uint32_t comparers_max = 4;  // and at most as many as there are processors
+  // For tests: starts a thread, or throws std::system_error as std::jthread does. Unset: that.
+  std::function<std::jthread(std::function<void()> body)> start = nullptr;
+};
+
 struct DiffOptions {
-  // Called on the calling thread with bytes read and bytes to read; false stops: kCancelled.
+  // Called on the calling thread with bytes read and bytes to read, of tensors and of blobs that
+  // are compared (those that differ are not read to the end); false stops: kCancelled.
   std::function<bool(uint64_t bytes_done, uint64_t bytes_total)> progress;
   uint64_t memory_bytes_max = kDiffMemoryBytes;
+  DiffThreads threads;
 };
 
 // Reads all tensor states that both have with one dtype and shape, and the blobs of equal length
 // that both have. Blocking; starts a few threads, which are gone when it returns.
 // Errors: kDataLoss (a block, a file, or the cover of a checkpoint is damaged: with its path and,
-// of a block, offset and tensors), kCancelled, kResourceExhausted (memory), and those of reading.
+// of a block, offset and tensors), kCancelled, kResourceExhausted (memory, threads),
+// kInvalidArgument (too many windows, see DiffPlan::Create), and those of reading.
 absl::StatusOr<DiffReport> DiffBytes(FileSystem& file_system, const ReadAt& read_at,
                                      const DiffInput& a, const DiffInput& b, Caching caching,
                                      const DiffOptions& options);

@@ -11,7 +11,9 @@
 #include <cstring>
 #include <memory>
 #include <span>
+#include <system_error>
 #include <thread>
+#include <utility>
 
 #include "absl/strings/str_format.h"
 #include "base/check.h"
@@ -23,7 +25,6 @@ namespace {
 
 constexpr uint32_t kNone = UINT32_MAX;
 constexpr size_t kReadersMax = 6;  // reads in flight; a device wants a few
-constexpr unsigned kComparersMax = 4;
 
 // The slots of one checkpoint.
 struct SlotMemory {
@@ -46,11 +47,12 @@ absl::StatusOr<SlotMemory> AllocateSlots(const Index& index, size_t count) {
 class Comparison {
  public:
   Comparison(const DiffPlan& plan, size_t common_count,
-             const std::array<const BlockReader*, 2>& readers,
+             const std::array<const BlockReader*, 2>& readers, const DiffThreads& threads,
              const std::function<bool(uint64_t)>& progress, std::array<SlotMemory, 2> memory)
       : plan_(plan),
         schedule_(plan.schedule()),
         readers_(readers),
+        threads_(threads),
         progress_(progress),
         memory_(std::move(memory)),
         previous_in_slot_(schedule_.loads.size(), kNone),
@@ -70,12 +72,8 @@ class Comparison {
   absl::StatusOr<std::vector<StateComparison>> Run() {
     {
       std::vector<std::jthread> threads;
-      const size_t readers = std::min(kReadersMax, schedule_.loads.size());
-      for (size_t i = 0; i < readers; ++i) threads.emplace_back([this] { ReadBlocks(); });
-      const unsigned comparers = std::clamp(std::thread::hardware_concurrency(), 1u, kComparersMax);
-      for (unsigned i = 1; i < comparers; ++i)
-        threads.emplace_back([this] { CompareWindows(false); });
-      CompareWindows(true);
+      StartThreads(threads);
+      CompareWindows(Reports::kProgress);
     }
     MutexLock lock(mutex_);
     if (!status_.ok()) return status_;
@@ -83,6 +81,31 @@ class Comparison {
   }
 
  private:
+  enum class Reports { kNothing, kProgress };
+
+  // Where one cannot be started, those that were end at once.
+  void StartThreads(std::vector<std::jthread>& threads) {
+    const size_t readers = std::min(kReadersMax, schedule_.loads.size());
+    const size_t comparers =
+        std::clamp(std::thread::hardware_concurrency(), 1u, std::max(threads_.comparers_max, 1u));
+    const size_t count = readers + comparers - 1;
+    threads.reserve(count);
+    try {
+      while (threads.size() < readers) threads.push_back(Start([this] { ReadBlocks(); }));
+      while (threads.size() < count) {
+        threads.push_back(Start([this] { CompareWindows(Reports::kNothing); }));
+      }
+    } catch (const std::system_error& error) {
+      MutexLock lock(mutex_);
+      Stop(absl::ResourceExhaustedError(
+          absl::StrFormat("start thread %d of %d: %s", threads.size() + 1, count, error.what())));
+    }
+  }
+
+  std::jthread Start(std::function<void()> body) const {
+    return threads_.start ? threads_.start(std::move(body)) : std::jthread(std::move(body));
+  }
+
   // What a comparer needs for itself.
   struct Comparer {
     Fingerprinter fingerprinter;
@@ -147,7 +170,7 @@ class Comparison {
         .subspan(window.first_use, size_t{window.lead_uses} + window.other_uses);
   }
 
-  void CompareWindows(bool reports_progress) {
+  void CompareWindows(Reports reports) {
     Comparer comparer;
     while (true) {
       const DiffWindow* window = nullptr;
@@ -170,7 +193,7 @@ class Comparison {
         if (frees_slots) slot_free_.SignalAll();
         bytes_read = bytes_read_;
       }
-      if (reports_progress && !progress_(bytes_read)) {
+      if (reports == Reports::kProgress && !progress_(bytes_read)) {
         MutexLock lock(mutex_);
         Stop(absl::CancelledError("the comparison was stopped"));
       }
@@ -269,6 +292,7 @@ class Comparison {
   const DiffPlan& plan_;
   const DiffSchedule& schedule_;
   const std::array<const BlockReader*, 2> readers_;
+  const DiffThreads& threads_;
   const std::function<bool(uint64_t)>& progress_;
   const std::array<SlotMemory, 2> memory_;
   std::vector<uint32_t> previous_in_slot_;  // of each load: the one before it in its slot
@@ -289,7 +313,7 @@ class Comparison {
 
 absl::StatusOr<std::vector<StateComparison>> CompareBytes(
     const DiffPlan& plan, size_t common_count, const std::array<const BlockReader*, 2>& readers,
-    const std::function<bool(uint64_t bytes_done)>& progress) {
+    const DiffThreads& threads, const std::function<bool(uint64_t bytes_done)>& progress) {
   std::array<SlotMemory, 2> memory;
   for (uint32_t i = 0; i < 2; ++i) {
     const Index& index = i == plan.lead() ? plan.lead_index() : plan.other_index();
@@ -297,7 +321,7 @@ absl::StatusOr<std::vector<StateComparison>> CompareBytes(
     if (!slots.ok()) return slots.status();
     memory[i] = *std::move(slots);
   }
-  return Comparison(plan, common_count, readers, progress, std::move(memory)).Run();
+  return Comparison(plan, common_count, readers, threads, progress, std::move(memory)).Run();
 }
 
 }  // namespace holdfast

@@ -10,6 +10,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "checkpoint/block_reader.h"
+#include "checkpoint/diff.h"
 #include "checkpoint/diff_plan.h"
 #include "format/element_difference.h"
 #include "format/fingerprint.h"
@@ -24,10 +25,11 @@ struct StateComparison {
 
 // Blocks are read by some threads and compared by others, the calling one among these.
 // `progress` is called on the calling thread with the bytes read; false stops: kCancelled.
-// Errors: the first of BlockReader::Read; kResourceExhausted (memory for the slots).
+// Errors: the first of BlockReader::Read; kResourceExhausted (memory for the slots, or a thread
+// that cannot be started).
 absl::StatusOr<std::vector<StateComparison>> CompareBytes(
     const DiffPlan& plan, size_t common_count, const std::array<const BlockReader*, 2>& readers,
-    const std::function<bool(uint64_t bytes_done)>& progress);
+    const DiffThreads& threads, const std::function<bool(uint64_t bytes_done)>& progress);
 
 }  // namespace holdfast
 

@@ -18,6 +18,8 @@
 #include <random>
 #include <span>
 #include <string>
+#include <system_error>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -259,7 +261,7 @@ TEST(DiffBytes, TheDifferencesOfAnyTwoLayoutsAreThoseThatWereMade) {
             DiffPlan::CreateWith(a.index(), b.index(), common,
                                  DiffLimits{.memory_bytes_max = memory}, lead, order));
         ASSERT_OK_AND_ASSIGN(const auto results,
-                             CompareBytes(plan, common.size(), {a_reader.get(), b_reader.get()},
+                             CompareBytes(plan, common.size(), {a_reader.get(), b_reader.get()}, {},
                                           [](uint64_t) { return true; }));
         for (uint32_t i = 0; i < common.size(); ++i) {
           const TensorState& state = a.index().tensor_states[i];
@@ -506,6 +508,7 @@ TEST(DiffBytes, StopsWhenItIsToldTo) {
   const Pair pair(*MatrixLayout(4, 512, 400, CutOver(0)), *MatrixLayout(2, 512, 400, CutOver(1)),
                   random);
   DiffOptions options = Memory(0);
+  options.threads.comparers_max = 1;  // so that each window ends with a call
   uint64_t calls = 0;
   uint64_t total = 0;
   options.progress = [&](uint64_t done, uint64_t bytes) {
@@ -519,6 +522,78 @@ TEST(DiffBytes, StopsWhenItIsToldTo) {
               StatusIs(absl::StatusCode::kCancelled));
   EXPECT_EQ(calls, 3u);
   EXPECT_GE(total, 2 * 512 * 400 * 2u);
+}
+
+TEST(DiffBytes, BlobsAreInTheProgressAndCanBeStopped) {
+  Random random(11);
+  const auto layout = Named({{"a", kFloats}});
+  const Truths truths = RandomTruths(layout->tensor_states(), random);
+  StoredCheckpoint a(*layout, truths, random);
+  StoredCheckpoint b(*layout, truths, random);
+  const std::string large(5 * kBlock, 'x');
+  for (StoredCheckpoint* stored : {&a, &b}) {
+    stored->AddBlob(BlobScope::kGlobal, 0, "differs", (stored == &a ? "a" : "b") + large);
+    stored->AddBlob(BlobScope::kGlobal, 0, "same", large);
+    stored->Write();
+  }
+  const uint64_t blob_bytes = 2 * (large.size() + 1) + 2 * large.size();
+  DiffOptions options = Memory(0);
+  options.threads.comparers_max = 1;
+  std::vector<uint64_t> done;
+  uint64_t total = 0;
+  uint64_t calls_max = UINT64_MAX;
+  options.progress = [&](uint64_t bytes_done, uint64_t bytes) {
+    done.push_back(bytes_done);
+    total = bytes;
+    return done.size() < calls_max;
+  };
+  const auto compare = [&] {
+    done.clear();
+    return DiffBytes(*NewPosixFileSystem(), PlainReadAt(), {a.directory(), a.index()},
+                     {b.directory(), b.index()}, Caching::kBuffered, options)
+        .status();
+  };
+  ASSERT_OK(compare());
+  EXPECT_TRUE(std::is_sorted(done.begin(), done.end()));
+  EXPECT_GT(total, blob_bytes);
+  EXPECT_EQ(done.back(), total);
+  // At every call: of the tensors first, and then at each part of a blob.
+  const uint64_t calls = done.size();
+  ASSERT_GE(calls, 6u);
+  for (calls_max = 1; calls_max <= calls; ++calls_max) {
+    EXPECT_THAT(compare(), StatusIs(absl::StatusCode::kCancelled));
+    EXPECT_EQ(done.size(), calls_max);
+  }
+}
+
+TEST(DiffBytes, AThreadThatCannotBeStartedEndsItInAnErrorWhicheverItIs) {
+  Random random(12);
+  // So many blocks in so few slots that readers wait for comparers.
+  const Pair pair(*MatrixLayout(4, 512, 400, CutOver(0)), *MatrixLayout(2, 512, 400, CutOver(1)),
+                  random);
+  for (uint64_t fails_at = 0;; ++fails_at) {
+    DiffOptions options = Memory(0);
+    uint64_t started = 0;
+    bool failed = false;
+    options.threads.start = [&](std::function<void()> body) {
+      if (started++ == fails_at) {
+        failed = true;
+        throw std::system_error(std::make_error_code(std::errc::resource_unavailable_try_again));
+      }
+      return std::jthread(std::move(body));
+    };
+    const absl::Status status =
+        DiffBytes(*NewPosixFileSystem(), PlainReadAt(), {pair.a.directory(), pair.a.index()},
+                  {pair.b.directory(), pair.b.index()}, Caching::kBuffered, options)
+            .status();
+    if (!failed) {
+      EXPECT_OK(status);
+      EXPECT_GE(fails_at, 6u);  // every reader was one of them
+      return;
+    }
+    EXPECT_THAT(status, StatusIs(absl::StatusCode::kResourceExhausted,
+                                 HasSubstr(absl::StrCat("thread ", fails_at + 1, " of"))));
+  }
 }
 
 TEST(Diff, ACoordinateIsThatOfTheRowMajorOrder) {
