@@ -15,7 +15,9 @@
 //
 // A crash before the link of step 8 leaves a directory without a manifest, which no reader sees; a
 // next run says that it is there. A failure before step 8 removes the images again, which are this
-// run's own: it has created them, and nobody can have published them. Two runs at once: O_EXCL
+// run's own: it has created them, and nobody can have published them. A failure in step 8 removes
+// them, and INDEX, only where no name of a manifest is in the directory, not even a partial one
+// that a link under way could still publish. Two runs at once: O_EXCL
 // stops the second at its first image. An agent that opens the job meanwhile fences the checkpoint
 // (commit.h), and step 8 fails.
 #include "checkpoint/reshard.h"
@@ -199,6 +201,23 @@ absl::Status CompareFingerprints(const Index& source, const Index& target, Resha
   return absl::OkStatus();
 }
 
+// After a commit of `index` has failed. Images and INDEX are this run's own; they go unless a
+// manifest is there, or may come.
+void RemoveUncommitted(FileSystem& file_system, const std::string& directory, const Index& index) {
+  const absl::StatusOr<std::vector<std::string>> names =
+      file_system.List(directory, kCheckpointFilesMax);
+  if (!names.ok()) return;
+  const auto is_of_manifest = [](const std::string& name) {
+    return name.starts_with(kManifestFileName);
+  };
+  if (std::ranges::any_of(*names, is_of_manifest)) return;
+  // Dropped on purpose, as in ReshardWriter::RemoveImages.
+  for (const IndexImage& image : index.images) {
+    file_system.Unlink(absl::StrCat(directory, "/", image.file)).IgnoreError();
+  }
+  file_system.Unlink(absl::StrCat(directory, "/", kIndexFileName)).IgnoreError();
+}
+
 }  // namespace
 
 ReshardStorage RealReshardStorage(FileSystem& file_system) {
@@ -258,12 +277,16 @@ absl::StatusOr<ReshardReport> RunReshard(const ReshardStorage& storage,
   writer.reset();
   schedule = {};
   plan.reset();
-  RETURN_IF_ERROR(CommitCheckpoint(file_system,
-                                   {.job_directory = job_directory,
-                                    .writer = request.writer,
-                                    .parent = std::nullopt,
-                                    .created_at = request.created_at},
-                                   *index));
+  const absl::Status committed = CommitCheckpoint(file_system,
+                                                  {.job_directory = job_directory,
+                                                   .writer = request.writer,
+                                                   .parent = std::nullopt,
+                                                   .created_at = request.created_at},
+                                                  *index);
+  if (!committed.ok()) {
+    RemoveUncommitted(file_system, report.directory, *index);
+    return committed;
+  }
   return report;
 }
 

@@ -83,8 +83,9 @@ absl::StatusOr<std::unique_ptr<const ReshardPlan>> PlanReshard(FileSystem& file_
                                                                const Index& source);
 
 // Carries it out. After OK the new checkpoint is committed. After an error it is not, with the one
-// exception of CommitCheckpoint (visible, not known to be durable); images are removed as far as
-// can be, and the same call may be made again.
+// exception of CommitCheckpoint (visible, not known to be durable); otherwise images and INDEX are
+// removed as far as can be, and the same call may be made again. They stay where a manifest, or
+// what may become one, is beside them: a next run says so.
 // Errors: kDataLoss (a block of the source is damaged; a tensor that was written has another
 // fingerprint than the source's INDEX says; both named), kResourceExhausted (no room: found before
 // anything is written, where the file system knows it), kCancelled, kAlreadyExists as above,
