@@ -1,5 +1,8 @@
 #include "checkpoint/checkpoint_view.h"
 
+#include <algorithm>
+#include <string_view>
+
 #include "absl/strings/str_format.h"
 #include "base/status_macros.h"
 #include "checkpoint/commit.h"
@@ -11,13 +14,23 @@ namespace holdfast {
 
 absl::StatusOr<ViewMade> MakeView(FileSystem& file_system, const CatalogEntry& entry,
                                   const ViewRequest& request) {
+  // Canonical: one slash in front of each directory.
+  const auto depth = static_cast<size_t>(std::ranges::count(request.directory, '/'));
+  if (request.paths == ViewRequest::Paths::kAbsolute && depth > kViewDepthMax) {
+    return absl::InvalidArgumentError(
+        absl::StrFormat("%s: expected at most %d directories from the root to a view, found %d; "
+                        "put it elsewhere, or use relative paths",
+                        request.directory, kViewDepthMax, depth));
+  }
   ASSIGN_OR_RETURN(const Index index, LoadCommittedIndex(file_system, entry));
   if (const absl::Status there = CheckImageSizes(file_system, entry.directory, *entry.manifest);
       !there.ok()) {
     // The checkpoint is committed, so a file that is not there is damage.
     return absl::IsNotFound(there) ? absl::DataLossError(there.message()) : there;
   }
-  RETURN_IF_ERROR(CheckIndexCover(index));
+  if (const absl::Status cover = CheckIndexCover(index); !cover.ok()) {
+    return absl::Status(cover.code(), absl::StrFormat("%s: %s", entry.directory, cover.message()));
+  }
   const ViewPaths paths = request.paths == ViewRequest::Paths::kRelative
                               ? RelativeViewPaths(entry.directory, request.directory)
                               : AbsoluteViewPaths(entry.directory);

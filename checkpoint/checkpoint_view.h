@@ -26,10 +26,11 @@ struct ViewMade {
 };
 
 // Blocking. After OK the view is visible, whole and durable. After an error there is no file of the
-// name, or what was there before. `entry` was read from an absolute path without links.
+// name, or what was there before; or, if the directory could not be synced, the view: visible and
+// whole, its name not known to be durable. `entry` was read from an absolute path without links.
 // Errors: kNotFound (not committed), kDataLoss (INDEX, a cover with gaps or overlaps, an image that
-// is missing or has another size: named), kAlreadyExists, those of BuildTensorView, the
-// FileSystem's.
+// is missing or has another size: named), kInvalidArgument (absolute paths, and a directory deeper
+// than kViewDepthMax), kAlreadyExists, those of BuildTensorView, the FileSystem's.
 absl::StatusOr<ViewMade> MakeView(FileSystem& file_system, const CatalogEntry& entry,
                                   const ViewRequest& request);
 

@@ -16,9 +16,6 @@
 namespace holdfast {
 namespace {
 
-// More directories than any path has: ".." of the root is the root.
-constexpr size_t kUpToRoot = 64;
-
 enum : uint32_t { kRootGroup, kTensorsGroup, kHoldfastGroup, kPartsGroup, kFirstStateGroup };
 
 // All boxes, one behind the other: equal pieces have equal ones.
@@ -44,7 +41,7 @@ class ViewPlan {
     for (auto& [name, state] : states_) state.group = group++;
   }
 
-  Hdf5ViewPlan ForHdf5();
+  Hdf5ViewPlan ForHdf5(uint64_t bytes_max);
   uint64_t in_parts_count() const { return in_parts_count_; }
   uint64_t files_of_one_max() const { return files_of_one_max_; }
 
@@ -65,7 +62,7 @@ class ViewPlan {
   uint64_t files_of_one_max_ = 0;
 };
 
-Hdf5ViewPlan ViewPlan::ForHdf5() {
+Hdf5ViewPlan ViewPlan::ForHdf5(uint64_t bytes_max) {
   Hdf5ViewPlan plan;
   plan.groups.push_back({"/",
                          {{"holdfast_view", uint64_t{1}},
@@ -87,7 +84,7 @@ Hdf5ViewPlan ViewPlan::ForHdf5() {
   plan.parts_group = kPartsGroup;
   plan.dataset_count = index_.tensor_states.size();
   plan.dataset = [this](size_t number) { return Dataset(static_cast<uint32_t>(number)); };
-  plan.bytes_max = kViewBytesMax;
+  plan.bytes_max = bytes_max;
   return plan;
 }
 
@@ -138,7 +135,7 @@ Hdf5ViewDataset ViewPlan::Dataset(uint32_t number) {
     images.insert(piece.image);
     dataset.sources.push_back(std::move(source));
   }
-  dataset.in_parts = images.size() > kViewFilesMax || !numbers_known;
+  dataset.in_parts = !dataset.sources.empty() && (images.size() > kViewFilesMax || !numbers_known);
   for (Hdf5ViewSource& source : dataset.sources) {
     source.file = absl::StrCat(dataset.in_parts ? paths_.parts : paths_.datasets, source.file);
   }
@@ -165,7 +162,7 @@ ViewPaths AbsoluteViewPaths(const std::string& checkpoint) {
   // HDF5 would look for a file that is gone from an absolute path beside the view and in the
   // working directory, under its last component, which all checkpoints have.
   std::string up;
-  for (size_t i = 0; i < kUpToRoot; ++i) up += "../";
+  for (size_t i = 0; i < kViewDepthMax; ++i) up += "../";  // ".." of the root is the root
   return {WithSlash(up + checkpoint.substr(1)), WithSlash(checkpoint)};
 }
 
@@ -180,10 +177,10 @@ ViewPaths RelativeViewPaths(const std::string& checkpoint, const std::string& vi
 }
 
 absl::StatusOr<TensorView> BuildTensorView(const Index& index, const std::string& checkpoint,
-                                           const ViewPaths& paths) {
+                                           const ViewPaths& paths, uint64_t bytes_max) {
   ViewPlan plan(index, checkpoint, paths);
   TensorView view;
-  ASSIGN_OR_RETURN(view.bytes, BuildHdf5View(plan.ForHdf5()));
+  ASSIGN_OR_RETURN(view.bytes, BuildHdf5View(plan.ForHdf5(bytes_max)));
   view.tensor_count = index.tensor_states.size();
   view.in_parts_count = plan.in_parts_count();
   view.files_of_one_max = plan.files_of_one_max();

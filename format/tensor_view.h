@@ -20,6 +20,8 @@ inline constexpr uint64_t kViewBytesMax = uint64_t{1} << 30;
 // A tensor state that lies in more images than this is put together from parts
 // (format/hdf5_view.h): a reader may usually open 1,024 files, and have a few datasets open.
 inline constexpr size_t kViewFilesMax = 256;
+// Directories between the root and a view with absolute paths: these go up so many times.
+inline constexpr size_t kViewDepthMax = 64;
 
 // How the view names what it reads from. Both end in "/"; the name of an image follows.
 struct ViewPaths {
@@ -27,7 +29,8 @@ struct ViewPaths {
   std::string parts;     // for open(2)
 };
 
-// The view may be moved, the checkpoint may not. `checkpoint` is an absolute path without links.
+// The view may be moved (to where it is not deeper than kViewDepthMax), the checkpoint may not.
+// `checkpoint` is an absolute path without links.
 ViewPaths AbsoluteViewPaths(const std::string& checkpoint);
 // They may be moved together. Both are absolute paths without links.
 ViewPaths RelativeViewPaths(const std::string& checkpoint, const std::string& view_directory);
@@ -35,16 +38,19 @@ ViewPaths RelativeViewPaths(const std::string& checkpoint, const std::string& vi
 struct TensorView {
   std::vector<std::byte> bytes;
   uint64_t tensor_count = 0;
-  // Tensor states in parts, and the most images that one lies in.
+  // Tensor states in parts: in more than kViewFilesMax images, or with empty pieces among others,
+  // so that it is not known which dataset of its image a piece is. And the most images that one
+  // lies in.
   uint64_t in_parts_count = 0;
   uint64_t files_of_one_max = 0;
 };
 
 // The pieces of `index` cover every tensor exactly once, equal ones aside (CheckCover).
-// `checkpoint` is noted in the view. Errors: kResourceExhausted (above kViewBytesMax), kInternal
+// `checkpoint` is noted in the view. Errors: kResourceExhausted (above bytes_max), kInternal
 // (libhdf5).
 absl::StatusOr<TensorView> BuildTensorView(const Index& index, const std::string& checkpoint,
-                                           const ViewPaths& paths);
+                                           const ViewPaths& paths,
+                                           uint64_t bytes_max = kViewBytesMax);
 
 }  // namespace holdfast
 
