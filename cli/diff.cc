@@ -20,6 +20,7 @@
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_replace.h"
 #include "base/status_macros.h"
+#include "checkpoint/verify.h"
 #include "cli/output.h"
 #include "cli/progress.h"
 #include "cli/verb.h"
@@ -308,7 +309,7 @@ absl::StatusOr<ExitCode> RunDiff(Invocation& invocation, const Options& options)
     ASSIGN_OR_RETURN(checkpoints[i].entry,
                      Locate(invocation.file_system, i == 0 ? options.a : options.b));
     ASSIGN_OR_RETURN(checkpoints[i].index,
-                     LoadIndexOf(invocation.file_system, checkpoints[i].entry));
+                     LoadCommittedIndex(invocation.file_system, checkpoints[i].entry));
   }
   ASSIGN_OR_RETURN(const DiffReport report, Compare(invocation, options, checkpoints));
   if (invocation.json) {

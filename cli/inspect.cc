@@ -168,7 +168,7 @@ void PrintText(const CatalogEntry& entry, const Index& index, const Options& opt
 
 absl::Status Run(Invocation& invocation, const Options& options) {
   ASSIGN_OR_RETURN(const CatalogEntry entry, Locate(invocation.file_system, options.path));
-  ASSIGN_OR_RETURN(const Index index, LoadIndexOf(invocation.file_system, entry));
+  ASSIGN_OR_RETURN(const Index index, LoadCommittedIndex(invocation.file_system, entry));
   if (invocation.json) {
     std::printf("%s\n", JsonText(ToJson(entry, index, options)).c_str());
   } else {

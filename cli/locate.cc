@@ -57,15 +57,15 @@ absl::StatusOr<CatalogEntry> Locate(FileSystem& file_system, const std::string& 
   return catalog.entries[*catalog.newest];
 }
 
-absl::StatusOr<Index> LoadIndexOf(FileSystem& file_system, const CatalogEntry& entry) {
-  if (entry.state == CatalogEntry::State::kCommitted) {
-    return LoadIndex(file_system, entry.directory, *entry.manifest);
+absl::StatusOr<std::string> DirectoryOf(const std::string& path) {
+  const std::filesystem::path parent = std::filesystem::path(path).parent_path();
+  std::error_code error;
+  const std::filesystem::path directory =
+      std::filesystem::canonical(parent.empty() ? "." : parent, error);
+  if (error) {
+    return absl::NotFoundError(absl::StrFormat("directory of %s: %s", path, error.message()));
   }
-  const std::string text =
-      absl::StrFormat("%s: %s: %s", entry.directory, StateText(entry), entry.why);
-  return entry.state == CatalogEntry::State::kDamaged
-             ? absl::StatusOr<Index>(absl::DataLossError(text))
-             : absl::NotFoundError(text);
+  return directory.string();
 }
 
 std::string StateText(const CatalogEntry& entry) {

@@ -66,20 +66,14 @@ struct Mount {
 
 absl::StatusOr<Source> OpenSource(FileSystem& file_system, const std::string& path) {
   ASSIGN_OR_RETURN(CatalogEntry entry, Locate(file_system, path));
-  if (entry.state == CatalogEntry::State::kDamaged) {
-    return absl::DataLossError(absl::StrFormat("%s: %s", entry.directory, entry.why));
-  }
-  if (entry.state != CatalogEntry::State::kCommitted) {
-    return absl::NotFoundError(absl::StrFormat("%s: %s", entry.directory, entry.why));
-  }
+  ASSIGN_OR_RETURN(const ProcessMemory before, LookAtProcessMemory(file_system));
+  ASSIGN_OR_RETURN(Index index, LoadCommittedIndex(file_system, entry));
+  ASSIGN_OR_RETURN(const ProcessMemory after, LookAtProcessMemory(file_system));
   if (!entry.bad_marks.empty()) {
     return absl::FailedPreconditionError(
         absl::StrFormat("%s is marked bad, and a copy would not be: %s", entry.directory,
                         entry.bad_marks.front().reason));
   }
-  ASSIGN_OR_RETURN(const ProcessMemory before, LookAtProcessMemory(file_system));
-  ASSIGN_OR_RETURN(Index index, LoadIndex(file_system, entry.directory, *entry.manifest));
-  ASSIGN_OR_RETURN(const ProcessMemory after, LookAtProcessMemory(file_system));
   return Source{std::move(entry), std::move(index), before, after};
 }
 
@@ -97,6 +91,17 @@ absl::StatusOr<std::string> TargetLayout(FileSystem& file_system, const Options&
         index.layouts.size()));
   }
   return ResizeLayout(index.layouts.front(), options.to);
+}
+
+// Absolute and without links; its last component need not exist.
+absl::StatusOr<std::string> ResolveRoot(const std::string& root) {
+  std::error_code not_there;
+  const std::filesystem::path whole = std::filesystem::canonical(root, not_there);
+  if (!not_there) return whole.string();
+  std::filesystem::path path = root;
+  if (!path.has_filename()) path = path.parent_path();  // a slash at the end
+  ASSIGN_OR_RETURN(const std::string directory, DirectoryOf(path.string()));
+  return (std::filesystem::path(directory) / path.filename()).string();
 }
 
 // A trial in the target, or in its parent if it is to be made.
@@ -248,8 +253,7 @@ absl::Status Run(Invocation& invocation, const Options& options) {
   ReshardRequest request;
   request.source_directory = source.entry.directory;
   ASSIGN_OR_RETURN(request.layout_json, TargetLayout(file_system, options, source.index));
-  request.root = std::filesystem::absolute(options.root).lexically_normal();
-  if (request.root.size() > 1 && request.root.back() == '/') request.root.pop_back();
+  ASSIGN_OR_RETURN(request.root, ResolveRoot(options.root));
   request.job = options.job.empty() ? source.index.job : options.job;
   request.new_job_uuid = RandomUuid();
   request.writer = absl::StrFormat("%016x", RandomBits());

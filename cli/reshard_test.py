@@ -182,6 +182,14 @@ class ReshardTest(unittest.TestCase):
         self.assertEqual(done["target"]["image_bytes"],
                          [path.stat().st_size for path in sorted((self.out / JOB).glob("*/rank*"))])
 
+    def test_out_is_what_its_links_lead_to(self):
+        (self.place / "a" / "b").mkdir(parents=True)
+        (self.place / "link").symlink_to("a/b")
+        found, _ = self.reshard("--to", TO, out=self.place / "link" / ".." / "new")
+        self.assertEqual(found["target"]["directory"],
+                         str(next((self.place / "a" / "new" / JOB).glob("s*.a*")).resolve()))
+        self.assertFalse((self.place / "new").exists())
+
     def test_memory_keeps_to_its_bound(self):
         for number, megabytes in enumerate((96, 256)):
             found, peak = self.reshard("--to", TO, "--memory", f"{megabytes}M", "--job", f"job{number}")

@@ -8,7 +8,6 @@
 
 #include "absl/status/statusor.h"
 #include "checkpoint/catalog.h"
-#include "checkpoint/verify.h"
 #include "cli/exit_code.h"
 #include "io/file_system.h"
 
@@ -44,9 +43,8 @@ ExitCode Report(const absl::Status& status);
 // branch. Errors: kNotFound, or those of ReadCatalog.
 absl::StatusOr<CatalogEntry> Locate(FileSystem& file_system, const std::string& path);
 
-// INDEX of a checkpoint that is committed and whole as far as the catalog sees; else kDataLoss or
-// kNotFound that says what it is.
-absl::StatusOr<Index> LoadIndexOf(FileSystem& file_system, const CatalogEntry& entry);
+// The directory in which `path`, which need not exist, lies: absolute, links resolved. kNotFound.
+absl::StatusOr<std::string> DirectoryOf(const std::string& path);
 
 // A job's directory, split into the root and the job's name. Symbolic links in `path` are resolved.
 struct JobPath {

@@ -1,18 +1,15 @@
 // holdfast view: a file through which h5py and h5dump see every tensor of a checkpoint whole. The
 // bytes stay where they are.
 
-#include <unistd.h>
-
 #include <CLI/CLI.hpp>
 #include <cstdio>
 #include <filesystem>
 #include <memory>
 #include <nlohmann/json.hpp>
-#include <random>
 #include <string>
-#include <system_error>
 
 #include "absl/strings/str_format.h"
+#include "base/random_bits.h"
 #include "base/status_macros.h"
 #include "checkpoint/checkpoint_view.h"
 #include "cli/output.h"
@@ -35,18 +32,11 @@ absl::StatusOr<ViewRequest> RequestOf(const Options& options) {
     return absl::InvalidArgumentError(
         absl::StrFormat("view: expected the name of a new file, found \"%s\"", options.view));
   }
-  std::error_code error;
-  const std::filesystem::path directory =
-      std::filesystem::canonical(path.has_parent_path() ? path.parent_path() : ".", error);
-  if (error) {
-    return absl::NotFoundError(
-        absl::StrFormat("directory of %s: %s", options.view, error.message()));
-  }
   ViewRequest request;
-  request.directory = directory.string();
+  ASSIGN_OR_RETURN(request.directory, DirectoryOf(options.view));
   request.name = path.filename().string();
   request.paths = options.relative ? ViewRequest::Paths::kRelative : ViewRequest::Paths::kAbsolute;
-  request.writer = absl::StrFormat("v%x%08x", getpid(), std::random_device()());
+  request.writer = absl::StrFormat("%016x", RandomBits());
   return request;
 }
 
@@ -70,9 +60,8 @@ void Print(const CatalogEntry& entry, const ViewMade& made, const Options& optio
               static_cast<unsigned long long>(Value(entry.id.step)), Value(entry.id.attempt),
               HumanBytes(made.bytes).c_str(), Printable(entry.directory).c_str());
   if (made.in_parts_count == 0) return;
-  std::printf("  %llu tensors lie in more than %zu images (up to %llu): in parts%s\n",
+  std::printf("  %llu tensors in parts: in more than %zu images, or with empty pieces%s\n",
               static_cast<unsigned long long>(made.in_parts_count), kViewFilesMax,
-              static_cast<unsigned long long>(made.files_of_one_max),
               options.relative ? "; readers need HDF5_EXTFILE_PREFIX='${ORIGIN}'" : "");
 }
 

@@ -370,6 +370,16 @@ with h5py.File(view) as file:
         (self.place / "link.h5").symlink_to("nothing")
         self.expect_refused(1, "link.h5 exists", checkpoint, self.place / "link.h5")
 
+    def test_an_absolute_view_below_more_directories_than_it_goes_up_is_refused(self):
+        checkpoint = made(self.place, cut_over(2))
+        images = Images(checkpoint)
+        deepest = self.place.resolve()
+        deepest = deepest.joinpath(*["d"] * (64 - len(deepest.parts) + 1))
+        (deepest / "more").mkdir(parents=True)
+        self.expect_whole(self.view(checkpoint, at=deepest / "view.h5"), images)
+        self.expect_refused(2, "at most 64 directories", checkpoint, deepest / "more" / "view.h5")
+        self.view(checkpoint, "--relative", at=deepest / "more" / "view.h5")
+
     def test_what_is_damaged_or_not_committed_is_refused(self):
         checkpoint = made(self.place, cut_over(2))
         view = self.place / "view.h5"
