@@ -222,6 +222,7 @@ Json ToJson(const Subject& subject, const LayoutSummary& summary) {
                {"states", Json::object()},
                {"distinct_bytes", summary.distinct_bytes},
                {"held_bytes", summary.held_bytes},
+               {"sharing_count", summary.sharing.size()},
                {"sharing", Json::array()},
                {"rank_group_count", summary.groups.size()},
                {"rank_groups", Json::array()}};
@@ -232,6 +233,7 @@ Json ToJson(const Subject& subject, const LayoutSummary& summary) {
     json["states"][state] = {{"tensors", total.tensor_count}, {"bytes", total.bytes}};
   }
   for (const Sharing& sharing : summary.sharing) {
+    if (json["sharing"].size() == kJsonRowsMax) break;
     json["sharing"].push_back({{"rank_count", sharing.rank_count},
                                {"set_count", sharing.set_count},
                                {"bytes", sharing.bytes},
@@ -350,8 +352,10 @@ Json TensorJson(const Subject& subject, const TensorHolders& holders) {
   for (const HeldPiece& held : holders.held) {
     if (json["held"].size() == kJsonRowsMax) break;
     Json piece = PieceJson(held.piece, holders.boxes);
+    piece["place_count"] = held.places.size();
     piece["places"] = Json::array();
     for (const HeldPlace& place : held.places) {
+      if (piece["places"].size() == kJsonRowsMax) break;
       piece["places"].push_back({{"ranks", RanksText(place.ranks, kJsonRangesMax)},
                                  {"buffer", place.buffer},
                                  {"offset", place.offset_bytes}});

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <optional>
 #include <set>
 #include <string_view>
 #include <tuple>
@@ -194,10 +195,10 @@ LayoutSummary Summarize(const Layout& layout, std::span<const uint64_t> stored_b
 
 absl::StatusOr<TensorsExplained> ExplainTensors(const Layout& layout,
                                                 std::span<const uint32_t> tensor_states,
-                                                Writers writers) {
+                                                Writers writers, uint64_t rank_states_max) {
   CHECK(std::is_sorted(tensor_states.begin(), tensor_states.end()));
-  constexpr uint32_t kNotAsked = UINT32_MAX;
-  std::vector<uint32_t> number_of(layout.tensor_states().size(), kNotAsked);
+  constexpr uint32_t kNotWanted = UINT32_MAX;
+  std::vector<uint32_t> number_of(layout.tensor_states().size(), kNotWanted);
   std::vector<HoldersOfState> holders;
   for (const uint32_t index : tensor_states) {
     number_of.at(index) = static_cast<uint32_t>(holders.size());
@@ -205,23 +206,24 @@ absl::StatusOr<TensorsExplained> ExplainTensors(const Layout& layout,
   }
   TensorsExplained explained;
   const uint64_t ranks_max =
-      std::max<uint64_t>(1, kExplainedRankStatesMax / std::max<size_t>(1, number_of.size()));
+      std::max<uint64_t>(1, rank_states_max / std::max<size_t>(1, number_of.size()));
   explained.ranks_asked = static_cast<uint32_t>(std::min<uint64_t>(layout.world_size(), ranks_max));
-  const WriterAssignment assignment = WriterAssignment::Create(layout);
+  std::optional<WriterAssignment> assignment;
+  if (writers == Writers::kAssigned) assignment = WriterAssignment::Create(layout);
   for (uint32_t rank = 0; rank < explained.ranks_asked; ++rank) {
     const RankHoldings held = layout.HeldByRank(Rank{rank});
     bool holds_any = false;
     for (const Segment& segment : held.layout.segments) {
       const uint32_t number = number_of[segment.piece.tensor_state];
-      if (number == kNotAsked) continue;
+      if (number == kNotWanted) continue;
       holders[number].AddHeld(rank, held.layout, segment);
       holds_any = true;
     }
-    if (writers == Writers::kNotAsked || !holds_any) continue;
-    ASSIGN_OR_RETURN(const RankLayout stored, assignment.ForRank(Rank{rank}, {}));
+    if (!assignment.has_value() || !holds_any) continue;
+    ASSIGN_OR_RETURN(const RankLayout stored, assignment->ForRank(Rank{rank}, {}));
     for (const Segment& segment : stored.segments) {
       const uint32_t number = number_of[segment.piece.tensor_state];
-      if (number != kNotAsked) holders[number].AddStored(rank, stored, segment);
+      if (number != kNotWanted) holders[number].AddStored(rank, stored, segment);
     }
   }
   for (HoldersOfState& state : holders) explained.states.push_back(state.Take());

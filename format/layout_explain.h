@@ -20,7 +20,7 @@
 namespace holdfast {
 
 // ExplainTensors asks ranks, in their order, as long as ranks times tensor states of the layout are
-// at most this: up to twenty seconds of one core.
+// at most this: up to twenty seconds of one core. The first rank is always asked.
 inline constexpr uint64_t kExplainedRankStatesMax = 20'000'000;
 // A name that is not there is compared with at most so many.
 inline constexpr size_t kComparedNamesMax = 100'000;
@@ -106,11 +106,13 @@ struct TensorsExplained {
 };
 
 // `tensor_states`: indices, ascending. `stored` is filled if `writers` says so; then errors are
-// those of WriterAssignment::ForRank.
+// those of WriterAssignment::ForRank. Ranks times tensor states of the layout beyond
+// rank_states_max are not asked, but for rank 0.
 enum class Writers { kNotAsked, kAssigned };
 absl::StatusOr<TensorsExplained> ExplainTensors(const Layout& layout,
                                                 std::span<const uint32_t> tensor_states,
-                                                Writers writers);
+                                                Writers writers,
+                                                uint64_t rank_states_max = kExplainedRankStatesMax);
 
 // All states of the tensors of this name; if there is none, of all that fit it as a pattern
 // (format/name_pattern.h). kNotFound with a suggestion, or kInvalidArgument for a broken pattern.

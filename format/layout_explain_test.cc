@@ -324,6 +324,25 @@ std::vector<TensorState> Named(const std::vector<std::string>& names) {
   return states;
 }
 
+TEST(LayoutExplain, AsManyRanksAreAskedAsTheLimitHasRoomForAndAlwaysOne) {
+  const auto layout = Layout::Parse(R"({
+      "holdfast_layout": 1, "mesh": [{"axis": "x", "size": 4}],
+      "tensors": [{"name": "w", "shape": [8], "states": [
+          {"state": "param", "dtype": "float32"},
+          {"state": "moment", "dtype": "float32"}]}]})");
+  ASSERT_TRUE(layout.ok()) << layout.status();
+  const std::vector<uint32_t> asked{0};
+  for (const auto& [limit, ranks] :
+       std::vector<std::pair<uint64_t, uint32_t>>{{9, 4}, {8, 4}, {7, 3}, {2, 1}, {1, 1}, {0, 1}}) {
+    const auto explained = ExplainTensors(**layout, asked, Writers::kAssigned, limit);
+    ASSERT_TRUE(explained.ok()) << explained.status();
+    EXPECT_EQ(explained->ranks_asked, ranks) << limit;
+    ASSERT_EQ(explained->states.size(), 1u);
+    ASSERT_EQ(explained->states[0].held.size(), 1u);
+    EXPECT_EQ(explained->states[0].held[0].places[0].ranks.size(), ranks) << limit;
+  }
+}
+
 TEST(LayoutExplain, TensorsAreSelectedByNameThenByPattern) {
   const auto states = Named({"h.0.w", "h.1.w", "h.1.b", "h.*", "x{"});
   EXPECT_THAT(*SelectTensors(states, "h.1.w"), ElementsAre(2, 3));
