@@ -8,7 +8,9 @@
 #include "checkpoint/diff_bytes.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <span>
 #include <system_error>

@@ -1,6 +1,7 @@
 #include "checkpoint/diff_plan.h"
 
 #include <algorithm>
+#include <array>
 #include <list>
 #include <tuple>
 

@@ -23,7 +23,10 @@
 #include "checkpoint/reshard.h"
 
 #include <algorithm>
+#include <memory>
 #include <optional>
+#include <span>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -31,7 +34,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "base/check.h"
-#include "base/crc32c.h"
+#include "base/ids.h"
 #include "base/status_macros.h"
 #include "checkpoint/block_reader.h"
 #include "checkpoint/catalog.h"
