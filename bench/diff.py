@@ -26,22 +26,26 @@ def layout(mesh, zero_stage, shard):
                                     for state in STATES]} for i in range(TENSORS)]}
 
 
-def make(place, job, document):
+def make(place, job, document, seed=0):
+    """Every element differs between two seeds, and nothing else."""
     path = place.directory / f"{job}.json"
     path.write_text(json.dumps(document))
-    subprocess.run([place.build / "bench" / "bench_make_checkpoint", place.root, job, path], check=True)
+    subprocess.run([place.build / "tests" / "support" / "make_checkpoint", "--large", str(seed), path,
+                    place.root / job, "1"], check=True)
     return next((place.root / job).glob("s*.a*"))
 
 
-def diff(place, a, b, *flags):
-    """Seconds, and the report."""
+def diff(place, a, b, *flags, equal=True):
+    """Seconds, and the report, which must say that all tensor states are equal, or that none is."""
     begun = time.perf_counter()
     result = subprocess.run([place.build / "cli" / "holdfast", "diff", a, b, "--json", *flags],
                             capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - begun
     report = json.loads(result.stdout)
-    if result.returncode != 0 or report["states_equal"] != TENSORS * len(STATES):
-        raise RuntimeError(f"expected two equal checkpoints, found {result.stdout} {result.stderr}")
+    states = TENSORS * len(STATES)
+    if (result.returncode, report["states_equal"]) != ((0, states) if equal else (1, 0)):
+        raise RuntimeError(f"expected {'equal' if equal else 'entirely different'} checkpoints, "
+                           f"found {result.stdout[:2000]} {result.stderr}")
     return seconds, report
 
 
@@ -51,18 +55,22 @@ def rows(place):
     a = make(place, "zero1", zero1)
     same = make(place, "same", zero1)
     other = make(place, "tp2", tp2)
+    changed = make(place, "changed", zero1, seed=1)
     found = [pairs.measure("diff from fingerprints", "s", lambda: diff(place, a, other)[0], 0.1,
                            note="600 tensor states, 3.1 GB each; dp=4 ZeRO-1 against tp=2 dp=2")]
     images = [str(image) for checkpoint in (a, same) for image in sorted(checkpoint.glob("*.h5"))]
     setting = spine.best_of(spine.FIO_SETTINGS, lambda block, depth: spine.fio_read(":".join(images), block, depth))
-    for name, b in (("equal layouts", same), ("dp=4 ZeRO-1 against tp=2 dp=2", other)):
+    for name, b, equal in (("equal layouts", same, True), ("dp=4 ZeRO-1 against tp=2 dp=2", other, True),
+                           ("every element differs", changed, False)):
         files = [image for checkpoint in (a, b) for image in sorted(checkpoint.glob("*.h5"))]
         size = sum(image.stat().st_size for image in files)
         joined = ":".join(map(str, files))
-        _, report = diff(place, a, b, "--bytes")
+        _, report = diff(place, a, b, "--bytes", equal=equal)
         found.append(pairs.compare(
-            f"diff by bytes, {name}", "GB/s", lambda b=b, size=size: size / diff(place, a, b, "--bytes")[0] / 1e9,
-            lambda joined=joined, size=size: size / spine.fio_read(joined, *setting) / 1e9, 0.8,
+            f"diff by bytes, {name}", "GB/s",
+            lambda b=b, size=size, equal=equal: size / diff(place, a, b, "--bytes", equal=equal)[0] / 1e9,
+            lambda joined=joined, size=size: size / spine.fio_read(joined, *setting) / 1e9,
+            0.8 if equal else None,  # then elements cost, and there is no goal
             note=f"fio read {setting[0]} x {setting[1]} of the same {size / 1e9:.1f} GB; "
                  f"{report['bytes_read'] / size:.2f} times as many bytes read"))
     return found

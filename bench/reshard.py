@@ -46,8 +46,8 @@ def document():
 def make_source(place):
     path = place.directory / "layout.json"
     path.write_text(json.dumps(document()))
-    subprocess.run([place.build / "bench" / "bench_make_checkpoint", place.root, "reshard", path],
-                   check=True)
+    subprocess.run([place.build / "tests" / "support" / "make_checkpoint", "--large", "0", path,
+                    place.root / "reshard", "1"], check=True)
     return next((place.root / "reshard").glob("s*.a*"))
 
 
