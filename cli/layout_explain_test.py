@@ -166,8 +166,9 @@ class LayoutExplainTest(unittest.TestCase):
                 {"op": "perm", "dims": [1, 0]}]}]}]})
         self.assertIn('[0:2, 0:4] held by 0: buffer "p/t" at byte 0, strides 8 16 bytes\n',
                       self.ok(path, "--tensor", "t"))
-        self.assertEqual(self.json(path, "--tensor", "t")["tensors"][0]["held"][0]["places"],
-                         [{"ranks": "0", "buffer": "p/t", "offset": 0, "strides": [8, 16]}])
+        held = self.json(path, "--tensor", "t")["tensors"][0]["held"][0]
+        self.assertEqual(held["places"], [{"ranks": "0", "buffer": "p/t", "offset": 0, "strides": [8, 16]}])
+        self.assertEqual(held["place_count"], 1)
 
     def test_rules_are_explained_for_the_tensors_of_a_checkpoint(self):
         rules = self.document({"holdfast_layout_rules": 1, "mesh": [{"axis": "dp", "size": 3}], "rules": [
@@ -179,6 +180,7 @@ class LayoutExplainTest(unittest.TestCase):
         subprocess.run([MAKE_CHECKPOINT, self.document(hybrid()), self.place / "job", "3"], check=True)
         found = self.json(rules, "--of", self.place / "job")
         self.assertEqual((found["world_size"], [row["rank_count"] for row in found["sharing"]]), (3, [3, 1]))
+        self.assertEqual(found["sharing_count"], 2)
         for wrong in (self.document(hybrid()), self.place / "job"):
             code, out, error = run(wrong, "--of", self.place / "job")
             self.assertEqual((code, out), (2, ""))
