@@ -14,8 +14,9 @@
 
 namespace holdfast {
 
-// The CRC32C of the bytes of a slot from `offset_bytes` on; appends what they add to `sums`. Each
-// byte is read once, so both are of the same bytes even if somebody writes them meanwhile.
+// The CRC32C of the bytes of a slot from `offset_bytes` on; appends what they add to `sums` to
+// `parts`. Each byte is read once, so both are of the same bytes even if somebody writes them
+// meanwhile.
 uint32_t SumBytes(const ImageFingerprints& sums, uint64_t offset_bytes,
                   std::span<const std::byte> bytes, std::vector<FingerprintPart>& parts);
 
@@ -25,8 +26,8 @@ std::optional<std::vector<Fingerprint>> SumImage(const Registration& registratio
                                                  std::span<const std::span<const std::byte>> blocks,
                                                  std::span<const uint32_t> block_crc32c);
 
-// The sums of a whole slot, one per replica of the registration. Empty if a block does not have its
-// checksum.
+// The sums of the replicas in a slot, one per replica of the registration. Reads only the blocks in
+// which a part of one lies. Empty if one of these does not have its checksum.
 std::optional<std::vector<Fingerprint>> SumReplicas(
     const Registration& registration, std::span<const std::span<const std::byte>> blocks,
     std::span<const uint32_t> block_crc32c);

@@ -10,7 +10,11 @@
 // so at least one of the two sees the other.
 //
 // Deciding the restore point of attempt n, once (job_restore.cc):
-//   0. Replicas that are being compared are waited for: their group is sealed or void then.
+//   0. Replicas that are being compared are waited for: their group is sealed or void then. That
+//      has no deadline of its own; hf_restore's ends the caller's wait. It is bounded by the work:
+//      comparing sums, which are there as soon as an image is sealed; or, once after the death of a
+//      worker, reading every block in memory that holds replicas, one pool job for each rank; and,
+//      of replicas that differ, reading the first.
 //   1. The catalog is read; the candidate is the newest of its branch, or a newer checkpoint that
 //      all ranks of an older attempt have sealed in this agent's memory. If there is neither, and
 //      the attempt was begun with a checkpoint of another job to start from, it is that one.
@@ -154,6 +158,7 @@ class Job final : private SaveGroups::Host {
     std::map<Rank, size_t> rounds_finished;
   };
   struct Loaded;  // what the store and the root know
+  struct Vote;    // a comparison of replicas
 
   // ---- The serial queue ----
   using Finish = std::function<void()>;
@@ -223,11 +228,14 @@ class Job final : private SaveGroups::Host {
   void Commit(CheckpointId id) override;
   absl::Status CheckMembers(const SaveGroup& group) override;
   bool CompareReplicas(const SaveGroup& group) override;
+  void SumThenVote(const std::shared_ptr<Vote>& vote);
+  void CountVote(const std::shared_ptr<Vote>& vote);
   void AfterComparisons(std::function<void()> then);  // at once if there are none
   void ReportSealed(CheckpointId id) override;
   void ReportCommitted(CheckpointId id) override;
   void ReportFailed(CheckpointId id, const absl::Status& why) override;
   void ReportLost(CheckpointId id) override { LowerCommitted(id.attempt); }
+  void ReportMemoryUnusable(CheckpointId id, const absl::Status& why) override;
   bool NeedsRoom() override;
   void ForEachSession(Attempt attempt, const std::function<void(Session&)>& action) const;
   void RunCommit(CheckpointId id, Finish finish);

@@ -141,6 +141,17 @@ absl::StatusOr<ReplicaHolder> Job::HolderOf(const SaveGroup::Member& member) con
   return holder;
 }
 
+// One comparison of a group's replicas.
+struct Job::Vote {
+  CheckpointId id;
+  // Each is a pool job's while that takes its sums, and all are the vote's afterwards.
+  std::vector<ReplicaHolder> holders;
+  size_t summing_count = 0;
+  // Not OK: an image became void a moment ago, which is about to be reported; or sums cannot be
+  // taken.
+  absl::Status status;
+};
+
 bool Job::CompareReplicas(const SaveGroup& group) {
   const bool has_replicas =
       std::any_of(group.members.begin(), group.members.end(), [this](const auto& entry) {
@@ -148,22 +159,43 @@ bool Job::CompareReplicas(const SaveGroup& group) {
         return !session->registration_of(entry.second.image)->replicas().replicas.empty();
       });
   if (!has_replicas) return false;
-  std::vector<ReplicaHolder> holders;
-  absl::Status held;  // not OK: an image became void a moment ago, which is about to be reported
+  const auto vote = std::make_shared<Vote>();
+  vote->id = group.id;
   for (const auto& [rank, member] : group.members) {
     absl::StatusOr<ReplicaHolder> holder = HolderOf(member);
-    held.Update(holder.status());
-    if (holder.ok()) holders.push_back(*std::move(holder));
+    vote->status.Update(holder.status());
+    if (holder.ok()) vote->holders.push_back(*std::move(holder));
   }
   ++comparing_count_;
+  SumThenVote(vote);
+  return true;
+}
+
+// What a former worker has captured has no sums: every rank's are taken by a job of its own.
+void Job::SumThenVote(const std::shared_ptr<Vote>& vote) {
+  std::vector<uint32_t> unknown;
+  for (uint32_t rank = 0; vote->status.ok() && rank < vote->holders.size(); ++rank) {
+    if (!vote->holders[rank].sums.has_value()) unknown.push_back(rank);
+  }
+  vote->summing_count = unknown.size();
+  for (const uint32_t rank : unknown) {
+    OnPool<absl::Status>([vote, rank] { return TakeSums(Rank{rank}, vote->holders[rank]); },
+                         [this, vote](const absl::Status& status) {
+                           vote->status.Update(status);
+                           if (--vote->summing_count == 0) CountVote(vote);
+                         });
+  }
+  if (unknown.empty()) CountVote(vote);
+}
+
+void Job::CountVote(const std::shared_ptr<Vote>& vote) {
   OnPool<absl::Status>(
-      [holders = std::move(holders), held] { return held.ok() ? VoteOnReplicas(holders) : held; },
-      [this, id = group.id](const absl::Status& status) {
+      [vote] { return vote->status.ok() ? VoteOnReplicas(vote->holders) : vote->status; },
+      [this, id = vote->id](const absl::Status& status) {
         groups_.ReplicasCompared(id, status);
         if (--comparing_count_ > 0) return;
         for (const auto& then : std::exchange(after_comparisons_, {})) then();
       });
-  return true;
 }
 
 void Job::AfterComparisons(std::function<void()> then) {
@@ -294,6 +326,11 @@ void Job::ReportCommitted(CheckpointId id) {
 void Job::ReportFailed(CheckpointId id, const absl::Status& why) {
   Warn(std::string(why.message()));
   ForEachSession(id.attempt, [&](Session& session) { session.reports().SetFailed(id.step, why); });
+}
+
+void Job::ReportMemoryUnusable(CheckpointId id, const absl::Status& why) {
+  Warn(absl::StrFormat("the copies in memory of %s, which is committed, are given back: %s",
+                       Describe(id), why.message()));
 }
 
 void Job::LowerCommitted(Attempt attempt) const {

@@ -317,23 +317,19 @@ std::vector<ReplicaDifference> CountVotes(std::span<const ReplicaBallot> ballots
   return differences;
 }
 
+absl::Status TakeSums(Rank rank, ReplicaHolder& holder) {
+  if (holder.sums.has_value()) return absl::OkStatus();
+  holder.sums = SumReplicas(*holder.registration, holder.blocks, holder.block_crc32c);
+  if (holder.sums.has_value()) return absl::OkStatus();
+  return absl::AbortedError(absl::StrFormat(
+      "replicas cannot be compared: what rank %d captured has changed in memory", Value(rank)));
+}
+
 absl::Status VoteOnReplicas(std::span<const ReplicaHolder> holders) {
-  std::vector<std::vector<Fingerprint>> sums;
-  for (size_t rank = 0; rank < holders.size(); ++rank) {
-    const ReplicaHolder& holder = holders[rank];
-    std::optional<std::vector<Fingerprint>> known = holder.sums;
-    if (!known.has_value()) {
-      known = SumReplicas(*holder.registration, holder.blocks, holder.block_crc32c);
-    }
-    if (!known.has_value()) {
-      return absl::AbortedError(absl::StrFormat(
-          "replicas cannot be compared: what rank %d captured has changed in memory", rank));
-    }
-    sums.push_back(*std::move(known));
-  }
   std::vector<ReplicaBallot> ballots;
-  for (size_t rank = 0; rank < holders.size(); ++rank) {
-    ballots.push_back({holders[rank].registration->replicas(), sums[rank]});
+  for (const ReplicaHolder& holder : holders) {
+    CHECK(holder.sums.has_value());
+    ballots.push_back({holder.registration->replicas(), *holder.sums});
   }
   const std::vector<ReplicaDifference> differences = CountVotes(ballots);
   if (differences.empty()) return absl::OkStatus();

@@ -55,10 +55,13 @@ struct ReplicaHolder {
   std::shared_ptr<SharedMapping> mapping;  // in which the blocks are
 };
 
-// OK if all copies of every replica are equal. `holders`: of all ranks, by their numbers.
-// Errors: kDataLoss with tensor, state, elements, the ranks and how they voted; kAborted (the sums
-// are not known and cannot be: bytes in memory have changed since they were checksummed).
-// May read all of `blocks`: for a WorkPool.
+// Takes the sums if they are not known, out of the blocks in which replicas lie: for a WorkPool.
+// After kAborted (bytes in memory have changed since they were checksummed) they still are not.
+absl::Status TakeSums(Rank rank, ReplicaHolder& holder);
+
+// OK if all copies of every replica are equal. `holders`: of all ranks, by their numbers; CHECKs
+// that their sums are known. Errors: kDataLoss with tensor, state, elements, the ranks and how they
+// voted. May read the blocks of what differs: for a WorkPool.
 absl::Status VoteOnReplicas(std::span<const ReplicaHolder> holders);
 
 }  // namespace holdfast

@@ -1,6 +1,6 @@
 // The vote itself: every way in which up to five copies can agree or not, many replicas and sets of
-// holders at once against a slow oracle. What is said of a difference: checkpoint/
-// replicas_engine_test.cc.
+// holders at once against a slow oracle; and the sums that are taken when nobody has them. What is
+// said of a difference: checkpoint/replicas_engine_test.cc.
 #include "checkpoint/replica_vote.h"
 
 #include <gmock/gmock.h>
@@ -11,6 +11,10 @@
 #include <random>
 #include <set>
 #include <vector>
+
+#include "base/crc32c.h"
+#include "checkpoint/capture_harness.h"
+#include "tests/support/status_matchers.h"
 
 namespace holdfast {
 namespace {
@@ -171,6 +175,67 @@ TEST(CountVotes, FindsExactlyTheReplicasThatDiffer) {
     if (testing::Test::HasFailure()) break;
   }
   EXPECT_GT(differences, 3000u);
+}
+
+// A slot with more of its own than of replicas: each of its blocks spoilt in turn.
+TEST(TakeSums, ReadsTheBlocksThatHoldReplicasAndNoOthers) {
+  constexpr size_t kBlockBytes = 4096;
+  RegistrationOwner owner;
+  owner.job = "job";
+  owner.job_uuid = kTestUuid;
+  owner.rank = Rank{1};
+  owner.world_size = 2;
+  owner.block_bytes = kBlockBytes;
+  const std::string document = EncodeDocument(
+      R"({"holdfast_layout":1,"mesh":[{"axis":"dp","size":2}],"tensors":[
+      {"name":"shared","shape":[5000],"states":[{"state":"s","dtype":"float32"}]},
+      {"name":"own","shape":[2,5000],"states":[{"state":"s","dtype":"float64",
+        "place":[{"op":"shard","dim":0,"axis":"dp","rule":"even"}]}]}]})",
+      {{"s/shared", 20'000, 0}, {"s/own", 40'000, 0}}, {}, abi::Copies::kAll);
+  ReplicaHolder holder;
+  ASSERT_OK_AND_ASSIGN(holder.registration,
+                       Registration::Build(document, owner, TestScratchDirectory()));
+  std::vector<std::byte> slot(holder.registration->slot_bytes());
+  std::mt19937_64 random(4);
+  for (std::byte& byte : slot) byte = static_cast<std::byte>(random());
+  for (size_t at = 0; at < slot.size(); at += kBlockBytes) {
+    holder.blocks.push_back(std::span(slot).subspan(at, kBlockBytes));
+    holder.block_crc32c.push_back(Crc32c(holder.blocks.back()));
+  }
+  // The oracle asks every block what of replicas is in it.
+  const Replicas& replicas = holder.registration->replicas();
+  std::vector<Fingerprint> expected(replicas.replicas.size());
+  std::vector<bool> is_read;
+  for (size_t block = 0; block < holder.blocks.size(); ++block) {
+    std::vector<FingerprintPart> parts;
+    holder.registration->replica_sums().AppendParts(block * kBlockBytes, holder.blocks[block],
+                                                    parts);
+    is_read.push_back(!parts.empty());
+    for (const FingerprintPart& part : parts) {
+      expected[replicas.replica_of_place[part.piece]] += part.sum;
+    }
+  }
+  EXPECT_GE(std::count(is_read.begin(), is_read.end(), true), 5);
+  EXPECT_GE(std::count(is_read.begin(), is_read.end(), false), 10);
+  for (size_t block = 0; block < holder.blocks.size(); ++block) {
+    SCOPED_TRACE(block);
+    holder.sums.reset();
+    slot[block * kBlockBytes] ^= std::byte{1};
+    const absl::Status taken = TakeSums(Rank{1}, holder);
+    slot[block * kBlockBytes] ^= std::byte{1};
+    if (is_read[block]) {
+      EXPECT_THAT(taken, StatusIs(absl::StatusCode::kAborted,
+                                  testing::HasSubstr("what rank 1 captured has changed")));
+      EXPECT_FALSE(holder.sums.has_value());
+    } else {
+      EXPECT_OK(taken);
+      EXPECT_EQ(holder.sums, expected);
+    }
+  }
+  // Known ones are not taken again.
+  holder.sums = expected;
+  slot.assign(slot.size(), std::byte{0});
+  EXPECT_OK(TakeSums(Rank{1}, holder));
 }
 
 }  // namespace

@@ -475,6 +475,43 @@ TEST(Replicas, WhatIsWrittenIntoACopyLaterChangesNoVote) {
   }
 }
 
+// The worker dies behind the commit, and the sums with it; the trainer has written into its copies
+// since. The memory is given back, but nobody says of what is durable that it was not committed.
+TEST(Replicas, WhatIsCommittedStaysSoThoughItsCopiesCannotBeComparedAnew) {
+  SimDisk disk;
+  EngineHarness harness(disk, WithCopies());
+  const std::vector<TestTrainer*> trainers = Launch(harness, 2);
+  harness.SaveAll(trainers, 1);
+  const std::optional<uint32_t> slot = harness.BeginSave(*trainers[0], 2);
+  ASSERT_TRUE(slot.has_value());
+  harness.FinishSave(*trainers[0], *slot);
+  ASSERT_TRUE(harness.Save(*trainers[1], 2));
+  harness.Settle();
+  ASSERT_EQ(EngineHarness::CommittedPower(*trainers[0]), 2u);
+  SpoilCopies(*trainers[0], *slot);
+  harness.CrashWorker(SimDisk::InFlight::kAll);
+  EXPECT_THAT(harness.warnings(),
+              testing::ElementsAre(AllOf(HasSubstr("the copies in memory of step 2 of attempt 1"),
+                                         HasSubstr("which is committed, are given back"),
+                                         HasSubstr("what rank 0 captured has changed in memory"))));
+  EXPECT_THAT(harness.engine().StatusJson(), Not(HasSubstr("was not committed")));
+  for (const TestTrainer* trainer : trainers) {
+    EXPECT_EQ(EngineHarness::CommittedPower(*trainer), 2u);
+    EXPECT_EQ(EngineHarness::CommittedProcess(*trainer), 2u);
+    const auto report = trainer->script->ReportOf(2);
+    ASSERT_TRUE(report.has_value());
+    EXPECT_EQ(report->state, HF_SAVE_COMMITTED_POWER);
+    EXPECT_EQ(report->code, HF_OK) << report->text;
+  }
+  KillAll(harness, trainers);
+  const std::vector<TestTrainer*> next = Launch(harness, 2);
+  for (TestTrainer* trainer : next) {
+    const RestoreOutcome outcome = harness.Restore(*trainer);
+    ExpectState(outcome, *trainer, 2, 2);
+    EXPECT_EQ(outcome.bytes_from_memory, 0u);
+  }
+}
+
 TEST(Replicas, RanksMustAgreeOnWhatTheyCapture) {
   SimDisk disk;
   EngineHarness harness(disk, WithCopies());

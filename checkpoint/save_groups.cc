@@ -219,8 +219,13 @@ void SaveGroups::ReplicasCompared(CheckpointId id, const absl::Status& status) {
   if (group.phase == SaveGroup::Phase::kOpen) {
     Fail(group, why, Failure::kImages);
   } else {
-    // Its storage has failed before, or is known to hold it; what is in memory is of no use.
-    host_.ReportFailed(id, why);
+    // Its storage has failed before, or is known to hold it: then it is committed, whatever became
+    // of the images since. What is in memory is of no use.
+    if (group.phase == SaveGroup::Phase::kCommitted) {
+      host_.ReportMemoryUnusable(id, status);
+    } else {
+      host_.ReportFailed(id, why);
+    }
     ReleaseMembers(group);
   }
   host_.ReportLost(id);  // a former worker may have called it committed

@@ -81,7 +81,8 @@ class SaveGroups final : public ImageObserver {
     virtual void MakeDirectory(CheckpointId id) = 0;
     // Answers later with CommitEnded. One at a time.
     virtual void Commit(CheckpointId id) = 0;
-    // OK if the images of a sealed group belong together: one layout.
+    // OK if the images of all ranks belong together: one layout, one `copies`, and blobs that can
+    // be restored. Asked before the group is sealed.
     virtual absl::Status CheckMembers(const SaveGroup& group) = 0;
     // Whether ranks hold copies to be compared with each other: then answers later with
     // ReplicasCompared, though the images may be released meanwhile.
@@ -92,6 +93,8 @@ class SaveGroups final : public ImageObserver {
     virtual void ReportFailed(CheckpointId id, const absl::Status& why) = 0;
     // It was sealed, and is neither in memory any more nor committed.
     virtual void ReportLost(CheckpointId id) = 0;
+    // It is committed, and stays so; its images in memory are given back. For people alone.
+    virtual void ReportMemoryUnusable(CheckpointId id, const absl::Status& why) = 0;
     // Whether an open rank of the newest attempt can begin no save, because its memory is full.
     virtual bool NeedsRoom() = 0;
   };
