@@ -97,12 +97,21 @@ absl::StatusOr<RestoreSelection> DecodeSelection(std::string_view bytes) {
                                    kSelectionPatternsMax, header.pattern_count, bytes.size()));
   }
   RestoreSelection selection;
+  uint64_t texts_bytes = 0;  // no overflow: a thousand, each within `bytes`
   for (uint64_t i = 0; i < header.pattern_count; ++i) {
     abi::SelectionPattern entry;
     std::memcpy(&entry, bytes.data() + sizeof(header) + i * sizeof(entry), sizeof(entry));
     if (entry.text_offset > bytes.size() || entry.text_bytes > bytes.size() - entry.text_offset) {
       return Invalid(absl::StrFormat("pattern %d: %d bytes at offset %d, found %d bytes in all", i,
                                      entry.text_bytes, entry.text_offset, bytes.size()));
+    }
+    // A text that many patterns share would be many in memory.
+    texts_bytes += entry.text_bytes;
+    if (texts_bytes > bytes.size()) {
+      return Invalid(
+          absl::StrFormat("patterns 0 to %d: texts of their own, found %d bytes of them "
+                          "in %d bytes in all",
+                          i, texts_bytes, bytes.size()));
     }
     const std::string text(bytes.substr(entry.text_offset, entry.text_bytes));
     RETURN_IF_ERROR(CheckName("pattern", text));

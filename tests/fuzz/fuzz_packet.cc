@@ -23,7 +23,8 @@ void ReadOpen(const Packet& packet) {
   if (!request.ok()) return;
   for (const std::span<const char> field :
        {std::span<const char>(request->job), std::span<const char>(request->attempt_key),
-        std::span<const char>(request->root), std::span<const char>(request->node)}) {
+        std::span<const char>(request->root), std::span<const char>(request->restore_from),
+        std::span<const char>(request->node)}) {
     const absl::StatusOr<std::string> text = TextField("field", field);
     CHECK(!text.ok() || (text->size() < field.size() && text->find('\0') == std::string::npos));
   }

@@ -1,5 +1,5 @@
-// A registration that is understood gives every byte of the image one writer, inside of what was
-// registered.
+// A registration that is understood gives every byte of the slot, extra copies included, one
+// writer, inside of what was registered.
 #include <algorithm>
 #include <string>
 #include <vector>
@@ -31,7 +31,8 @@ void CheckWriters(const Registration& registration) {
     CHECK(range.begin == covered && range.end >= range.begin);
     covered = range.end;
   }
-  CHECK(covered == registration.image_bytes());
+  CHECK(covered == registration.slot_bytes());
+  CHECK(registration.slot_bytes() >= registration.image_bytes());
 }
 
 }  // namespace

@@ -17,6 +17,7 @@
 #include "format/index.h"
 #include "format/layout.h"
 #include "format/writer_assignment.h"
+#include "hook/abi/messages.h"
 #include "tests/fuzz/targets.h"
 #include "tests/support/scripted_trainer.h"
 
@@ -196,8 +197,10 @@ Seeds Registrations() {
     CHECK_OK(held.status());
     // Large enough for other shapes and dtypes, too.
     for (const BufferNeed& need : held->buffers) buffers.push_back({need.name, kBufferBytes, 1});
-    seeds.push_back(
-        LayoutLast(EncodeDocument(document, buffers, {{"rng", 1, 100}, {"args", 0, 7}})));
+    for (const abi::Copies copies : {abi::Copies::kOnce, abi::Copies::kAll}) {
+      seeds.push_back(
+          LayoutLast(EncodeDocument(document, buffers, {{"rng", 1, 100}, {"args", 0, 7}}, copies)));
+    }
   }
   seeds.push_back(LayoutLast(EncodeDocument(
       R"({"holdfast_layout":1,"mesh":[],"tensors":[{"name":"t","shape":[4,6],"states":[{"state":"s","dtype":"int8","place":[{"op":"perm","dims":[1,0]}]}]}]})",
@@ -217,10 +220,37 @@ Seeds Packets() {
   std::strcpy(open.job, "job");
   std::strcpy(open.attempt_key, "key");
   std::strcpy(open.node, "node");
+  std::strcpy(open.restore_from, "/root/job");
   open.world_size = 2;
   return {PacketOf(abi::MessageType::kOpen, open),
           PacketOf(abi::MessageType::kRegister, abi::RegisterRequest{100}),
+          PacketOf(abi::MessageType::kRestore, abi::RestoreRequest{3, 100}),
           PacketOf(abi::MessageType::kQuery, abi::QueryRequest{})};
+}
+
+std::string Selection(const Seeds& tensors, const Seeds& states) {
+  const abi::RestoreSelection header = {abi::kProtocolMagic, abi::kProtocolVersion,
+                                        tensors.size() + states.size()};
+  std::string entries;
+  std::string texts;
+  const uint64_t texts_offset =
+      sizeof(header) + header.pattern_count * sizeof(abi::SelectionPattern);
+  const auto add = [&](const std::string& text, uint32_t of) {
+    const abi::SelectionPattern entry = {texts_offset + texts.size(),
+                                         static_cast<uint32_t>(text.size()), of};
+    entries += Text(std::as_bytes(std::span(&entry, 1)));
+    texts += text;
+  };
+  for (const std::string& text : tensors) add(text, abi::SelectionPattern::kTensors);
+  for (const std::string& text : states) add(text, abi::SelectionPattern::kStates);
+  return Text(std::as_bytes(std::span(&header, 1))) + entries + texts;
+}
+
+// Of names that fuzz_selection.cc has.
+Seeds Selections() {
+  return {Selection({}, {}), Selection({"*"}, {}), Selection({}, {"exp_*"}),
+          Selection({"layers.{n}.w", "wte"}, {"param", "exp_avg*"}),
+          Selection({"layers.1*", "**w*"}, {})};
 }
 
 // Read by tests/fuzz/input_reader.h.
@@ -246,6 +276,7 @@ std::vector<std::string> SeedsOf(const Target& target) {
   if (name == "image") return Images();
   if (name == "image_record") return {Record(1), Record(2)};
   if (name == "registration") return Registrations();
+  if (name == "selection") return Selections();
   CHECK(name == "packet");
   return Packets();
 }

@@ -16,6 +16,7 @@ constexpr Target kTargets[] = {
     {"image_record", FuzzImageRecord, Form::kImageRecord, 1 * kMiB, 64, true, 4'000},
     {"registration", FuzzRegistration, Form::kRegistration, 512 * kMiB, 128, false, 3'000},
     {"packet", FuzzPacket, Form::kBinary, 1 * kMiB, 64, true, 5'000},
+    {"selection", FuzzSelection, Form::kBinary, 1 * kMiB, 128, true, 20'000},
 };
 
 }  // namespace

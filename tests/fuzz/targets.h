@@ -32,6 +32,7 @@ bool FuzzImage(Input input);         // format/image.h
 bool FuzzImageRecord(Input input);   // checkpoint/image_record.h
 bool FuzzRegistration(Input input);  // checkpoint/registration.h
 bool FuzzPacket(Input input);        // agent/packet.h
+bool FuzzSelection(Input input);     // checkpoint/restore_selection.h
 
 // How inputs are mutated, and what is put right afterwards, so that what lies behind a checksum is
 // reached (tests/fuzz/mutator.h).
