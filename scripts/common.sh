@@ -20,7 +20,8 @@ BUILD_PACKAGES=(
   libabsl-dev libhdf5-dev liburing-dev libisal-dev libgtest-dev libgmock-dev
   libcli11-dev libspdlog-dev nlohmann-json3-dev libtomlplusplus-dev
 )
-TEST_PACKAGES=(python3 python3-h5py python3-numpy python3-venv hdf5-tools strace procps)
+TEST_PACKAGES=(python3 python3-h5py python3-jsonschema python3-numpy python3-venv hdf5-tools strace
+  procps)
 ANALYSIS_PACKAGES=(clang-19 libclang-rt-19-dev clang-tidy-19 clang-format-14)
 BENCH_PACKAGES=(fio)
 
