@@ -10,8 +10,9 @@
 
 namespace holdfast {
 
-// kInvalidArgument, with the limit, for a document that is too large in one of these ways. What it
-// lowers to then takes some 100 MB and seconds, whatever it says; sums of bytes do not overflow.
+// kInvalidArgument, with the limit, for a document that asks for too much (the list is in
+// docs/layout-grammar.md, "Limits"). What another one lowers to takes at most 512 MiB and 128 times
+// its bytes, and seconds, whatever it says; sums of bytes do not overflow.
 absl::Status CheckLayoutCost(const LayoutProgram& program);
 
 }  // namespace holdfast
