@@ -51,7 +51,7 @@ struct EngineOptions {
   // Makes names of partial files and numbers of sessions unlike those of every other agent that
   // ever wrote in the root: [a-z0-9]{1,32}. Empty: made up at random.
   std::string writer;
-  // This process's. A trainer's restore_from is read with its rights, so only for its own user.
+  // This process's: only its own user's restore_from is read (LocalServer admits no other at all).
   uint32_t user_id = 0;
 };
 
@@ -160,7 +160,7 @@ class Engine {
   // Joins the job's current attempt or begins the next (DESIGN section 3). Errors: kInvalidArgument
   // (names, rank, world size; another restore_from than the attempt's other ranks),
   // kFailedPrecondition (fenced resume; other root), kPermissionDenied (restore_from of another
-  // user than the agent's), storage errors.
+  // user than the agent's: a second lock, whatever let that user in), storage errors.
   virtual void Open(OpenParameters parameters,
                     std::function<void(absl::StatusOr<OpenResult>)> done) = 0;
 

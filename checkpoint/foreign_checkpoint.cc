@@ -14,7 +14,7 @@
 namespace holdfast {
 namespace {
 
-// Of "/root/job": "/root" and "job".
+// Of "/root/job": "/root" and "job"; of "/job": "/" and "job".
 struct SplitPath {
   std::string directory;
   std::string name;
@@ -23,6 +23,7 @@ struct SplitPath {
 SplitPath Split(const std::string& path) {
   const size_t slash = path.rfind('/');
   if (slash == std::string::npos) return {".", path};
+  if (slash == 0) return {"/", path.substr(1)};
   return {path.substr(0, slash), path.substr(slash + 1)};
 }
 

@@ -12,6 +12,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "checkpoint/engine_testing.h"
+#include "checkpoint/foreign_checkpoint.h"
 #include "format/manifest.h"
 #include "tests/support/interrupting_file_system.h"
 #include "tests/support/status_matchers.h"
@@ -54,6 +55,28 @@ absl::Status RestoreStatus(EngineHarness& harness, const std::string& path,
                            const std::string& key = "") {
   const auto trainers = harness.Launch(1, key, "job", path);
   return trainers.ok() ? harness.Restore(*(*trainers)[0]).status : trainers.status();
+}
+
+// The root of a job may be the root of all, and what lies there is looked for there.
+TEST(RestoreFrom, PathsRightBelowTheRootAreFoundThere) {
+  const auto disk = DiskWithOldJob();
+  const std::string job_directory = absl::StrCat(kOld, "/");
+  for (const std::string& path : disk->AllFiles()) {
+    if (!path.starts_with(job_directory)) continue;
+    const std::string below = path.substr(job_directory.size());
+    ASSERT_OK_AND_ASSIGN(const std::string contents, disk->Contents(path));
+    disk->PutFile(absl::StrCat("/old/", below), contents);
+    disk->PutFile(absl::StrCat("/", below), contents);  // a checkpoint without its job's directory
+  }
+  for (const char* path : {"/old", "/old/s000000000005.a0001"}) {
+    ASSERT_OK_AND_ASSIGN(const ForeignCheckpoint found, FindForeignCheckpoint(*disk, path));
+    EXPECT_EQ(found.checkpoint, (CheckpointId{Attempt{1}, Step{5}}));
+    EXPECT_OK(LoadForeignIndex(*disk, found));
+  }
+  const absl::Status none = FindForeignCheckpoint(*disk, "/s000000000005.a0001").status();
+  EXPECT_THAT(none, Not(IsOk()));
+  EXPECT_THAT(std::string(none.message()),
+              AllOf(HasSubstr("restore from /s000000000005.a0001"), Not(HasSubstr("./"))));
 }
 
 TEST(RestoreFrom, ANewJobStartsFromAnotherJobOfAnotherRootLayoutAndWorldSize) {
