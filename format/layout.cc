@@ -386,7 +386,7 @@ class PlacementLoad {
 
   void Add(std::span<const uint64_t> shape, uint64_t element_bytes, uint64_t count) {
     for (size_t i = 0; i < bytes_.size(); ++i) {
-      SetCoordinates(i);
+      mesh_.SetCombination(axes_, i, coordinates_);
       const LocalTensor local = Evaluate(program_, placement_, shape, coordinates_);
       bytes_[i] += local.ElementCount(0, local.places()) * element_bytes * count;
     }
@@ -394,19 +394,12 @@ class PlacementLoad {
 
   void AddTo(std::map<std::vector<uint32_t>, uint64_t>& loads) {
     for (size_t i = 0; i < bytes_.size(); ++i) {
-      SetCoordinates(i);
+      mesh_.SetCombination(axes_, i, coordinates_);
       if (bytes_[i] > 0) loads[HoldersOf(program_, placement_, coordinates_)] += bytes_[i];
     }
   }
 
  private:
-  void SetCoordinates(size_t combination) {
-    for (uint32_t axis : axes_) {
-      coordinates_[axis] = static_cast<uint32_t>(combination % mesh_.axes[axis].size);
-      combination /= mesh_.axes[axis].size;
-    }
-  }
-
   const LayoutProgram& program_;
   const Placement& placement_;
   const Mesh& mesh_;

@@ -30,6 +30,14 @@ uint32_t Mesh::JointCoordinate(std::span<const uint32_t> axis_numbers,
   return joint;
 }
 
+void Mesh::SetCombination(std::span<const uint32_t> axis_numbers, uint64_t combination,
+                          std::vector<uint32_t>& coordinates) const {
+  for (const uint32_t axis : axis_numbers) {
+    coordinates[axis] = static_cast<uint32_t>(combination % axes[axis].size);
+    combination /= axes[axis].size;
+  }
+}
+
 std::string CheckCut(const CutRule& rule, uint64_t elements, uint32_t count) {
   if (rule.kind == CutRule::Kind::kEven) {
     if (elements % (rule.grain * count) == 0) return "";

@@ -79,6 +79,10 @@ struct Mesh {
   uint32_t SizeOf(std::span<const uint32_t> axis_numbers) const;
   uint32_t JointCoordinate(std::span<const uint32_t> axis_numbers,
                            std::span<const uint32_t> coordinates) const;
+  // Sets the coordinates of these axes to combination number `combination` of SizeOf(axis_numbers):
+  // the first axis varies fastest.
+  void SetCombination(std::span<const uint32_t> axis_numbers, uint64_t combination,
+                      std::vector<uint32_t>& coordinates) const;
 };
 
 inline constexpr uint32_t kNoPack = UINT32_MAX;

@@ -173,11 +173,7 @@ std::string PlacementParser::FirstMisfitByRank(const Placement& placement,
   if (std::string most = AddWork(combinations * ops_work); !most.empty()) return most;
   std::vector<LocalPart> parts;
   for (uint64_t combination = 0; combination < combinations; ++combination) {
-    uint64_t rest = combination;
-    for (uint32_t axis : axes) {
-      coordinates[axis] = static_cast<uint32_t>(rest % mesh.axes[axis].size);
-      rest /= mesh.axes[axis].size;
-    }
+    mesh.SetCombination(axes, combination, coordinates);
     std::string misfit;
     const LocalTensor local = TryEvaluate(program_, placement, shape, coordinates, misfit);
     if (!misfit.empty()) return misfit;

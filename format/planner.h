@@ -69,9 +69,9 @@ absl::Status CheckCover(const SourceView& source);
 // The plan that fills all segments of `target` (indices of `target_states`), from the same tensor
 // states of `source`. Of replicas it takes those in the image from which it reads least so far.
 // Errors, naming tensor and state: kFailedPrecondition (not in the source, or of another shape or
-// dtype: expected and found; never kNotFound, by which a restore says that there is no checkpoint),
-// kDataLoss (as CheckCover, within the tensor states needed), kResourceExhausted (as CheckCover, or
-// more than 4,000,000 ops and 16 for each piece and segment).
+// dtype: expected and found; never kNotFound, which says that there is no checkpoint), kDataLoss
+// (as CheckCover, in what is needed), kResourceExhausted (too many pieces of one tensor; more than
+// 4,000,000 ops + 16 per piece and segment, or 1,000,000 steps + 256 per piece, segment and op).
 // O((m + n) log(m + n)) for m pieces of these tensor states and n segments, plus the plan's size.
 absl::StatusOr<CopyPlan> PlanCopy(const SourceView& source,
                                   const std::vector<TensorState>& target_states,
