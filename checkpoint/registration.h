@@ -35,7 +35,7 @@ inline constexpr uint64_t kDocumentBytesMax = uint64_t{512} << 20;
 inline constexpr uint64_t kRegisteredBuffersMax = 2'000'000;
 inline constexpr uint64_t kRegisteredBlobsMax = 10'000;
 inline constexpr uint32_t kCaptureGroupCount = 64;
-// Of an image; one of more is refused. Tables in memory have some 20 bytes for each block, whether
+// Of a slot; one of more is refused. Tables in memory have some 20 bytes for each block, whether
 // the tensors that a trainer names exist or not.
 inline constexpr uint64_t kImageBlocksMax = uint64_t{1} << 26;
 

@@ -141,7 +141,7 @@ class Link {
     abi::MessageType type;
     std::array<std::byte, 16> body;
     size_t body_bytes = 0;
-    int fd = -1;  // of what `owner` is, if there is one: travels with it
+    int fd = -1;  // travels with the request; -1: none. `owner` keeps it open
     std::shared_ptr<const void> owner;
     uint32_t request_id = 0;
     bool sent = false;

@@ -174,8 +174,7 @@ const std::vector<Flag>& Flags() {
        Switch(&TrainerOptions::wait_committed_at_end, false)},
       {"flip-bit", "rank=R,...",
        "a fault: rank=R,step=S,tensor=NAME[,state=NAME],element=E,bit=B flips one bit in one "
-       "rank's "
-       "memory behind step S, before it is saved; may be repeated",
+       "rank's memory behind step S, before it is saved; may be repeated",
        AddBitFlip},
       {"save-wait-ms", "MS", "how long a save may wait for image memory (default 0)",
        Milliseconds(&CheckpointingOptions::save_wait_ns)},

@@ -186,8 +186,7 @@ struct RestoreRequest {
 static_assert(sizeof(RestoreRequest) == 16);
 
 // The restore selection (a memfd sealed against every change): this header, pattern_count x
-// SelectionPattern, then texts, together no longer than the memfd. What the patterns mean:
-// hf_restore_options.
+// SelectionPattern, then a text of its own for each. What they mean: hf_restore_options.
 struct RestoreSelection {
   uint32_t magic;  // kProtocolMagic
   uint32_t version;

@@ -159,7 +159,8 @@ class Checkpointer:
         stays as it is. timeout: seconds."""
         if self._registered is not None:
             raise FailedPrecondition("restore comes before the first save, and once")
-        # A tensor that the checkpoint lacks is NOT_FOUND as well, and no reason to begin anew.
+        # Asks first whether there is a checkpoint, and for its blobs: prepare() needs the catalog
+        # before there are arrays.
         self.job.register(replicated({}, self._world_size), (), self._blobs,
                           timeout=REGISTER_SECONDS)
         try:

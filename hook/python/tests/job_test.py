@@ -363,6 +363,7 @@ class JobTest(unittest.TestCase):
         deadline = time.monotonic() + DEADLINE_SECONDS
         while "signal 15: ending;" not in log.read_text():
             self.assertLess(time.monotonic(), deadline, log.read_text())
+            time.sleep(0.01)
         again = self.open(attempt_key="the next run")
         self.assertTrue(again.info().connected)
         self.assertFalse(set(before) & set(self.place.agent_pids()))
