@@ -117,11 +117,6 @@ void TestAgent::FailNext(abi::MessageType type, Fault fault) {
   faults_[type] = fault;
 }
 
-void TestAgent::FailAlways(abi::MessageType type, Fault fault) {
-  std::lock_guard lock(mutex_);
-  lasting_faults_[type] = fault;
-}
-
 void TestAgent::MutateRegister(
     std::function<void(abi::RegisterReply&, TestMemory&, TestMemory&)> mutate) {
   std::lock_guard lock(mutex_);

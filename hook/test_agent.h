@@ -119,7 +119,10 @@ class TestAgent {
   void SetPlan(std::function<TestPlan(const TestDocument&)> plan);
   void SetRestore(TestRestore restore);
   void FailNext(abi::MessageType type, Fault fault);  // once
-  void FailAlways(abi::MessageType type, Fault fault);
+  void FailAlways(abi::MessageType type, Fault fault) {
+    std::lock_guard lock(mutex_);
+    lasting_faults_[type] = fault;
+  }
   void SetDueEvery(uint64_t steps) { due_every_ = steps; }
   // Changes a reply before it is sent.
   void MutateRegister(
