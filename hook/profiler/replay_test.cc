@@ -1,0 +1,319 @@
+// What NCCL 2.30.7 really called, given to the plugin again, and compared with what the driver
+// calls.
+//
+// The streams lie beside the repository (../shared/fixtures/nccl): four jobs, two clean, one whose
+// rank 2 stood still for 4 s inside every operation, one whose rank 1 was killed. Where they are
+// absent these tests are skipped, and say so. Streams of the driver's own, in tests/data/nccl,
+// prove the same everywhere.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <map>
+#include <set>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "hook/profiler/board_testing.h"
+#include "hook/profiler/nccl_driver_testing.h"
+#include "hook/profiler/recorded_stream_testing.h"
+
+namespace holdfast::profiler {
+namespace {
+
+using abi::SlotDirection;
+using abi::WaitState;
+using testing::ElementsAre;
+
+uint64_t NewId() {
+  static uint64_t last = 0xe0000;
+  return ++last;
+}
+
+std::string Shared(const std::string& job) {
+  return std::string(HOLDFAST_TEST_SHARED) + "/fixtures/nccl/" + job;
+}
+
+#define SKIP_WITHOUT(directory)                                                        \
+  if (!std::filesystem::exists(directory)) {                                           \
+    GTEST_SKIP() << "recorded streams are not here: " << (directory) << ": 1 skipped"; \
+  }
+
+std::vector<std::vector<RecordedCall>> ReadJob(const std::string& directory, int ranks) {
+  std::vector<std::vector<RecordedCall>> streams;
+  for (int rank = 0; rank < ranks; ++rank) {
+    streams.push_back(ReadStream(directory + "/rank-" + std::to_string(rank) + ".jsonl"));
+  }
+  return streams;
+}
+
+// Where the first silence of more than 2 s begins, behind the first proxy operation.
+size_t FirstSilence(const std::vector<RecordedCall>& stream) {
+  bool running = false;
+  for (size_t i = 0; i + 1 < stream.size(); ++i) {
+    running = running || stream[i].event.type == kProxyOp;
+    if (running && stream[i + 1].us - stream[i].us > 2e6) return i + 1;
+  }
+  return stream.size();
+}
+
+// The boards of all ranks after their streams were given up to `ends`, or to the end.
+struct Replayed {
+  std::unique_ptr<MappedBoard> board;
+  std::vector<uint32_t> communicators;
+  std::vector<RankWaits> waits;
+};
+
+Replayed ReplayJob(Library& library, const std::vector<std::vector<RecordedCall>>& streams,
+                   const std::vector<size_t>& ends) {
+  const uint64_t id = NewId();
+  for (size_t rank = 0; rank < streams.size(); ++rank) {
+    Replay replay(library, id, streams[rank]);
+    replay.RunTo(ends[rank]);
+  }
+  Replayed replayed;
+  replayed.board = MappedBoard::Find(getpid());
+  EXPECT_NE(replayed.board, nullptr);
+  for (uint32_t rank = 0; rank < streams.size(); ++rank) {
+    const auto index = replayed.board->FindCommunicator(id, rank);
+    EXPECT_TRUE(index.has_value()) << rank;
+    replayed.communicators.push_back(index.value_or(0));
+    replayed.waits.push_back(WaitsOf(*replayed.board, index.value_or(0)));
+  }
+  return replayed;
+}
+
+std::vector<size_t> ToTheEnd(const std::vector<std::vector<RecordedCall>>& streams) {
+  std::vector<size_t> ends;
+  for (const auto& stream : streams) ends.push_back(stream.size());
+  return ends;
+}
+
+// All but finalize.
+std::vector<size_t> BeforeFinalize(const std::vector<std::vector<RecordedCall>>& streams) {
+  std::vector<size_t> ends;
+  for (const auto& stream : streams) {
+    ends.push_back(stream.back().call == "finalize" ? stream.size() - 1 : stream.size());
+  }
+  return ends;
+}
+
+void ExpectPeers(const RankWaits& waits, uint32_t peer) {
+  EXPECT_FALSE(waits.peers.empty());
+  for (const auto& [waited_for, state] : waits.peers) EXPECT_EQ(waited_for, peer);
+}
+
+// ---- The recorded jobs
+
+TEST(ReplayTest, CleanJobsEndWithAllCountersEqualAndNobodyWaiting) {
+  SKIP_WITHOUT(Shared("allreduce-4"));
+  Library library(HOLDFAST_TEST_PLUGIN, 6);
+  const auto before = MappedBoard::Find(getpid());
+  for (const auto& [job, ranks, count, steps] :
+       {std::tuple{"allreduce-2", 2, 4'000'000u, 8u}, {"allreduce-4", 4, 1'000'000u, 12u}}) {
+    SCOPED_TRACE(job);
+    const auto streams = ReadJob(Shared(job), ranks);
+    const Replayed replayed = ReplayJob(library, streams, BeforeFinalize(streams));
+    for (const uint32_t index : replayed.communicators) {
+      const abi::CommunicatorReading reading = replayed.board->communicator(index);
+      EXPECT_EQ(reading.enqueued, 3u);
+      EXPECT_EQ(reading.started, 3u);
+      EXPECT_EQ(reading.finished, 3u);
+      EXPECT_EQ(reading.kind_count[static_cast<int>(abi::OperationKind::kAllReduce)], 3u);
+      EXPECT_EQ(reading.kind_nccl_sequence[static_cast<int>(abi::OperationKind::kAllReduce)], 3u);
+      EXPECT_EQ(reading.api_calls, 3u);
+      EXPECT_EQ(reading.kernel_launches, 3u);
+      abi::OperationReading last;
+      ASSERT_TRUE(abi::ReadRecentOperation(replayed.board->view().communicators[index], 3, &last));
+      EXPECT_EQ(last.bytes, count * 4);
+      uint64_t sent = 0;
+      for (const abi::SlotReading& slot : replayed.board->SlotsOf(index)) {
+        if (slot.key.direction == SlotDirection::kProxyThread) continue;
+        EXPECT_EQ(slot.state, WaitState::kNone);
+        if (slot.key.direction == SlotDirection::kKernel) {
+          EXPECT_EQ(slot.steps_done, 3u);
+          EXPECT_GT(slot.waited[0], 0u);
+          continue;
+        }
+        EXPECT_EQ(slot.steps_done, steps);
+        EXPECT_EQ(slot.steps_total, steps);
+        EXPECT_EQ(slot.operation, 3u);
+        if (slot.key.direction == SlotDirection::kSend) sent += slot.bytes;
+      }
+      // A ring sends 2 (n - 1) / n of the data; sizes of slices are rounded up.
+      const double expected = 3.0 * count * 4 * 2 * (ranks - 1) / ranks;
+      EXPECT_NEAR(static_cast<double>(sent), expected, expected / 50);
+    }
+  }
+  for (const abi::Drop cause : {abi::Drop::kStale, abi::Drop::kUnknownContext, abi::Drop::kSlots}) {
+    const auto after = MappedBoard::Find(getpid());
+    EXPECT_EQ(after->dropped(cause), before == nullptr ? 0 : before->dropped(cause));
+  }
+}
+
+TEST(ReplayTest, InTheStalledJobTheBoardsNameRankTwo) {
+  SKIP_WITHOUT(Shared("stall-4"));
+  Library library(HOLDFAST_TEST_PLUGIN, 6);
+  const auto streams = ReadJob(Shared("stall-4"), 4);
+  std::vector<size_t> ends;
+  for (const auto& stream : streams) {
+    ends.push_back(FirstSilence(stream));
+    ASSERT_LT(ends.back(), stream.size()) << "the stream has no stall";
+  }
+  const Replayed replayed = ReplayJob(library, streams, ends);
+  EXPECT_THAT(Suspects(replayed.waits), ElementsAre(2u));
+  // The innocent point along the ring to it; it waits for its own GPU.
+  ExpectPeers(replayed.waits[3], 2);
+  EXPECT_TRUE(replayed.waits[2].peers.empty());
+  EXPECT_GT(replayed.waits[2].gpu, 0);
+  for (const uint32_t index : replayed.communicators) {
+    const abi::CommunicatorReading reading = replayed.board->communicator(index);
+    EXPECT_EQ(reading.enqueued, 2u);
+    EXPECT_EQ(reading.started, 2u);
+    EXPECT_EQ(reading.finished, 1u);
+  }
+}
+
+TEST(ReplayTest, InTheJobWithAKilledRankTheBoardsNameRankOne) {
+  SKIP_WITHOUT(Shared("killed-4"));
+  Library library(HOLDFAST_TEST_PLUGIN, 6);
+  const auto streams = ReadJob(Shared("killed-4"), 4);
+  const Replayed replayed = ReplayJob(library, streams, ToTheEnd(streams));
+  EXPECT_THAT(Suspects(replayed.waits), ElementsAre(1u));
+  // Also without the board of the dead.
+  std::vector<RankWaits> survivors = replayed.waits;
+  survivors[1] = RankWaits();
+  EXPECT_THAT(Suspects(survivors), ElementsAre(1u));
+}
+
+// ---- The driver against the recorded jobs
+
+using Kind = std::tuple<int, std::string, uint64_t, int, uint64_t>;
+
+Kind KindOf(const CallRecord& record) {
+  return {record.thread, record.call, record.type, record.state, record.parent_type};
+}
+
+std::vector<Kind> OfThread(const std::vector<CallRecord>& calls, int thread) {
+  std::vector<Kind> kinds;
+  for (const CallRecord& call : calls) {
+    if (call.thread == thread) kinds.push_back(KindOf(call));
+  }
+  return kinds;
+}
+
+// What happened to each event of a type, in order: start and stop as such, states by number.
+// The same state again counts once: how often NCCL polls is a matter of time.
+std::multiset<std::vector<std::string>> Lives(const std::vector<CallRecord>& calls, uint64_t type) {
+  std::map<uint64_t, std::vector<std::string>> by_handle;
+  for (const CallRecord& call : calls) {
+    if (call.type != type) continue;
+    const std::string word = call.call == "state" ? std::to_string(call.state) : call.call;
+    std::vector<std::string>& life = by_handle[call.handle];
+    if (life.empty() || life.back() != word) life.push_back(word);
+  }
+  std::multiset<std::vector<std::string>> lives;
+  for (const auto& [handle, life] : by_handle) lives.insert(life);
+  return lives;
+}
+
+// (channel, send, steps, parent) of each proxy operation, in order of start.
+std::vector<std::tuple<int, int, int, uint64_t>> ProxyOps(const std::vector<CallRecord>& calls) {
+  std::vector<std::tuple<int, int, int, uint64_t>> ops;
+  for (const CallRecord& call : calls) {
+    if (call.call != "start" || call.type != kProxyOp) continue;
+    ops.emplace_back(call.proxy_op.channel, call.proxy_op.is_send, call.proxy_op.steps,
+                     call.parent_type);
+  }
+  return ops;
+}
+
+int MostOpenSteps(const std::vector<CallRecord>& calls) {
+  std::map<uint64_t, uint64_t> parents;
+  std::map<uint64_t, int> open;
+  int most = 0;
+  for (const CallRecord& call : calls) {
+    if (call.type != kProxyStep) continue;
+    if (call.call == "start") {
+      parents[call.handle] = call.parent;
+      most = std::max(most, ++open[call.parent]);
+    } else if (call.call == "stop") {
+      --open[parents[call.handle]];
+    }
+  }
+  return most;
+}
+
+TEST(DriverTest, CallsWhatNcclCallsInItsOrderWithItsParentsFromItsThreads) {
+  SKIP_WITHOUT(Shared("allreduce-4"));
+  for (const auto& [name, ranks, steps, count] :
+       {std::tuple{"allreduce-2", 2, 8, size_t{4'000'000}}, {"allreduce-4", 4, 12, 1'000'000}}) {
+    Library library(HOLDFAST_TEST_PLUGIN, 6);
+    Job job(library, {.id = NewId(),
+                      .ranks = ranks,
+                      .steps = steps,
+                      .count = count,
+                      .forced_mask = (1 << 15) - 1});
+    for (int operation = 0; operation < 3; ++operation) {
+      job.EnqueueAll();
+      ASSERT_TRUE(job.RunUntilNothingMoves());
+    }
+    const auto streams = ReadJob(Shared(name), ranks);
+    for (int rank = 0; rank < ranks; ++rank) {
+      SCOPED_TRACE(std::string(name) + " rank " + std::to_string(rank));
+      const std::vector<CallRecord> recorded = ToRecords(streams[static_cast<size_t>(rank)]);
+      const std::vector<CallRecord>& driven = job.rank(rank).calls();
+      EXPECT_EQ(OfThread(driven, 0), OfThread(recorded, 0));
+      for (const uint64_t type : {kProxyOp, kProxyStep, kKernelCh}) {
+        EXPECT_EQ(Lives(driven, type), Lives(recorded, type)) << type;
+      }
+      EXPECT_EQ(ProxyOps(driven), ProxyOps(recorded));
+      EXPECT_LE(MostOpenSteps(driven), 8);
+      EXPECT_LE(MostOpenSteps(recorded), 8);
+      std::set<Kind> driven_kinds;
+      std::set<Kind> recorded_kinds;
+      for (const CallRecord& call : driven) driven_kinds.insert(KindOf(call));
+      for (const CallRecord& call : recorded) recorded_kinds.insert(KindOf(call));
+      // The driver has no moment of NCCL's that says "active" or "idle" of a proxy's thread.
+      for (auto* kinds : {&driven_kinds, &recorded_kinds}) {
+        kinds->erase({1, "state", kProxyCtrl, kStateProxyActive, 0});
+        kinds->erase({1, "state", kProxyCtrl, kStateProxyWakeup, 0});
+      }
+      EXPECT_EQ(driven_kinds, recorded_kinds);
+    }
+  }
+}
+
+// ---- The driver's own streams
+
+// The streams in tests/data/nccl are what the driver makes, and say what it says.
+TEST(ReplayTest, TheDriversOwnStreamsNameTheCulpritToo) {
+  constexpr int kRanks = 3;
+  Library library(HOLDFAST_TEST_PLUGIN, 6);
+  Job job(
+      library,
+      {.id = NewId(), .ranks = kRanks, .steps = 8, .count = 30'000, .forced_mask = (1 << 12) - 1});
+  job.SetFreeze({.rank = 1, .channel = -1, .operation = 0, .slice = 4});
+  job.EnqueueAll();
+  ASSERT_FALSE(job.RunUntilNothingMoves());
+  const std::string directory = std::string(HOLDFAST_TEST_DATA) + "/nccl/stall-3";
+  std::vector<std::vector<RecordedCall>> streams = ReadJob(directory, kRanks);
+  for (int rank = 0; rank < kRanks; ++rank) {
+    const auto at = static_cast<size_t>(rank);
+    const std::vector<CallRecord> kept = ToRecords(streams[at]);
+    const std::vector<CallRecord>& driven = job.rank(rank).calls();
+    // To make them anew after a deliberate change of the driver: write ToJson of this there.
+    ASSERT_EQ(kept.size(), driven.size()) << ToJson(driven, kRanks, rank, 30'000);
+    for (size_t i = 0; i < kept.size(); ++i) {
+      ASSERT_EQ(KindOf(kept[i]), KindOf(driven[i])) << "rank " << rank << ", call " << i;
+    }
+  }
+  const Replayed replayed = ReplayJob(library, streams, ToTheEnd(streams));
+  EXPECT_THAT(Suspects(replayed.waits), ElementsAre(1u));
+}
+
+}  // namespace
+}  // namespace holdfast::profiler
