@@ -27,6 +27,7 @@ BENCHMARKS = {
     "fingerprint": ("fingerprint", "rows"),
     "diff": ("diff", "rows"),
     "reshard": ("reshard", "rows"),
+    "profiler": ("profiler", "rows"),
     "side_by_side": ("side_by_side", "rows"),
 }
 

@@ -74,6 +74,7 @@ class MonitorBoard {
   abi::Communicator& communicator(uint32_t index) const { return communicators_[index]; }
   abi::Slot& slot(uint32_t index) const { return slots_[index]; }
   const std::byte* data() const { return memory_.data(); }
+  bool uses_tsc() const { return tsc_; }
 
   uint64_t Now() const { return tsc_ ? __rdtsc() : static_cast<uint64_t>(MonotonicNs()); }
   void CountDrop(abi::Drop cause) const {

@@ -43,10 +43,14 @@ Result<std::unique_ptr<MonitorEvents>> MonitorEvents::Create(std::unique_ptr<Mon
 }
 
 MonitorEvents::MonitorEvents(std::unique_ptr<MonitorBoard> board, Tables* tables)
-    : board_(std::move(board)),
-      tag_(static_cast<uint64_t>(board_->header().process_id) << kTokenTagShift),
-      tables_(tables) {
-  board_->header().process_tag = static_cast<uint32_t>(tag_ >> kTokenTagShift);
+    : tag_(static_cast<uint64_t>(board->header().process_id) << kTokenTagShift),
+      tables_(tables),
+      slots_(&board->slot(0)),
+      communicators_(&board->communicator(0)),
+      header_(&board->header()),
+      tsc_(board->uses_tsc()),
+      board_(std::move(board)) {
+  header_->process_tag = static_cast<uint32_t>(tag_ >> kTokenTagShift);
 }
 
 MonitorEvents::~MonitorEvents() { munmap(tables_, sizeof(Tables)); }
@@ -78,14 +82,14 @@ bool MonitorEvents::Live(Token token) const {
 Token MonitorEvents::OpenCommunicator(const CommunicatorInfo& info) {
   const uint32_t index = board_->OpenCommunicator(info, MakeToken(TokenKind::kCommunicator, 0, 0),
                                                   kTokenPlaceShift, kTokenGenerationShift);
-  return index == kNoPlace ? 0 : board_->communicator(index).token.load(kRelaxed);
+  return index == kNoPlace ? 0 : communicators_[index].token.load(kRelaxed);
 }
 
 uint32_t MonitorEvents::OwnCommunicator(Token communicator) const {
   if (!Ours(communicator, TokenKind::kCommunicator)) return kNoPlace;
   const uint32_t index = PlaceOf(communicator);
   if (index >= abi::kBoardCommunicators) return kNoPlace;
-  const abi::Communicator& place = board_->communicator(index);
+  const abi::Communicator& place = communicators_[index];
   const bool same = place.state.load(kAcquire) == abi::CommunicatorState::kOpen &&
                     place.token.load(kRelaxed) == communicator;
   return same ? index : kNoPlace;
@@ -114,22 +118,22 @@ bool MonitorEvents::CloseCommunicator(Token communicator) {
 void MonitorEvents::ApiCall(Token communicator, const OperationInfo& info) {
   const uint32_t index = OwnCommunicator(communicator);
   if (index == kNoPlace) return;
-  board_->communicator(index).api_calls.fetch_add(1, kRelaxed);
-  if (board_->recording()) {
+  communicators_[index].api_calls.fetch_add(1, kRelaxed);
+  if (recording()) {
     board_->Record({.kind = RecordKind::kApiCall,
                     .detail = static_cast<uint8_t>(info.kind),
                     .place = index,
                     .value = info.bytes},
-                   board_->Now());
+                   Now());
   }
 }
 
 void MonitorEvents::KernelLaunch(Token communicator) {
   const uint32_t index = OwnCommunicator(communicator);
   if (index == kNoPlace) return;
-  board_->communicator(index).kernel_launches.fetch_add(1, kRelaxed);
-  if (board_->recording()) {
-    board_->Record({.kind = RecordKind::kKernelLaunch, .place = index}, board_->Now());
+  communicators_[index].kernel_launches.fetch_add(1, kRelaxed);
+  if (recording()) {
+    board_->Record({.kind = RecordKind::kKernelLaunch, .place = index}, Now());
   }
 }
 
@@ -141,8 +145,8 @@ Token MonitorEvents::BeginOperation(Token communicator, const OperationInfo& inf
     if (communicator != 0) CountStale();
     return 0;
   }
-  const uint64_t now = board_->Now();
-  abi::Communicator& place = board_->communicator(index);
+  const uint64_t now = Now();
+  abi::Communicator& place = communicators_[index];
   const uint64_t number = place.enqueued.fetch_add(1, kRelaxed) + 1;
   const uint32_t kind = static_cast<uint32_t>(info.kind) % abi::kOperationKinds;
   place.kind_count[kind].fetch_add(1, kRelaxed);
@@ -159,7 +163,7 @@ Token MonitorEvents::BeginOperation(Token communicator, const OperationInfo& inf
   recent.ticks.store(now, kRelease);
   recent.number.store(number, kRelease);
   place.enqueued_ticks.store(now, kRelease);
-  board_->header().last_call_ticks.store(now, kRelaxed);
+  header_->last_call_ticks.store(now, kRelaxed);
   board_->Record({.kind = RecordKind::kOperationEnqueued,
                   .detail = static_cast<uint8_t>(kind),
                   .place = index,
@@ -184,7 +188,7 @@ Token MonitorEvents::BeginOperation(Token communicator, const OperationInfo& inf
   }
   entry.peer_slot.store(peer_slot, kRelaxed);
   if (peer_slot != kNoPlace) {
-    abi::Slot& slot = board_->slot(peer_slot);
+    abi::Slot& slot = slots_[peer_slot];
     slot.operation.fetch_add(1, kRelaxed);
     slot.bytes.fetch_add(info.bytes, kRelaxed);
     slot.since.store(now, kRelease);
@@ -195,7 +199,7 @@ Token MonitorEvents::BeginOperation(Token communicator, const OperationInfo& inf
 void MonitorEvents::CountPeer(const OperationEntry& entry, int total, int done, uint64_t now) {
   const uint32_t place = entry.peer_slot.load(kRelaxed);
   if (place >= abi::kBoardSlots) return;
-  abi::Slot& slot = board_->slot(place);
+  abi::Slot& slot = slots_[place];
   slot.steps.fetch_add(static_cast<uint64_t>(static_cast<int64_t>(total)) << 32, kRelaxed);
   slot.steps.fetch_add(static_cast<uint64_t>(static_cast<int64_t>(done)), kRelaxed);
   slot.since.store(now, kRelease);
@@ -204,7 +208,7 @@ void MonitorEvents::CountPeer(const OperationEntry& entry, int total, int done, 
 void MonitorEvents::Started(OperationEntry& entry, uint64_t now) {
   const uint32_t owner = entry.owner.load(kRelaxed);
   if (!Open(owner)) return;
-  abi::Communicator& place = board_->communicator(owner >> 16);
+  abi::Communicator& place = communicators_[owner >> 16];
   const uint64_t number = entry.number.load(kRelaxed);
   place.started.fetch_add(1, kRelaxed);
   Raise(place.last_started, number);
@@ -217,7 +221,7 @@ void MonitorEvents::Started(OperationEntry& entry, uint64_t now) {
 void MonitorEvents::Finished(OperationEntry& entry, uint64_t now) {
   const uint32_t owner = entry.owner.load(kRelaxed);
   if (!Open(owner)) return;
-  abi::Communicator& place = board_->communicator(owner >> 16);
+  abi::Communicator& place = communicators_[owner >> 16];
   const uint64_t number = entry.number.load(kRelaxed);
   place.finished.fetch_add(1, kRelaxed);
   Raise(place.last_finished, number);
@@ -230,12 +234,12 @@ void MonitorEvents::Finished(OperationEntry& entry, uint64_t now) {
 void MonitorEvents::Unfinished(OperationEntry& entry) {
   const uint32_t owner = entry.owner.load(kRelaxed);
   if (!Open(owner)) return;
-  abi::Communicator& place = board_->communicator(owner >> 16);
+  abi::Communicator& place = communicators_[owner >> 16];
   uint64_t number = entry.number.load(kRelaxed);
   place.finished.fetch_sub(1, kRelaxed);
   // Operations of a communicator finish in order; if a later one has, this stays.
   place.last_finished.compare_exchange_strong(number, number - 1, kRelease, kRelaxed);
-  CountPeer(entry, 0, -1, board_->Now());
+  CountPeer(entry, 0, -1, Now());
 }
 
 bool MonitorEvents::AddPart(Token operation) {
@@ -248,7 +252,7 @@ bool MonitorEvents::AddPart(Token operation) {
     if (!same || (life & kPartsMask) == kPartsMask) return false;
     const uint32_t more = ((life + 1) | kStarted) & ~kFinished;
     if (!entry->life.compare_exchange_weak(life, more, kRelaxed)) continue;
-    if ((life & kStarted) == 0) Started(*entry, board_->Now());
+    if ((life & kStarted) == 0) Started(*entry, Now());
     if ((life & kFinished) != 0) Unfinished(*entry);
     return true;
   }
@@ -267,7 +271,7 @@ void MonitorEvents::RemovePart(Token operation) {
     const bool over = (less & kPartsMask) == 0 && (less & kEnded) != 0;
     if (over) less |= kFinished;
     if (!entry->life.compare_exchange_weak(life, less, kRelease, kRelaxed)) continue;
-    if (over) Finished(*entry, board_->Now());
+    if (over) Finished(*entry, Now());
     return;
   }
 }
@@ -283,7 +287,7 @@ bool MonitorEvents::EndOperation(Token operation) {
     const bool over = (life & kStarted) != 0 && (life & kPartsMask) == 0;
     if (over) ended |= kFinished;
     if (!entry->life.compare_exchange_weak(life, ended, kRelease, kRelaxed)) continue;
-    if (over) Finished(*entry, board_->Now());
+    if (over) Finished(*entry, Now());
     return true;
   }
   if (operation != 0) CountStale();
@@ -308,8 +312,7 @@ Token MonitorEvents::BeginProxyThread(Token communicator) {
   const uint32_t place =
       board_->FindSlot(index, abi::kNoChannel, abi::kNoPeer, SlotDirection::kProxyThread);
   if (place == kNoPlace) return 0;
-  return MakeToken(TokenKind::kProxyThread, place,
-                   board_->communicator(index).generation.load(kRelaxed));
+  return MakeToken(TokenKind::kProxyThread, place, communicators_[index].generation.load(kRelaxed));
 }
 
 void MonitorEvents::ProxyThreadState(Token thread, WaitState state, uint32_t appended) {
@@ -318,8 +321,8 @@ void MonitorEvents::ProxyThreadState(Token thread, WaitState state, uint32_t app
     return;
   }
   const uint32_t place = PlaceOf(thread);
-  abi::Slot& slot = board_->slot(place);
-  const uint64_t now = board_->Now();
+  abi::Slot& slot = slots_[place];
+  const uint64_t now = Now();
   SlotChange change(slot);
   change.SetState(state, 0, abi::OperationKind::kUnknown, now);
   slot.steps.store(slot.steps.load(kRelaxed) + (uint64_t{appended} << 32), kRelease);

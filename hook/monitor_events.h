@@ -28,6 +28,10 @@
 #include "hook/error.h"
 #include "hook/monitor_board.h"
 
+// Of functions that NCCL's proxy calls all the time: the linker puts them side by side, so that
+// little of the instruction cache is needed.
+#define HOOK_HOT __attribute__((hot))
+
 namespace holdfast::hook {
 
 using Token = uint64_t;
@@ -113,11 +117,11 @@ class MonitorEvents {
   void TransferInProgress(Token transfer);
   bool EndTransfer(Token transfer);
 
-  Token BeginStep(Token transfer, uint32_t step);
+  HOOK_HOT Token BeginStep(Token transfer, uint32_t step);
   // `bytes`: of the step, from kSendWait and kReceiveFlushWait on. A state of the other direction
   // is stale. False: stale.
-  bool StepState(Token step, abi::WaitState state, uint64_t bytes);
-  bool EndStep(Token step);
+  HOOK_HOT bool StepState(Token step, abi::WaitState state, uint64_t bytes);
+  HOOK_HOT bool EndStep(Token step);
 
   // `gpu_ns`: the GPU's clock.
   Token BeginKernel(Token communicator, Token operation, uint32_t channel, uint64_t gpu_ns);
@@ -166,18 +170,18 @@ class MonitorEvents {
   // Whether an entry's communicator is still open. What comes later on it is stale: its slots may
   // be another's by then.
   bool Open(uint32_t owner) const {
-    const abi::Communicator& place = board_->communicator(owner >> 16 & 0xff);
+    const abi::Communicator& place = communicators_[owner >> 16 & 0xff];
     return place.state.load(std::memory_order_acquire) == abi::CommunicatorState::kOpen &&
            (place.generation.load(std::memory_order_relaxed) & 0xffff) == (owner & 0xffff);
   }
   uint32_t OwnerOf(uint32_t communicator) const {
     return communicator << 16 |
-           (board_->communicator(communicator).generation.load(std::memory_order_relaxed) & 0xffff);
+           (communicators_[communicator].generation.load(std::memory_order_relaxed) & 0xffff);
   }
 
   uint32_t OwnCommunicator(Token communicator) const;
   uint32_t AnyCommunicator(Token communicator) const;
-  TransferEntry* FindStep(Token token, uint32_t* step) const;
+  HOOK_HOT TransferEntry* FindStep(Token token, uint32_t* step) const;
 
   // A part of the operation begins or ends.
   bool AddPart(Token operation);
@@ -189,14 +193,23 @@ class MonitorEvents {
 
   static abi::WaitState StateOf(const TransferEntry& entry);
   // Its slot shows this transfer, in this state.
-  void ShowTransfer(TransferEntry& entry, Token token, abi::WaitState state, uint64_t now);
+  HOOK_HOT void ShowTransfer(TransferEntry& entry, Token token, abi::WaitState state, uint64_t now);
   void RecordTransfer(const TransferEntry& entry, abi::RecordKind kind, uint32_t step,
                       uint8_t detail, uint64_t value, uint64_t now);
   void StopKernel(KernelEntry& entry, uint64_t gpu_ns, uint64_t now);
 
-  const std::unique_ptr<MonitorBoard> board_;
-  const uint64_t tag_;  // at its place
+  uint64_t Now() const { return tsc_ ? __rdtsc() : board_->Now(); }
+  bool recording() const { return header_->window.load(std::memory_order_relaxed) != 0; }
+
+  // One cache line: an event that finds nothing in the caches waits for as few lines, one behind
+  // the other, as possible. So what the board knows is here again.
+  alignas(64) const uint64_t tag_;  // at its place
   Tables* const tables_;
+  abi::Slot* const slots_;
+  abi::Communicator* const communicators_;
+  abi::BoardHeader* const header_;
+  const bool tsc_;
+  const std::unique_ptr<MonitorBoard> board_;
 };
 
 }  // namespace holdfast::hook

@@ -64,9 +64,9 @@ Token MonitorEvents::BeginTransfer(Token communicator, Token operation, const Tr
   entry.new_bytes.store(0, kRelaxed);
   const Token token = MakeToken(TokenKind::kTransfer, at, generation);
   // Behind another one on the same connection it stays invisible until it begins.
-  if (!Live(shown)) ShowTransfer(entry, token, WaitState::kQueued, board_->Now());
-  if (board_->recording()) {
-    RecordTransfer(entry, RecordKind::kTransferBegun, info.steps, 0, 0, board_->Now());
+  if (!Live(shown)) ShowTransfer(entry, token, WaitState::kQueued, Now());
+  if (recording()) {
+    RecordTransfer(entry, RecordKind::kTransferBegun, info.steps, 0, 0, Now());
   }
   return token;
 }
@@ -82,7 +82,7 @@ void MonitorEvents::ShowTransfer(TransferEntry& entry, Token token, WaitState st
   const uint32_t place = entry.slot.load(kRelaxed) % abi::kBoardSlots;
   const uint32_t open = entry.open.load(kRelaxed);
   tables_->shown[place].store(token, kRelaxed);
-  abi::Slot& slot = board_->slot(place);
+  abi::Slot& slot = slots_[place];
   const uint64_t bytes = slot.bytes.load(kRelaxed) + entry.new_bytes.load(kRelaxed);
   entry.new_bytes.store(0, kRelaxed);
   SlotChange change(slot);
@@ -116,7 +116,7 @@ void MonitorEvents::TransferInProgress(Token transfer) {
   const uint32_t direction_kind = entry->direction_kind.load(kRelaxed);
   if ((direction_kind >> 16) != 0) return;
   entry->direction_kind.store(direction_kind | 1u << 16, kRelaxed);
-  const uint64_t now = board_->Now();
+  const uint64_t now = Now();
   ShowTransfer(*entry, transfer, StateOf(*entry), now);
   RecordTransfer(*entry, RecordKind::kTransferInProgress, 0, 0, 0, now);
 }
@@ -127,7 +127,7 @@ bool MonitorEvents::EndTransfer(Token transfer) {
     if (transfer != 0) CountStale();
     return false;
   }
-  const uint64_t now = board_->Now();
+  const uint64_t now = Now();
   RecordTransfer(*entry, RecordKind::kTransferEnded, entry->steps_done.load(kRelaxed), 0, 0, now);
   const Token operation = entry->operation.load(kRelaxed);
   const uint32_t place = entry->slot.load(kRelaxed) % abi::kBoardSlots;
@@ -183,10 +183,10 @@ Token MonitorEvents::BeginStep(Token transfer, uint32_t step) {
   entry->open.store(open | 1u << bit, kRelaxed);
   if (first) {
     entry->direction_kind.store(direction_kind | 1u << 16, kRelaxed);
-    ShowTransfer(*entry, transfer, StateOf(*entry), board_->Now());
+    ShowTransfer(*entry, transfer, StateOf(*entry), Now());
   }
-  if (board_->recording()) {
-    RecordTransfer(*entry, RecordKind::kStepBegun, step, 0, 0, board_->Now());
+  if (recording()) {
+    RecordTransfer(*entry, RecordKind::kStepBegun, step, 0, 0, Now());
   }
   return (transfer & ~(uint64_t{0xf} << kTokenKindShift)) |
          static_cast<uint64_t>(TokenKind::kStep) << kTokenKindShift | (step & 0xff);
@@ -215,9 +215,9 @@ bool MonitorEvents::StepState(Token token, WaitState state, uint64_t bytes) {
     entry->new_bytes.store(entry->new_bytes.load(kRelaxed) + bytes, kRelaxed);
   }
   const bool shows = step == entry->oldest.load(kRelaxed);
-  const bool records = board_->recording();
+  const bool records = recording();
   if (!shows && !records) return true;
-  const uint64_t now = board_->Now();
+  const uint64_t now = Now();
   if (shows) {
     ShowTransfer(*entry, TransferOf(token), StateOf(*entry), now);
   }
@@ -239,9 +239,9 @@ bool MonitorEvents::EndStep(Token token) {
   entry->steps_done.store(entry->steps_done.load(kRelaxed) + 1, kRelaxed);
   uint32_t oldest = entry->oldest.load(kRelaxed);
   const bool shows = step == oldest;
-  const bool records = board_->recording();
+  const bool records = recording();
   if (!shows && !records) return true;
-  const uint64_t now = board_->Now();
+  const uint64_t now = Now();
   if (shows) {
     ++oldest;
     while (open != 0 && (open >> oldest % kStepsOpen & 1) == 0) ++oldest;
@@ -279,8 +279,8 @@ Token MonitorEvents::BeginKernel(Token communicator, Token operation, uint32_t c
   entry.operation.store(parent != nullptr && AddPart(operation) ? operation : 0, kRelaxed);
   const Token token = MakeToken(TokenKind::kKernel, at, generation);
   tables_->shown[place].store(token, kRelaxed);
-  const uint64_t now = board_->Now();
-  abi::Slot& slot = board_->slot(place);
+  const uint64_t now = Now();
+  abi::Slot& slot = slots_[place];
   SlotChange change(slot);
   change.SetState(WaitState::kKernelRunning, 1, static_cast<abi::OperationKind>(kind), now);
   slot.operation.store(number, kRelease);
@@ -303,7 +303,7 @@ void MonitorEvents::StopKernel(KernelEntry& entry, uint64_t gpu_ns, uint64_t now
   }
   const uint32_t place = entry.slot.load(kRelaxed) % abi::kBoardSlots;
   const uint64_t start_gpu_ns = entry.start_gpu_ns.load(kRelaxed);
-  abi::Slot& slot = board_->slot(place);
+  abi::Slot& slot = slots_[place];
   const uint64_t head = slot.head.load(kRelaxed);
   SlotChange change(slot);
   change.SetState(WaitState::kNone, 0, static_cast<abi::OperationKind>(head >> 48 & 0xff), now);
@@ -329,7 +329,7 @@ bool MonitorEvents::KernelStopped(Token kernel, uint64_t gpu_ns) {
   const uint32_t life = entry->life.load(kRelaxed);
   if ((life & kStopped) != 0) return true;
   entry->life.store(life | kStopped, kRelaxed);
-  StopKernel(*entry, gpu_ns, board_->Now());
+  StopKernel(*entry, gpu_ns, Now());
   return true;
 }
 
@@ -340,7 +340,7 @@ bool MonitorEvents::EndKernel(Token kernel) {
     return false;
   }
   const uint32_t life = entry->life.load(kRelaxed);
-  if ((life & kStopped) == 0) StopKernel(*entry, 0, board_->Now());
+  if ((life & kStopped) == 0) StopKernel(*entry, 0, Now());
   const Token operation = entry->operation.load(kRelaxed);
   entry->life.store(Generation(life) << 16, kRelease);
   if (operation != 0) RemovePart(operation);

@@ -22,6 +22,7 @@
 // life of the process. In a forked child, which has no board, every call is harmless.
 #include <pthread.h>
 
+#include <array>
 #include <atomic>
 #include <cstring>
 #include <memory>
@@ -48,8 +49,8 @@ constexpr auto kRelaxed = std::memory_order_relaxed;
 
 // Of the process, by nature: NCCL's interface is a set of plain functions. Null: none, or no more
 // (a forked child).
-std::atomic<MonitorEvents*> process_events{nullptr};
-std::atomic<Chain*> process_chain{nullptr};
+alignas(64) std::atomic<MonitorEvents*> process_events{nullptr};
+std::atomic<Chain*> process_chain{nullptr};  // on the same cache line
 // NCCL's mask, and what we last wrote there.
 std::atomic<std::atomic<int>*> process_mask{nullptr};
 std::atomic<int> written_mask{0};
@@ -291,7 +292,7 @@ Token Dispatch(MonitorEvents& events, const Chain* chain, Token communicator, co
 }
 
 template <typename D>
-NcclResult Start(void* context, void** handle, void* untyped) {
+HOOK_HOT NcclResult Start(void* context, void** handle, void* untyped) {
   if (handle == nullptr) return kNcclSuccess;
   *handle = nullptr;
   MonitorEvents* const events = process_events.load(std::memory_order_acquire);
@@ -306,7 +307,7 @@ NcclResult Start(void* context, void** handle, void* untyped) {
   return kNcclSuccess;
 }
 
-NcclResult Stop(void* handle) {
+HOOK_HOT NcclResult Stop(void* handle) {
   MonitorEvents* const events = process_events.load(std::memory_order_acquire);
   if (events == nullptr) return kNcclSuccess;
   const Token token = TokenOf(handle);
@@ -335,33 +336,29 @@ NcclResult Stop(void* handle) {
   return kNcclSuccess;
 }
 
-WaitState StateOf(int state) {
-  switch (state) {
-    case kStateSendGpuWait:
-      return WaitState::kSendGpuWait;
-    case kStateSendPeerWait:
-      return WaitState::kSendPeerWait;
-    case kStateSendWait:
-      return WaitState::kSendWait;
-    case kStateReceiveWait:
-      return WaitState::kReceiveWait;
-    case kStateReceiveFlushWait:
-      return WaitState::kReceiveFlushWait;
-    case kStateReceiveGpuWait:
-      return WaitState::kReceiveGpuWait;
-    case kStateProxyIdle:
-      return WaitState::kProxyIdle;
-    case kStateProxyActive:
-    case kStateProxyWakeup:
-    case kStateProxyAppendEnd:
-      return WaitState::kProxyActive;
-    case kStateProxySleep:
-      return WaitState::kProxySleeping;
-    case kStateProxyAppend:
-      return WaitState::kProxyAppending;
-    default:
-      return WaitState::kNone;
+// A table, not a switch: one line of the cache.
+struct StateTable {
+  std::array<WaitState, 32> states = {};
+  constexpr StateTable() {
+    states[kStateSendGpuWait] = WaitState::kSendGpuWait;
+    states[kStateSendPeerWait] = WaitState::kSendPeerWait;
+    states[kStateSendWait] = WaitState::kSendWait;
+    states[kStateReceiveWait] = WaitState::kReceiveWait;
+    states[kStateReceiveFlushWait] = WaitState::kReceiveFlushWait;
+    states[kStateReceiveGpuWait] = WaitState::kReceiveGpuWait;
+    states[kStateProxyIdle] = WaitState::kProxyIdle;
+    states[kStateProxyActive] = WaitState::kProxyActive;
+    states[kStateProxyWakeup] = WaitState::kProxyActive;
+    states[kStateProxyAppendEnd] = WaitState::kProxyActive;
+    states[kStateProxySleep] = WaitState::kProxySleeping;
+    states[kStateProxyAppend] = WaitState::kProxyAppending;
   }
+};
+alignas(64) constexpr StateTable kStates;
+
+// kNone: says nothing of a wait.
+WaitState StateOf(int state) {
+  return state >= 0 && state < 32 ? kStates.states[static_cast<size_t>(state)] : WaitState::kNone;
 }
 
 void RecordProxyThread(MonitorEvents& events, Token token, int state,
@@ -376,7 +373,7 @@ void RecordProxyThread(MonitorEvents& events, Token token, int state,
 }
 
 // `arguments` may be NULL, whatever the state.
-NcclResult Record(void* handle, int state, StateArguments* arguments) {
+HOOK_HOT NcclResult Record(void* handle, int state, StateArguments* arguments) {
   MonitorEvents* const events = process_events.load(std::memory_order_acquire);
   if (events == nullptr) return kNcclSuccess;
   const Token token = TokenOf(handle);
