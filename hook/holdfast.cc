@@ -18,6 +18,8 @@
 
 #include "hook/error.h"
 #include "hook/job.h"
+#include "hook/monitor_events.h"
+#include "hook/process_monitor.h"
 #include "hook/settings.h"
 #include "hook/source_reader.h"
 
@@ -26,6 +28,7 @@ namespace {
 using holdfast::hook::Deadline;
 using holdfast::hook::Error;
 using holdfast::hook::Job;
+using holdfast::hook::MonitorEvents;
 using holdfast::hook::Result;
 using holdfast::hook::Settings;
 
@@ -104,6 +107,17 @@ Error CheckJob(const hf_job* job) {
                "this process is a forked child of the one that opened the job");
 }
 
+// Where a heartbeat or a section is shown besides: on the board, if there is one. Without a job
+// there is no other place, so one is made.
+MonitorEvents* MonitorOf(const hf_job* job) {
+  if (job != nullptr) return holdfast::hook::ProcessMonitor();
+  try {
+    return holdfast::hook::MakeProcessMonitor();
+  } catch (const std::exception&) {
+    return nullptr;  // no memory
+  }
+}
+
 Error Open(const hf_open_options* given, hf_job** job) {
   hf_open_options options = HF_OPEN_OPTIONS_INIT;
   if (Error error = ReadOptions(given, "hf_open_options", &options); !error.ok()) return error;
@@ -114,6 +128,7 @@ Error Open(const hf_open_options* given, hf_job** job) {
   if (getrandom(&seed, sizeof(seed), GRND_NONBLOCK) != sizeof(seed)) {
     seed = static_cast<uint64_t>(holdfast::hook::MonotonicNs());
   }
+  holdfast::hook::SetMonitorIdentity(settings.value());
   auto opened = std::make_unique<hf_job>();
   opened->generation = fork_generation.load(std::memory_order_relaxed);
   Result<std::unique_ptr<Job>> made = Job::Open(settings.value(), &opened->reader, seed,
@@ -254,14 +269,21 @@ hf_code hf_report(hf_job* job, uint64_t step, hf_save_report* report) {
 }
 
 void hf_heartbeat(hf_job* job, uint64_t step) {
+  if (MonitorEvents* const events = MonitorOf(job); events != nullptr) {
+    events->board().StepDone(step);
+  }
   if (job != nullptr && job->Usable()) job->job->Beat(step);
 }
 
 void hf_section_begin(hf_job* job, const char* name) {
+  if (MonitorEvents* const events = MonitorOf(job); events != nullptr) {
+    BeginMonitorSection(*events, name);
+  }
   if (job != nullptr && job->Usable()) job->job->BeginSection(name);
 }
 
 void hf_section_end(hf_job* job) {
+  if (MonitorEvents* const events = MonitorOf(job); events != nullptr) EndMonitorSection(*events);
   if (job != nullptr && job->Usable()) job->job->EndSection();
 }
 

@@ -24,7 +24,8 @@
  * thing's name, expected and found) and its text is empty on success.
  *
  * Threads. A job is used by one thread at a time, except hf_heartbeat, hf_section_begin and
- * hf_section_end, which any thread may call. The library runs threads of its own.
+ * hf_section_end, which any thread may call, as the events for the monitor at the end of this file.
+ * The library runs threads of its own.
  *
  * Memory. Strings and arrays given to a call are copied before it returns, with one exception:
  * tensor memory is read until hf_wait_captured says that it was captured, and must not change
@@ -312,12 +313,83 @@ typedef struct hf_save_report {
 #define HF_LAST_STEP UINT64_MAX
 HF_API hf_code hf_report(hf_job* job, uint64_t step, hf_save_report* report);
 
-/* Liveness for the monitor: one store to shared memory each, no system call. A section names what
- * the loop is doing now ("forward", "evaluation"); sections nest up to 8 deep; names are cut at 31
- * bytes. */
+/* Liveness for the monitor: stores to shared memory, no system call. A section names what the loop
+ * is doing now ("forward", "evaluation"); sections nest up to 8 deep; names are cut at 31 bytes.
+ * Both are told to the agent and, if the process has one, shown on the monitor board; with `job`
+ * NULL on the board only. */
 HF_API void hf_heartbeat(hf_job* job, uint64_t step);
 HF_API void hf_section_begin(hf_job* job, const char* name);
 HF_API void hf_section_end(hf_job* job);
+
+/* ---- Events for the monitor (docs/MONITOR.md)
+ *
+ * For communication libraries other than NCCL, which has a plugin: what each connection waits for
+ * goes to a board in shared memory that anybody may read in the middle of a hang. Needs no hf_open
+ * and no agent. $HOLDFAST_MONITOR = off, light (default) or full.
+ *
+ * Events have ids. 0 is none: it is returned if the event is not watched (level off, a full table,
+ * a forked child) and ignored wherever it is given, as is an id whose event is over. No call
+ * blocks, allocates (but the first one, and hf_monitor_communicator), makes a system call or fails.
+ * Any thread may call; the events of one transfer come from one thread at a time. */
+
+typedef enum hf_operation {
+  HF_OPERATION_OTHER = 0,
+  HF_ALL_REDUCE = 1,
+  HF_BROADCAST = 2,
+  HF_REDUCE = 3,
+  HF_ALL_GATHER = 4,
+  HF_REDUCE_SCATTER = 5,
+  HF_ALL_TO_ALL = 6,
+  HF_GATHER = 7,
+  HF_SCATTER = 8,
+  HF_SEND = 9,
+  HF_RECEIVE = 10,
+  HF_BARRIER = 11
+} hf_operation;
+
+/* What a step of a transfer waits for, and whom that blames. */
+typedef enum hf_wait {
+  HF_WAIT_SEND_LOCAL = 3,    /* the local device has not produced the data (this rank) */
+  HF_WAIT_SEND_PEER = 4,     /* the receiver has given no credit (the peer) */
+  HF_WAIT_SEND_WIRE = 5,     /* sent, not completed (the path) */
+  HF_WAIT_RECEIVE_PEER = 6,  /* ready to receive, no data (the peer, or the path) */
+  HF_WAIT_RECEIVE_FLUSH = 7, /* data on their way into the device's memory (this node) */
+  HF_WAIT_RECEIVE_LOCAL = 8  /* the local device has not consumed the data (this rank) */
+} hf_wait;
+
+typedef struct hf_communicator_options {
+  size_t struct_bytes;
+  uint64_t id;      /* the same on all its ranks, and no other's in the job */
+  const char* name; /* for people; NULL: none; cut at 63 bytes */
+  uint32_t ranks;
+  uint32_t rank;  /* of this process in it */
+  uint32_t nodes; /* 0: not known */
+} hf_communicator_options;
+
+/* A communicator of this process, until hf_monitor_close. */
+HF_API uint64_t hf_monitor_communicator(const hf_communicator_options* options);
+HF_API void hf_monitor_close(uint64_t communicator);
+
+/* An operation is enqueued; hf_operation_start: it runs; hf_operation_end: it is done, as far as
+ * its transfers are. (Without a start, the first transfer is one.) Operations of a communicator are
+ * numbered in the order of begin, which must be the same on all its ranks but for HF_SEND and
+ * HF_RECEIVE. `root_or_peer`: a rank of the communicator, for the latter two the peer. */
+HF_API uint64_t hf_operation_begin(uint64_t communicator, hf_operation kind, uint64_t bytes,
+                                   uint32_t root_or_peer);
+HF_API void hf_operation_start(uint64_t operation);
+HF_API void hf_operation_end(uint64_t operation);
+
+/* A part of `operation` (0: not known) over one connection: (channel, peer, direction). `channel`:
+ * 0 to 254; `send`: 1 or 0; `steps`: pieces that it is moved in, at most 8 of them open at once. */
+HF_API uint64_t hf_transfer_begin(uint64_t communicator, uint64_t operation, uint32_t channel,
+                                  uint32_t peer, int send, uint32_t steps);
+/* Step `step`, counted from 0, is open: it waits for the local device (send) or the peer (receive)
+ * until hf_step_wait says something else. `bytes`: of the step, looked at from HF_WAIT_SEND_WIRE
+ * and HF_WAIT_RECEIVE_FLUSH or _LOCAL on. The same state again costs next to nothing. */
+HF_API uint64_t hf_step_begin(uint64_t transfer, uint32_t step);
+HF_API void hf_step_wait(uint64_t step, hf_wait state, uint64_t bytes);
+HF_API void hf_step_end(uint64_t step);
+HF_API void hf_transfer_end(uint64_t transfer);
 
 /* "0.1.0" */
 HF_API const char* hf_version(void);

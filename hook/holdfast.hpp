@@ -268,6 +268,70 @@ class Section {
   hf_job* job_;
 };
 
+// ---- Events for the monitor: holdfast.h has the contracts
+
+// A communicator of this process, as long as the object lives.
+class Communicator {
+ public:
+  Communicator(std::uint64_t id, const std::string& name, std::uint32_t ranks, std::uint32_t rank,
+               std::uint32_t nodes = 0) {
+    hf_communicator_options options = {};
+    options.struct_bytes = sizeof(options);
+    options.id = id;
+    options.name = name.c_str();
+    options.ranks = ranks;
+    options.rank = rank;
+    options.nodes = nodes;
+    id_ = hf_monitor_communicator(&options);
+  }
+  ~Communicator() { hf_monitor_close(id_); }
+  Communicator(const Communicator&) = delete;
+  Communicator& operator=(const Communicator&) = delete;
+
+  // Of holdfast.h's functions; 0: not watched.
+  std::uint64_t id() const { return id_; }
+
+ private:
+  std::uint64_t id_ = 0;
+};
+
+// An operation from its enqueueing to its end.
+class Operation {
+ public:
+  Operation(const Communicator& communicator, hf_operation kind, std::uint64_t bytes,
+            std::uint32_t root_or_peer = 0)
+      : id_(hf_operation_begin(communicator.id(), kind, bytes, root_or_peer)) {}
+  ~Operation() { hf_operation_end(id_); }
+  Operation(const Operation&) = delete;
+  Operation& operator=(const Operation&) = delete;
+
+  void Start() { hf_operation_start(id_); }
+  std::uint64_t id() const { return id_; }
+
+ private:
+  std::uint64_t id_;
+};
+
+// A part of an operation over one connection.
+class Transfer {
+ public:
+  enum class Direction { kReceive = 0, kSend = 1 };
+
+  Transfer(const Communicator& communicator, const Operation& operation, std::uint32_t channel,
+           std::uint32_t peer, Direction direction, std::uint32_t steps)
+      : id_(hf_transfer_begin(communicator.id(), operation.id(), channel, peer,
+                              static_cast<int>(direction), steps)) {}
+  ~Transfer() { hf_transfer_end(id_); }
+  Transfer(const Transfer&) = delete;
+  Transfer& operator=(const Transfer&) = delete;
+
+  // For hf_step_wait and hf_step_end.
+  std::uint64_t BeginStep(std::uint32_t step) { return hf_step_begin(id_, step); }
+
+ private:
+  std::uint64_t id_;
+};
+
 }  // namespace hook_v0
 }  // namespace holdfast
 

@@ -68,12 +68,32 @@ namespace {
 
 TEST(LibraryFileTest, ExportsTheApiAndNeedsOnlyLibc) {
   const DynamicSymbols symbols = ReadDynamicSymbols(HOLDFAST_TEST_LIBRARY);
-  const std::set<std::string> api = {"hf_close",         "hf_due",     "hf_get_info",
-                                     "hf_heartbeat",     "hf_open",    "hf_register",
-                                     "hf_report",        "hf_restore", "hf_restore_partial",
-                                     "hf_restored_blob", "hf_save",    "hf_section_begin",
-                                     "hf_section_end",   "hf_version", "hf_wait_captured",
-                                     "hf_wait_committed"};
+  const std::set<std::string> api = {"hf_close",
+                                     "hf_due",
+                                     "hf_get_info",
+                                     "hf_heartbeat",
+                                     "hf_open",
+                                     "hf_register",
+                                     "hf_report",
+                                     "hf_restore",
+                                     "hf_restore_partial",
+                                     "hf_restored_blob",
+                                     "hf_save",
+                                     "hf_section_begin",
+                                     "hf_section_end",
+                                     "hf_version",
+                                     "hf_wait_captured",
+                                     "hf_wait_committed",
+                                     "hf_monitor_communicator",
+                                     "hf_monitor_close",
+                                     "hf_operation_begin",
+                                     "hf_operation_start",
+                                     "hf_operation_end",
+                                     "hf_transfer_begin",
+                                     "hf_transfer_end",
+                                     "hf_step_begin",
+                                     "hf_step_wait",
+                                     "hf_step_end"};
   EXPECT_EQ(symbols.defined, api);
 #ifdef HOLDFAST_TEST_SANITIZED
   GTEST_SKIP() << "a sanitizer build needs the sanitizer's library";

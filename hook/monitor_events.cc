@@ -179,6 +179,7 @@ Token MonitorEvents::BeginOperation(Token communicator, const OperationInfo& inf
   entry.owner.store(OwnerOf(index), kRelaxed);
   entry.number.store(number, kRelaxed);
   entry.kind.store(kind, kRelaxed);
+  entry.runs.store(0, kRelaxed);
   uint32_t peer_slot = kNoPlace;
   if (point_to_point) {
     peer_slot =
@@ -295,12 +296,24 @@ bool MonitorEvents::EndOperation(Token operation) {
 }
 
 void MonitorEvents::StartOperation(Token operation) {
-  if (!AddPart(operation) && operation != 0) CountStale();
+  OperationEntry* entry =
+      Find(tables_->operations, kOperationEntries, TokenKind::kOperation, operation);
+  if (entry == nullptr) {
+    if (operation != 0) CountStale();
+    return;
+  }
+  if (entry->runs.exchange(1, kRelaxed) == 0) AddPart(operation);
 }
 
 bool MonitorEvents::FinishOperation(Token operation) {
+  OperationEntry* entry =
+      Find(tables_->operations, kOperationEntries, TokenKind::kOperation, operation);
+  // An operation without any part ran all the same.
+  if (entry != nullptr && (entry->life.load(kRelaxed) & (kStarted | kEnded)) == 0) {
+    StartOperation(operation);
+  }
   if (!EndOperation(operation)) return false;
-  RemovePart(operation);
+  if (entry->runs.exchange(0, kRelaxed) != 0) RemovePart(operation);
   return true;
 }
 

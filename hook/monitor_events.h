@@ -108,7 +108,8 @@ class MonitorEvents {
   // Nothing more is said of it but by its parts (NCCL's stop: it was given to the GPU). If all
   // parts that have begun are over, it is finished. False: stale.
   bool EndOperation(Token operation);
-  // For libraries whose operations have no visible parts: it runs from now until FinishOperation.
+  // It runs from now until FinishOperation, whatever its parts do. Finishing one that never started
+  // starts it. False: stale.
   void StartOperation(Token operation);
   bool FinishOperation(Token operation);
 

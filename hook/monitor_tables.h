@@ -38,7 +38,7 @@ struct MonitorEvents::OperationEntry {
   std::atomic<uint32_t> peer_slot;  // kNoPlace: not point to point
   std::atomic<uint64_t> number;
   std::atomic<uint32_t> kind;
-  uint32_t reserved;
+  std::atomic<uint32_t> runs;  // 1: StartOperation counts as a part of it
 };
 
 // One cache line. Plain loads and stores to its owner; atomic because a stale token may look.

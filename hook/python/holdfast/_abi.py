@@ -90,8 +90,14 @@ class hf_save_report(ctypes.Structure):
         ("flush_ns", c_int64), ("commit_ns", c_int64), ("error", hf_error)]
 
 
+class hf_communicator_options(ctypes.Structure):
+    _fields_ = [
+        ("struct_bytes", c_size_t), ("id", c_uint64), ("name", c_char_p), ("ranks", c_uint32),
+        ("rank", c_uint32), ("nodes", c_uint32)]
+
+
 STRUCTS = (hf_error, hf_open_options, hf_buffer, hf_blob_slot, hf_blob, hf_save_options,
-           hf_restore_result, hf_restore_options, hf_info, hf_save_report)
+           hf_restore_result, hf_restore_options, hf_info, hf_save_report, hf_communicator_options)
 
 _JOB = c_void_p
 _ERROR = POINTER(hf_error)
@@ -116,6 +122,16 @@ FUNCTIONS = {
     "hf_heartbeat": (None, (_JOB, c_uint64)),
     "hf_section_begin": (None, (_JOB, c_char_p)),
     "hf_section_end": (None, (_JOB,)),
+    "hf_monitor_communicator": (c_uint64, (POINTER(hf_communicator_options),)),
+    "hf_monitor_close": (None, (c_uint64,)),
+    "hf_operation_begin": (c_uint64, (c_uint64, c_int, c_uint64, c_uint32)),
+    "hf_operation_start": (None, (c_uint64,)),
+    "hf_operation_end": (None, (c_uint64,)),
+    "hf_transfer_begin": (c_uint64, (c_uint64, c_uint64, c_uint32, c_uint32, c_int, c_uint32)),
+    "hf_step_begin": (c_uint64, (c_uint64, c_uint32)),
+    "hf_step_wait": (None, (c_uint64, c_int, c_uint64)),
+    "hf_step_end": (None, (c_uint64,)),
+    "hf_transfer_end": (None, (c_uint64,)),
     "hf_version": (c_char_p, ()),
 }
 

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import unittest
 
-from holdfast import _abi, errors, job
+from holdfast import _abi, errors, job, monitor
 
 HEADER, COMPILER = sys.argv[1:3]
 del sys.argv[1:3]
@@ -26,6 +26,9 @@ CONSTANTS = {
     **{f"HF_{code.name}": code for code in errors.Code},
     **{f"HF_COPIES_{copies.name}": copies for copies in job.Copies},
     **{f"HF_SAVE_{state.name}": state for state in job.SaveState},
+    **{f"HF_{kind.name}": kind for kind in monitor.Kind if kind is not monitor.Kind.OTHER},
+    "HF_OPERATION_OTHER": monitor.Kind.OTHER,
+    **{f"HF_WAIT_{wait.name}": wait for wait in monitor.Wait},
 }
 # Of no use from Python: what an initialiser, an attribute or a source is.
 NOT_MIRRORED = {"HF_API", "HF_OPEN_OPTIONS_INIT", "HF_SOURCE_NONE", "HF_SOURCE_MEMORY",

@@ -1,0 +1,109 @@
+#!/usr/bin/python3
+"""holdfast.monitor: what Python tells is what a reader of the board sees, by hook/abi/monitor.h's
+offsets.
+
+Usage: monitor_test.py        ($HOLDFAST_LIBRARY: the library)
+"""
+import mmap
+import os
+import pathlib
+import struct
+import subprocess
+import sys
+import unittest
+
+from holdfast import monitor
+
+COMMUNICATOR_BYTES = 1536
+SLOT_BYTES = 64
+
+
+def board():
+    """The bytes of this process's board."""
+    for entry in pathlib.Path("/proc/self/fd").iterdir():
+        try:
+            target = os.readlink(entry)
+        except OSError:
+            continue
+        if target.startswith("/memfd:holdfast-monitor"):
+            descriptor = os.open(entry, os.O_RDONLY)
+            try:
+                with mmap.mmap(descriptor, 0, prot=mmap.PROT_READ) as memory:
+                    return bytes(memory)
+            finally:
+                os.close(descriptor)
+    raise AssertionError("no board")
+
+
+def communicator(data, hash_):
+    """enqueued, started, finished of the communicator with this hash."""
+    offset, count = struct.unpack_from("<II", data, 16)
+    for index in range(count):
+        at = offset + index * COMMUNICATOR_BYTES
+        state, = struct.unpack_from("<I", data, at)
+        if state in (2, 3) and struct.unpack_from("<Q", data, at + 16)[0] == hash_:
+            return index, struct.unpack_from("<QQQ", data, at + 128)
+    raise AssertionError(f"no communicator {hash_}")
+
+
+def wait_states(data, index):
+    """(peer, direction): wait state, of the slots of a communicator."""
+    keys, slots, count = struct.unpack_from("<III", data, 24)
+    found = {}
+    for slot in range(count):
+        key, = struct.unpack_from("<Q", data, keys + 8 * slot)
+        if key and key >> 16 & 0xff == index:
+            head, = struct.unpack_from("<Q", data, slots + SLOT_BYTES * slot)
+            found[(key >> 24 & 0xffffff, key >> 56)] = head >> 32 & 0xff
+    return found
+
+
+class MonitorTest(unittest.TestCase):
+    def test_an_operation_runs_during_its_block(self):
+        with monitor.Communicator(id=501, ranks=4, rank=1, name="tensor parallel") as group:
+            with group.operation(monitor.Kind.ALL_REDUCE, 4096):
+                self.assertEqual(communicator(board(), 501)[1], (1, 1, 0))
+            self.assertEqual(communicator(board(), 501)[1], (1, 1, 1))
+            with self.assertRaises(RuntimeError):
+                with group.operation(monitor.Kind.BARRIER, 0):
+                    raise RuntimeError("of the block")
+            self.assertEqual(communicator(board(), 501)[1], (2, 2, 2))
+
+    def test_every_wait_of_a_transfer_is_shown(self):
+        with monitor.Communicator(id=502, ranks=4, rank=1) as group:
+            operation = monitor.Operation(group, monitor.Kind.ALL_GATHER, 100)
+            for send in (True, False):
+                transfer = monitor.Transfer(group, operation, channel=0, peer=2, send=send, steps=1)
+                step = transfer.begin_step(0)
+                waits = [wait for wait in monitor.Wait if wait.name.startswith("SEND") == send]
+                self.assertEqual(len(waits), 3)
+                for wait in waits:
+                    transfer.wait(step, wait, 100)
+                    data = board()
+                    index, _ = communicator(data, 502)
+                    self.assertEqual(wait_states(data, index)[(2, 1 if send else 2)], wait)
+                transfer.end_step(step)
+                transfer.end()
+            operation.end()
+            self.assertEqual(communicator(board(), 502)[1], (1, 1, 1))
+
+    def test_steps_and_sections_need_no_job(self):
+        monitor.step_done(33)
+        with monitor.section("forward"):
+            data = board()
+            self.assertIn(b"forward\0", data[:4096])
+        # BoardHeader: drops at 1024, of 16 words; window, last call; then the step.
+        self.assertEqual(struct.unpack_from("<Q", data, 1024 + 16 * 8 + 16)[0], 33)
+
+    def test_off_is_nothing(self):
+        code = ("from holdfast import monitor\n"
+                "with monitor.Communicator(id=1, ranks=1, rank=0) as group:\n"
+                "    with group.operation(monitor.Kind.BARRIER, 0) as operation:\n"
+                "        print(group.id, operation.id)\n")
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                                env={**os.environ, "HOLDFAST_MONITOR": "off"}, timeout=60)
+        self.assertEqual((result.stdout, result.stderr), ("0 0\n", ""))
+
+
+if __name__ == "__main__":
+    unittest.main()
