@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "agent/monitor_boards.h"
 #include "agent/packet.h"
 #include "agent/peer.h"
 #include "base/executor.h"
@@ -40,6 +41,8 @@ class LocalServer {
     // At the limit kOpen is refused with kResourceExhausted. Sized from RLIMIT_NOFILE: see
     // SessionsFor.
     size_t sessions_max = 1024;
+    // Where monitor boards go; outlives the server. Null: every kMonitor is kUnimplemented.
+    MonitorBoards* monitor_boards = nullptr;
   };
 
   // How many sessions a process with this RLIMIT_NOFILE can hold, with all that belongs to them.
@@ -106,6 +109,8 @@ class LocalServer {
   void HandleRegister(ConnectionId id, Packet packet);
   void HandleRestore(ConnectionId id, Packet packet);
   void HandleQuery(ConnectionId id, Packet packet);
+  void HandleMonitor(ConnectionId id, Packet packet);
+  absl::Status AdoptBoard(const Connection& connection, Packet& packet) const;
 
   void OpenDone(ConnectionId id, uint32_t request_id, absl::StatusOr<OpenResult> result,
                 UniqueFd doorbell);

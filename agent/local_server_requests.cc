@@ -87,6 +87,8 @@ void LocalServer::AnswerError(ConnectionId id, abi::MessageType request, uint32_
       return answer(abi::RestoreReply{});
     case abi::MessageType::kQueryReply:
       return answer(abi::QueryReply{});
+    case abi::MessageType::kMonitorReply:
+      return answer(abi::MonitorReply{});
     default:
       // No request, so there is nothing to answer with.
       Close(id);
@@ -121,6 +123,8 @@ void LocalServer::Handle(ConnectionId id, Packet packet) {
       return engine_.CancelRestore(connection.session);
     case abi::MessageType::kQuery:
       return HandleQuery(id, std::move(packet));
+    case abi::MessageType::kMonitor:
+      return HandleMonitor(id, std::move(packet));
     case abi::MessageType::kClose: {
       const bool has_session = connection.has_session;
       const SessionId session = connection.session;
@@ -380,6 +384,33 @@ void LocalServer::HandleQuery(ConnectionId id, Packet packet) {
   std::vector<UniqueFd> fds;
   fds.push_back(*std::move(memory));
   Answer(id, packet.request_id, abi::MessageType::kQueryReply, reply, std::move(fds));
+}
+
+absl::Status LocalServer::AdoptBoard(const Connection& connection, Packet& packet) const {
+  if (options_.monitor_boards == nullptr) {
+    return absl::UnimplementedError("this agent keeps no monitor boards");
+  }
+  ASSIGN_OR_RETURN(const abi::MonitorOffer offer, BodyAs<abi::MonitorOffer>(packet, 1));
+  MonitorBoards::Offer adopted;
+  ASSIGN_OR_RETURN(adopted.job, TextField("job", offer.job));
+  ASSIGN_OR_RETURN(adopted.attempt_key, TextField("attempt_key", offer.attempt_key));
+  ASSIGN_OR_RETURN(adopted.node, TextField("node", offer.node));
+  adopted.rank = offer.rank;
+  adopted.process_id = connection.peer.process_id;
+  adopted.board_bytes = offer.board_bytes;
+  adopted.board = std::move(packet.fds[0]);
+  adopted.process = Duplicate(connection.peer.pidfd.get());
+  return options_.monitor_boards->Adopt(std::move(adopted));
+}
+
+void LocalServer::HandleMonitor(ConnectionId id, Packet packet) {
+  Connection& connection = *Find(id);
+  const absl::Status adopted = AdoptBoard(connection, packet);
+  if (!adopted.ok()) {
+    AnswerError(id, packet.type, packet.request_id, adopted);
+    return;
+  }
+  Answer(id, packet.request_id, abi::MessageType::kMonitorReply, abi::MonitorReply{}, {});
 }
 
 }  // namespace holdfast

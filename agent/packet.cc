@@ -146,6 +146,8 @@ abi::MessageType ReplyType(abi::MessageType request) {
       return abi::MessageType::kRestoreReply;
     case abi::MessageType::kQuery:
       return abi::MessageType::kQueryReply;
+    case abi::MessageType::kMonitor:
+      return abi::MessageType::kMonitorReply;
     default:
       return abi::MessageType{};
   }

@@ -138,6 +138,7 @@ void Worker::TakeOver() {
 void Worker::DropWorld() {
   DescribeAtKillPoint(nullptr);
   server_.reset();
+  monitor_boards_.reset();
   engine_.reset();
   store_.reset();
   pool_.reset();
@@ -225,6 +226,8 @@ absl::Status Worker::BuildEngine() {
   server_options.block_bytes = config_.block_bytes;
   server_options.sessions_max = LocalServer::SessionsFor(OpenFilesLimit());
   server_options.connections_max = LocalServer::ConnectionsFor(OpenFilesLimit());
+  monitor_boards_ = std::make_unique<MonitorBoards>(*loop_, clock_);
+  server_options.monitor_boards = monitor_boards_.get();
   server_ = std::make_unique<LocalServer>(std::move(server_options), keeper_->Find(kListenerName),
                                           *engine_, *loop_, [this] { return StatusText(); });
   return absl::OkStatus();
@@ -354,6 +357,7 @@ void Worker::TellStarter(const std::string& text) {
 std::string Worker::StatusText() const {
   nlohmann::json status = nlohmann::json::parse(engine_->StatusJson(), nullptr, false);
   if (!status.is_object()) status = {{"engine_status", "damaged"}};
+  status["monitor"] = nlohmann::json::parse(monitor_boards_->StatusJson());
   nlohmann::json& agent = status["agent"];
   agent = {{"version", kVersion},
            {"protocol", abi::kProtocolVersion},

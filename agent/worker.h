@@ -16,6 +16,7 @@
 #include "agent/handover.h"
 #include "agent/keeper_link.h"
 #include "agent/local_server.h"
+#include "agent/monitor_boards.h"
 #include "base/clock.h"
 #include "checkpoint/engine.h"
 #include "io/epoll_loop.h"
@@ -78,6 +79,7 @@ class Worker {
   std::unique_ptr<ThreadPool> pool_;
   std::unique_ptr<FileStore> store_;
   std::unique_ptr<Engine> engine_;
+  std::unique_ptr<MonitorBoards> monitor_boards_;
   std::unique_ptr<LocalServer> server_;
 
   UniqueFd signal_fd_;

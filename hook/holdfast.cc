@@ -134,6 +134,7 @@ Error Open(const hf_open_options* given, hf_job** job) {
   Result<std::unique_ptr<Job>> made = Job::Open(settings.value(), &opened->reader, seed,
                                                 Deadline::After(settings.value().deadline_ns));
   if (!made.ok()) return made.error();
+  holdfast::hook::OfferProcessMonitor();
   opened->job = std::move(made.value());
   *job = opened.release();
   return Error();

@@ -366,7 +366,8 @@ typedef struct hf_communicator_options {
   uint32_t nodes; /* 0: not known */
 } hf_communicator_options;
 
-/* A communicator of this process, until hf_monitor_close. */
+/* A communicator of this process, until hf_monitor_close. Offers the board to the agent, if one
+ * listens, for 200 ms at most. */
 HF_API uint64_t hf_monitor_communicator(const hf_communicator_options* options);
 HF_API void hf_monitor_close(uint64_t communicator);
 

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "hook/private_agent.h"
+#include "hook/process_monitor.h"
 
 namespace holdfast::hook {
 namespace {
@@ -101,6 +102,7 @@ Result<std::unique_ptr<Job>> Job::Open(const Settings& settings, SourceReader* r
     unowned->heartbeat_.Rewrite(link.page());
     Result<std::shared_ptr<Registration>> registration = link.registration();
     if (registration.ok()) unowned->capture_->Populate(std::move(registration.value()));
+    OfferProcessMonitor();  // a worker that was restarted does not have it
   };
   Result<std::unique_ptr<Link>> link = Link::Open(std::move(options), deadline);
   if (!link.ok()) return link.error();

@@ -39,11 +39,13 @@ uint64_t hf_monitor_communicator(const hf_communicator_options* options) {
   try {
     MonitorEvents* const events = MakeProcessMonitor();
     if (events == nullptr) return 0;
-    return events->OpenCommunicator({.hash = known.id,
-                                     .name = known.name,
-                                     .ranks = known.ranks,
-                                     .rank = known.rank,
-                                     .nodes = known.nodes});
+    const uint64_t communicator = events->OpenCommunicator({.hash = known.id,
+                                                            .name = known.name,
+                                                            .ranks = known.ranks,
+                                                            .rank = known.rank,
+                                                            .nodes = known.nodes});
+    holdfast::hook::OfferProcessMonitor();
+    return communicator;
   } catch (const std::exception&) {
     return 0;  // no memory: not watched
   }

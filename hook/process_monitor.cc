@@ -5,11 +5,13 @@
 #include <atomic>
 #include <cstdio>
 #include <memory>
+#include <string>
 #include <utility>
 
 #include "hook/abi/messages.h"
 #include "hook/annotations.h"
 #include "hook/monitor_board.h"
+#include "hook/monitor_offer.h"
 
 namespace holdfast::hook {
 namespace {
@@ -26,6 +28,7 @@ struct JobIdentity {
   uint32_t rank;
   uint32_t world_size;
   uint32_t local_rank;
+  char socket_path[abi::kPathBytesMax + 1];
 };
 JobIdentity job_identity HOOK_GUARDED_BY(make_mutex);
 pthread_once_t fork_once = PTHREAD_ONCE_INIT;
@@ -50,6 +53,20 @@ void EndMonitorSection(MonitorEvents& events) {
   if (depth > 0) board.SetSectionDepth(depth - 1);
 }
 
+void OfferProcessMonitor() {
+  const MonitorEvents* const events = ProcessMonitor();
+  if (events == nullptr) return;
+  std::string socket_path;
+  {
+    MutexLock lock(make_mutex);
+    if (job_identity.known) socket_path = job_identity.socket_path;
+  }
+  if (socket_path.empty()) socket_path = MonitorSocketPath();
+  // Dropped: without an agent the board goes on alone.
+  [[maybe_unused]] const Error error =
+      OfferMonitorBoard(events->board(), socket_path, Deadline::After(kMonitorOfferNs));
+}
+
 void SetMonitorIdentity(const Settings& settings) {
   MutexLock lock(make_mutex);
   // Their lengths were checked when the settings were read.
@@ -59,6 +76,8 @@ void SetMonitorIdentity(const Settings& settings) {
   job_identity.rank = settings.rank;
   job_identity.world_size = settings.world_size;
   job_identity.local_rank = settings.local_rank;
+  std::snprintf(job_identity.socket_path, sizeof(job_identity.socket_path), "%s",
+                settings.socket_path.c_str());
   job_identity.known = true;
 }
 

@@ -20,6 +20,10 @@ MonitorEvents* MakeProcessMonitor();
 void BeginMonitorSection(MonitorEvents& events, const char* name);
 void EndMonitorSection(MonitorEvents& events);
 
+// Offers the board, if there is one, to the agent of the job that was opened, else to the
+// environment's (monitor_offer.h). That there is none is not told.
+void OfferProcessMonitor();
+
 // Of the job that was opened: before the board is made its names are better than the environment's.
 void SetMonitorIdentity(const Settings& settings);
 

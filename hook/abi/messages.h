@@ -41,6 +41,8 @@ enum class MessageType : uint16_t {
   kQuery = 10,          // any client of the same user (CLI); no kOpen needed
   kQueryReply = 11,     // fds: [JSON text, sealed memfd]
   kRestoreCancel = 12,  // trainer -> agent: it waits for no restore any more; no body, no reply
+  kMonitor = 13,        // trainer -> agent, no kOpen needed; fds: [monitor board, memfd]
+  kMonitorReply = 14,   // an agent that does not know kMonitor closes the connection instead
 };
 
 struct MessageHeader {
@@ -264,6 +266,23 @@ struct RestoreDone {
   uint64_t bytes_from_memory;
 };
 static_assert(sizeof(RestoreDone) == 1040);
+
+// A process offers its monitor board (monitor.h): the agent maps it for reading and keeps it after
+// the process has died. Offering it again is harmless.
+struct MonitorOffer {
+  char job[136];
+  char attempt_key[256];
+  char node[136];       // HOLDFAST_NODE, else the host name
+  uint32_t rank;        // UINT32_MAX: not known
+  uint32_t process_id;  // as the process sees it
+  uint64_t board_bytes;
+};
+static_assert(sizeof(MonitorOffer) == 544);
+
+struct MonitorReply {
+  ReplyStatus status;
+};
+static_assert(sizeof(MonitorReply) == 1024);
 
 enum class QueryKind : uint32_t {
   kStatus = 1,  // jobs, sessions, images with their counters, roots, memory: docs/OPERATING.md

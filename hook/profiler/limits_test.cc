@@ -278,7 +278,9 @@ TEST_P(LimitsTest, ManyThreadsWriteWhileOthersRead) {
   }
   const auto board = MappedBoard::Find(getpid());
   int read = 0;
-  while (running.load() > 0) {
+  bool last_look = false;
+  while (!last_look) {
+    last_look = running.load() == 0;
     for (uint32_t rank = 0; rank < 4; ++rank) {
       const auto index = board->FindCommunicator(job.options().id, rank);
       ASSERT_TRUE(index.has_value());

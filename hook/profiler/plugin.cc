@@ -32,6 +32,7 @@
 #include "hook/error.h"
 #include "hook/monitor_board.h"
 #include "hook/monitor_events.h"
+#include "hook/monitor_offer.h"
 #include "hook/profiler/chain.h"
 #include "hook/profiler/interface.h"
 #include "hook/profiler/names.h"
@@ -124,6 +125,14 @@ MonitorEvents* MakeEvents(const InitCall& call) HOOK_REQUIRES(init_mutex) {
   return made;
 }
 
+// So that it outlives the process, as evidence. Without an agent the board goes on alone. Again
+// with every communicator: another agent may be there by then.
+void OfferToAgent(const InitCall& call, const MonitorEvents& events) {
+  const hook::Error error = hook::OfferMonitorBoard(events.board(), hook::MonitorSocketPath(),
+                                                    hook::Deadline::After(hook::kMonitorOfferNs));
+  if (!error.ok()) Log(call, kNcclLogInfo, error.text());
+}
+
 NcclResult Init(void** context, int* mask, const InitCall& call) {
   if (context == nullptr || mask == nullptr) return kNcclSystemError;
   *context = nullptr;
@@ -155,6 +164,7 @@ NcclResult Init(void** context, int* mask, const InitCall& call) {
   process_version.store(call.version, kRelaxed);
   process_mask.store(shared_mask, std::memory_order_release);
   *context = HandleOf(communicator);
+  OfferToAgent(call, *events);
   return kNcclSuccess;
 }
 

@@ -2,17 +2,23 @@
 """holdfast.monitor: what Python tells is what a reader of the board sees, by hook/abi/monitor.h's
 offsets.
 
-Usage: monitor_test.py        ($HOLDFAST_LIBRARY: the library)
+Usage: monitor_test.py HOLDFASTD HOLDFAST        ($HOLDFAST_LIBRARY: the library)
 """
+import json
 import mmap
 import os
 import pathlib
+import signal
 import struct
 import subprocess
 import sys
 import unittest
 
 from holdfast import monitor
+from support import Place
+
+DAEMON, COMMAND = sys.argv[1:3]
+del sys.argv[1:3]
 
 COMMUNICATOR_BYTES = 1536
 SLOT_BYTES = 64
@@ -103,6 +109,46 @@ class MonitorTest(unittest.TestCase):
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                                 env={**os.environ, "HOLDFAST_MONITOR": "off"}, timeout=60)
         self.assertEqual((result.stdout, result.stderr), ("0 0\n", ""))
+
+    def test_the_agent_keeps_the_board_after_the_process_was_killed(self):
+        place = Place(self.addCleanup, DAEMON)
+        socket = str(place.path / "agent.sock")
+        variables = place.environment(HOLDFAST_SOCKET=socket, HOLDFAST_JOB="watched", RANK="3",
+                                      HOLDFAST_NODE="n5")
+        agent = subprocess.Popen([DAEMON, "--socket", socket, "--root", str(place.root)],
+                                 env={**variables, "HOLDFAST_STATE_DIRECTORY": str(place.path)},
+                                 stderr=subprocess.PIPE, text=True)
+        self.addCleanup(agent.wait)
+        self.addCleanup(agent.stderr.close)
+        self.addCleanup(agent.terminate)
+        for line in agent.stderr:
+            if "serving" in line:
+                break
+        code = ("from holdfast import monitor\n"
+                "group = monitor.Communicator(id=9, ranks=8, rank=3)\n"
+                "monitor.Operation(group, monitor.Kind.ALL_REDUCE, 64).start()\n"
+                "print('entered', flush=True)\n"
+                "input()\n")
+        trainer = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**variables, "PYTHONPATH": os.environ["PYTHONPATH"]})
+        self.addCleanup(trainer.stdin.close)
+        self.addCleanup(trainer.stdout.close)
+        self.assertEqual(trainer.stdout.readline(), "entered\n")
+        board_, = self.status(variables)
+        self.assertEqual((board_["job"], board_["rank"], board_["node"], board_["alive"],
+                          board_["process_id"]), ("watched", 3, "n5", True, trainer.pid))
+        trainer.send_signal(signal.SIGKILL)
+        trainer.wait()
+        while board_["alive"]:
+            board_, = self.status(variables)
+        communicator_, = board_["communicators"]
+        self.assertEqual((communicator_["started"], communicator_["finished"]), (1, 0))
+
+    def status(self, variables):
+        result = subprocess.run([COMMAND, "status"], env=variables, capture_output=True, text=True,
+                                check=True, timeout=60)
+        return json.loads(result.stdout)["monitor"]
 
 
 if __name__ == "__main__":

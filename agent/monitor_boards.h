@@ -1,0 +1,78 @@
+// The monitor boards of the processes on this node (hook/abi/monitor.h): mapped for reading,
+// watched, and kept for a while after their process has died, because then they are evidence.
+//
+// What a process writes there is its claim: it is read with bounds, and nothing that it can write
+// or do harms the agent. (The memfd must be sealed against shrinking, so that no read runs off its
+// end.) Analysis is not here: monitor/.
+//
+// Boards live as long as this worker: after its death hook library and plugin offer theirs again,
+// the library when its session is resumed, the plugin with its next communicator.
+#ifndef HOLDFAST_AGENT_MONITOR_BOARDS_H_
+#define HOLDFAST_AGENT_MONITOR_BOARDS_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/time/time.h"
+#include "base/clock.h"
+#include "base/executor.h"
+#include "hook/abi/monitor_read.h"
+#include "io/unique_fd.h"
+
+namespace holdfast {
+
+// Threads: the event loop's.
+// Lifetime: loop and clock outlive it.
+class MonitorBoards {
+ public:
+  // Of living processes; beyond, a new one is refused.
+  static constexpr size_t kAliveMax = 256;
+  // Of dead ones; beyond, the one that died first is dropped. And how long they are kept.
+  static constexpr size_t kDeadMax = 64;
+  static constexpr absl::Duration kDeadAge = absl::Hours(1);
+
+  struct Offer {
+    std::string job;
+    std::string attempt_key;
+    std::string node;
+    uint32_t rank = 0;
+    uint32_t process_id = 0;  // as the kernel says
+    uint64_t board_bytes = 0;
+    UniqueFd board;
+    UniqueFd process;  // a pidfd
+  };
+
+  MonitorBoards(EventLoop& loop, const Clock& clock);
+  ~MonitorBoards();
+  MonitorBoards(const MonitorBoards&) = delete;
+  MonitorBoards& operator=(const MonitorBoards&) = delete;
+
+  // Maps the board and watches its process. OK also for one that is here already.
+  // Errors: kInvalidArgument (no board, not sealed, another version or size), kResourceExhausted.
+  absl::Status Adopt(Offer offer);
+
+  size_t alive_count() const;
+  size_t dead_count() const;
+
+  // An array with one object per board. Keys: docs/MONITOR.md.
+  std::string StatusJson() const;
+
+ private:
+  struct Board;
+
+  void OnDeath(Board* board);
+  void DropOldDead();
+
+  EventLoop& loop_;
+  const Clock& clock_;
+  std::vector<std::unique_ptr<Board>> boards_;
+  EventLoop::TimerId timer_ = 0;  // of the next one to be too old; 0: none
+};
+
+}  // namespace holdfast
+
+#endif  // HOLDFAST_AGENT_MONITOR_BOARDS_H_
