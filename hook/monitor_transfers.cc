@@ -79,6 +79,10 @@ WaitState MonitorEvents::StateOf(const TransferEntry& entry) {
 }
 
 void MonitorEvents::ShowTransfer(TransferEntry& entry, Token token, WaitState state, uint64_t now) {
+  if (!Open(entry.owner.load(kRelaxed))) {
+    CountStale();
+    return;
+  }
   const uint32_t place = entry.slot.load(kRelaxed) % abi::kBoardSlots;
   const uint32_t open = entry.open.load(kRelaxed);
   tables_->shown[place].store(token, kRelaxed);

@@ -151,8 +151,12 @@ TEST(ChainTest, ItIsNeverGivenStaleForeignOrRepeatedHandles) {
     // What was open when its communicator was finalized.
     void* open = library.Start(context, {.type = kColl, .count = 1});
     library.Finalize(context);
+    const uint64_t records = chained.Count("chained_records", kColl);
+    const uint64_t stops = chained.Count("chained_stops", kColl);
     library.Record(open, 9, nullptr);
     library.Stop(open);
+    EXPECT_EQ(chained.Count("chained_records", kColl), records);
+    EXPECT_EQ(chained.Count("chained_stops", kColl), stops);
     EXPECT_EQ(chained.mistakes(), 0u);
   });
 }

@@ -162,6 +162,23 @@ TEST_P(ConformanceTest, TheOldestOpenStepIsShown) {
   EXPECT_EQ(fixture.Slot(SlotDirection::kSend).steps_done, 4u);
 }
 
+// NCCL gives the proxy the next operation of a connection while the last one still runs.
+TEST_P(ConformanceTest, AnOperationThatIsQueuedDoesNotHideTheOneThatRuns) {
+  Fixture fixture(library_);
+  void* first = fixture.StartOp(fixture.StartColl(), true);
+  library_.Record(first, kStateProxyOpInProgress, nullptr);
+  void* step = fixture.StartStep(first, 0);
+  RecordBytes(library_, step, kStateSendPeerWait, 0);
+  void* second = fixture.StartOp(fixture.StartColl(), true);
+  EXPECT_EQ(fixture.Slot(SlotDirection::kSend).state, WaitState::kSendPeerWait);
+  EXPECT_EQ(fixture.Slot(SlotDirection::kSend).operation, 1u);
+  library_.Stop(step);
+  library_.Stop(first);
+  library_.Record(second, kStateProxyOpInProgress, nullptr);
+  EXPECT_EQ(fixture.Slot(SlotDirection::kSend).operation, 2u);
+  EXPECT_EQ(fixture.Slot(SlotDirection::kSend).state, WaitState::kBetweenSteps);
+}
+
 TEST_P(ConformanceTest, PointToPointIsCountedByPeerAndDirection) {
   Fixture fixture(library_);
   for (int round = 0; round < 3; ++round) {
@@ -423,6 +440,32 @@ TEST_P(ConformanceTest, FinalizeWithOpenEventsAndLoadingAgain) {
   fixture.StartStep(op, 0);
   EXPECT_EQ(fixture.Slot(SlotDirection::kSend).state, WaitState::kSendGpuWait);
   EXPECT_EQ(fixture.Slot(SlotDirection::kSend).bytes, 0u);
+}
+
+// Another communicator has the place, and its connection the slot, of one that was finalized with
+// open events: what comes late must not be written there.
+TEST_P(ConformanceTest, LateEventsDoNotReachTheNextOwnerOfTheirSlot) {
+  void* old_step = nullptr;
+  uint32_t place = 0;
+  {
+    Fixture fixture(library_);
+    place = fixture.index();
+    old_step = fixture.StartStep(fixture.StartOp(fixture.StartColl(), true), 0);
+  }
+  for (uint32_t i = 0; i < abi::kBoardCommunicators; ++i) {
+    Fixture fixture(library_);
+    if (fixture.index() != place) continue;
+    void* op = fixture.StartOp(fixture.StartColl(), true);
+    fixture.StartStep(op, 0);
+    const uint64_t since = fixture.Slot(SlotDirection::kSend).since;
+    RecordBytes(library_, old_step, kStateSendWait, 10);
+    library_.Stop(old_step);
+    EXPECT_EQ(fixture.Slot(SlotDirection::kSend).state, WaitState::kSendGpuWait);
+    EXPECT_EQ(fixture.Slot(SlotDirection::kSend).since, since);
+    EXPECT_EQ(fixture.Slot(SlotDirection::kSend).bytes, 0u);
+    return;
+  }
+  FAIL() << "the place was not given out again";
 }
 
 }  // namespace
