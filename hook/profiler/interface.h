@@ -176,6 +176,11 @@ struct CeColl {
   void* stream;
 };
 
+struct CeCollV7 {
+  CeColl v6;
+  uint64_t user_tag;
+};
+
 struct DescriptorV4 {
   static constexpr int kVersion = 4;
   uint8_t type;  // the bytes behind it are garbage
@@ -224,10 +229,7 @@ struct DescriptorV7 {
     ProxyStep proxy_step;
     KernelCh kernel_ch;
     CeColl ce_coll;
-    struct {
-      uint64_t reserved[13];
-      uint64_t user_tag;  // of ceColl: at 112
-    } ce_coll_tag;
+    CeCollV7 ce_coll_v7;
   };
 };
 static_assert(sizeof(DescriptorV7) == 136);
@@ -274,6 +276,7 @@ static_assert(kUnionAt + offsetof(CeColl, data_type) == 72);
 static_assert(kUnionAt + offsetof(CeColl, sync_strategy) == 80);
 static_assert(kUnionAt + offsetof(CeColl, ce_sequence) == 100);
 static_assert(kUnionAt + offsetof(CeColl, stream) == 104);
+static_assert(kUnionAt + offsetof(CeCollV7, user_tag) == 112);
 
 // ---- The exported structs: six pointers. Descriptors differ by version, so they pass as void*.
 
