@@ -41,7 +41,7 @@ CONFINED = [
     ("toml++", r"toml\+\+/.*", r"^agent/"),
     ("spdlog", r"spdlog/.*", r"^(agent|cli)/"),
     ("CLI11", r"CLI/.*", r"^(agent|cli)/"),
-    ("nlohmann-json", r"nlohmann/.*", r"^(format|checkpoint|agent|cli|converter)/"),
+    ("nlohmann-json", r"nlohmann/.*", r"^((format|checkpoint|agent|cli|converter)/|monitor/finding\.cc$)"),
     ("Abseil in the trainer's process", r"absl/.*", r"^(?!hook/)"),
 ]
 

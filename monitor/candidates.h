@@ -1,0 +1,59 @@
+// What one look at the job suggests, before time decides (tracker.h): the analyses fill these.
+#ifndef HOLDFAST_MONITOR_CANDIDATES_H_
+#define HOLDFAST_MONITOR_CANDIDATES_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "base/ids.h"
+#include "monitor/finding.h"
+#include "monitor/job_state.h"
+
+namespace holdfast::monitor {
+
+struct Candidate {
+  // The incident: its family and whom it is about. Two explanations of one incident share it.
+  std::string key;
+  // `grade` says what the evidence is good for now; id and since are the tracker's.
+  Finding finding;
+};
+
+// Somebody is waited for, and that is in order: shown by `status`, never a finding.
+struct WaitNote {
+  enum class Reason : uint8_t { kBusy, kSection, kEnginePause, kImbalance };
+  Reason reason{};
+  Rank rank{};
+  std::string sentence;
+};
+
+struct Candidates {
+  std::vector<Candidate> found;
+  std::vector<WaitNote> notes;
+};
+
+// Who stands still, by the wait-for graph. hang.cc.
+void FindHangs(const JobState& state, Candidates& out);
+// Processes that ended, and nodes that fell silent while others wait for them. ended.cc.
+void FindEnded(const JobState& state, Candidates& out);
+// Ranks that never appeared while the job starts. ended.cc.
+void FindNeverJoined(const JobState& state, Candidates& out);
+
+// Communicators in which something stands where its ranks called different operations. mismatch.cc.
+struct Mismatch {
+  uint64_t communicator = 0;
+  std::vector<Rank> odd;  // the minority; all of them if there is none
+  bool tie = false;       // no majority says who is right
+  absl::Duration standing;
+  std::string what;  // "AllReduce of 4096 bytes where 7 others call ..."
+};
+std::vector<Mismatch> FindMismatches(const JobState& state);
+
+// Texts that several analyses use.
+std::string RankName(const JobState& state, Rank rank);  // "rank 12 (node 3)"
+std::string CommunicatorName(uint64_t id);               // "communicator 1f3a"
+std::string SecondsText(absl::Duration duration);        // "8 s"
+
+}  // namespace holdfast::monitor
+
+#endif  // HOLDFAST_MONITOR_CANDIDATES_H_
