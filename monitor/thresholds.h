@@ -1,5 +1,6 @@
-// Every threshold of the analysis, in one place, with its reason. docs/MONITOR_ANALYSIS.md says which
-// of them were adjusted after a run, and shows the runs: a change here means running those again.
+// Every threshold of the analysis, in one place, with its reason. docs/MONITOR_ANALYSIS.md says
+// which of them were adjusted after a run, and shows the runs: a change here means running those
+// again.
 #ifndef HOLDFAST_MONITOR_THRESHOLDS_H_
 #define HOLDFAST_MONITOR_THRESHOLDS_H_
 
