@@ -131,7 +131,7 @@ function(holdfast_test name)
     set_property(GLOBAL APPEND PROPERTY HOLDFAST_TEST_SOURCES ${path})
   endforeach()
   # Nothing in these rooms has a thread: ThreadSanitizer has nothing to see there.
-  if(HOLDFAST_SANITIZE STREQUAL "thread" AND ARG_LABELS MATCHES "^(base|format)")
+  if(HOLDFAST_SANITIZE STREQUAL "thread" AND ARG_LABELS MATCHES "^(base|format|monitor)")
     set_target_properties(${name} PROPERTIES EXCLUDE_FROM_ALL ON)
     return()
   endif()

@@ -160,10 +160,9 @@ class HangSearch {
     }
     Finding finding;
     finding.syndrome = Syndrome::kCommunicationHang;
-    const bool hidden = communicators.size() == 1 &&
-                        std::any_of(ring.begin(), ring.end(),
-                                    [&](uint32_t node) { return picture_.insides.contains(node); });
-    if (hidden) return AddInside(ranks, *communicators.begin(), standing);
+    if (const std::vector<Rank> hidden = WaitInsideOnly(ring); !hidden.empty()) {
+      return AddInside(hidden, *communicators.begin(), standing);
+    }
     const bool program = communicators.size() > 1 || point_to_point;
     finding.fault = program ? FaultClass::kDeadlock : FaultClass::kUnknown;
     finding.scope = program ? Scope::kProgram : Scope::kCommunicator;
@@ -185,19 +184,65 @@ class HangSearch {
         PatienceFor(state_, *communicators.begin(), program ? 2 : 1));
   }
 
-  // Members of one node that wait for nobody outside: one of their GPUs, and nothing shows which.
+  // Those in the ring that wait for nothing but the inside of their node, where all have entered.
+  // They are in it only because an inside stands for all its members; a deadlock has none of them.
+  std::vector<Rank> WaitInsideOnly(const std::vector<uint32_t>& ring) const {
+    std::set<uint32_t> waits_elsewhere, incomplete;
+    std::map<uint32_t, uint32_t> inside_of;  // by rank
+    for (const ReasonedEdge& edge : picture_.edges) {
+      const bool to_inside = picture_.insides.contains(edge.ends.awaited);
+      if (picture_.insides.contains(edge.ends.waiter) && edge.reason != WaitReason::kOperation) {
+        incomplete.insert(edge.ends.waiter);
+      } else if (to_inside) {
+        inside_of[edge.ends.waiter] = edge.ends.awaited;
+      } else {
+        waits_elsewhere.insert(edge.ends.waiter);
+      }
+    }
+    // Of several nodes the one that has sent least: whoever stands behind it could send a little
+    // more of its own before it had to wait.
+    std::map<std::pair<uint64_t, uint64_t>, std::vector<Rank>> by_progress;
+    for (const uint32_t node : ring) {
+      const auto inside = inside_of.find(node);
+      if (node < picture_.rank_count && inside != inside_of.end() &&
+          !incomplete.contains(inside->second) && !waits_elsewhere.contains(node)) {
+        by_progress[SentBy(inside->second)].push_back(Rank{node});
+      }
+    }
+    return by_progress.empty() ? std::vector<Rank>{} : by_progress.begin()->second;
+  }
+
+  // The operation and the steps that the members inside one node have sent out of it.
+  std::pair<uint64_t, uint64_t> SentBy(uint32_t inside) const {
+    const uint64_t communicator = picture_.insides.at(inside);
+    uint64_t operation = UINT64_MAX, steps = 0;
+    for (const ReasonedEdge& edge : picture_.edges) {
+      if (edge.ends.waiter != inside || edge.ends.awaited >= picture_.rank_count) continue;
+      const CommunicatorTrack* c = state_.ranks()[edge.ends.awaited].Find(communicator);
+      if (c == nullptr) continue;
+      for (const ConnectionReport& connection : c->now.connections) {
+        if (connection.direction != Direction::kSend) continue;
+        operation = std::min(operation, connection.operation);
+        steps += connection.steps_done;
+      }
+    }
+    return {operation, steps};
+  }
+
+  // They wait for nobody outside: one of their GPUs, and nothing shows which.
   void AddInside(const std::vector<Rank>& ranks, uint64_t communicator, absl::Duration standing) {
     Finding finding;
     finding.syndrome = Syndrome::kCommunicationHang;
     finding.fault = FaultClass::kGpuHang;
-    finding.scope = Scope::kNode;
+    finding.scope = ranks.size() == 1 ? Scope::kGpu : Scope::kNode;
     for (const Rank rank : ranks) finding.suspects.push_back({rank, rank});
     finding.confidence = 0.8 / static_cast<double>(ranks.size());
     finding.sentence = absl::StrFormat(
-        "The GPU of one of %s does nothing inside an operation of %s, for %s; what passes between "
+        "The GPU of %s%s does nothing inside an operation of %s, for %s; what passes between "
         "them "
         "inside their node is not visible.",
-        Names(ranks), CommunicatorName(communicator), SecondsText(standing));
+        ranks.size() == 1 ? "" : "one of ", Names(ranks), CommunicatorName(communicator),
+        SecondsText(standing));
     finding.evidence = {"they wait for nobody outside of their node, and others wait for them"};
     finding.changes_mind = "Kernel times (level full) or stacks, which show the one that differs.";
     Add(absl::StrCat("inside:", Value(ranks.front())), std::move(finding), standing,
@@ -271,9 +316,7 @@ class HangSearch {
   }
 
   void AddSilent(Rank rank, const std::string& waits, Finding finding) {
-    const uint32_t node = state_.ranks()[Value(rank)].report.rank == rank
-                              ? state_.shape().ranks[Value(rank)].node
-                              : 0;
+    const uint32_t node = state_.shape().ranks[Value(rank)].node;
     finding.syndrome = Syndrome::kEnded;
     finding.fault = FaultClass::kNodeSilent;
     finding.scope = Scope::kNode;

@@ -2,10 +2,13 @@
 
 #include <algorithm>
 #include <tuple>
+#include <unordered_set>
 #include <utility>
 
 namespace holdfast::monitor {
 namespace {
+
+constexpr uint64_t kTicksToForget = 64;
 
 // Changes with everything that a communicator can do; monotonic within an incarnation.
 uint64_t Progress(const CommunicatorReport& report) {
@@ -55,7 +58,9 @@ const CommunicatorTrack* RankTrack::Find(uint64_t communicator) const {
 }
 
 JobState::JobState(const Thresholds& thresholds, JobShape shape)
-    : thresholds_(thresholds), shape_(std::move(shape)), ranks_(shape_.ranks.size()) {}
+    : thresholds_(thresholds), shape_(std::move(shape)), ranks_(shape_.ranks.size()) {
+  for (const RankPlace& place : shape_.ranks) agents_.try_emplace(place.node);
+}
 
 void JobState::Ingest(const Snapshot& snapshot, bool learn) {
   ++tick_;
@@ -71,10 +76,22 @@ void JobState::Ingest(const Snapshot& snapshot, bool learn) {
            std::tie(b->node, b->incarnation, b->sequence);
   });
   for (const NodeSummary* summary : order) Take(*summary, learn);
+  if (tick_ % kTicksToForget == 0) ForgetCommunicators();
+}
+
+// A job that makes communicators anew for months must not make us grow.
+void JobState::ForgetCommunicators() {
+  std::unordered_set<uint64_t> used;
+  for (const RankTrack& track : ranks_) {
+    for (const CommunicatorTrack& c : track.communicators) used.insert(c.now.id);
+  }
+  std::erase_if(communicators_, [&](const auto& entry) { return !used.contains(entry.first); });
 }
 
 void JobState::Take(const NodeSummary& summary, bool learn) {
-  Agent& agent = agents_[summary.node];
+  const auto found = agents_.find(summary.node);
+  if (found == agents_.end()) return;
+  Agent& agent = found->second;
   const auto number = std::make_pair(summary.incarnation, summary.sequence);
   if (agent.seen && number <= std::make_pair(agent.incarnation, agent.sequence)) return;
   const bool restarted = agent.seen && summary.incarnation != agent.incarnation;

@@ -103,13 +103,14 @@ class JobState {
   };
 
   void Take(const NodeSummary& summary, bool learn);
+  void ForgetCommunicators();
   void TakeCommunicators(RankTrack& track, const std::vector<CommunicatorReport>& reports,
                          bool learn);
 
   const Thresholds thresholds_;
   const JobShape shape_;
   std::vector<RankTrack> ranks_;
-  std::map<uint32_t, Agent> agents_;
+  std::map<uint32_t, Agent> agents_;  // of the nodes of the job; others are not heard
   std::unordered_map<uint64_t, CommunicatorKnowledge> communicators_;
   uint64_t tick_ = 0;
   absl::Duration now_;

@@ -222,6 +222,9 @@ void SlowSearch::MeasureRanks(const JobState& state) {
 }
 
 void SlowSearch::MeasureCells(const JobState& state) {
+  std::erase_if(cells_, [&](const auto& entry) {
+    return !state.communicators().contains(entry.second.communicator);
+  });
   const Thresholds& t = state.thresholds();
   struct Sum {
     uint64_t bytes = 0;

@@ -24,7 +24,6 @@ constexpr size_t kChecksumBytes = 4;
 // disagree.
 class Writer {
  public:
-  static constexpr bool kReads = false;
   explicit Writer(std::string* out) : out_(*out) {}
 
   template <typename T>
@@ -62,7 +61,6 @@ class Writer {
 
 class Reader {
  public:
-  static constexpr bool kReads = true;
   explicit Reader(std::span<const std::byte> bytes) : bytes_(bytes) {}
 
   template <typename T>

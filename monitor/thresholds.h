@@ -17,7 +17,7 @@ struct Thresholds {
   absl::Duration hang_suspicion = absl::Seconds(3);
   // Within 10 s where two witnesses agree (its peers wait for it; its own process or board says
   // why).
-  absl::Duration hang_verdict = absl::Seconds(7);
+  absl::Duration hang_verdict = absl::Milliseconds(6500);
   // The same without a second witness.
   absl::Duration hang_verdict_alone = absl::Seconds(30);
   // A standstill counts only if it is so many times longer than the longest one that this

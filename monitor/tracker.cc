@@ -12,8 +12,8 @@
 namespace holdfast::monitor {
 namespace {
 
-std::string IdOf(const std::string& key, uint32_t occurrence) {
-  const std::string name = absl::StrCat(key, "#", occurrence);
+std::string IdOf(const std::string& key, uint64_t number) {
+  const std::string name = absl::StrCat(key, "#", number);
   return absl::StrFormat("%08x", Crc32c(std::as_bytes(std::span(name))));
 }
 
@@ -23,13 +23,11 @@ std::vector<Finding> Tracker::Update(absl::Duration now, std::vector<Candidate> 
   for (Candidate& candidate : candidates) {
     Incident& incident = incidents_[candidate.key];
     if (!incident.open) {
-      const bool again =
-          incident.occurrence > 0 && now - incident.last_seen < thresholds_.reopen_within;
-      if (!again) {
-        ++incident.occurrence;
+      if (!incident.known || now - incident.last_seen >= thresholds_.reopen_within) {
+        incident.known = true;
         incident.finding = candidate.finding;
         incident.finding.since = now;
-        incident.finding.id = IdOf(candidate.key, incident.occurrence);
+        incident.finding.id = IdOf(candidate.key, ++begun_);
       }
       incident.open = true;
     }
@@ -41,6 +39,9 @@ std::vector<Finding> Tracker::Update(absl::Duration now, std::vector<Candidate> 
     if (incident.open && now - incident.last_seen >= thresholds_.clear_after) incident.open = false;
     if (incident.open) open.push_back(incident.finding);
   }
+  std::erase_if(incidents_, [&](const auto& entry) {
+    return !entry.second.open && now - entry.second.last_seen >= thresholds_.reopen_within;
+  });
   std::sort(open.begin(), open.end(),
             [](const Finding& a, const Finding& b) { return a.id < b.id; });
   return open;

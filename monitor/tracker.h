@@ -30,13 +30,15 @@ class Tracker {
   struct Incident {
     Finding finding;
     absl::Duration last_seen;
-    uint32_t occurrence = 0;
+    bool known = false;  // has an id
     bool open = false;
   };
   void Merge(Incident& incident, Finding finding) const;
 
   const Thresholds thresholds_;
-  std::map<std::string, Incident> incidents_;  // by key; closed ones are kept to know them again
+  // By key; closed ones are kept for as long as they would be known again.
+  std::map<std::string, Incident> incidents_;
+  uint64_t begun_ = 0;  // incidents ever: the same key gets another id the next time
 };
 
 }  // namespace holdfast::monitor

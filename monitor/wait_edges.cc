@@ -47,15 +47,22 @@ class Drawing {
       if (!c.IsOpen() || state_.StillFor(rank, c.now.id) < state_.thresholds().hang_suspicion) {
         continue;
       }
-      const size_t before = picture_.edges.size();
-      bool connected = false;
+      // By channel: they move by themselves.
+      std::map<uint16_t, bool> waits_for_peer;
       for (const ConnectionReport& connection : c.now.connections) {
         if (connection.state == WaitState::kNone) continue;
-        connected = true;
+        const size_t before = picture_.edges.size();
         DrawConnection(rank, c, connection);
+        waits_for_peer[connection.channel] |= picture_.edges.size() > before;
       }
+      const size_t before = picture_.edges.size();
+      const bool connected = !waits_for_peer.empty();
       if (!connected) DrawCounters(rank, c);
-      if (picture_.edges.size() == before) DrawInside(rank, c, connected);
+      const bool only_local = std::any_of(waits_for_peer.begin(), waits_for_peer.end(),
+                                          [](const auto& channel) { return !channel.second; });
+      if (only_local || (!connected && picture_.edges.size() == before)) {
+        DrawInside(rank, c, connected);
+      }
     }
   }
 
@@ -152,7 +159,7 @@ class Drawing {
       }
     }
     const std::vector<Rank>& members = inside_members_[at->second];
-    if (members.size() < 2) {
+    if (members.size() < 2 || ShowsInside(machine, c)) {
       if (!connected) DrawUnexplained(rank, c);
       return;
     }
@@ -172,6 +179,15 @@ class Drawing {
             peer == rank || reason == WaitReason::kNoData ? Still(rank, c) : Both(rank, c, peer));
       }
     }
+  }
+
+  // Whether what passes between it and the members on its node goes through connections that we
+  // see.
+  bool ShowsInside(uint32_t machine, const CommunicatorTrack& c) const {
+    return std::any_of(c.now.connections.begin(), c.now.connections.end(), [&](const auto& seen) {
+      const int64_t member = Member(c.now.id, seen.peer);
+      return member >= 0 && state_.shape().ranks[static_cast<size_t>(member)].node == machine;
+    });
   }
 
   // All have entered, and nothing of it is visible to anybody.
