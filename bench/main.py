@@ -24,6 +24,8 @@ BENCHMARKS = {
     "stamp_head": ("spine", "stamp_head"),
     "planner": ("spine", "planner"),
     "view": ("view", "rows"),
+    "monitor_detection": ("monitor", "detection"),
+    "monitor_scale": ("monitor", "scale"),
     "fingerprint": ("fingerprint", "rows"),
     "diff": ("diff", "rows"),
     "reshard": ("reshard", "rows"),

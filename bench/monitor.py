@@ -1,0 +1,51 @@
+"""Figures of the monitor's analysis: what it finds in simulated jobs beside baselines, and what it costs."""
+
+import json
+import subprocess
+
+import pairs
+
+RUNS = 20
+HOURS = 5
+
+
+def detection(place):
+    """A row per class of fault: the share of runs that end in a right verdict; the table itself goes to
+    standard error, with what the baselines (our re-implementations) say of the same telemetry."""
+    result = subprocess.run([place.build / "bench" / "bench_monitor_detection", str(RUNS), str(HOURS)],
+                            check=True, capture_output=True, text=True)
+    *table, last = result.stdout.rstrip("\n").split("\n")
+    pairs.progress("\n   ".join(table))
+    found = json.loads(last)
+    rows = []
+    for row in found["rows"]:
+        if row["method"] != "verdict":
+            continue
+        right = 100 * row["right"] / row["runs"]
+        rows.append(pairs.Row(
+            f"{row['class']}: right verdicts", right, "%",
+            quartiles=(row["right_percent_low"], row["right_percent_high"]),
+            goal="100 %, none wrong", holds=row["right"] == row["runs"] and row["wrong"] == 0,
+            note=f"{row['runs']} runs, interval of 95%; after {row['p50_s']:.0f} s, p90 "
+                 f"{row['p90_s']:.0f} s"))
+    rows.append(pairs.Row("verdicts where nothing is wrong", found["false_verdicts"], "",
+                          goal="0", holds=found["false_verdicts"] == 0,
+                          note=f"{found['clean_hours']:.0f} simulated hours; suspicions: "
+                               f"{found['false_suspicions']}"))
+    return rows
+
+
+def scale(place):
+    """CPU time of one core per second of job, against the number of ranks."""
+    result = subprocess.run([place.build / "bench" / "bench_monitor_scale"], check=True,
+                            capture_output=True, text=True)
+    rows = []
+    for row in json.loads(result.stdout)["rows"]:
+        goal = row["ranks"] == 10_000
+        worst = max(row["cpu_s_per_s"], row["hanging_max"])
+        rows.append(pairs.Row(f"analysis of {row['ranks']:,} ranks", worst, "s/s",
+                              goal="<= 1 s/s, rank named" if goal else "",
+                              holds=(worst <= 1 and row["named"]) if goal else None,
+                              note=f"moving {row['cpu_s_per_s']:.4f}, one hangs "
+                                   f"{row['cpu_s_per_s_hanging']:.4f}; the worst second is shown"))
+    return rows
