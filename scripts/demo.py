@@ -228,15 +228,16 @@ class Demo:
         "flushed"."""
         def once(run, base, step):
             training, worker = self.armed(run, step + SAVE_EVERY, point, fraction)
-            attempt = training.events("step", 0)[0]["attempt"]
-            images = [image for image in self.agent.images_at(point, step)
-                      if image["attempt"] == attempt]
+            # Nothing slow until the kill: only the worker stands still, captures go on.
+            images = self.agent.images_at(point, step)
+            attempt = max(image["attempt"] for image in images)
+            images = [image for image in images if image["attempt"] == attempt]
             victim = rank_that_is_there(images, place)
-            stopped = [image for image in images if image["rank"] == victim]
-            lost_from = training.last_step(0)
             killed_at = time.time()
             kill(training.rank_pid(victim))
             kill(worker, signal.SIGCONT)
+            stopped = [image for image in images if image["rank"] == victim]
+            lost_from = training.last_step(0)
             wait_until(lambda: training.launch_events("exit"), "the rank's death")
             # A dead rank captures no more; the flush, which is the worker's, stood still at the kill.
             settled = self.agent.images_of_dead(step, victim, attempt)
