@@ -396,7 +396,7 @@ class Demo:
         self.undisturbed()
         self.start(2 * SAVE_EVERY)
         self.kill_rank("rank-capture", "A rank is killed in the middle of a capture",
-                       "capture.block_checksummed", 0.1, "captured")
+                       "capture.block_checksummed", 0, "captured")
         self.kill_rank("rank-flush", "A rank is killed in the middle of a flush",
                        "flush.block_written", 0.6, "flushed")
         self.kill_worker("worker-capture", "The agent's worker is killed in a capture",
