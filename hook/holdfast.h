@@ -374,8 +374,9 @@ HF_API void hf_monitor_close(uint64_t communicator);
 /* An operation is enqueued; hf_operation_start: it runs; hf_operation_end: it is done, as far as
  * its transfers are. (Without a start, the first transfer is one.) Operations of a communicator are
  * numbered in the order of begin, which must be the same on all its ranks but for HF_SEND and
- * HF_RECEIVE. `root_or_peer`: a rank of the communicator, for the latter two the peer. */
-HF_API uint64_t hf_operation_begin(uint64_t communicator, hf_operation kind, uint64_t bytes,
+ * HF_RECEIVE. `kind`: hf_operation; a number that is none of them counts as HF_OPERATION_OTHER.
+ * `root_or_peer`: a rank of the communicator, for the latter two the peer. */
+HF_API uint64_t hf_operation_begin(uint64_t communicator, int32_t kind, uint64_t bytes,
                                    uint32_t root_or_peer);
 HF_API void hf_operation_start(uint64_t operation);
 HF_API void hf_operation_end(uint64_t operation);
@@ -386,9 +387,10 @@ HF_API uint64_t hf_transfer_begin(uint64_t communicator, uint64_t operation, uin
                                   uint32_t peer, int send, uint32_t steps);
 /* Step `step`, counted from 0, is open: it waits for the local device (send) or the peer (receive)
  * until hf_step_wait says something else. `bytes`: of the step, looked at from HF_WAIT_SEND_WIRE
- * and HF_WAIT_RECEIVE_FLUSH or _LOCAL on. The same state again costs next to nothing. */
+ * and HF_WAIT_RECEIVE_FLUSH or _LOCAL on. The same state again costs next to nothing. `state`:
+ * hf_wait; a number that is none of them changes nothing. */
 HF_API uint64_t hf_step_begin(uint64_t transfer, uint32_t step);
-HF_API void hf_step_wait(uint64_t step, hf_wait state, uint64_t bytes);
+HF_API void hf_step_wait(uint64_t step, int32_t state, uint64_t bytes);
 HF_API void hf_step_end(uint64_t step);
 HF_API void hf_transfer_end(uint64_t transfer);
 

@@ -56,7 +56,7 @@ void hf_monitor_close(uint64_t communicator) {
   if (events != nullptr) events->CloseCommunicator(communicator);
 }
 
-uint64_t hf_operation_begin(uint64_t communicator, hf_operation kind, uint64_t bytes,
+uint64_t hf_operation_begin(uint64_t communicator, int32_t kind, uint64_t bytes,
                             uint32_t root_or_peer) {
   MonitorEvents* const events = ProcessMonitor();
   if (events == nullptr) return 0;
@@ -97,7 +97,7 @@ uint64_t hf_step_begin(uint64_t transfer, uint32_t step) {
   return events == nullptr ? 0 : events->BeginStep(transfer, step);
 }
 
-void hf_step_wait(uint64_t step, hf_wait state, uint64_t bytes) {
+void hf_step_wait(uint64_t step, int32_t state, uint64_t bytes) {
   MonitorEvents* const events = ProcessMonitor();
   if (events == nullptr || state < HF_WAIT_SEND_LOCAL || state > HF_WAIT_RECEIVE_LOCAL) return;
   events->StepState(step, static_cast<abi::WaitState>(state), bytes);

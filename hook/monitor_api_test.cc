@@ -102,7 +102,7 @@ TEST(MonitorApiTest, EveryWaitOfATransferIsShown) {
     EXPECT_EQ(slot.steps_total, 2u);
   }
   hf_step_wait(step, HF_WAIT_RECEIVE_PEER, 50);  // of the other direction
-  hf_step_wait(step, static_cast<hf_wait>(99), 50);
+  hf_step_wait(step, 99, 50);
   hf_step_end(step);
   EXPECT_EQ(ReadConnection(communicator, 3, abi::SlotDirection::kSend).bytes, 50u);
   EXPECT_EQ(ReadConnection(communicator, 3, abi::SlotDirection::kSend).steps_done, 1u);

@@ -1,5 +1,6 @@
 // The monitor board of this process's hook API: made with the first communicator, or when a job is
-// opened, and there until the process ends. In a forked child there is none until it makes its own.
+// opened, and there until the process ends, also if the library is unloaded before: events may
+// still be on their way. In a forked child there is none until it makes its own.
 #ifndef HOLDFAST_HOOK_PROCESS_MONITOR_H_
 #define HOLDFAST_HOOK_PROCESS_MONITOR_H_
 
