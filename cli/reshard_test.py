@@ -23,6 +23,8 @@ PROGRAMS = LAUNCH, TINY_LM, HOLDFASTD, CORPUS
 MODEL = ("--layers", "2", "--batch", "5", "--bytes", "12M", "--save-every", "2")
 JOB = "test"  # as runs.Run calls it
 TO = "tp=2,dp=2,zero=1"
+# AddressSanitizer has memory of its own beside every allocation.
+MEMORY_FACTOR = 2 if b"__asan_init" in pathlib.Path(HOLDFAST).read_bytes() else 1
 
 
 def run(*arguments):
@@ -193,7 +195,7 @@ class ReshardTest(unittest.TestCase):
     def test_memory_keeps_to_its_bound(self):
         for number, megabytes in enumerate((96, 256)):
             found, peak = self.reshard("--to", TO, "--memory", f"{megabytes}M", "--job", f"job{number}")
-            self.assertLessEqual(peak, megabytes << 20)
+            self.assertLessEqual(peak, MEMORY_FACTOR * megabytes << 20)
             self.assertLessEqual(found["result"]["peak_memory_bytes"], peak)
             self.assertGreater(found["result"]["peak_memory_bytes"], found["plan"]["buffer_bytes"])
         code, _, errors, _ = run("reshard", self.job, self.out, "--to", TO, "--memory", "8M", "--job", "x")
@@ -203,7 +205,7 @@ class ReshardTest(unittest.TestCase):
         # What it asks for suffices, and is kept to.
         least = int(errors.split("at least ")[1].split("M ")[0])
         found, _ = self.reshard("--to", TO, "--memory", f"{least}M", "--job", "x")
-        self.assertLessEqual(found["result"]["peak_memory_bytes"], least << 20)
+        self.assertLessEqual(found["result"]["peak_memory_bytes"], MEMORY_FACTOR * least << 20)
 
     def test_what_cannot_be_done_has_its_exit_code_and_leaves_nothing(self):
         def refused(code, pattern, *arguments):
