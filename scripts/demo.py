@@ -23,7 +23,7 @@ from demo_job import (BUILD, JOB, SAVE_EVERY, Agent, Failure, Training, holdfast
 
 REFERENCE_STEPS = 120
 BLOCK_BYTES = 4 << 20
-TRIES = 4
+TRIES = 6
 
 
 class Report:
@@ -73,10 +73,11 @@ def counters_text(images):
 
 def rank_that_is_there(images, place):
     """The rank of an image of which some blocks are captured, the fewest; or of one that is partly
-    flushed, and captured as far as any. Rank 0 if there is none."""
+    flushed, and captured as far as any. If there is none, one that has just begun; else rank 0."""
     there = [image for image in images if 0 < image[f"blocks_{place}"] < image["blocks"]]
     if not there:
-        return 0
+        begun = [image for image in images if image["blocks_captured"] == 0]
+        return begun[0]["rank"] if begun else 0
     choose = min if place == "captured" else max
     return choose(there, key=lambda image: image["blocks_captured"])["rank"]
 
@@ -396,11 +397,11 @@ class Demo:
         self.undisturbed()
         self.start(2 * SAVE_EVERY)
         self.kill_rank("rank-capture", "A rank is killed in the middle of a capture",
-                       "capture.block_checksummed", 0, "captured")
+                       "capture.begun", 0, "captured")
         self.kill_rank("rank-flush", "A rank is killed in the middle of a flush",
                        "flush.block_written", 0.6, "flushed")
         self.kill_worker("worker-capture", "The agent's worker is killed in a capture",
-                         "capture.block_checksummed", 0.2, "captured")
+                         "capture.block_checksummed", 0, "captured")
         self.kill_worker("worker-flush", "The agent's worker is killed in a flush",
                          "flush.block_written", 0.5, "flushed")
         self.kill_worker("worker-manifest", "The agent's worker is killed right after the manifest",
