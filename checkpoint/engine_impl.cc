@@ -1,7 +1,6 @@
 #include "checkpoint/engine_impl.h"
 
 #include <algorithm>
-#include <random>
 #include <span>
 #include <utility>
 
@@ -10,6 +9,7 @@
 #include "absl/time/time.h"
 #include "base/check.h"
 #include "base/crc32c.h"
+#include "base/random_bits.h"
 #include "base/status_macros.h"
 #include "base/utf8.h"
 #include "checkpoint/describe.h"
@@ -51,11 +51,6 @@ bool IsWriterName(const std::string& writer) {
                      [](char c) { return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9'); });
 }
 
-std::string RandomWriter() {
-  std::random_device device;
-  return absl::StrFormat("%08x%08x", device(), device());
-}
-
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(EngineOptions options, EngineWorld world) {
@@ -70,7 +65,7 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(EngineOptions options, En
   if (options.flush_writes_in_flight_max < 1) {
     return absl::InvalidArgumentError("writes in flight: expected at least 1, found 0");
   }
-  if (options.writer.empty()) options.writer = RandomWriter();
+  if (options.writer.empty()) options.writer = absl::StrFormat("%016x", RandomBits());
   if (!IsWriterName(options.writer)) {
     return absl::InvalidArgumentError(
         absl::StrFormat("writer: expected [a-z0-9]{1,32}, found \"%s\"", options.writer));

@@ -217,11 +217,7 @@ absl::Status ReshardPlan::PlanCopies() {
                                  .buffer_offset_bytes = placed.image_offset_bytes});
     }
   }
-  std::vector<StoredPiece> stored;
-  stored.reserve(source_->pieces.size());
-  for (const IndexPiece& piece : source_->pieces) {
-    stored.push_back({piece.piece, piece.image, piece.offset_bytes});
-  }
+  const std::vector<StoredPiece> stored = StoredPieces(*source_);
   ASSIGN_OR_RETURN(CopyPlan copies, PlanCopy({source_->tensor_states, source_->boxes, stored},
                                              layout_->tensor_states(), wanted));
   ops_ = std::move(copies.ops);
@@ -305,17 +301,7 @@ std::pair<uint32_t, uint64_t> ReshardPlan::FirstElementOf(const ReshardImage& im
   if (begin_bytes > placed.image_offset_bytes) {
     element += (begin_bytes - placed.image_offset_bytes) / ElementBytes(state.dtype);
   }
-  if (placed.piece.box == kWholeTensor) return {placed.piece.tensor_state, element};
-  // From the row-major order of the box to that of the tensor.
-  const BoxView box = boxes_[placed.piece.box];
-  uint64_t of_tensor = 0;
-  uint64_t weight = 1;
-  for (size_t d = state.shape.size(); d-- > 0;) {
-    of_tensor += weight * (box.lo[d] + element % box.size[d]);
-    element /= box.size[d];
-    weight *= state.shape[d];
-  }
-  return {placed.piece.tensor_state, of_tensor};
+  return {placed.piece.tensor_state, ElementInTensor(placed.piece, boxes_, state, element)};
 }
 
 uint64_t ReshardPlan::UnitCount(uint64_t unit_bytes) const {

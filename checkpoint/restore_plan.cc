@@ -6,6 +6,7 @@
 
 #include "base/check.h"
 #include "base/status_macros.h"
+#include "checkpoint/commit.h"
 #include "checkpoint/restore.h"
 
 namespace holdfast {
@@ -70,11 +71,7 @@ absl::StatusOr<RestorePlan> PlanRestore(const Index& index, const Registration& 
                                         const RestoreSelection& selection) {
   RestorePlan plan;
   ASSIGN_OR_RETURN(const RankLayout rank, Choose(target, selection, plan));
-  std::vector<StoredPiece> stored;
-  stored.reserve(index.pieces.size());
-  for (const IndexPiece& piece : index.pieces) {
-    stored.push_back({piece.piece, piece.image, piece.offset_bytes});
-  }
+  const std::vector<StoredPiece> stored = StoredPieces(index);
   ASSIGN_OR_RETURN(const CopyPlan copies, PlanCopy({index.tensor_states, index.boxes, stored},
                                                    target.layout().tensor_states(), rank));
   std::vector<CutOp> cuts;

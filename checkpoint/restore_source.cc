@@ -1,7 +1,6 @@
 #include "checkpoint/restore_source.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <utility>
 
@@ -9,19 +8,18 @@
 #include "absl/strings/str_format.h"
 #include "base/check.h"
 #include "base/crc32c.h"
+#include "checkpoint/block_reader.h"
 #include "checkpoint/shared_mapping.h"
 #include "checkpoint/verify.h"
 
 namespace holdfast {
 namespace {
 
-constexpr uint64_t kPageBytes = 4096;
-
 // Memory for one block of an image, aligned for direct reads.
 std::shared_ptr<std::byte> AlignedBlock(uint64_t bytes) {
-  void* memory = std::aligned_alloc(kPageBytes, bytes);
+  BlockMemory memory = AllocateBlockMemory(bytes);
   CHECK(memory != nullptr);
-  return {static_cast<std::byte*>(memory), [](std::byte* block) { std::free(block); }};
+  return memory;
 }
 
 // Direct where that works, else through the page cache.
