@@ -87,15 +87,6 @@ void Put(SimDisk& disk, const Checkpoint& checkpoint) {
   }
 }
 
-ReadAt SimReadAt(SimDisk& disk) {
-  return [&disk](IoFile& file, uint64_t offset, std::span<std::byte> out) {
-    absl::Status result = absl::UnknownError("not read");
-    disk.Read(file, offset, out, [&result](absl::Status status) { result = std::move(status); });
-    while (disk.in_flight_count() > 0) disk.RunCompletions();
-    return result;
-  };
-}
-
 bool Holds(std::span<const std::byte> block, const Checkpoint& checkpoint, uint32_t image,
            uint64_t number) {
   const auto expected =

@@ -212,31 +212,10 @@ TEST(CrashEnumeration, AWorkerThatIsKilledBetweenAnyTwoOperationsLosesNothing) {
 
 // ---- Errors ----
 
-struct Fault {
-  SimDisk::Operation operation;
-  const char* name;
-};
-constexpr Fault kFaults[] = {
-    {SimDisk::Operation::kCreateNew, "create"},
-    {SimDisk::Operation::kAppend, "append"},
-    {SimDisk::Operation::kSyncFile, "sync file"},
-    {SimDisk::Operation::kCreateSized, "create image"},
-    {SimDisk::Operation::kReadSmallFile, "read file"},
-    {SimDisk::Operation::kLink, "link"},
-    {SimDisk::Operation::kUnlink, "unlink"},
-    {SimDisk::Operation::kCreateDirectory, "create directory"},
-    {SimDisk::Operation::kSyncDirectory, "sync directory"},
-    {SimDisk::Operation::kList, "list"},
-    {SimDisk::Operation::kStat, "stat"},
-    {SimDisk::Operation::kRingWrite, "write"},
-    {SimDisk::Operation::kRingRead, "read"},
-    {SimDisk::Operation::kRingSync, "sync image"},
-};
-
 // One operation fails, once, at every place where it occurs; then the power is cut. Whatever was
 // reported is there; what is not there was reported as failed or never answered with success.
-uint64_t EnumerateFaults(const Fault& fault, const absl::Status& error, bool links_supported,
-                         const ReadBack& read_back) {
+uint64_t EnumerateFaults(const NamedOperation& fault, const absl::Status& error,
+                         bool links_supported, const ReadBack& read_back) {
   for (uint64_t index = 0;; ++index) {
     const std::unique_ptr<SimDisk> disk = NewDisk(0, links_supported);
     disk->FailOperation(fault.operation, index, error);
@@ -275,7 +254,7 @@ TEST(CrashEnumeration, AnErrorAtAnyOperationIsReportedAndHarmsNothing) {
     for (const absl::Status& error :
          {absl::DataLossError("EIO"), absl::ResourceExhaustedError("ENOSPC"),
           absl::PermissionDeniedError("EROFS")}) {
-      for (const Fault& fault : kFaults) {
+      for (const NamedOperation& fault : kSimDiskOperations) {
         const uint64_t count = EnumerateFaults(fault, error, links, read_back);
         std::printf("links %d, %s: %llu faults of %s\n", links,
                     std::string(error.message()).c_str(), static_cast<unsigned long long>(count),

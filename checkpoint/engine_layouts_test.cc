@@ -200,23 +200,6 @@ uint32_t WorldSize(const std::string& document) {
   return Layout::Parse(document).value()->world_size();
 }
 
-absl::StatusOr<std::vector<TestTrainer*>> Launch(EngineHarness& harness,
-                                                 const std::string& document,
-                                                 const std::string& key) {
-  const uint32_t world_size = WorldSize(document);
-  std::vector<TestTrainer*> trainers;
-  for (uint32_t rank = 0; rank < world_size; ++rank) {
-    absl::StatusOr<TestTrainer*> trainer = harness.Open(Rank{rank}, world_size, key);
-    if (!trainer.ok()) return trainer.status();
-    trainers.push_back(*trainer);
-  }
-  for (TestTrainer* trainer : trainers) {
-    const absl::Status registered = harness.Register(*trainer, document);
-    if (!registered.ok()) return registered;
-  }
-  return trainers;
-}
-
 void ExpectMatrix(bool from_memory) {
   std::vector<std::pair<std::string, std::string>> layouts;  // name, document
   for (const ModelLayout& layout : Layouts()) layouts.emplace_back(layout.name, Document(layout));
@@ -233,7 +216,7 @@ void ExpectMatrix(bool from_memory) {
         // Room for an image of any of the layouts beside what is saved.
         harness =
             std::make_unique<EngineHarness>(*disk, EngineHarnessOptions{.images_per_rank_max = 4});
-        ASSERT_OK_AND_ASSIGN(const auto savers, Launch(*harness, from, "save"));
+        ASSERT_OK_AND_ASSIGN(const auto savers, harness->LaunchIn(from, "save"));
         harness->SaveAll(savers, 7);
         ASSERT_EQ(EngineHarness::CommittedPower(*savers[0]), 7u);
         KillAll(*harness, savers);
@@ -243,7 +226,7 @@ void ExpectMatrix(bool from_memory) {
         harness = std::make_unique<EngineHarness>(
             *disk, EngineHarnessOptions{.writer = absl::StrCat("x", pairs, "w")});
       }
-      ASSERT_OK_AND_ASSIGN(const auto trainers, Launch(*harness, to, to_name));
+      ASSERT_OK_AND_ASSIGN(const auto trainers, harness->LaunchIn(to, to_name));
       for (TestTrainer* trainer : trainers) {
         const RestoreOutcome outcome = harness->Restore(*trainer);
         ExpectState(outcome, *trainer, 7, WorldSize(from));
@@ -294,7 +277,7 @@ TEST(EngineLayouts, ChainsReturnWhatWasSavedFirst) {
     SimDisk disk;
     // Room beside what is saved, as above.
     EngineHarness harness(disk, {.images_per_rank_max = 4});
-    ASSERT_OK_AND_ASSIGN(const auto savers, Launch(harness, Document(layouts[a]), "first"));
+    ASSERT_OK_AND_ASSIGN(const auto savers, harness.LaunchIn(Document(layouts[a]), "first"));
     harness.SaveAll(savers, 1);
     ASSERT_EQ(EngineHarness::CommittedPower(*savers[0]), 1u);
     KillAll(harness, savers);
@@ -306,7 +289,7 @@ TEST(EngineLayouts, ChainsReturnWhatWasSavedFirst) {
                    << ", step " << step << (crash ? ", from storage" : ", from memory"));
       if (crash) harness.CrashAgent();
       ASSERT_OK_AND_ASSIGN(const auto trainers,
-                           Launch(harness, Document(layouts[next]), absl::StrCat(step)));
+                           harness.LaunchIn(Document(layouts[next]), absl::StrCat(step)));
       std::vector<RestoreOutcome> outcomes;
       for (TestTrainer* trainer : trainers) {
         outcomes.push_back(harness.Restore(*trainer));

@@ -89,21 +89,6 @@ std::vector<Shape> Shapes() {
   };
 }
 
-absl::StatusOr<std::vector<TestTrainer*>> Launch(EngineHarness& harness, const LayoutOf& layout,
-                                                 uint32_t world_size, const std::string& key) {
-  std::vector<TestTrainer*> trainers;
-  for (uint32_t rank = 0; rank < world_size; ++rank) {
-    absl::StatusOr<TestTrainer*> trainer = harness.Open(Rank{rank}, world_size, key);
-    if (!trainer.ok()) return trainer.status();
-    trainers.push_back(*trainer);
-  }
-  for (TestTrainer* trainer : trainers) {
-    const absl::Status registered = harness.Register(*trainer, layout(world_size));
-    if (!registered.ok()) return registered;
-  }
-  return trainers;
-}
-
 // Saved in `from` ranks, restored in `to`, by this agent from its memory and by another one from
 // storage.
 void ExpectRoundTrip(const LayoutOf& layout, uint32_t from, uint32_t to,
@@ -112,7 +97,7 @@ void ExpectRoundTrip(const LayoutOf& layout, uint32_t from, uint32_t to,
   for (const bool from_memory : from_memory_choices) {
     SimDisk disk;
     auto harness = std::make_unique<EngineHarness>(disk, options);
-    ASSERT_OK_AND_ASSIGN(const auto trainers, Launch(*harness, layout, from, "a"));
+    ASSERT_OK_AND_ASSIGN(const auto trainers, harness->LaunchIn(layout(from), "a"));
     harness->SaveAll(trainers, 7);
     for (TestTrainer* trainer : trainers) {
       ASSERT_EQ(EngineHarness::CommittedPower(*trainer), 7u) << trainer->script->ReportOf(7)->text;
@@ -124,7 +109,7 @@ void ExpectRoundTrip(const LayoutOf& layout, uint32_t from, uint32_t to,
       other.writer = "x";
       harness = std::make_unique<EngineHarness>(disk, other);
     }
-    ASSERT_OK_AND_ASSIGN(const auto again, Launch(*harness, layout, to, "b"));
+    ASSERT_OK_AND_ASSIGN(const auto again, harness->LaunchIn(layout(to), "b"));
     for (TestTrainer* trainer : again) {
       const RestoreOutcome outcome = harness->Restore(*trainer);
       ASSERT_OK(outcome.status);

@@ -409,13 +409,24 @@ absl::StatusOr<std::vector<TestTrainer*>> EngineHarness::Launch(uint32_t world_s
                                                                 const std::string& key,
                                                                 const std::string& job,
                                                                 const std::string& restore_from) {
+  return LaunchRanks(world_size, "", key, job, restore_from);
+}
+
+absl::StatusOr<std::vector<TestTrainer*>> EngineHarness::LaunchIn(const std::string& layout,
+                                                                  const std::string& key) {
+  return LaunchRanks(Layout::Parse(layout).value()->world_size(), layout, key, "job", "");
+}
+
+absl::StatusOr<std::vector<TestTrainer*>> EngineHarness::LaunchRanks(
+    uint32_t world_size, const std::string& layout, const std::string& key, const std::string& job,
+    const std::string& restore_from) {
   std::vector<TestTrainer*> trainers;
   for (uint32_t rank = 0; rank < world_size; ++rank) {
     ASSIGN_OR_RETURN(TestTrainer* const trainer,
                      Open(Rank{rank}, world_size, key, job, restore_from));
     trainers.push_back(trainer);
   }
-  for (TestTrainer* trainer : trainers) RETURN_IF_ERROR(Register(*trainer));
+  for (TestTrainer* trainer : trainers) RETURN_IF_ERROR(Register(*trainer, layout));
   return trainers;
 }
 

@@ -123,6 +123,9 @@ class EngineHarness {
   absl::StatusOr<std::vector<TestTrainer*>> Launch(uint32_t world_size, const std::string& key = "",
                                                    const std::string& job = "job",
                                                    const std::string& restore_from = "");
+  // The same for all ranks of a layout document.
+  absl::StatusOr<std::vector<TestTrainer*>> LaunchIn(const std::string& layout,
+                                                     const std::string& key = "");
 
   // From now on this trainer saves this bit of its buffer's byte the other way round.
   void FlipBit(TestTrainer& trainer, uint32_t buffer, uint64_t byte, int bit);
@@ -159,6 +162,11 @@ class EngineHarness {
   static std::optional<uint64_t> CommittedProcess(const TestTrainer& trainer);
 
  private:
+  absl::StatusOr<std::vector<TestTrainer*>> LaunchRanks(uint32_t world_size,
+                                                        const std::string& layout,
+                                                        const std::string& key,
+                                                        const std::string& job,
+                                                        const std::string& restore_from);
   void StartWorker(bool recover);
   absl::StatusOr<TestTrainer*> OpenProcess(std::unique_ptr<TestTrainer> trainer);
 

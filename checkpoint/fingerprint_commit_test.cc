@@ -84,14 +84,7 @@ std::map<std::string, Fingerprint> Expected(uint64_t step) {
 }
 
 std::vector<TestTrainer*> Launch(EngineHarness& harness, uint32_t tp, uint32_t dp) {
-  std::vector<TestTrainer*> trainers;
-  for (uint32_t rank = 0; rank < tp * dp; ++rank) {
-    trainers.push_back(harness.Open(Rank{rank}, tp * dp).value());
-  }
-  for (TestTrainer* trainer : trainers) {
-    CHECK_OK(harness.Register(*trainer, ParallelLayout(tp, dp)));
-  }
-  return trainers;
+  return harness.LaunchIn(ParallelLayout(tp, dp)).value();
 }
 
 // Commits kStep in this layout.

@@ -23,15 +23,6 @@ std::string TextOf(const std::string& file, uint64_t offset, uint64_t bytes) {
 
 }  // namespace
 
-ReadAt SimReadAt(SimDisk& disk) {
-  return [&disk](IoFile& file, uint64_t offset, std::span<std::byte> out) {
-    absl::Status result = absl::UnknownError("not read");
-    disk.Read(file, offset, out, [&result](absl::Status status) { result = std::move(status); });
-    while (disk.in_flight_count() > 0) disk.RunCompletions();
-    return result;
-  };
-}
-
 ReadBack::ReadBack(uint32_t world_size) {
   const std::string document = SmallLayout(world_size);
   const std::unique_ptr<const Layout> layout = Layout::Parse(document).value();

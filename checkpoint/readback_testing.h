@@ -17,9 +17,6 @@
 
 namespace holdfast {
 
-// Reads from a simulated disk, as VerifyCheckpoint asks.
-ReadAt SimReadAt(SimDisk& disk);
-
 class ReadBack {
  public:
   // For checkpoints of `world_size` ranks of SmallLayout.

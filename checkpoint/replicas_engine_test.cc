@@ -52,14 +52,7 @@ EngineHarnessOptions WithCopies(abi::Copies copies = abi::Copies::kAll) {
 }
 
 std::vector<TestTrainer*> Launch(EngineHarness& harness, uint32_t dp, uint32_t tp = 1) {
-  std::vector<TestTrainer*> trainers;
-  for (uint32_t rank = 0; rank < dp * tp; ++rank) {
-    trainers.push_back(harness.Open(Rank{rank}, dp * tp).value());
-  }
-  for (TestTrainer* trainer : trainers) {
-    CHECK_OK(harness.Register(*trainer, DataParallel(dp, tp)));
-  }
-  return trainers;
+  return harness.LaunchIn(DataParallel(dp, tp)).value();
 }
 
 uint32_t BufferNumber(const TestTrainer& trainer, const std::string& name) {
@@ -68,6 +61,16 @@ uint32_t BufferNumber(const TestTrainer& trainer, const std::string& name) {
     if (held.buffers[i].name == name) return i;
   }
   CHECK(false);
+}
+
+// Three ranks have committed step 1 and captured step 2, which differs on rank 1 if `flip`: in this
+// buffer, at bit 3 of byte 10. The engine has not seen it yet.
+std::vector<TestTrainer*> SaveTwice(EngineHarness& harness, bool flip, const std::string& buffer) {
+  std::vector<TestTrainer*> trainers = Launch(harness, 3);
+  harness.SaveAll(trainers, 1);
+  if (flip) harness.FlipBit(*trainers[1], BufferNumber(*trainers[1], buffer), 10, 3);
+  for (TestTrainer* trainer : trainers) CHECK(harness.Save(*trainer, 2));
+  return trainers;
 }
 
 // The text of a save that failed; empty if it has not.
@@ -287,10 +290,7 @@ TEST(Replicas, AWorkerThatDiesBetweenCaptureAndCommitStillVotes) {
       SCOPED_TRACE(absl::StrFormat("flip %d, crash behind step %d", flip, crash_step));
       SimDisk disk;
       EngineHarness harness(disk, WithCopies());
-      const std::vector<TestTrainer*> trainers = Launch(harness, 3);
-      harness.SaveAll(trainers, 1);
-      if (flip) harness.FlipBit(*trainers[1], BufferNumber(*trainers[1], "param/up"), 10, 3);
-      for (TestTrainer* trainer : trainers) ASSERT_TRUE(harness.Save(*trainer, 2));
+      const std::vector<TestTrainer*> trainers = SaveTwice(harness, flip, "param/up");
       int steps = 0;
       while (steps < crash_step && harness.executor().RunOne()) ++steps;
       // Who was told before need not be told again: the images may be given back already.
@@ -325,10 +325,7 @@ TEST(Replicas, ANewAttemptWaitsForTheVote) {
       SCOPED_TRACE(absl::StrFormat("flip %d, death behind step %d", flip, death_step));
       SimDisk disk;
       EngineHarness harness(disk, WithCopies());
-      const std::vector<TestTrainer*> trainers = Launch(harness, 3);
-      harness.SaveAll(trainers, 1);
-      if (flip) harness.FlipBit(*trainers[1], BufferNumber(*trainers[1], "param/wte"), 10, 3);
-      for (TestTrainer* trainer : trainers) ASSERT_TRUE(harness.Save(*trainer, 2));
+      const std::vector<TestTrainer*> trainers = SaveTwice(harness, flip, "param/wte");
       int steps = 0;
       while (steps < death_step && harness.executor().RunOne()) ++steps;
       const uint64_t committed = *EngineHarness::CommittedProcess(*trainers[0]);
@@ -354,10 +351,7 @@ TEST(Replicas, ADecisionWaitsForAVoteThatTakesLong) {
   for (const bool flip : {false, true}) {
     SimDisk disk;
     EngineHarness harness(disk, WithCopies());
-    const std::vector<TestTrainer*> trainers = Launch(harness, 3);
-    harness.SaveAll(trainers, 1);
-    if (flip) harness.FlipBit(*trainers[1], BufferNumber(*trainers[1], "param/wte"), 10, 3);
-    for (TestTrainer* trainer : trainers) ASSERT_TRUE(harness.Save(*trainer, 2));
+    const std::vector<TestTrainer*> trainers = SaveTwice(harness, flip, "param/wte");
     while (harness.engine().StatusJson().find("\"comparing\"") == std::string::npos) {
       ASSERT_TRUE(harness.executor().RunOne());
     }

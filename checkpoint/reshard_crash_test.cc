@@ -184,34 +184,12 @@ TEST(ReshardCrash, AfterAPowerCutAtAnyOperationThereIsNothingOrTheWhole) {
   }
 }
 
-struct Fault {
-  SimDisk::Operation operation;
-  const char* name;
-};
-constexpr Fault kFaults[] = {
-    {SimDisk::Operation::kCreateNew, "create"},
-    {SimDisk::Operation::kAppend, "append"},
-    {SimDisk::Operation::kSyncFile, "sync file"},
-    {SimDisk::Operation::kCreateSized, "create image"},
-    {SimDisk::Operation::kOpenForRead, "open"},
-    {SimDisk::Operation::kReadSmallFile, "read file"},
-    {SimDisk::Operation::kLink, "link"},
-    {SimDisk::Operation::kUnlink, "unlink"},
-    {SimDisk::Operation::kCreateDirectory, "create directory"},
-    {SimDisk::Operation::kSyncDirectory, "sync directory"},
-    {SimDisk::Operation::kStat, "stat"},
-    {SimDisk::Operation::kSpaceOf, "space"},
-    {SimDisk::Operation::kRingWrite, "write"},
-    {SimDisk::Operation::kRingRead, "read"},
-    {SimDisk::Operation::kRingSync, "sync image"},
-};
-
 TEST(ReshardCrash, AnErrorAtAnyOperationIsReportedAndHarmsNothing) {
   const Disks disks;
   uint64_t fault_count = 0;
   for (const absl::Status& error :
        {absl::DataLossError("EIO"), absl::ResourceExhaustedError("ENOSPC")}) {
-    for (const Fault& fault : kFaults) {
+    for (const NamedOperation& fault : kSimDiskOperations) {
       for (uint64_t index = 0;; ++index) {
         const std::unique_ptr<SimDisk> disk = disks.New(/*links_supported=*/true);
         disk->FailOperation(fault.operation, index, error);

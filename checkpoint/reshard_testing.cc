@@ -161,12 +161,7 @@ ReshardStorage SimReshardStorage(SimDisk& disk) {
     while (disk.in_flight_count() > 0) disk.RunCompletions();
     return result;
   };
-  return {disk,
-          [&disk, wait](IoFile& file, uint64_t offset, std::span<std::byte> out) {
-            absl::Status result = absl::UnknownError("not read");
-            disk.Read(file, offset, out, [&](absl::Status status) { result = std::move(status); });
-            return wait(result);
-          },
+  return {disk, SimReadAt(disk),
           [&disk, wait](IoFile& file, uint64_t offset, std::span<const std::byte> data) {
             absl::Status result = absl::UnknownError("not written");
             disk.Write(file, offset, data,

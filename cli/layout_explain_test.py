@@ -3,6 +3,7 @@
 format/layout_explain_test.cc's to prove.
 Usage: layout_explain_test.py HOLDFAST GOLDEN_ROOT MAKE_CHECKPOINT"""
 
+import functools
 import json
 import pathlib
 import re
@@ -12,13 +13,10 @@ import sys
 import tempfile
 import unittest
 
+from checkpoint_files import Command
+
 HOLDFAST, GOLDEN, MAKE_CHECKPOINT = sys.argv[1], pathlib.Path(sys.argv[2]), sys.argv[3]
-
-
-def run(*arguments):
-    result = subprocess.run([HOLDFAST, "layout", "explain", *map(str, arguments)], capture_output=True, text=True,
-                            check=False, timeout=60)
-    return result.returncode, result.stdout, result.stderr
+run = functools.partial(Command(HOLDFAST), "layout", "explain")
 
 
 def hybrid(tp=2, dp=4):

@@ -19,18 +19,15 @@ import unittest
 import h5py
 import numpy as np
 
+from checkpoint_files import Command
+
 HOLDFAST, GOLDEN, MAKE_CHECKPOINT = sys.argv[1], pathlib.Path(sys.argv[2]), sys.argv[3]
 PROGRAMS = sys.argv[4:8]
 sys.path.insert(0, str(pathlib.Path(PROGRAMS[0]).parent / "tiny_lm"))
 import runs  # noqa: E402  (the path comes first)
 
+run = Command(HOLDFAST)
 FLOAT32_NAN, FILES_MAX = np.float32(np.nan), 256
-
-
-def run(*arguments, **options):
-    result = subprocess.run([HOLDFAST, *map(str, arguments)], capture_output=True, text=True, check=False,
-                            timeout=60, **options)
-    return result.returncode, result.stdout, result.stderr
 
 
 def text(value):

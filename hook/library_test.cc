@@ -23,16 +23,9 @@
 
 #include "hook/dynamic_symbols_testing.h"
 #include "hook/holdfast.h"
+#include "hook/sanitized_testing.h"
 #include "hook/test_agent.h"
 #include "hook/test_job.h"
-
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define HOLDFAST_TEST_SANITIZED 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-#define HOLDFAST_TEST_SANITIZED 1
-#endif
-#endif
 
 namespace {
 // Allocations of all threads while counting is on.

@@ -42,12 +42,7 @@ def flip(rank, step, state='param', element=ELEMENT):
 class ReplicasTest(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        with tempfile.TemporaryDirectory() as place:
-            reference = runs.Run((LAUNCH, TINY_LM, None, CORPUS), place, 'reference', 1,
-                                 '--steps', '8')
-            status, errors = reference.finish()
-            assert status == 0, errors
-            cls.reference = reference.losses()
+        cls.reference = runs.undisturbed_losses(LAUNCH, TINY_LM, CORPUS, 8)
 
     def setUp(self):
         directory = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)

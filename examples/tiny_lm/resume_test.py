@@ -25,13 +25,7 @@ Run = functools.partial(runs.Run, (LAUNCH, TINY_LM, HOLDFASTD, CORPUS))
 class ResumeTest(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        with tempfile.TemporaryDirectory() as place:
-            reference = runs.Run((LAUNCH, TINY_LM, None, CORPUS), place, 'reference', 1,
-                                 '--steps', '20')
-            status, errors = reference.finish()
-            assert status == 0, errors
-            cls.reference = reference.losses()
-            assert sorted(cls.reference) == list(range(1, 21))
+        cls.reference = runs.undisturbed_losses(LAUNCH, TINY_LM, CORPUS, 20)
 
     def setUp(self):
         directory = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)

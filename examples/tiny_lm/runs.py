@@ -3,6 +3,7 @@ import json
 import os
 import pathlib
 import subprocess
+import tempfile
 
 TIMEOUT_SECONDS = 100
 
@@ -84,3 +85,14 @@ class Run:
 
     def pid(self, rank):
         return [event['pid'] for event in self.starts() if event['rank'] == rank][-1]
+
+
+def undisturbed_losses(launch, tiny_lm, corpus, steps):
+    """The losses of one rank that trains so many steps without Holdfast."""
+    with tempfile.TemporaryDirectory() as place:
+        run = Run((launch, tiny_lm, None, corpus), place, 'reference', 1, '--steps', str(steps))
+        status, errors = run.finish()
+        assert status == 0, errors
+        losses = run.losses()
+    assert sorted(losses) == list(range(1, steps + 1))
+    return losses

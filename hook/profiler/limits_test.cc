@@ -19,14 +19,7 @@
 #include "hook/profiler/board_testing.h"
 #include "hook/profiler/events_testing.h"
 #include "hook/profiler/nccl_driver_testing.h"
-
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define HOLDFAST_TEST_SANITIZED 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-#define HOLDFAST_TEST_SANITIZED 1
-#endif
-#endif
+#include "hook/sanitized_testing.h"
 
 namespace holdfast::profiler {
 namespace {

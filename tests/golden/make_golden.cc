@@ -70,21 +70,6 @@ absl::Status WriteFile(const std::string& path, const std::string& text) {
   return WriteFile(path, std::as_bytes(std::span(text)));
 }
 
-// Row-major number in the whole tensor of element `element` of a piece's box.
-uint64_t ElementOfTensor(const Piece& piece, uint64_t element, const TensorState& tensor_state,
-                         const BoxTable& boxes) {
-  if (piece.box == kWholeTensor) return element;
-  const BoxView box = boxes[piece.box];
-  uint64_t number = 0;
-  uint64_t weight = 1;
-  for (size_t d = box.size.size(); d-- > 0;) {
-    number += weight * (box.lo[d] + element % box.size[d]);
-    element /= box.size[d];
-    weight *= tensor_state.shape[d];
-  }
-  return number;
-}
-
 // The image of one rank, complete, and its entries in the index.
 absl::StatusOr<std::vector<std::byte>> MakeImage(const Layout& layout, Rank rank,
                                                  const std::string& scratch, Index& index) {
@@ -118,7 +103,7 @@ absl::StatusOr<std::vector<std::byte>> MakeImage(const Layout& layout, Rank rank
     const uint64_t element_bytes = ElementBytes(tensor_state.dtype);
     uint64_t at = image.piece_offsets()[i];
     for (uint64_t element = pieces[i].begin; element < pieces[i].end; ++element) {
-      const uint64_t number = ElementOfTensor(pieces[i], element, tensor_state, stored.boxes);
+      const uint64_t number = ElementInTensor(pieces[i], stored.boxes, tensor_state, element);
       for (uint64_t b = 0; b < element_bytes; ++b) {
         bytes[at++] = GoldenByte(tensor_state.dtype, pieces[i].tensor_state, number, b);
       }

@@ -580,4 +580,14 @@ absl::Status SimDisk::ReadNode(const RingOperation& operation, const OpenFile& f
       operation.target.size(), operation.offset_bytes, found));
 }
 
+std::function<absl::Status(IoFile& file, uint64_t offset, std::span<std::byte> out)> SimReadAt(
+    SimDisk& disk) {
+  return [&disk](IoFile& file, uint64_t offset, std::span<std::byte> out) {
+    absl::Status result = absl::UnknownError("not read");
+    disk.Read(file, offset, out, [&result](absl::Status status) { result = std::move(status); });
+    while (disk.in_flight_count() > 0) disk.RunCompletions();
+    return result;
+  };
+}
+
 }  // namespace holdfast

@@ -28,10 +28,12 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <map>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -217,6 +219,34 @@ class SimDisk final : public FileSystem, public IoRing {
   bool read_only_ = false;
   uint64_t random_;
 };
+
+// Every operation that can be made to fail, named for people.
+struct NamedOperation {
+  SimDisk::Operation operation;
+  const char* name;
+};
+inline constexpr NamedOperation kSimDiskOperations[] = {
+    {SimDisk::Operation::kCreateNew, "create"},
+    {SimDisk::Operation::kAppend, "append"},
+    {SimDisk::Operation::kSyncFile, "sync file"},
+    {SimDisk::Operation::kCreateSized, "create image"},
+    {SimDisk::Operation::kOpenForRead, "open"},
+    {SimDisk::Operation::kReadSmallFile, "read file"},
+    {SimDisk::Operation::kLink, "link"},
+    {SimDisk::Operation::kUnlink, "unlink"},
+    {SimDisk::Operation::kCreateDirectory, "create directory"},
+    {SimDisk::Operation::kSyncDirectory, "sync directory"},
+    {SimDisk::Operation::kList, "list"},
+    {SimDisk::Operation::kStat, "stat"},
+    {SimDisk::Operation::kSpaceOf, "space"},
+    {SimDisk::Operation::kRingWrite, "write"},
+    {SimDisk::Operation::kRingRead, "read"},
+    {SimDisk::Operation::kRingSync, "sync image"},
+};
+
+// Blocking reads (ReadAt of checkpoint/verify.h): all completions run inside.
+std::function<absl::Status(IoFile& file, uint64_t offset, std::span<std::byte> out)> SimReadAt(
+    SimDisk& disk);
 
 }  // namespace holdfast
 
