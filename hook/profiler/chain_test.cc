@@ -5,10 +5,14 @@
 #include <unistd.h>
 
 #include <cstdlib>
+#include <filesystem>
+#include <map>
 #include <string>
+#include <vector>
 
 #include "hook/profiler/board_testing.h"
 #include "hook/profiler/nccl_driver_testing.h"
+#include "hook/profiler/recorded_stream_testing.h"
 
 namespace holdfast::profiler {
 namespace {
@@ -159,6 +163,65 @@ TEST(ChainTest, ItIsNeverGivenStaleForeignOrRepeatedHandles) {
     EXPECT_EQ(chained.Count("chained_stops", kColl), stops);
     EXPECT_EQ(chained.mistakes(), 0u);
   });
+}
+
+// The recorder, chained as scripts/gpu-check chains it: its stream is what was called, with the
+// parents' types, and ends on the board as the calls themselves do.
+TEST(ChainTest, WhatTheRecorderWritesIsWhatWasCalledAndCanBeReplayed) {
+  const std::string directory = testing::TempDir() + "/stream-" + std::to_string(getpid());
+  std::filesystem::create_directories(directory);
+  const std::string path = directory + "/rank-0.jsonl";
+  setenv("HOLDFAST_RECORD_STREAM", directory.c_str(), 1);
+  setenv("HOLDFAST_MONITOR", "full", 1);
+  WithChain(6, HOLDFAST_TEST_RECORDER, "0", [&](Library& library, const Chained&) {
+    Job job(library, {.id = 1, .ranks = 2});
+    job.SetFreeze({.rank = 1, .channel = 0, .operation = 1, .slice = 3});
+    for (int i = 0; i < 2; ++i) job.EnqueueAll();
+    EXPECT_FALSE(job.RunUntilNothingMoves());
+    // At every poll, as NCCL does.
+    for (int i = 0; i < 10; ++i) job.rank(0).Progress();
+    const std::vector<CallRecord> stream = ToRecords(ReadStream(path));
+    const std::vector<CallRecord>& calls = job.rank(0).calls();
+    size_t next = 0;
+    size_t repeated = 0;
+    std::map<uint64_t, int> states;  // of steps, by handle
+    for (const CallRecord& call : calls) {
+      if (call.call == "state" && call.type == kProxyStep) {
+        const auto [known, news] = states.emplace(call.handle, call.state);
+        if (!news && known->second == call.state) {
+          ++repeated;
+          continue;
+        }
+        known->second = call.state;
+      }
+      ASSERT_LT(next, stream.size());
+      const CallRecord& line = stream[next++];
+      EXPECT_EQ(line.call, call.call) << next;
+      EXPECT_EQ(line.type, call.type) << next;
+      EXPECT_EQ(line.state, call.state) << next;
+      EXPECT_EQ(line.handle, call.handle) << next;
+      EXPECT_EQ(line.parent, call.parent) << next;
+      EXPECT_EQ(line.parent_type, call.parent_type) << next;
+      EXPECT_EQ(line.proxy_op.peer, call.proxy_op.peer) << next;
+      EXPECT_EQ(line.step, call.step) << next;
+    }
+    EXPECT_EQ(next, stream.size());
+    EXPECT_GT(repeated, 0u);
+  });
+  // Given to a plugin in this process, it shows the same hang.
+  const std::vector<RecordedCall> stream = ReadStream(path);
+  Library library(HOLDFAST_TEST_PLUGIN, 6);
+  Replay replay(library, 2, stream);
+  replay.RunTo(stream.size());
+  const auto board = MappedBoard::Find(getpid());
+  const auto index = board->FindCommunicator(2, 0);
+  ASSERT_TRUE(index.has_value());
+  EXPECT_EQ(board->communicator(*index).enqueued, 2u);
+  EXPECT_EQ(board->communicator(*index).finished, 1u);
+  EXPECT_FALSE(WaitsOf(*board, *index).peers.empty());
+  unsetenv("HOLDFAST_RECORD_STREAM");
+  unsetenv("HOLDFAST_MONITOR");
+  std::filesystem::remove_all(directory);
 }
 
 TEST(ChainTest, ItIsFoundAsNcclFindsPlugins) {

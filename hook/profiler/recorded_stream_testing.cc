@@ -8,27 +8,12 @@
 #include <set>
 #include <sstream>
 
+#include "hook/profiler/event_names_testing.h"
+
 namespace holdfast::profiler {
 namespace {
 
 using Json = nlohmann::json;
-
-const std::map<std::string, uint64_t>& TypesByName() {
-  static const auto* types = new std::map<std::string, uint64_t>{
-      {"Group", kGroup},       {"Coll", kColl},           {"P2p", kP2p},
-      {"ProxyOp", kProxyOp},   {"ProxyStep", kProxyStep}, {"ProxyCtrl", kProxyCtrl},
-      {"KernelCh", kKernelCh}, {"NetPlugin", kNetPlugin}, {"GroupApi", kGroupApi},
-      {"CollApi", kCollApi},   {"P2pApi", kP2pApi},       {"KernelLaunch", kKernelLaunch},
-  };
-  return *types;
-}
-
-std::string NameOf(uint64_t type) {
-  for (const auto& [name, value] : TypesByName()) {
-    if (value == type) return name;
-  }
-  return "?";
-}
 
 // Names live as long as the process: descriptors hold pointers.
 const char* Interned(const std::string& text) {
@@ -51,7 +36,10 @@ RecordedCall ToCall(const Json& line) {
   call.nodes = line.value("nNodes", 0);
   call.ranks = line.value("nranks", 0);
   Event& event = call.event;
-  if (line.contains("type")) event.type = TypesByName().at(line.at("type").get<std::string>());
+  if (line.contains("type")) {
+    event.type = EventType(line.at("type").get<std::string>());
+    EXPECT_NE(event.type, 0u) << line.dump();
+  }
   event.rank = line.value("rank", 0);
   event.function = Interned(line.value("func", "AllReduce"));
   event.data_type = Interned(line.value("datatype", "ncclFloat32"));
@@ -125,7 +113,7 @@ std::string ToJson(const std::vector<CallRecord>& calls, int ranks, int rank, si
                  {"thread", call.thread},
                  {"call", call.call},
                  {"handle", call.handle},
-                 {"type", NameOf(call.type)}};
+                 {"type", EventName(call.type)}};
     if (call.call == "state") {
       line["state"] = call.state;
       line["transSize"] = call.bytes;
