@@ -17,7 +17,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
-#include "agent/monitor_boards.h"
+#include "agent/monitor/boards.h"
 #include "agent/packet.h"
 #include "agent/peer.h"
 #include "base/executor.h"

@@ -16,7 +16,7 @@
 #include "agent/handover.h"
 #include "agent/keeper_link.h"
 #include "agent/local_server.h"
-#include "agent/monitor_boards.h"
+#include "agent/monitor/boards.h"
 #include "base/clock.h"
 #include "checkpoint/engine.h"
 #include "io/epoll_loop.h"

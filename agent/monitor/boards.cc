@@ -1,4 +1,4 @@
-#include "agent/monitor_boards.h"
+#include "agent/monitor/boards.h"
 
 #include <errno.h>
 #include <fcntl.h>

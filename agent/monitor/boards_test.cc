@@ -1,6 +1,6 @@
 // Boards that the agent keeps: what is taken, what is refused, for how long, and what is told of
 // them.
-#include "agent/monitor_boards.h"
+#include "agent/monitor/boards.h"
 
 #include <fcntl.h>
 #include <sys/mman.h>
