@@ -105,8 +105,8 @@ class Cli(unittest.TestCase):
 
     def test_verify_names_the_file_of_a_flipped_byte(self):
         report = json.loads(run("inspect", self.job, "--tensors", "--json")[1])
-        piece = next(piece for tensor in report["tensors"] for piece in tensor["pieces"]
-                     if piece["file"] == self.image().name)
+        tensor, piece = next((tensor, piece) for tensor in report["tensors"]
+                             for piece in tensor["pieces"] if piece["file"] == self.image().name)
         # A tensor's byte is lost; one of the HDF5 head is damage that no restore meets.
         for offset, expected in ((piece["offset"], 4), (100, 3)):
             image = self.image()
@@ -117,7 +117,17 @@ class Cli(unittest.TestCase):
             code, text, _ = run("verify", self.checkpoint)
             self.assertEqual(code, expected, offset)
             self.assertIn(image.name, text)
+            if expected == 4:
+                line = next(line for line in text.splitlines() if image.name in line)
+                self.assertEqual(line.count(f"{tensor['name']} ({tensor['state']})"), 1, line)
             image.write_bytes(good)
+
+    def test_what_is_no_checkpoint_is_named_with_what_was_expected(self):
+        for path in (self.root.parent, self.checkpoint / "MANIFEST.json", "/etc"):
+            for verb in ("inspect", "verify"):
+                code, _, errors = run(verb, path)
+                self.assertEqual(code, 5, errors)
+                self.assertIn(f"{path}: expected a checkpoint's directory, or ROOT/JOB", errors)
 
     def test_verify_names_a_truncated_and_a_missing_image(self):
         image = self.image()

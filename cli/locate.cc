@@ -42,19 +42,25 @@ absl::StatusOr<CatalogEntry> Locate(FileSystem& file_system, const std::string& 
   const std::optional<CheckpointId> id = ParseCheckpointDirectoryName(whole.filename().string());
   ASSIGN_OR_RETURN(const JobPath job,
                    SplitJobPath(id.has_value() ? whole.parent_path().string() : path));
-  ASSIGN_OR_RETURN(Catalog catalog, ReadCatalog(file_system, job.root, job.job));
+  absl::StatusOr<Catalog> catalog = ReadCatalog(file_system, job.root, job.job);
+  if (absl::IsNotFound(catalog.status())) {
+    return absl::NotFoundError(
+        absl::StrFormat("%s: expected a checkpoint's directory, or ROOT/JOB: %s", path,
+                        catalog.status().message()));
+  }
+  RETURN_IF_ERROR(catalog.status());
   if (id.has_value()) {
-    const CatalogEntry* entry = catalog.Find(*id);
+    const CatalogEntry* entry = catalog->Find(*id);
     if (entry == nullptr) {
       return absl::NotFoundError(absl::StrFormat("%s holds no checkpoint", path));
     }
     return *entry;
   }
-  if (!catalog.newest.has_value()) {
+  if (!catalog->newest.has_value()) {
     return absl::NotFoundError(absl::StrFormat(
         "job %s in %s has no committed checkpoint on its current branch", job.job, job.root));
   }
-  return catalog.entries[*catalog.newest];
+  return catalog->entries[*catalog->newest];
 }
 
 absl::StatusOr<std::string> DirectoryOf(const std::string& path) {

@@ -8,7 +8,6 @@
 #include <nlohmann/json.hpp>
 #include <string>
 
-#include "absl/strings/str_join.h"
 #include "cli/output.h"
 #include "cli/progress.h"
 #include "cli/verb.h"
@@ -73,9 +72,7 @@ void Print(const CatalogEntry& entry, const VerifyReport& report, bool json) {
               static_cast<unsigned long long>(report.fingerprints_checked),
               static_cast<unsigned long long>(report.fingerprints_not_computed));
   for (const Finding& finding : report.findings) {
-    std::printf("  %s%s%s\n", Printable(finding.text).c_str(),
-                finding.tensors.empty() ? "" : "; tensors: ",
-                Printable(absl::StrJoin(finding.tensors, ", ")).c_str());
+    std::printf("  %s\n", Printable(finding.text).c_str());
   }
   if (report.finding_count > report.findings.size()) {
     std::printf("  and %llu more\n",
