@@ -16,6 +16,7 @@ torch.manual_seed(distributed.get_rank())  # data of its own; DDP spreads rank 0
 model = nn.parallel.DistributedDataParallel(
     nn.Sequential(nn.Linear(64, 256), nn.BatchNorm1d(256), nn.GELU(), nn.Dropout(0.1),
                   nn.Linear(256, 64)))
+holdfast.torch.watch(model)  # gloo has no profiler plugin
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=1000)
 

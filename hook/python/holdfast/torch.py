@@ -23,15 +23,18 @@ that of the checkpoint before it. On another number of ranks the generators are 
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import torch
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from . import checkpointer as _checkpointer
 from .checkpointer import Resumed
 from .errors import DataLoss, InvalidArgument
 from .job import COMMIT_SECONDS, RESTORE_SECONDS
 from .layout import split_name
+from .monitor import Communicator, Kind, Operation
 
 PARAMETER = "param"
 BUFFER = "buffer"
@@ -194,6 +197,35 @@ class Checkpointer(_checkpointer.Checkpointer):
             state = self._optimizer.state[self._parameter(name)]
             if key not in state:
                 state[key] = torch.zeros(shape, dtype=getattr(torch, dtype))
+
+
+def watch(model: torch.nn.parallel.DistributedDataParallel, *, name: str = "gradients",
+          id: Optional[int] = None) -> Communicator:
+    """Tells the monitor (docs/MONITOR.md) of every all-reduce of the model's gradients, for backends
+    that have no profiler plugin, as gloo. To be called on all ranks, before the first backward: it
+    registers the model's communication hook, which must be free, and does what happens without one.
+    `name` and `id` are the communicator's, as in holdfast.monitor; without `id` it is made of the
+    name and the ranks: give each of several models a name of its own."""
+    group = model.process_group
+    ranks = torch.distributed.get_process_group_ranks(group)
+    if id is None:
+        id = zlib.crc32(repr((name, ranks)).encode())
+    communicator = Communicator(id=id, ranks=len(ranks),
+                                rank=torch.distributed.get_rank(group), name=name)
+
+    def reduce(group, bucket):  # type: ignore  # torch refuses annotations that are strings
+        operation = Operation(communicator, Kind.ALL_REDUCE, bucket.buffer().nbytes)
+        operation.start()
+
+        def ended(future: torch.futures.Future) -> torch.Tensor:
+            reduced = future.value()  # raises if it has failed: then it never ends, on the board
+            operation.end()
+            return reduced
+
+        return default_hooks.allreduce_hook(group, bucket).then(ended)
+
+    model.register_comm_hook(group, reduce)
+    return communicator
 
 
 def _unwrap(model: torch.nn.Module) -> torch.nn.Module:

@@ -5,9 +5,7 @@ offsets.
 Usage: monitor_test.py HOLDFASTD HOLDFAST        ($HOLDFAST_LIBRARY: the library)
 """
 import json
-import mmap
 import os
-import pathlib
 import signal
 import struct
 import subprocess
@@ -15,41 +13,12 @@ import sys
 import unittest
 
 from holdfast import monitor
-from support import Place
+from support import Place, board, communicator
 
 DAEMON, COMMAND = sys.argv[1:3]
 del sys.argv[1:3]
 
-COMMUNICATOR_BYTES = 1536
 SLOT_BYTES = 64
-
-
-def board():
-    """The bytes of this process's board."""
-    for entry in pathlib.Path("/proc/self/fd").iterdir():
-        try:
-            target = os.readlink(entry)
-        except OSError:
-            continue
-        if target.startswith("/memfd:holdfast-monitor"):
-            descriptor = os.open(entry, os.O_RDONLY)
-            try:
-                with mmap.mmap(descriptor, 0, prot=mmap.PROT_READ) as memory:
-                    return bytes(memory)
-            finally:
-                os.close(descriptor)
-    raise AssertionError("no board")
-
-
-def communicator(data, hash_):
-    """enqueued, started, finished of the communicator with this hash."""
-    offset, count = struct.unpack_from("<II", data, 16)
-    for index in range(count):
-        at = offset + index * COMMUNICATOR_BYTES
-        state, = struct.unpack_from("<I", data, at)
-        if state in (2, 3) and struct.unpack_from("<Q", data, at + 16)[0] == hash_:
-            return index, struct.unpack_from("<QQQ", data, at + 128)
-    raise AssertionError(f"no communicator {hash_}")
 
 
 def wait_states(data, index):

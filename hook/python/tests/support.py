@@ -1,12 +1,16 @@
-"""What the tests of the package share: a place of their own with a root and a private agent."""
+"""What the tests of the package share: a place of their own with a root and a private agent, and this
+process's monitor board, read by hook/abi/monitor.h's offsets."""
 
+import mmap
 import os
 import pathlib
 import signal
+import struct
 import tempfile
 import time
 
 DEADLINE_SECONDS = 60
+COMMUNICATOR_BYTES = 1536
 
 
 class Place:
@@ -70,3 +74,31 @@ class Place:
 
     def manifests(self, job):
         return sorted((self.root / job).glob("s*.a*/MANIFEST.json"))
+
+
+def board():
+    """The bytes of this process's board."""
+    for entry in pathlib.Path("/proc/self/fd").iterdir():
+        try:
+            target = os.readlink(entry)
+        except OSError:
+            continue
+        if target.startswith("/memfd:holdfast-monitor"):
+            descriptor = os.open(entry, os.O_RDONLY)
+            try:
+                with mmap.mmap(descriptor, 0, prot=mmap.PROT_READ) as memory:
+                    return bytes(memory)
+            finally:
+                os.close(descriptor)
+    raise AssertionError("no board")
+
+
+def communicator(data, hash_):
+    """enqueued, started, finished of the communicator with this hash."""
+    offset, count = struct.unpack_from("<II", data, 16)
+    for index in range(count):
+        at = offset + index * COMMUNICATOR_BYTES
+        state, = struct.unpack_from("<I", data, at)
+        if state in (2, 3) and struct.unpack_from("<Q", data, at + 16)[0] == hash_:
+            return index, struct.unpack_from("<QQQ", data, at + 128)
+    raise AssertionError(f"no communicator {hash_}")

@@ -9,12 +9,12 @@ import unittest
 import warnings
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 import holdfast.torch
 from holdfast import CheckSource, InvalidArgument, memory_of
 from holdfast.memory import DTYPES
-from support import Place
+from support import Place, board, communicator
 
 DAEMON = sys.argv.pop(1)
 
@@ -305,6 +305,25 @@ class TorchCheckpointerTest(unittest.TestCase):
             parameter.data.zero_()
         self.assertEqual(self.open(copied).restore().step, 1)
         self.assertEqual(bits(copied.state_dict()), bits(model.state_dict()))
+
+    def test_the_monitor_is_told_of_the_all_reduces_and_the_gradients_stay_as_they_are(self):
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+        self.addCleanup(distributed.destroy_process_group)
+        data = torch.randn(4, 6)
+        gradients = []
+        for is_watched in (False, True):
+            torch.manual_seed(1)
+            model = nn.parallel.DistributedDataParallel(new_model())
+            if is_watched:
+                holdfast.torch.watch(model, id=901)
+            for _ in range(3):
+                torch.manual_seed(2)
+                model(data).square().sum().backward()
+            gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+        self.assertTrue(all(map(torch.equal, *gradients)))
+        _, (enqueued, started, finished) = communicator(board(), 901)
+        self.assertGreaterEqual(enqueued, 3)
+        self.assertEqual((started, finished), (enqueued, enqueued))
 
 
 if __name__ == "__main__":
