@@ -21,7 +21,7 @@ BUILD_PACKAGES=(
   libcli11-dev libspdlog-dev nlohmann-json3-dev libtomlplusplus-dev
 )
 TEST_PACKAGES=(python3 python3-h5py python3-jsonschema python3-numpy python3-venv hdf5-tools strace
-  procps)
+  procps iproute2 nftables libfaketime)
 ANALYSIS_PACKAGES=(clang-19 libclang-rt-19-dev clang-tidy-19 clang-format-14)
 BENCH_PACKAGES=(fio)
 
