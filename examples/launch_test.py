@@ -85,6 +85,16 @@ class LaunchTest(unittest.TestCase):
         self.assertEqual({e['signal'] for e in exits.values()} - {'SIGTERM'}, {'SIGKILL'})
         self.assertEqual(len(exits), 3)
 
+    def test_on_failure_wait_leaves_the_others_alone(self):
+        body = ('if rank == 1: sys.exit(3)\n'
+                'while "exit" not in open(%r).read(): pass\n'  # written when rank 1 has ended
+                'print("done")\n' % self.events_path)
+        result = self.run_ranks(body, '--nproc', '3', '--on-failure', 'wait')
+        self.assertEqual(result.returncode, 1)
+        self.assertEqual(sorted(result.stdout.splitlines()), ['[0] done', '[2] done'])
+        self.assertEqual({(e['rank'], e['status'], e['stopped']) for e in self.events()
+                          if e['event'] == 'exit'}, {(0, 0, False), (1, 3, False), (2, 0, False)})
+
     def test_logs_are_kept_per_restart_and_rank(self):
         logs = os.path.join(self.directory.name, 'logs')
         result = self.run_ranks(
