@@ -18,6 +18,8 @@ Analysis Analyzer::Step(const Snapshot& snapshot) {
   FindNeverJoined(state_, candidates);
   FindHangs(state_, candidates);
   slow_.Look(state_, candidates);
+  testimonies_.Take(snapshot.elapsed, snapshot.testimonies, state_.thresholds());
+  testimonies_.Speak(state_, candidates);
 
   Analysis analysis;
   analysis.sight = Look();

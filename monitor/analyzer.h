@@ -2,7 +2,8 @@
 // findings, on any machine. No clock, no thread, no I/O.
 //
 // Per snapshot: take the reports (job_state.h), look for ends and absences (ended.cc), standing
-// still (hang.cc) and slowness (slow.h), and let time decide (tracker.h).
+// still (hang.cc) and slowness (slow.h), hear other witnesses (testimony_book.h), and let time
+// decide (tracker.h).
 #ifndef HOLDFAST_MONITOR_ANALYZER_H_
 #define HOLDFAST_MONITOR_ANALYZER_H_
 
@@ -15,6 +16,7 @@
 #include "monitor/job_state.h"
 #include "monitor/slow.h"
 #include "monitor/snapshot.h"
+#include "monitor/testimony_book.h"
 #include "monitor/thresholds.h"
 #include "monitor/tracker.h"
 
@@ -53,6 +55,7 @@ class Analyzer {
 
   JobState state_;
   SlowSearch slow_;
+  TestimonyBook testimonies_;
   Tracker tracker_;
 };
 

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/time/time.h"
 #include "base/ids.h"
 #include "monitor/finding.h"
 #include "monitor/job_state.h"
@@ -17,6 +18,11 @@ struct Candidate {
   std::string key;
   // `grade` says what the evidence is good for now; id and since are the tracker's.
   Finding finding;
+  // Of a standstill: for how long, and when it would be a verdict if one more witness agreed, or
+  // two (testimony_book.h).
+  absl::Duration standing = absl::ZeroDuration();
+  absl::Duration verdict_with_one = absl::InfiniteDuration();
+  absl::Duration verdict_with_two = absl::InfiniteDuration();
 };
 
 // Somebody is waited for, and that is in order: shown by `status`, never a finding.
@@ -44,7 +50,7 @@ struct Mismatch {
   uint64_t communicator = 0;
   std::vector<Rank> odd;  // the minority; all of them if there is none
   bool tie = false;       // no majority says who is right
-  absl::Duration standing;
+  absl::Duration standing = absl::ZeroDuration();
   std::string what;  // "AllReduce of 4096 bytes where 7 others call ..."
 };
 std::vector<Mismatch> FindMismatches(const JobState& state);

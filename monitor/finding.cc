@@ -9,7 +9,7 @@ namespace {
 constexpr std::array<std::string_view, kFaultClasses> kFaultNames = {
     "unknown",      "late-data",     "late-compute",  "pause-overdue", "link",     "sender-end",
     "receiver-end", "starved-proxy", "never-entered", "gpu-hang",      "deadlock", "mismatch",
-    "never-joined", "stopped",       "node-silent",   "dead"};
+    "never-joined", "stopped",       "node-silent",   "gpu-fault",     "dead"};
 constexpr std::array<std::string_view, kScopes> kScopeNames = {"process",
                                                                "gpu",
                                                                "host",

@@ -24,7 +24,7 @@ enum class Syndrome : uint8_t {
   kNonCommunicationHang,  // somebody never entered it
   kCommunicationSlow,
   kNonCommunicationSlow,
-  kEnded,    // a process or a node is gone
+  kEnded,    // a process, a node or a GPU is gone
   kStartUp,  // the job never came together
 };
 
@@ -45,9 +45,10 @@ enum class FaultClass : uint8_t {
   kNeverJoined,
   kStopped,     // SIGSTOP or a debugger
   kNodeSilent,  // the node says nothing and its peers wait for it
+  kGpuFault,    // the driver has reported a fault of the GPU
   kDead,
 };
-inline constexpr size_t kFaultClasses = 16;
+inline constexpr size_t kFaultClasses = 17;
 
 enum class Scope : uint8_t {
   kProcess,   // the process of the rank

@@ -23,17 +23,30 @@ struct Patience {
   absl::Duration suspicion;
   absl::Duration verdict;
   absl::Duration busy;
+  // With one or two witnesses more, who say of their own who it is.
+  absl::Duration verdict_with_one = absl::InfiniteDuration();
+  absl::Duration verdict_with_two = absl::InfiniteDuration();
 };
 
+// `witnesses`: how many of the telemetry itself name the suspect.
 Patience PatienceFor(const JobState& state, uint64_t communicator, int witnesses) {
   const Thresholds& t = state.thresholds();
   const std::optional<absl::Duration> normal = state.NormalStandstill(communicator);
   // No baseline: no verdict before the configured time-out.
   if (!normal.has_value()) return {t.hang_suspicion, t.busy_timeout, t.busy_timeout};
   const absl::Duration beyond = *normal * t.standstill_factor;
-  return {std::max(t.hang_suspicion, beyond),
-          std::max(witnesses > 1 ? t.hang_verdict : t.hang_verdict_alone, beyond),
-          std::max(t.busy_timeout_min, std::min(t.busy_timeout, *normal * t.busy_factor))};
+  const absl::Duration agreed = std::max(t.hang_verdict, beyond);
+  const absl::Duration alone = std::max(t.hang_verdict_alone, beyond);
+  return {std::max(t.hang_suspicion, beyond), witnesses > 1 ? agreed : alone,
+          std::max(t.busy_timeout_min, std::min(t.busy_timeout, *normal * t.busy_factor)),
+          // The first witness of a standstill whose telemetry names nobody is alone.
+          witnesses > 0 ? agreed : alone, agreed};
+}
+
+// Where no witness shortens the wait for a verdict: the rank is about something that may be in
+// order.
+Patience Unhurried(absl::Duration suspicion, absl::Duration verdict) {
+  return {suspicion, verdict, verdict};
 }
 
 // What is known of the waits that end at one node.
@@ -118,7 +131,8 @@ class HangSearch {
     explained_ = true;
     if (standing < patience.suspicion) return;
     finding.grade = standing >= patience.verdict ? Grade::kVerdict : Grade::kSuspicion;
-    out_.found.push_back({std::move(key), std::move(finding)});
+    out_.found.push_back({std::move(key), std::move(finding), standing, patience.verdict_with_one,
+                          patience.verdict_with_two});
   }
 
   void AddMismatch(const Mismatch& mismatch) {
@@ -181,7 +195,7 @@ class HangSearch {
         absl::StrCat("a ring of waits without a way out, for ", SecondsText(standing))};
     finding.changes_mind = "Any progress of one of them.";
     Add(absl::StrCat("ring:", Value(ranks.front())), std::move(finding), standing,
-        PatienceFor(state_, *communicators.begin(), program ? 2 : 1));
+        PatienceFor(state_, *communicators.begin(), program ? 2 : 0));
   }
 
   // Those in the ring that wait for nothing but the inside of their node, where all have entered.
@@ -357,14 +371,14 @@ class HangSearch {
       finding.fault = FaultClass::kPauseOverdue;
       finding.sentence = absl::StrCat(name, " does not come back from a pause: ", waits, ".");
       finding.changes_mind = "A pause that is known to take so long.";
-      patience.suspicion = patience.verdict = thresholds.section_timeout;
+      patience = Unhurried(thresholds.section_timeout, thresholds.section_timeout);
       return Add(key, std::move(finding), pressure.standing, patience);
     }
     if (section != nullptr && section->kind == SectionKind::kData) {
       finding.fault = FaultClass::kLateData;
       finding.sentence = absl::StrCat(name, " waits for its data: ", waits, ".");
       finding.changes_mind = "Its leaving the section without the others going on.";
-      patience.verdict = patience.busy;
+      patience = Unhurried(patience.suspicion, patience.busy);
       return Add(key, std::move(finding), pressure.standing, patience);
     }
     const auto idle =
@@ -381,7 +395,7 @@ class HangSearch {
       finding.evidence.push_back(absl::StrFormat("it uses %.2f of a CPU, beyond the time-out of %s",
                                                  track.cpu_share, SecondsText(patience.busy)));
       finding.sentence = sentence;
-      patience.suspicion = patience.verdict = patience.busy;
+      patience = Unhurried(patience.busy, patience.busy);
       return Add(key, std::move(finding), pressure.standing, patience);
     }
     finding.scope = Scope::kProcess;
@@ -461,7 +475,7 @@ class HangSearch {
         sink.waiters, name);
     finding.evidence = {absl::StrCat("standing for ", SecondsText(pressure.standing))};
     finding.changes_mind = "Telemetry of that rank.";
-    Patience patience = PatienceFor(state_, pressure.communicator, 1);
+    Patience patience = PatienceFor(state_, pressure.communicator, 0);
     patience.verdict = absl::InfiniteDuration();
     Add(absl::StrCat("blind:", sink.node), std::move(finding), pressure.standing, patience);
   }
@@ -485,7 +499,7 @@ class HangSearch {
       const Rank rank{static_cast<uint32_t>(member)};
       finding.suspects.push_back({rank, rank});
     }
-    Patience patience = PatienceFor(state_, communicator, 1);
+    Patience patience = PatienceFor(state_, communicator, 0);
     patience.verdict = patience.busy;
     Add(absl::StrFormat("operation:%x", communicator), std::move(finding), pressure.standing,
         patience);

@@ -10,6 +10,7 @@
 #include "absl/time/time.h"
 #include "base/ids.h"
 #include "monitor/summary.h"
+#include "monitor/testimony.h"
 
 namespace holdfast::monitor {
 
@@ -36,6 +37,8 @@ struct Snapshot {
   // The longest time by which the receiver itself was late since the last snapshot.
   absl::Duration receiver_gap;
   std::vector<NodeSummary> arrived;  // in any order; a summary may come late, twice or never
+  // What other witnesses have said since the last snapshot, in any order; may be empty for ever.
+  std::vector<Testimony> testimonies;
 };
 
 }  // namespace holdfast::monitor

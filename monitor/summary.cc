@@ -1,145 +1,19 @@
 #include "monitor/summary.h"
 
 #include <algorithm>
-#include <limits>
 #include <map>
-#include <string_view>
 #include <tuple>
 #include <utility>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_format.h"
-#include "base/check.h"
-#include "base/crc32c.h"
 #include "base/status_macros.h"
+#include "monitor/byte_codec.h"
 
 namespace holdfast::monitor {
 namespace {
 
-constexpr std::string_view kMagic = "HFMS";
-constexpr uint64_t kVersion = 1;
-constexpr size_t kChecksumBytes = 4;
-
-// Encoder and decoder walk the same description of the fields (Walk below), so they cannot
-// disagree.
-class Writer {
- public:
-  explicit Writer(std::string* out) : out_(*out) {}
-
-  template <typename T>
-  void Number(std::string_view, T& value, uint64_t max = std::numeric_limits<T>::max()) {
-    CHECK(static_cast<uint64_t>(value) <= max);
-    Put(static_cast<uint64_t>(value));
-  }
-  template <typename T>
-  void Enumerator(std::string_view what, T& value, size_t count) {
-    uint64_t number = static_cast<uint64_t>(value);
-    Number(what, number, count - 1);
-  }
-  void Signed(std::string_view, int32_t& value) {
-    const auto wide = static_cast<int64_t>(value);
-    Put((static_cast<uint64_t>(wide) << 1) ^ static_cast<uint64_t>(wide >> 63));
-  }
-  void Text(std::string_view what, std::string& text, size_t bytes_max) {
-    uint64_t size = text.size();
-    Number(what, size, bytes_max);
-    out_ += text;
-  }
-  template <typename T>
-  void Length(std::string_view what, std::vector<T>& list, size_t max) {
-    uint64_t size = list.size();
-    Number(what, size, max);
-  }
-
- private:
-  void Put(uint64_t value) {
-    for (; value >= 0x80; value >>= 7) out_ += static_cast<char>(0x80 | (value & 0x7F));
-    out_ += static_cast<char>(value);
-  }
-  std::string& out_;
-};
-
-class Reader {
- public:
-  explicit Reader(std::span<const std::byte> bytes) : bytes_(bytes) {}
-
-  template <typename T>
-  void Number(std::string_view what, T& value, uint64_t max = std::numeric_limits<T>::max()) {
-    const uint64_t found = Get(what);
-    if (status_.ok() && found > max) {
-      status_ = absl::InvalidArgumentError(
-          absl::StrFormat("summary: %s: expected at most %d, found %d", what, max, found));
-    }
-    value = status_.ok() ? static_cast<T>(found) : T{};
-  }
-  template <typename T>
-  void Enumerator(std::string_view what, T& value, size_t count) {
-    uint64_t number = 0;
-    Number(what, number, count - 1);
-    value = static_cast<T>(number);
-  }
-  void Signed(std::string_view what, int32_t& value) {
-    uint64_t found = 0;
-    Number(what, found, std::numeric_limits<uint32_t>::max());
-    value =
-        static_cast<int32_t>(static_cast<int64_t>(found >> 1) ^ -static_cast<int64_t>(found & 1));
-  }
-  void Text(std::string_view what, std::string& text, size_t bytes_max) {
-    uint64_t size = 0;
-    Number(what, size, bytes_max);
-    if (size > bytes_.size()) return Truncated(what);
-    text.resize(size);
-    std::transform(bytes_.begin(), bytes_.begin() + static_cast<ptrdiff_t>(size), text.begin(),
-                   [](std::byte byte) { return static_cast<char>(byte); });
-    bytes_ = bytes_.subspan(size);
-  }
-  template <typename T>
-  void Length(std::string_view what, std::vector<T>& list, size_t max) {
-    uint64_t size = 0;
-    Number(what, size, max);
-    // Every element takes a byte at least: a length that lies cannot make us allocate much.
-    if (size > bytes_.size()) return Truncated(what);
-    list.resize(size);
-  }
-  absl::Status Finish() {
-    if (status_.ok() && !bytes_.empty()) {
-      return absl::InvalidArgumentError(
-          absl::StrFormat("summary: expected the end of the body, found %d bytes", bytes_.size()));
-    }
-    return status_;
-  }
-
- private:
-  void Truncated(std::string_view what) {
-    if (status_.ok()) {
-      status_ = absl::DataLossError(
-          absl::StrFormat("summary: %s: truncated with %d bytes left", what, bytes_.size()));
-    }
-  }
-  uint64_t Get(std::string_view what) {
-    uint64_t value = 0;
-    for (unsigned shift = 0; status_.ok(); shift += 7) {
-      if (bytes_.empty()) {
-        Truncated(what);
-        break;
-      }
-      const auto byte = static_cast<uint64_t>(bytes_.front());
-      bytes_ = bytes_.subspan(1);
-      // The tenth byte holds one bit; a last byte of 0 is not the shortest form.
-      if ((shift == 63 && byte > 1) || (shift > 0 && byte == 0)) {
-        status_ = absl::InvalidArgumentError(
-            absl::StrFormat("summary: %s: expected the shortest form of 64 bits", what));
-        break;
-      }
-      value |= (byte & 0x7F) << shift;
-      if (byte < 0x80) return value;
-    }
-    return 0;
-  }
-
-  std::span<const std::byte> bytes_;
-  absl::Status status_;
-};
+constexpr Envelope kEnvelope = {"summary", "HFMS", 1, kSummaryBytesMax};
 
 template <typename Codec>
 void Walk(Codec& codec, ConnectionReport& c) {
@@ -224,12 +98,6 @@ void Walk(Codec& codec, NodeSummary& s) {
   for (RankReport& rank : s.ranks) Walk(codec, rank);
 }
 
-uint32_t LoadChecksum(std::span<const std::byte> bytes) {
-  uint32_t value = 0;
-  for (size_t i = kChecksumBytes; i-- > 0;) value = value << 8 | static_cast<uint32_t>(bytes[i]);
-  return value;
-}
-
 void MergeChannels(CommunicatorReport& communicator) {
   std::map<std::tuple<uint32_t, Direction>, ConnectionReport> merged;
   for (const ConnectionReport& c : communicator.connections) {
@@ -259,43 +127,18 @@ bool FitsAfter(NodeSummary& summary, size_t bytes_max, Change change) {
 }  // namespace
 
 std::string EncodeSummary(const NodeSummary& summary) {
-  std::string bytes(kMagic);
-  Writer writer(&bytes);
-  uint64_t version = kVersion;
-  writer.Number("version", version);
+  std::string bytes;
+  OpenEnvelope(kEnvelope, bytes);
+  ByteWriter writer(&bytes);
   NodeSummary copy = summary;  // Walk takes what it could also fill
   Walk(writer, copy);
-  const uint32_t checksum = Crc32c(std::as_bytes(std::span(bytes)));
-  for (size_t i = 0; i < kChecksumBytes; ++i)
-    bytes += static_cast<char>(checksum >> (8 * i) & 0xFF);
-  CHECK(bytes.size() <= kSummaryBytesMax);
+  SealEnvelope(kEnvelope, bytes);
   return bytes;
 }
 
 absl::StatusOr<NodeSummary> DecodeSummary(std::span<const std::byte> bytes) {
-  if (bytes.size() > kSummaryBytesMax) {
-    return absl::InvalidArgumentError(absl::StrFormat(
-        "summary: expected at most %d bytes, found %d", kSummaryBytesMax, bytes.size()));
-  }
-  if (bytes.size() <= kMagic.size() + kChecksumBytes) {
-    return absl::DataLossError(absl::StrFormat("summary: truncated: found %d bytes", bytes.size()));
-  }
-  const bool magic = std::equal(kMagic.begin(), kMagic.end(), bytes.begin(),
-                                [](char a, std::byte b) { return static_cast<char>(b) == a; });
-  if (!magic) return absl::DataLossError("summary: expected the magic HFMS, found other bytes");
-  const auto body = bytes.first(bytes.size() - kChecksumBytes);
-  const uint32_t expected = Crc32c(body);
-  const uint32_t found = LoadChecksum(bytes.last(kChecksumBytes));
-  if (expected != found) {
-    return absl::DataLossError(
-        absl::StrFormat("summary: CRC32C: expected %08x, found %08x", expected, found));
-  }
-  const auto version = static_cast<uint64_t>(body[kMagic.size()]);
-  if (version != kVersion) {
-    return absl::UnimplementedError(
-        absl::StrFormat("summary: version: expected %d, found %d", kVersion, version));
-  }
-  Reader reader(body.subspan(kMagic.size() + 1));
+  ASSIGN_OR_RETURN(const auto fields, FieldsIn(kEnvelope, bytes));
+  ByteReader reader(kEnvelope.name, fields);
   NodeSummary summary;
   Walk(reader, summary);
   RETURN_IF_ERROR(reader.Finish());

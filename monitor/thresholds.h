@@ -83,6 +83,22 @@ struct Thresholds {
   // Proxy threads that waited for a CPU for this share of the window are starved.
   double starved_share = 0.3;
 
+  // --- Other witnesses (testimony_book.h).
+  // What stands may be told a little earlier by one clock than by another.
+  absl::Duration witness_slack = absl::Seconds(1);
+  // A fault that the kernel or a library reported, or an end, explains what begins within this time
+  // of it: NCCL's own error comes after 30 s, a watchdog's after minutes.
+  absl::Duration witness_cause_age = absl::Seconds(600);
+  // A testimony alone, where telemetry is blind, must be so fresh: the witnesses of a job without
+  // telemetry are asked more often than that.
+  absl::Duration witness_alone_age = absl::Seconds(30);
+  // So certain must it be to be a verdict by itself: the driver's word that the GPU is lost.
+  double witness_verdict_certainty = 0.9;
+  // Share of the remaining doubt that a witness takes who agrees, and of the confidence that one
+  // takes who says something else; both times its certainty.
+  double agreement_weight = 0.6;
+  double contradiction_weight = 0.5;
+
   // --- Findings.
   // A hang finding is withdrawn after its evidence has been gone for so long.
   absl::Duration clear_after = absl::Seconds(5);
