@@ -253,6 +253,38 @@ Seeds Selections() {
           Selection({"layers.1*", "**w*"}, {})};
 }
 
+// What torch wrote: tests/data/flight/make.py.
+Seeds FlightRecords() {
+  Seeds seeds;
+  for (const char* name : {"never-entered.0.pickle", "subgroup.0.pickle", "kind.3.pickle"}) {
+    seeds.push_back(ReadFile(kSource + "/tests/data/flight/" + name));
+  }
+  seeds.push_back(ReadFile(kSource + "/tests/data/flight/never-entered.2.json"));
+  return seeds;
+}
+
+// As NCCL 2.30.7 prints them.
+Seeds RasReports() {
+  return {R"({"communicators":[{"hash":"0xa1","secondary_hash":"0x1:0x2","size":2,
+"ranks":[{"rank":0,"host":"10.0.0.1","pid":11,"status":{"async_error":0},"collective_counts":{"AllReduce":5}}],
+"missing_ranks":[{"rank":1,"host":"10.0.0.2","pid":12,"status":{"unresponsive":true,"considered_dead":false}}]}]})",
+          "NCCL version 2.30.7\nDEAD\n  Process 12 on node 10.0.0.2 managing GPU 0\n"
+          "#0-0 (00000000000000a1) INCOMPLETE\n  Rank 1 -- GPU 0 managed by process 12 on node h\n"
+          "Warnings\n#0-0 (00000000000000a1) MISMATCH\n"
+          "  Communicator ranks have different AllReduce operation counts\n"
+          "  3 ranks have launched up to operation 7\n"
+          "  Rank 0 has not launched any operations -- GPU 0 managed by process 11 on node h\n"};
+}
+
+Seeds Stacks() {
+  return {
+      "holdfast main thread 0x7f01\nCurrent thread 0x1 (most recent call first):\n"
+      "  File \"a/b.py\", line 1 in f\nThread 0x7f01 (most recent call first):\n"
+      "  File \"/x/torch/distributed/c10d.py\", line 9 in g\n  File \"/x/y/z.py\", line 2 in m\n",
+      "thread 7 main\n  poll (libc.so.6)\n  step (app)\nthread 8\n  poll (libc.so.6)\n",
+      "NVRM: Xid (PCI:0000:3b:00): 79, pid=12, GPU has fallen off the bus.\n"};
+}
+
 // Read by tests/fuzz/input_reader.h.
 Seeds Images() {
   std::string seed = "\x0C\x02{}";
@@ -277,6 +309,9 @@ std::vector<std::string> SeedsOf(const Target& target) {
   if (name == "image_record") return {Record(1), Record(2)};
   if (name == "registration") return Registrations();
   if (name == "selection") return Selections();
+  if (name == "flight_record") return FlightRecords();
+  if (name == "ras") return RasReports();
+  if (name == "stacks") return Stacks();
   CHECK(name == "packet");
   return Packets();
 }

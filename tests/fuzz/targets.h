@@ -33,6 +33,9 @@ bool FuzzImageRecord(Input input);   // checkpoint/image_record.h
 bool FuzzRegistration(Input input);  // checkpoint/registration.h
 bool FuzzPacket(Input input);        // agent/packet.h
 bool FuzzSelection(Input input);     // checkpoint/restore_selection.h
+bool FuzzFlightRecord(Input input);  // base/pickle_reader.h, monitor/witness/flight_record.h
+bool FuzzRas(Input input);           // monitor/witness/ras.h
+bool FuzzStacks(Input input);        // monitor/witness/stacks.h, monitor/witness/xid.h
 
 // How inputs are mutated, and what is put right afterwards, so that what lies behind a checksum is
 // reached (tests/fuzz/mutator.h).
