@@ -1,14 +1,16 @@
 // Collective operations between the processes of a job, over TCP: what a training program sees.
 //
-// A `Context` joins the job (rendezvous at MASTER_ADDR:MASTER_PORT) and knows who is lost. A
-// `Communicator` is a named, ordered list of ranks; any number of them live at once, each with
-// links and a proxy thread of its own. Operations are asynchronous: a call queues the operation and
-// returns a `Handle`; the proxy thread moves the bytes. Collectives of one communicator run in the
-// order of the calls, which must be the same on all its ranks; sends and receives between two ranks
-// run in their order beside them. Handles may be waited for in any order.
+// A `Context` joins the job (rendezvous at MASTER_ADDR:MASTER_PORT), has the rank's device, and
+// knows who is lost. A `Communicator` is a named, ordered list of ranks; any number of them live at
+// once, each with links and a proxy thread of its own. Operations are asynchronous: a call queues
+// the operation and returns a `Handle`. Collectives of one communicator run in the order of the
+// calls, which must be the same on all its ranks; sends and receives between two ranks run in their
+// order beside them. Handles may be waited for in any order.
 //
-// The call, the proxy thread and the wire are apart on purpose: between them is room for a device
-// thread that starts and finishes operations, and for chunks and credits in the proxy.
+// It is built as NCCL is, so that what watches NCCL can watch it, and so that it fails as NCCL
+// does: a device performs the operations once it comes to them, chunk by chunk (device.h); a proxy
+// thread moves the chunks (proxy.h, connection.h), of which at most 8 are under way on a connection
+// and none for which the receiver has no place; a profiler plugin is told of it (profiler.h).
 //
 // A lost peer. Rank 0 holds a control connection to every rank and tells all when one breaks. Then
 // every communicator that has the lost rank as a member fails, and with it all its operations, with
@@ -24,15 +26,21 @@
 #include <string>
 #include <vector>
 
+#include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "examples/collectives/mutex.h"
 
 namespace collectives {
 
+class Device;
 class Fabric;
 class Operation;
+class ProfilerPlugin;
 class Proxy;
+
+enum class OperationKind : uint16_t;
 
 enum class LostPeer { kFail, kHang };
 
@@ -49,14 +57,21 @@ struct Options {
   // An operation that takes longer fails its communicator. Not with LostPeer::kHang.
   absl::Duration operation_timeout = absl::Minutes(10);
   LostPeer lost_peer = LostPeer::kFail;
-  // Largest payload of a frame. A multiple of 8, up to 16 MiB.
+  // With LostPeer::kHang: after so long the operations of the communicator fail after all.
+  absl::Duration lost_peer_silence = absl::Hours(24 * 365);
+  // What moves at once. A multiple of 8, up to 16 MiB.
   size_t chunk_bytes = size_t{256} << 10;
+  // Rings of a communicator for which none are given, 1 to 8.
+  uint32_t ring_count = 1;
+  // As NCCL_PROFILER_PLUGIN.
+  std::string profiler_plugin = "none";
   // Rank 0: a listening socket to use in place of master_port, or -1. Ownership passes.
   int master_listener_fd = -1;
 
   // From torchrun's variables (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, TORCHELASTIC_RUN_ID,
-  // TORCHELASTIC_RESTART_COUNT) and COLLECTIVES_BIND_ADDR, COLLECTIVES_LOST_PEER (fail, hang),
-  // COLLECTIVES_TIMEOUT_SECONDS. Errors: kInvalidArgument, naming the variable.
+  // TORCHELASTIC_RESTART_COUNT), NCCL_PROFILER_PLUGIN and COLLECTIVES_BIND_ADDR,
+  // COLLECTIVES_LOST_PEER (fail, hang, hang:SECONDS), COLLECTIVES_TIMEOUT_SECONDS,
+  // COLLECTIVES_RINGS, COLLECTIVES_CHUNK_BYTES. Errors: kInvalidArgument, naming the variable.
   static absl::StatusOr<Options> FromEnvironment();
 };
 
@@ -114,13 +129,20 @@ class Communicator {
     return AllGather(std::as_writable_bytes(data), sizeof(Element));
   }
   Handle Broadcast(std::span<std::byte> data, uint32_t root);
+  // Block i of `send` goes to rank i, block i of `receive` comes from there: size() equal blocks in
+  // each, which must not overlap. This rank's own block is copied by the call. kInvalidArgument:
+  // other sizes.
+  Handle AllToAll(std::span<const std::byte> send, std::span<std::byte> receive);
   // Ends when all ranks have called it.
   Handle Barrier();
-  // The receiver's size must be the sender's. Ends when the data may be reused, or is there.
+  // The receiver's size must be the sender's. Ends when the data may be reused, or is there. A send
+  // does not end before the receiver has called Receive().
   Handle Send(std::span<const std::byte> data, uint32_t to);
   Handle Receive(std::span<std::byte> data, uint32_t from);
 
  private:
+  Handle Reduce(OperationKind kind, std::span<std::byte> data, size_t element_bytes);
+
   std::unique_ptr<Proxy> proxy_;
 };
 
@@ -139,12 +161,27 @@ class Context {
   // same order on all ranks. Errors: kInvalidArgument, kAlreadyExists (the name is in use).
   absl::StatusOr<std::unique_ptr<Communicator>> CreateCommunicator(
       const std::string& name, const std::vector<uint32_t>& ranks);
+  // With rings of chosen orders, the same everywhere: each has every position of `ranks` once, and
+  // is a channel with its part of the data.
+  absl::StatusOr<std::unique_ptr<Communicator>> CreateCommunicator(
+      const std::string& name, const std::vector<uint32_t>& ranks,
+      std::vector<std::vector<uint32_t>> rings);
   // All ranks of the job.
   absl::StatusOr<std::unique_ptr<Communicator>> CreateCommunicator(const std::string& name);
 
+  // This rank's, on which operations run.
+  Device& device() { return *device_; }
+
  private:
   explicit Context(std::unique_ptr<Fabric> fabric);
+  std::shared_ptr<ProfilerPlugin> Plugin();
+
   std::unique_ptr<Fabric> fabric_;
+  std::unique_ptr<Device> device_;
+  Mutex mutex_;
+  // Held by the communicators alone: the library is closed with the last.
+  std::weak_ptr<ProfilerPlugin> plugin_ ABSL_GUARDED_BY(mutex_);
+  bool plugin_failed_ ABSL_GUARDED_BY(mutex_) = false;
 };
 
 }  // namespace collectives

@@ -327,7 +327,12 @@ bool Fabric::ReadPending(PendingLink& pending) {
     return false;
   }
   MutexLock lock(mutex_);
-  const LinkKey key{hello.name, hello.generation, hello.kind, hello.from_rank};
+  const LinkKey key{hello.name, hello.generation, hello.channel, hello.from_rank};
+  const auto known = generations_.find(key.name);
+  const uint32_t made = known == generations_.end() ? 0 : known->second;
+  const uint32_t over = attached_.contains(key.name) ? made - 1 : made;
+  // Of a communicator that is gone here: the sender shall see it rather than wait.
+  if (key.generation < over) return false;
   arrived_.insert_or_assign(key, Link{std::move(pending.socket), hello.ranks_hash});
   if (const auto found = attached_.find(key.name); found != attached_.end()) {
     found->second->Signal();
@@ -359,6 +364,7 @@ void Fabric::RecordLoss(uint32_t rank) {
     if (std::find(lost_.begin(), lost_.end(), rank) != lost_.end()) return;
     lost_.push_back(rank);
   }
+  any_gone_.store(true, std::memory_order_release);
   WakeAll();
   if (options_.rank == 0) TellOthers(ControlMessage::Kind::kLost, rank);
 }
@@ -368,6 +374,7 @@ void Fabric::RecordLeft(uint32_t rank) {
     MutexLock lock(mutex_);
     left_.insert(rank);
   }
+  any_gone_.store(true, std::memory_order_release);
   WakeAll();
   if (options_.rank == 0) TellOthers(ControlMessage::Kind::kLeaving, rank);
 }

@@ -15,6 +15,7 @@
 #ifndef HOLDFAST_EXAMPLES_COLLECTIVES_FABRIC_H_
 #define HOLDFAST_EXAMPLES_COLLECTIVES_FABRIC_H_
 
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -77,7 +78,7 @@ class Fabric {
   struct LinkKey {
     std::string name;
     uint32_t generation;
-    LinkKind kind;
+    uint32_t channel;
     uint32_t from_rank;
     auto operator<=>(const LinkKey&) const = default;
   };
@@ -91,6 +92,8 @@ class Fabric {
   // Ranks lost so far, in the order in which rank 0 saw it.
   std::vector<uint32_t> Lost() const;
   bool HasLeft(uint32_t rank) const;
+  // Whether anybody is lost or has left. Cheap.
+  bool AnyGone() const { return any_gone_.load(std::memory_order_acquire); }
 
  private:
   // A control connection with the message that is being received on it.
@@ -131,6 +134,7 @@ class Fabric {
   Socket listener_;
   std::vector<Endpoint> peers_;
   WakeEvent wake_;
+  std::atomic<bool> any_gone_{false};
 
   // Used by Create(), then by the thread alone.
   std::vector<Control> controls_;

@@ -2,6 +2,7 @@
 #ifndef HOLDFAST_EXAMPLES_COLLECTIVES_MUTEX_H_
 #define HOLDFAST_EXAMPLES_COLLECTIVES_MUTEX_H_
 
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 
@@ -38,6 +39,13 @@ class CondVar {
   void Wait(Mutex& mutex) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex) {
     std::unique_lock<std::mutex> lock(mutex.mutex_, std::adopt_lock);
     condition_.wait(lock);
+    lock.release();
+  }
+  // Also returns when `deadline` has passed.
+  void WaitUntil(Mutex& mutex, std::chrono::steady_clock::time_point deadline)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex) {
+    std::unique_lock<std::mutex> lock(mutex.mutex_, std::adopt_lock);
+    condition_.wait_until(lock, deadline);
     lock.release();
   }
   void SignalAll() { condition_.notify_all(); }

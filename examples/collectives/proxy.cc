@@ -1,7 +1,10 @@
 #include "examples/collectives/proxy.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <cstring>
+#include <set>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -13,40 +16,41 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// How long a broken link waits for rank 0 to say who was lost first, and a peer that has left for
-// the links that it had opened.
+// How long a broken link waits for rank 0 to say who was lost first, a peer that has left for the
+// links that it had opened, and the end of a communicator for what it has sent.
 constexpr std::chrono::seconds kLossGrace{2};
+// Of every segment, before another ring is worth while.
+constexpr size_t kRingBytesMin = 8;
+// Up to so much work for the device is done at once instead of handed over: about as long as two
+// changes of threads take.
+constexpr size_t kDriveBytesMax = size_t{32} << 10;
+
+bool IsOver(const FlowInProxy& flow) { return flow.done == flow.flow->chunk_count(); }
 
 }  // namespace
 
-void Operation::Finish(absl::Status status) {
-  MutexLock lock(mutex_);
-  done_ = true;
-  status_ = std::move(status);
-  finished_.SignalAll();
-}
-
-bool Operation::Done() const {
-  MutexLock lock(mutex_);
-  return done_;
-}
-
-absl::Status Operation::Wait() const {
-  MutexLock lock(mutex_);
-  while (!done_) finished_.Wait(mutex_);
-  return status_;
-}
-
-Proxy::Proxy(Fabric& fabric, std::string name, std::vector<uint32_t> ranks, RingPlace place)
-    : fabric_(fabric), name_(std::move(name)), ranks_(std::move(ranks)), place_(place) {
-  peers_.resize(ranks_.size());
+Proxy::Proxy(Fabric& fabric, Device& device, std::string name, std::vector<uint32_t> ranks,
+             std::vector<RingOrder> rings, uint32_t rank)
+    : fabric_(fabric),
+      device_(device),
+      name_(std::move(name)),
+      ranks_(std::move(ranks)),
+      rings_(std::move(rings)),
+      rank_(rank) {
   std::string text;
-  for (const uint32_t rank : ranks_) absl::StrAppend(&text, rank, ",");
+  for (const uint32_t global_rank : ranks_) absl::StrAppend(&text, global_rank, ",");
+  for (const RingOrder& ring : rings_) {
+    absl::StrAppend(&text, ";");
+    for (const uint32_t position : ring) absl::StrAppend(&text, position, ",");
+  }
   ranks_hash_ = HashOf(text);
 }
 
-absl::StatusOr<std::unique_ptr<Proxy>> Proxy::Create(Fabric& fabric, const std::string& name,
-                                                     const std::vector<uint32_t>& ranks) {
+absl::StatusOr<std::unique_ptr<Proxy>> Proxy::Create(Fabric& fabric, Device& device,
+                                                     std::shared_ptr<ProfilerPlugin> plugin,
+                                                     const std::string& name,
+                                                     const std::vector<uint32_t>& ranks,
+                                                     std::vector<RingOrder> rings) {
   if (name.empty() || name.size() > kCommunicatorNameBytesMax) {
     return absl::InvalidArgumentError(absl::StrFormat(
         "communicator '%s': expected a name of 1 to %d bytes", name, kCommunicatorNameBytesMax));
@@ -60,11 +64,34 @@ absl::StatusOr<std::unique_ptr<Proxy>> Proxy::Create(Fabric& fabric, const std::
         absl::StrFormat("communicator '%s': expected different ranks below %d with %d among them",
                         name, fabric.options().world_size, fabric.options().rank));
   }
-  std::unique_ptr<Proxy> proxy(
-      new Proxy(fabric, name, ranks, {static_cast<size_t>(own - ranks.begin()), ranks.size()}));
+  for (const RingOrder& ring : rings) {
+    RingOrder positions = ring;
+    std::sort(positions.begin(), positions.end());
+    if (positions != StridedRing(static_cast<uint32_t>(ranks.size()), 0)) {
+      return absl::InvalidArgumentError(
+          absl::StrFormat("communicator '%s': expected rings with each of its %d positions once",
+                          name, ranks.size()));
+    }
+  }
+  std::unique_ptr<Proxy> proxy(new Proxy(fabric, device, name, ranks, std::move(rings),
+                                         static_cast<uint32_t>(own - ranks.begin())));
   ASSIGN_OR_RETURN(proxy->generation_, fabric.Attach(name, &proxy->wake_));
+  proxy->StartTrace(std::move(plugin));
   proxy->thread_ = std::thread([raw = proxy.get()] { raw->Run(); });
   return proxy;
+}
+
+void Proxy::StartTrace(std::shared_ptr<ProfilerPlugin> plugin) {
+  std::set<uint32_t> addresses;
+  for (const uint32_t rank : ranks_) addresses.insert(fabric_.endpoint(rank).address);
+  const std::string identity =
+      absl::StrCat(fabric_.options().token, "/", name_, "/", generation_, "/", ranks_hash_);
+  trace_ = std::make_unique<CommunicatorTrace>(
+      std::move(plugin), CommunicatorTrace::Identity{.id = HashOf(identity),
+                                                     .name = name_,
+                                                     .nodes = static_cast<int>(addresses.size()),
+                                                     .ranks = static_cast<int>(size()),
+                                                     .rank = static_cast<int>(rank_)});
 }
 
 Proxy::~Proxy() {
@@ -78,55 +105,110 @@ Proxy::~Proxy() {
   fabric_.Detach(name_);
 }
 
-Handle Proxy::SubmitCollective(std::shared_ptr<Operation> operation, OperationKind kind,
-                               RingProgram program) {
+// ---- What the program does
+
+uint32_t Proxy::RingCountFor(size_t bytes) const {
+  const size_t worth = bytes / (kRingBytesMin * size());
+  return static_cast<uint32_t>(std::clamp<size_t>(worth, 1, rings_.size()));
+}
+
+RingPlace Proxy::PlaceIn(uint32_t ring, uint32_t ring_count) const {
+  const RingOrder& order = rings_[ring];
+  const auto own = std::find(order.begin(), order.end(), rank_);
+  return {order, static_cast<size_t>(own - order.begin()), ring, ring_count};
+}
+
+std::shared_ptr<Operation> Proxy::NewOperation(OperationKind kind) const {
+  const absl::Duration timeout = fabric_.options().lost_peer == LostPeer::kHang
+                                     ? absl::Hours(24 * 365)
+                                     : fabric_.options().operation_timeout;
+  return std::make_shared<Operation>(kind, Clock::now() + absl::ToChronoNanoseconds(timeout));
+}
+
+Device::StreamId Proxy::StreamOf(const Operation& operation) const {
+  if (operation.kind() != OperationKind::kSend) return {this, 0};
+  const Flow& flow = *operation.flows.front();
+  return {this, 1 + 2 * flow.peer + (flow.is_send ? 1 : 0)};
+}
+
+Handle Proxy::Submit(std::shared_ptr<Operation> operation, const CallInfo& info) {
+  const CommunicatorTrace::Call call = trace_->Begin(info, *operation);
   {
     MutexLock lock(mutex_);
-    submitted_collectives_.push_back(
-        {operation, kind, std::move(program), OperationDeadline(), 0, false, false});
+    if (operation->kind() == OperationKind::kSend) {
+      const Flow& flow = *operation->flows.front();
+      operation->sequence = point_to_point_counts_[{flow.peer, flow.is_send}]++;
+    } else {
+      operation->sequence = collective_count_++;
+    }
+    submitted_.push_back(operation);
+    // Under the lock, so that device and proxy see one order.
+    device_.Submit(StreamOf(*operation), operation, &wake_);
   }
   wake_.Signal();
+  trace_->End(call);
   return Handle(std::move(operation));
 }
 
 Handle Proxy::SubmitSend(uint32_t peer, std::span<const std::byte> data) {
-  auto operation = std::make_shared<Operation>();
-  {
-    MutexLock lock(mutex_);
-    submitted_transfers_.push_back({operation, peer, true, data, {}, OperationDeadline(), false});
-  }
-  wake_.Signal();
-  return Handle(std::move(operation));
+  std::shared_ptr<Operation> operation = NewOperation(OperationKind::kSend);
+  operation->first_channel = point_to_point_channel();
+  operation->channel_count = 1;
+  operation->flows.push_back(SendFlow(point_to_point_channel(), peer, data, chunk_bytes()));
+  return Submit(std::move(operation), {.kind = OperationKind::kSend, .count = data.size()});
 }
 
 Handle Proxy::SubmitReceive(uint32_t peer, std::span<std::byte> data) {
-  auto operation = std::make_shared<Operation>();
-  {
-    MutexLock lock(mutex_);
-    submitted_transfers_.push_back({operation, peer, false, {}, data, OperationDeadline(), false});
-  }
-  wake_.Signal();
-  return Handle(std::move(operation));
+  std::shared_ptr<Operation> operation = NewOperation(OperationKind::kSend);
+  operation->first_channel = point_to_point_channel();
+  operation->channel_count = 1;
+  operation->flows.push_back(ReceiveFlow(point_to_point_channel(), peer, data, chunk_bytes()));
+  return Submit(std::move(operation), {.kind = OperationKind::kSend, .count = data.size()});
 }
 
-Deadline Proxy::OperationDeadline() const {
-  const absl::Duration timeout = fabric_.options().lost_peer == LostPeer::kHang
-                                     ? absl::Hours(24 * 365)
-                                     : fabric_.options().operation_timeout;
-  return Clock::now() + absl::ToChronoNanoseconds(timeout);
+Handle Proxy::SubmitAllToAll(std::span<const std::byte> send, std::span<std::byte> receive,
+                             size_t block_bytes) {
+  std::shared_ptr<Operation> operation = NewOperation(OperationKind::kAllToAll);
+  operation->first_channel = all_to_all_channel();
+  operation->channel_count = 1;
+  // Not all to one at a time: everybody begins with another peer.
+  for (uint32_t distance = 1; distance < size() && block_bytes > 0; ++distance) {
+    const uint32_t to = (rank_ + distance) % size();
+    const uint32_t from = (rank_ + size() - distance) % size();
+    operation->flows.push_back(ReceiveFlow(all_to_all_channel(), from,
+                                           receive.subspan(from * block_bytes, block_bytes),
+                                           chunk_bytes()));
+    operation->flows.push_back(SendFlow(
+        all_to_all_channel(), to, send.subspan(to * block_bytes, block_bytes), chunk_bytes()));
+  }
+  return Submit(std::move(operation), {.kind = OperationKind::kAllToAll, .count = block_bytes});
 }
+
+// ---- Texts
 
 std::string Proxy::Describe(uint32_t peer) const {
   return absl::StrFormat("rank %d (%s)", ranks_[peer], ToString(fabric_.endpoint(ranks_[peer])));
+}
+
+std::string Proxy::During(const FlowInProxy& flow) const {
+  const Operation& operation = *flow.operation;
+  if (operation.kind() == OperationKind::kSend) {
+    return absl::StrFormat("%s #%d", flow.flow->is_send ? "send" : "receive", operation.sequence);
+  }
+  const uint32_t chunk = std::min(flow.done, flow.flow->chunk_count() - 1);
+  return absl::StrFormat("%s #%d step %d", Name(operation.kind()), operation.sequence,
+                         flow.flow->chunks[chunk].step);
 }
 
 absl::Status Proxy::Error(absl::StatusCode code, const std::string& text) const {
   return absl::Status(code, absl::StrFormat("communicator '%s': %s", name_, text));
 }
 
-absl::StatusOr<LinkSender> Proxy::OpenLink(uint32_t peer, LinkKind kind) {
+// ---- The thread
+
+absl::StatusOr<LinkSender> Proxy::OpenLink(uint32_t peer, uint32_t channel) {
   LinkHello hello;
-  hello.kind = kind;
+  hello.channel = channel;
   hello.token = fabric_.token_hash();
   hello.ranks_hash = ranks_hash_;
   hello.from_rank = fabric_.options().rank;
@@ -134,171 +216,174 @@ absl::StatusOr<LinkSender> Proxy::OpenLink(uint32_t peer, LinkKind kind) {
   std::memcpy(hello.name, name_.data(), name_.size());
   ASSIGN_OR_RETURN(Socket socket, BeginConnect(fabric_.endpoint(ranks_[peer]),
                                                fabric_.endpoint(fabric_.options().rank).address));
-  return LinkSender(std::move(socket), hello, chunk_bytes());
+  return LinkSender(std::move(socket), hello);
 }
 
-absl::Status Proxy::AdoptLink(uint32_t peer, LinkKind kind, std::optional<LinkReceiver>& receiver) {
-  if (receiver.has_value()) return absl::OkStatus();
-  std::optional<Fabric::Link> link = fabric_.TakeLink({name_, generation_, kind, ranks_[peer]});
+absl::Status Proxy::AdoptLink(const Key& key, ReceiveConnection& connection) {
+  const auto [channel, peer] = key;
+  std::optional<Fabric::Link> link = fabric_.TakeLink({name_, generation_, channel, ranks_[peer]});
   if (!link.has_value()) return absl::OkStatus();
   if (link->ranks_hash != ranks_hash_) {
     return Error(absl::StatusCode::kFailedPrecondition,
                  absl::StrCat(Describe(peer), " has created it with another list of ranks"));
   }
-  receiver.emplace(std::move(link->socket), chunk_bytes());
+  connection.link.emplace(std::move(link->socket));
   return absl::OkStatus();
 }
 
 void Proxy::Run() {
+  const std::string thread_name = absl::StrFormat("NCCL Progress%2d", fabric_.options().rank % 100);
+  pthread_setname_np(pthread_self(), thread_name.c_str());
+  trace_->Stop(trace_->StartProxyCtrl(EventState::kProxyIdle));
   while (TakeSubmissions()) {
     if (broken_.ok()) broken_ = Progress();
     if (!broken_.ok()) FailAll(broken_);
-    WaitForEvents();
+    if (running_.empty() && sleep_event_ == nullptr) {
+      sleep_event_ = trace_->StartProxyCtrl(EventState::kProxySleep);
+    }
+    WaitForEvents(NextDeadline());
+  }
+  Linger();
+  if (sleep_event_ != nullptr) {
+    trace_->RecordProxyCtrl(sleep_event_, EventState::kProxyWakeup, 0);
+    trace_->Stop(sleep_event_);
   }
   FailAll(Error(absl::StatusCode::kCancelled, "destroyed with unfinished operations"));
 }
 
 bool Proxy::TakeSubmissions() {
-  MutexLock lock(mutex_);
-  for (Collective& collective : submitted_collectives_) {
-    collectives_.push_back(std::move(collective));
+  std::vector<std::shared_ptr<Operation>> taken;
+  bool goes_on = true;
+  {
+    MutexLock lock(mutex_);
+    taken.swap(submitted_);
+    goes_on = !stop_;
   }
-  submitted_collectives_.clear();
-  for (Transfer& transfer : submitted_transfers_) {
-    Peer& peer = peers_[transfer.peer];
-    (transfer.is_send ? peer.sends : peer.receives).push_back(std::move(transfer));
+  if (!taken.empty()) Append(taken);
+  return goes_on;
+}
+
+void Proxy::Append(const std::vector<std::shared_ptr<Operation>>& operations) {
+  void* const slept = std::exchange(sleep_event_, nullptr);
+  trace_->RecordProxyCtrl(slept, EventState::kProxyWakeup, 0);
+  trace_->Stop(slept);
+  void* const append = trace_->StartProxyCtrl(EventState::kProxyAppend);
+  int appended = 0;
+  for (const std::shared_ptr<Operation>& operation : operations) {
+    for (const std::unique_ptr<Flow>& flow : operation->flows) {
+      void* const event = trace_->StartProxyOp(operation->event_mask, *flow, chunk_bytes());
+      const Key key(flow->channel, flow->peer);
+      if (flow->is_send) {
+        sends_.try_emplace(key, *trace_).first->second.Push({operation, flow.get(), event});
+      } else {
+        receives_.try_emplace(key, *trace_, chunk_bytes())
+            .first->second.Push({operation, flow.get(), event});
+      }
+      ++appended;
+    }
+    running_.push_back({operation, {}, false, false});
   }
-  submitted_transfers_.clear();
-  return !stop_;
+  trace_->RecordProxyCtrl(append, EventState::kProxyAppendEnd, appended);
+  trace_->Stop(append);
+  device_.Drive(this);
+  if (slept != nullptr) trace_->Stop(trace_->StartProxyCtrl(EventState::kProxyActive));
 }
 
 absl::Status Proxy::Progress() {
-  if (!suspect_.has_value()) RETURN_IF_ERROR(DriveCollectives());
-  for (uint32_t peer = 0; peer < peers_.size(); ++peer) {
-    if (!suspect_.has_value()) RETURN_IF_ERROR(DriveSends(peer));
-    if (!suspect_.has_value()) RETURN_IF_ERROR(DriveReceives(peer));
+  Progressed progressed;
+  const auto kick = [&] {
+    if (!std::exchange(progressed.tells_device, false)) return;
+    if (std::exchange(progressed.device_bytes, 0) > kDriveBytesMax) {
+      device_.Kick();
+    } else {
+      device_.Drive(this);
+    }
+  };
+  for (auto& [key, connection] : receives_) {
+    if (suspect_.has_value()) break;
+    RETURN_IF_ERROR(DriveReceive(key, connection, progressed));
+    kick();
   }
-  RETURN_IF_ERROR(CheckLosses());
-  RETURN_IF_ERROR(CheckLeavers());
+  for (auto& [key, connection] : sends_) {
+    if (suspect_.has_value()) break;
+    RETURN_IF_ERROR(DriveSend(key, connection, progressed));
+    kick();
+  }
+  TellKernels();
+  if (fabric_.AnyGone() || suspect_.has_value()) {
+    RETURN_IF_ERROR(CheckLosses());
+    RETURN_IF_ERROR(CheckLeavers());
+  }
   return CheckDeadlines();
 }
 
-absl::Status Proxy::DriveCollectives() {
-  while (!collectives_.empty() && !ring_silent_) {
-    Collective& collective = collectives_.front();
-    while (collective.step < collective.program.size()) {
-      ASSIGN_OR_RETURN(const bool done, DriveStep(collective));
-      if (!done) return absl::OkStatus();
-      collective.send_started = collective.receive_started = false;
-      ++collective.step;
-    }
-    collective.operation->Finish(absl::OkStatus());
-    collectives_.pop_front();
-    ++collective_count_;
+absl::Status Proxy::DriveSend(const Key& key, SendConnection& connection, Progressed& progressed) {
+  if (connection.flows.empty()) return absl::OkStatus();
+  const auto [channel, peer] = key;
+  absl::Status status = absl::OkStatus();
+  if (!connection.link.has_value() && !connection.is_silent) {
+    absl::StatusOr<LinkSender> link = OpenLink(peer, channel);
+    status = link.status();
+    if (link.ok()) connection.link.emplace(*std::move(link));
   }
-  return absl::OkStatus();
+  if (status.ok()) status = connection.Progress(progressed);
+  if (status.ok()) return status;
+  return LinkFailed(peer, During(connection.flows.front()), status, connection.is_silent);
 }
 
-absl::StatusOr<bool> Proxy::DriveStep(Collective& collective) {
-  const RingStep& step = collective.program[collective.step];
-  FrameHeader header;
-  header.kind = collective.kind;
-  header.step = static_cast<uint16_t>(collective.step);  // of long broadcasts, the low 16 bits
-  header.sequence = collective_count_;
-  const std::string during =
-      absl::StrFormat("%s #%d step %d", Name(header.kind), header.sequence, collective.step);
-  bool done = true;
-  if (!step.send.empty()) {
-    if (!ring_sender_.has_value()) {
-      absl::StatusOr<LinkSender> sender = OpenLink(next(), LinkKind::kRing);
-      if (!sender.ok()) {
-        RETURN_IF_ERROR(LinkFailed(next(), during, sender.status(), ring_silent_));
-        return false;
+absl::Status Proxy::DriveReceive(const Key& key, ReceiveConnection& connection,
+                                 Progressed& progressed) {
+  if (connection.flows.empty() && !connection.link.has_value()) return absl::OkStatus();
+  if (!connection.link.has_value()) RETURN_IF_ERROR(AdoptLink(key, connection));
+  const absl::Status status = connection.Progress(progressed);
+  if (status.ok()) return status;
+  // Without a flow only the last credit is on its way, to a peer that needs it no more.
+  if (connection.flows.empty()) {
+    connection.link.reset();
+    return absl::OkStatus();
+  }
+  return LinkFailed(key.second, During(connection.flows.front()), status, connection.is_silent);
+}
+
+void Proxy::TellKernels() {
+  for (auto at = running_.begin(); at != running_.end();) {
+    Running& running = *at;
+    const Operation& operation = *running.operation;
+    const uint64_t started_ns = operation.kernel_started_ns.load(std::memory_order_acquire);
+    if (operation.tells_kernels && !operation.flows.empty() && started_ns != 0) {
+      void* const task = operation.flows.front()->task;
+      for (uint32_t i = 0; i < operation.channel_count && !running.told_start; ++i) {
+        running.kernels.push_back(trace_->StartKernel(operation.event_mask, task,
+                                                      operation.first_channel + i, started_ns));
       }
-      ring_sender_.emplace(*std::move(sender));
+      running.told_start = true;
     }
-    if (!std::exchange(collective.send_started, true)) ring_sender_->Start(header, step.send);
-    if (const absl::Status status = ring_sender_->Pump(); !status.ok()) {
-      RETURN_IF_ERROR(LinkFailed(next(), during, status, ring_silent_));
-      return false;
+    const uint64_t stopped_ns = operation.kernel_stopped_ns.load(std::memory_order_acquire);
+    if (stopped_ns != 0 && !std::exchange(running.told_stop, true)) {
+      for (void* const kernel : running.kernels) trace_->StopKernel(kernel, stopped_ns);
     }
-    done = ring_sender_->idle();
+    const bool over = running.told_stop && std::all_of(operation.flows.begin(),
+                                                       operation.flows.end(), [](const auto& flow) {
+                                                         return flow->done() == flow->chunk_count();
+                                                       });
+    at = over ? running_.erase(at) : std::next(at);
   }
-  if (!step.receive.empty()) {
-    RETURN_IF_ERROR(AdoptLink(previous(), LinkKind::kRing, ring_receiver_));
-    if (!ring_receiver_.has_value()) return false;
-    if (!std::exchange(collective.receive_started, true)) {
-      ring_receiver_->Start(header, step.receive, step.combine);
-    }
-    if (const absl::Status status = ring_receiver_->Pump(); !status.ok()) {
-      RETURN_IF_ERROR(LinkFailed(previous(), during, status, ring_silent_));
-      return false;
-    }
-    done = done && ring_receiver_->idle();
-  }
-  return done;
-}
-
-absl::Status Proxy::DriveSends(uint32_t peer_index) {
-  Peer& peer = peers_[peer_index];
-  while (!peer.sends.empty() && !peer.silent) {
-    Transfer& transfer = peer.sends.front();
-    const std::string during = absl::StrFormat("send #%d", peer.sent_count);
-    if (!peer.sender.has_value()) {
-      absl::StatusOr<LinkSender> sender = OpenLink(peer_index, LinkKind::kPointToPoint);
-      if (!sender.ok()) return LinkFailed(peer_index, during, sender.status(), peer.silent);
-      peer.sender.emplace(*std::move(sender));
-    }
-    if (!std::exchange(transfer.started, true)) {
-      FrameHeader header;
-      header.kind = OperationKind::kSend;
-      header.sequence = peer.sent_count;
-      peer.sender->Start(header, transfer.send);
-    }
-    if (const absl::Status status = peer.sender->Pump(); !status.ok()) {
-      return LinkFailed(peer_index, during, status, peer.silent);
-    }
-    if (!peer.sender->idle()) return absl::OkStatus();
-    transfer.operation->Finish(absl::OkStatus());
-    peer.sends.pop_front();
-    ++peer.sent_count;
-  }
-  return absl::OkStatus();
-}
-
-absl::Status Proxy::DriveReceives(uint32_t peer_index) {
-  Peer& peer = peers_[peer_index];
-  while (!peer.receives.empty() && !peer.silent) {
-    Transfer& transfer = peer.receives.front();
-    RETURN_IF_ERROR(AdoptLink(peer_index, LinkKind::kPointToPoint, peer.receiver));
-    if (!peer.receiver.has_value()) return absl::OkStatus();
-    if (!std::exchange(transfer.started, true)) {
-      FrameHeader header;
-      header.kind = OperationKind::kSend;
-      header.sequence = peer.received_count;
-      peer.receiver->Start(header, transfer.receive, Combine::kCopy);
-    }
-    if (const absl::Status status = peer.receiver->Pump(); !status.ok()) {
-      return LinkFailed(peer_index, absl::StrFormat("receive #%d", peer.received_count), status,
-                        peer.silent);
-    }
-    if (!peer.receiver->idle()) return absl::OkStatus();
-    transfer.operation->Finish(absl::OkStatus());
-    peer.receives.pop_front();
-    ++peer.received_count;
-  }
-  return absl::OkStatus();
 }
 
 absl::Status Proxy::LinkFailed(uint32_t peer, const std::string& during, const absl::Status& status,
-                               bool& silent) {
+                               bool& is_silent) {
   const std::string text =
       absl::StrFormat("%s: link to %s: %s", during, Describe(peer), std::string(status.message()));
-  if (!absl::IsUnavailable(status)) return Error(status.code(), text);
   if (fabric_.options().lost_peer == LostPeer::kHang) {
-    silent = true;
+    is_silent = true;
+    if (!silence_.has_value()) {
+      silence_ =
+          Suspect{peer, text,
+                  Clock::now() + absl::ToChronoNanoseconds(fabric_.options().lost_peer_silence)};
+    }
     return absl::OkStatus();
   }
+  if (!absl::IsUnavailable(status)) return Error(status.code(), text);
   suspect_ = Suspect{peer, text, Clock::now() + kLossGrace};
   return absl::OkStatus();
 }
@@ -317,10 +402,12 @@ absl::Status Proxy::CheckLosses() const {
                                  suspect_.has_value() ? suspect_->text : ""));
   }
   if (!suspect_.has_value()) return absl::OkStatus();
-  if (fabric_.HasLeft(ranks_[suspect_->peer])) {
-    return Error(
-        absl::StatusCode::kUnavailable,
-        absl::StrFormat("%s has left; seen in %s", Describe(suspect_->peer), suspect_->text));
+  // A member that fails for one that has left closes its links, too: the suspect itself first.
+  for (uint32_t i = 0; i < size(); ++i) {
+    const uint32_t peer = (suspect_->peer + i) % size();
+    if (!fabric_.HasLeft(ranks_[peer])) continue;
+    return Error(absl::StatusCode::kUnavailable,
+                 absl::StrFormat("%s has left; seen in %s", Describe(peer), suspect_->text));
   }
   if (Clock::now() < suspect_->deadline) return absl::OkStatus();
   return Error(absl::StatusCode::kUnavailable,
@@ -328,17 +415,17 @@ absl::Status Proxy::CheckLosses() const {
 }
 
 bool Proxy::WaitsForLink(uint32_t peer) const {
-  if (!peers_[peer].receives.empty() && !peers_[peer].receiver.has_value()) return true;
-  if (collectives_.empty() || peer != previous() || ring_receiver_.has_value()) return false;
-  const Collective& collective = collectives_.front();
-  return !collective.program[collective.step].receive.empty();
+  return std::any_of(receives_.begin(), receives_.end(), [peer](const auto& entry) {
+    const ReceiveConnection& connection = entry.second;
+    return entry.first.second == peer && !connection.flows.empty() && !connection.link.has_value();
+  });
 }
 
 absl::Status Proxy::CheckLeavers() {
   if (fabric_.options().lost_peer == LostPeer::kHang) return absl::OkStatus();
   uint32_t peer = 0;
-  while (peer < peers_.size() && !(WaitsForLink(peer) && fabric_.HasLeft(ranks_[peer]))) ++peer;
-  if (peer == peers_.size()) {
+  while (peer < size() && !(fabric_.HasLeft(ranks_[peer]) && WaitsForLink(peer))) ++peer;
+  if (peer == size()) {
     leaver_.reset();
     return absl::OkStatus();
   }
@@ -352,73 +439,103 @@ absl::Status Proxy::CheckLeavers() {
 
 absl::Status Proxy::CheckDeadlines() const {
   const Deadline now = Clock::now();
-  if (!collectives_.empty() && collectives_.front().deadline <= now) {
-    const Collective& collective = collectives_.front();
-    const bool receives = !collective.program[collective.step].receive.empty() &&
-                          (!ring_receiver_.has_value() || !ring_receiver_->idle());
-    return Error(absl::StatusCode::kDeadlineExceeded,
-                 absl::StrFormat("%s #%d step %d waits to %s", Name(collective.kind),
-                                 collective_count_, collective.step,
-                                 receives ? absl::StrCat("receive from ", Describe(previous()))
-                                          : absl::StrCat("send to ", Describe(next()))));
+  if (silence_.has_value() && silence_->deadline <= now) {
+    return Error(
+        absl::StatusCode::kUnavailable,
+        absl::StrFormat("%s is lost: %s of silence; seen in %s", Describe(silence_->peer),
+                        absl::FormatDuration(fabric_.options().lost_peer_silence), silence_->text));
   }
-  for (uint32_t i = 0; i < peers_.size(); ++i) {
-    const Peer& peer = peers_[i];
-    for (const std::deque<Transfer>* queue : {&peer.sends, &peer.receives}) {
-      if (queue->empty() || queue->front().deadline > now) continue;
-      return Error(absl::StatusCode::kDeadlineExceeded,
-                   absl::StrFormat("%s #%d waits for %s", queue == &peer.sends ? "send" : "receive",
-                                   queue == &peer.sends ? peer.sent_count : peer.received_count,
-                                   Describe(i)));
-    }
+  const auto expired = [now](const auto& connection) {
+    return !connection.flows.empty() && connection.flows.front().operation->deadline() <= now &&
+           !connection.flows.front().operation->Done();
+  };
+  for (const auto& [key, connection] : receives_) {
+    if (!expired(connection)) continue;
+    return Error(absl::StatusCode::kDeadlineExceeded,
+                 absl::StrCat(During(connection.flows.front()), " waits to receive from ",
+                              Describe(key.second)));
+  }
+  for (const auto& [key, connection] : sends_) {
+    if (!expired(connection)) continue;
+    return Error(
+        absl::StatusCode::kDeadlineExceeded,
+        absl::StrCat(During(connection.flows.front()), " waits to send to ", Describe(key.second)));
+  }
+  for (const Running& running : running_) {
+    const Operation& operation = *running.operation;
+    if (operation.deadline() > now || operation.Done()) continue;
+    return Error(absl::StatusCode::kDeadlineExceeded,
+                 absl::StrFormat("%s #%d waits for this rank's device", Name(operation.kind()),
+                                 operation.sequence));
   }
   return absl::OkStatus();
 }
 
 void Proxy::FailAll(const absl::Status& status) {
-  for (Collective& collective : collectives_) collective.operation->Finish(status);
-  collectives_.clear();
-  for (Peer& peer : peers_) {
-    for (std::deque<Transfer>* queue : {&peer.sends, &peer.receives}) {
-      for (Transfer& transfer : *queue) transfer.operation->Finish(status);
-      queue->clear();
-    }
-    // Our end of a broken communicator is closed, so that peers in the same operation see it.
-    peer.sender.reset();
-    peer.receiver.reset();
-  }
-  ring_sender_.reset();
-  ring_receiver_.reset();
+  device_.DropStreams(this);
+  for (const Running& running : running_) running.operation->Finish(status);
+  running_.clear();
+  // Our end of a broken communicator is closed, so that peers in the same operation see it.
+  sends_.clear();
+  receives_.clear();
   suspect_.reset();
   leaver_.reset();
+  silence_.reset();
 }
 
-void Proxy::WaitForEvents() {
-  std::vector<pollfd> entries;
+Deadline Proxy::NextDeadline() const {
   Deadline deadline = Clock::now() + std::chrono::hours(1);
-  entries.push_back({wake_.fd(), POLLIN, 0});
-  if (leaver_.has_value()) deadline = std::min(deadline, leaver_->deadline);
-  if (suspect_.has_value()) {
-    deadline = std::min(deadline, suspect_->deadline);
-  } else {
-    const auto watch = [&](const auto& link, int16_t events, bool silent) {
-      if (!silent && link.has_value() && !link->idle()) entries.push_back({link->fd(), events, 0});
-    };
-    watch(ring_sender_, POLLOUT, ring_silent_);
-    watch(ring_receiver_, POLLIN, ring_silent_);
-    for (const Peer& peer : peers_) {
-      watch(peer.sender, POLLOUT, peer.silent);
-      watch(peer.receiver, POLLIN, peer.silent);
-    }
+  for (const std::optional<Suspect>* suspect : {&suspect_, &leaver_, &silence_}) {
+    if (suspect->has_value()) deadline = std::min(deadline, (*suspect)->deadline);
   }
-  if (!collectives_.empty()) deadline = std::min(deadline, collectives_.front().deadline);
-  for (const Peer& peer : peers_) {
-    if (!peer.sends.empty()) deadline = std::min(deadline, peer.sends.front().deadline);
-    if (!peer.receives.empty()) deadline = std::min(deadline, peer.receives.front().deadline);
+  for (const Running& running : running_) {
+    if (!running.operation->Done()) deadline = std::min(deadline, running.operation->deadline());
+  }
+  return deadline;
+}
+
+void Proxy::WaitForEvents(Deadline deadline) {
+  std::vector<pollfd> entries;
+  entries.push_back({wake_.fd(), POLLIN, 0});
+  // What nobody waits for is not watched: its end would be reported again and again.
+  const auto watch = [&entries](const auto& connection, bool reads) {
+    if (!connection.link.has_value() || connection.is_silent) return;
+    const int events = (reads ? POLLIN : 0) | (connection.link->is_blocked() ? POLLOUT : 0);
+    if (events != 0) entries.push_back({connection.link->fd(), static_cast<int16_t>(events), 0});
+  };
+  if (!suspect_.has_value()) {
+    for (const auto& [key, connection] : sends_) watch(connection, !connection.flows.empty());
+    for (const auto& [key, connection] : receives_) watch(connection, connection.ExpectsData());
   }
   // An error of poll(2) can only be EINTR here, and then the caller looks at everything again.
   static_cast<void>(poll(entries.data(), entries.size(), PollMilliseconds(deadline)));
-  wake_.Drain();
+  if (entries.front().revents != 0) wake_.Drain();
+  size_t next = 1;
+  const auto tell = [&](auto& connection) {
+    if (next == entries.size() || !connection.link.has_value() ||
+        connection.link->fd() != entries[next].fd) {
+      return;
+    }
+    const int16_t found = entries[next++].revents;
+    const bool ended = (found & (POLLHUP | POLLERR)) != 0;
+    connection.link->Ready((found & POLLIN) != 0 || ended, (found & POLLOUT) != 0 || ended);
+  };
+  for (auto& [key, connection] : sends_) tell(connection);
+  for (auto& [key, connection] : receives_) tell(connection);
+}
+
+void Proxy::Linger() {
+  const Deadline deadline = Clock::now() + kLossGrace;
+  const auto is_on_its_way = [](const auto& entry) {
+    const SendConnection& connection = entry.second;
+    return !connection.is_silent && !connection.flows.empty() &&
+           connection.flows.front().operation->Done() && !IsOver(connection.flows.front());
+  };
+  while (broken_.ok() && !suspect_.has_value() && Clock::now() < deadline &&
+         std::any_of(sends_.begin(), sends_.end(), is_on_its_way)) {
+    WaitForEvents(deadline);
+    broken_ = Progress();
+  }
 }
 
 }  // namespace collectives

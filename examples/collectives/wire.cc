@@ -62,19 +62,6 @@ absl::Status WaitFor(const Socket& socket, int16_t events, Deadline deadline) {
   }
 }
 
-// Nobody may have written a 64-bit element at its natural alignment, so elements go through memcpy,
-// which compiles to plain loads and stores.
-template <typename Element, typename Sum>
-void AddTo(std::span<std::byte> into, std::span<const std::byte> from, Sum sum) {
-  for (size_t at = 0; at + sizeof(Element) <= from.size(); at += sizeof(Element)) {
-    Element a, b;
-    std::memcpy(&a, into.data() + at, sizeof(a));
-    std::memcpy(&b, from.data() + at, sizeof(b));
-    const Element result = sum(a, b);
-    std::memcpy(into.data() + at, &result, sizeof(result));
-  }
-}
-
 }  // namespace
 
 std::string ToString(const Endpoint& endpoint) {
@@ -116,6 +103,7 @@ void Socket::Close() {
 WakeEvent::WakeEvent() : socket_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)) {}
 
 void WakeEvent::Signal() const {
+  if (is_signalled_.exchange(true)) return;
   const uint64_t one = 1;
   // Fails only if the counter is full, and then the reader is awake anyway.
   if (write(socket_.fd(), &one, sizeof(one)) < 0) return;
@@ -123,8 +111,11 @@ void WakeEvent::Signal() const {
 
 void WakeEvent::Drain() const {
   uint64_t count = 0;
-  // Fails only if there is nothing to drain.
-  if (read(socket_.fd(), &count, sizeof(count)) < 0) return;
+  // Fails only if there is nothing to drain, or a signaller has not written yet: then the caller is
+  // woken once more than needed. A Signal() between the two lines leaves its flag to the second,
+  // which sees what was stored before it.
+  if (read(socket_.fd(), &count, sizeof(count)) < 0) count = 0;
+  is_signalled_.exchange(false);
 }
 
 absl::StatusOr<Socket> Listen(const Endpoint& at) {
@@ -228,146 +219,10 @@ const char* Name(OperationKind kind) {
       return "barrier";
     case OperationKind::kSend:
       return "send";
+    case OperationKind::kAllToAll:
+      return "all_to_all";
   }
   return "unknown operation";
-}
-
-LinkSender::LinkSender(Socket socket, const LinkHello& hello, size_t chunk_bytes)
-    : socket_(std::move(socket)), hello_(hello), chunk_bytes_(chunk_bytes) {}
-
-void LinkSender::Start(const FrameHeader& header, std::span<const std::byte> message) {
-  header_ = header;
-  header_.message_bytes = message.size();
-  message_ = message;
-  BeginFrame(0);
-  if (!hello_sent_) phase_ = Phase::kHello;
-}
-
-void LinkSender::BeginFrame(uint64_t offset_bytes) {
-  header_.offset_bytes = offset_bytes;
-  header_.payload_bytes =
-      static_cast<uint32_t>(std::min<uint64_t>(chunk_bytes_, message_.size() - offset_bytes));
-  phase_ = Phase::kHeader;
-  done_bytes_ = 0;
-}
-
-std::span<const std::byte> LinkSender::Current() const {
-  if (phase_ == Phase::kHello) return std::as_bytes(std::span(&hello_, 1));
-  if (phase_ == Phase::kHeader) return std::as_bytes(std::span(&header_, 1));
-  return message_.subspan(header_.offset_bytes, header_.payload_bytes);
-}
-
-absl::Status LinkSender::Pump() {
-  while (phase_ != Phase::kIdle) {
-    const std::span<const std::byte> rest = Current().subspan(done_bytes_);
-    if (!rest.empty()) {
-      // The hello and the header travel with what follows them, if anything does.
-      const bool last =
-          phase_ == Phase::kPayload || (phase_ == Phase::kHeader && header_.payload_bytes == 0);
-      const int more = last ? 0 : MSG_MORE;
-      const ssize_t sent = send(socket_.fd(), rest.data(), rest.size(), MSG_NOSIGNAL | more);
-      if (sent < 0) {
-        if (errno == EAGAIN || errno == EINTR) return absl::OkStatus();
-        return ErrnoStatus("send");
-      }
-      done_bytes_ += static_cast<size_t>(sent);
-      if (static_cast<size_t>(sent) < rest.size()) continue;
-    }
-    done_bytes_ = 0;
-    if (phase_ == Phase::kHello) {
-      hello_sent_ = true;
-      phase_ = Phase::kHeader;
-    } else if (phase_ == Phase::kHeader) {
-      phase_ = Phase::kPayload;
-    } else if (header_.offset_bytes + header_.payload_bytes < message_.size()) {
-      BeginFrame(header_.offset_bytes + header_.payload_bytes);
-    } else {
-      phase_ = Phase::kIdle;
-    }
-  }
-  return absl::OkStatus();
-}
-
-LinkReceiver::LinkReceiver(Socket socket, size_t chunk_bytes)
-    : socket_(std::move(socket)), chunk_bytes_(chunk_bytes) {}
-
-void LinkReceiver::Start(const FrameHeader& expected, std::span<std::byte> into, Combine combine) {
-  busy_ = true;
-  expected_ = expected;
-  into_ = into;
-  combine_ = combine;
-  if (combine != Combine::kCopy) scratch_.resize(chunk_bytes_);
-  header_done_bytes_ = payload_done_bytes_ = 0;
-  message_done_bytes_ = 0;
-}
-
-// OK and 0: nothing is there now.
-absl::StatusOr<size_t> LinkReceiver::ReceiveSome(std::span<std::byte> into) {
-  const ssize_t received = recv(socket_.fd(), into.data(), into.size(), 0);
-  if (received > 0) return static_cast<size_t>(received);
-  if (received == 0) return absl::UnavailableError("the other end closed the connection");
-  if (errno == EAGAIN || errno == EINTR) return size_t{0};
-  return ErrnoStatus("recv");
-}
-
-absl::Status LinkReceiver::CheckHeader() const {
-  if (header_.magic != kWireMagic) {
-    return absl::DataLossError(
-        absl::StrFormat("frame magic: expected %08x, found %08x", kWireMagic, header_.magic));
-  }
-  if (header_.kind != expected_.kind || header_.sequence != expected_.sequence ||
-      header_.step != expected_.step || header_.message_bytes != into_.size()) {
-    return absl::FailedPreconditionError(absl::StrFormat(
-        "ranks disagree: expected %s #%d step %d of %d bytes, found %s #%d step %d of %d bytes",
-        Name(expected_.kind), expected_.sequence, expected_.step, into_.size(), Name(header_.kind),
-        header_.sequence, header_.step, header_.message_bytes));
-  }
-  if (header_.offset_bytes != message_done_bytes_ || header_.payload_bytes > chunk_bytes_ ||
-      header_.payload_bytes > into_.size() - message_done_bytes_) {
-    return absl::DataLossError(absl::StrFormat(
-        "frame of %d bytes at %d: expected at most %d at %d", header_.payload_bytes,
-        header_.offset_bytes, std::min<uint64_t>(chunk_bytes_, into_.size()), message_done_bytes_));
-  }
-  return absl::OkStatus();
-}
-
-void LinkReceiver::FinishFrame() {
-  const std::span<std::byte> into = into_.subspan(message_done_bytes_, header_.payload_bytes);
-  const std::span<const std::byte> from =
-      std::span(scratch_).first(combine_ == Combine::kCopy ? 0 : header_.payload_bytes);
-  if (combine_ == Combine::kSumInt64) {
-    // Unsigned: an overflow wraps, so that the sum stays associative.
-    AddTo<uint64_t>(into, from, [](uint64_t a, uint64_t b) { return a + b; });
-  } else if (combine_ == Combine::kSumFloat32) {
-    AddTo<float>(into, from, [](float a, float b) { return a + b; });
-  }
-  message_done_bytes_ += header_.payload_bytes;
-  header_done_bytes_ = payload_done_bytes_ = 0;
-  busy_ = message_done_bytes_ < into_.size();
-}
-
-absl::Status LinkReceiver::Pump() {
-  while (busy_) {
-    if (header_done_bytes_ < sizeof(header_)) {
-      const std::span<std::byte> header = std::as_writable_bytes(std::span(&header_, 1));
-      ASSIGN_OR_RETURN(const size_t received, ReceiveSome(header.subspan(header_done_bytes_)));
-      if (received == 0) return absl::OkStatus();
-      header_done_bytes_ += received;
-      if (header_done_bytes_ < sizeof(header_)) continue;
-      RETURN_IF_ERROR(CheckHeader());
-    }
-    if (payload_done_bytes_ < header_.payload_bytes) {
-      const std::span<std::byte> sink =
-          combine_ == Combine::kCopy ? into_.subspan(message_done_bytes_, header_.payload_bytes)
-                                     : std::span(scratch_).first(header_.payload_bytes);
-      ASSIGN_OR_RETURN(const size_t received, ReceiveSome(sink.subspan(payload_done_bytes_)));
-      if (received == 0) return absl::OkStatus();
-      payload_done_bytes_ += received;
-      if (payload_done_bytes_ < header_.payload_bytes) continue;
-    }
-    FinishFrame();
-  }
-  return absl::OkStatus();
 }
 
 }  // namespace collectives

@@ -1,14 +1,16 @@
-// Sockets and frames of the collectives: what goes over TCP, and how it is sent and received
-// without ever blocking a thread outside poll(2).
+// Sockets and frames of the collectives: what goes over TCP.
 //
-// Neighbours: fabric.h (who is where, who is lost) and communicator.cc (what the frames mean).
+// Neighbours: link.h (how the frames are moved without blocking), fabric.h (who is where, who is
+// lost), connection.h (what the frames mean).
 //
 // A link is one TCP connection with one direction of data. It opens with one LinkHello; then come
-// messages, each cut into frames of at most `chunk_bytes` of payload. The reverse direction is not
-// used yet: a receiver will return credits on it. Integers are little-endian, as on x86.
+// chunks, each behind a FrameHeader. The receiver drives it: a chunk is sent only once the receiver
+// has a place for it, which it says in the reverse direction with a LinkCredit (clear to send).
+// Integers are little-endian, as on x86.
 #ifndef HOLDFAST_EXAMPLES_COLLECTIVES_WIRE_H_
 #define HOLDFAST_EXAMPLES_COLLECTIVES_WIRE_H_
 
+#include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -51,7 +53,9 @@ class Socket {
   int fd_ = -1;
 };
 
-// Wakes a thread that polls. Threads: any may call Signal(); one drains.
+// Wakes a thread that polls. Signals until the next Drain() are one. What was stored before a
+// Signal() is seen after the Drain() that takes it.
+// Threads: any may call Signal(); one drains.
 class WakeEvent {
  public:
   WakeEvent();
@@ -61,6 +65,7 @@ class WakeEvent {
 
  private:
   Socket socket_;
+  mutable std::atomic<bool> is_signalled_{false};
 };
 
 // A listening socket, not blocking. Port 0: the kernel chooses. Errors: kUnavailable (in use, ...).
@@ -82,17 +87,14 @@ absl::Status ReceiveAll(const Socket& socket, std::span<std::byte> bytes, Deadli
 // Milliseconds for poll(2) until `deadline`, rounded up, at least 0.
 int PollMilliseconds(Deadline deadline);
 
-// What a link is for.
-enum class LinkKind : uint32_t { kRing = 1, kPointToPoint = 2 };
-
-inline constexpr uint32_t kWireMagic = 0x314c4f43;  // "COL1"
+inline constexpr uint32_t kWireMagic = 0x324c4f43;  // "COL2"
 inline constexpr size_t kCommunicatorNameBytesMax = 63;
 
 struct LinkHello {
   uint32_t magic = kWireMagic;
-  LinkKind kind = LinkKind::kRing;
+  uint32_t channel = 0;
   uint64_t token = 0;       // of the job's attempt: strangers are refused
-  uint64_t ranks_hash = 0;  // of the communicator's list of ranks, in order
+  uint64_t ranks_hash = 0;  // of the communicator's list of ranks and of its rings, in order
   uint32_t from_rank = 0;   // global
   uint32_t generation = 0;  // how many communicators of this name the sender has made before
   char name[kCommunicatorNameBytesMax + 1] = {};
@@ -108,6 +110,7 @@ enum class OperationKind : uint16_t {
   kBroadcast = 4,
   kBarrier = 5,
   kSend = 6,
+  kAllToAll = 7,
 };
 const char* Name(OperationKind kind);
 
@@ -116,81 +119,23 @@ struct FrameHeader {
   OperationKind kind = OperationKind::kAllReduce;
   uint16_t step = 0;           // of the operation's program
   uint64_t sequence = 0;       // of the operation: per communicator, or per link for kSend
-  uint64_t message_bytes = 0;  // of all frames of this message
-  uint64_t offset_bytes = 0;   // of this frame's payload in the message
+  uint64_t message_bytes = 0;  // of all chunks of this step
+  uint64_t offset_bytes = 0;   // of this chunk among them
   uint32_t payload_bytes = 0;
   uint32_t reserved = 0;
 };
 static_assert(sizeof(FrameHeader) == 40);
 
-// Whether and how received bytes are joined with those in memory.
-enum class Combine { kCopy, kSumInt64, kSumFloat32 };
+// Chunks of a link that may be under way at once, as NCCL's NCCL_STEPS.
+inline constexpr uint32_t kCredits = 8;
 
-// The sending end of a link.
-//
-// Threads: one at a time.
-// Lifetime: the bytes given to Start() must live until idle().
-class LinkSender {
- public:
-  LinkSender(Socket socket, const LinkHello& hello, size_t chunk_bytes);
-
-  int fd() const { return socket_.fd(); }
-  bool idle() const { return phase_ == Phase::kIdle; }
-  // Precondition: idle(). `header` without the fields of the frame. A message of zero bytes is one
-  // frame without payload.
-  void Start(const FrameHeader& header, std::span<const std::byte> message);
-  // Sends what the socket takes now. Errors: kUnavailable: the link is broken.
-  absl::Status Pump();
-
- private:
-  enum class Phase { kIdle, kHello, kHeader, kPayload };
-  void BeginFrame(uint64_t offset_bytes);
-  std::span<const std::byte> Current() const;
-
-  Socket socket_;
-  const LinkHello hello_;
-  const size_t chunk_bytes_;
-  bool hello_sent_ = false;
-  Phase phase_ = Phase::kIdle;
-  FrameHeader header_;
-  std::span<const std::byte> message_;
-  size_t done_bytes_ = 0;  // of what Current() returns
+// What a receiver returns, as totals since the link was made, so that of several only the last
+// counts. `posted` is never more than kCredits ahead of what has been consumed.
+struct LinkCredit {
+  uint64_t posted = 0;   // chunks that there is, or was, a place for
+  uint64_t arrived = 0;  // chunks that have arrived: what tells the sender that a send is complete
 };
-
-// The receiving end of a link, after its hello.
-//
-// Threads: one at a time.
-// Lifetime: the bytes given to Start() must live until idle().
-class LinkReceiver {
- public:
-  LinkReceiver(Socket socket, size_t chunk_bytes);
-
-  int fd() const { return socket_.fd(); }
-  bool idle() const { return !busy_; }
-  // Precondition: idle(). The next message must carry `expected` (kind, step, sequence) and have
-  // the size of `into`.
-  void Start(const FrameHeader& expected, std::span<std::byte> into, Combine combine);
-  // Receives what is there now. Errors: kUnavailable (the link is broken), kFailedPrecondition (the
-  // peer is in another operation, or in one of another size; both are named).
-  absl::Status Pump();
-
- private:
-  absl::StatusOr<size_t> ReceiveSome(std::span<std::byte> into);
-  absl::Status CheckHeader() const;
-  void FinishFrame();
-
-  Socket socket_;
-  const size_t chunk_bytes_;
-  bool busy_ = false;
-  FrameHeader expected_;
-  std::span<std::byte> into_;
-  Combine combine_ = Combine::kCopy;
-  FrameHeader header_;
-  size_t header_done_bytes_ = 0;
-  size_t payload_done_bytes_ = 0;
-  uint64_t message_done_bytes_ = 0;
-  std::vector<std::byte> scratch_;  // one chunk, when bytes are summed
-};
+static_assert(sizeof(LinkCredit) == 16);
 
 }  // namespace collectives
 
