@@ -109,7 +109,12 @@ class LocalServer {
   void HandleRegister(ConnectionId id, Packet packet);
   void HandleRestore(ConnectionId id, Packet packet);
   void HandleQuery(ConnectionId id, Packet packet);
+  // With kQueryReply.
+  void AnswerText(ConnectionId id, abi::MessageType request, uint32_t request_id,
+                  const std::string& text);
   void HandleMonitor(ConnectionId id, Packet packet);
+  void HandleMonitorWindow(ConnectionId id, const Packet& packet);
+  absl::Status OpenWindow(ConnectionId id, const Packet& packet);
   absl::Status AdoptBoard(const Connection& connection, Packet& packet) const;
 
   void OpenDone(ConnectionId id, uint32_t request_id, absl::StatusOr<OpenResult> result,

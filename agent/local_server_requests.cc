@@ -125,6 +125,8 @@ void LocalServer::Handle(ConnectionId id, Packet packet) {
       return HandleQuery(id, std::move(packet));
     case abi::MessageType::kMonitor:
       return HandleMonitor(id, std::move(packet));
+    case abi::MessageType::kMonitorWindow:
+      return HandleMonitorWindow(id, packet);
     case abi::MessageType::kClose: {
       const bool has_session = connection.has_session;
       const SessionId session = connection.session;
@@ -373,17 +375,21 @@ void LocalServer::HandleQuery(ConnectionId id, Packet packet) {
     AnswerError(id, packet.type, packet.request_id, problem);
     return;
   }
-  const std::string text = status_text_();
-  absl::StatusOr<UniqueFd> memory = SealedMemfd("holdfast status", text);
+  AnswerText(id, packet.type, packet.request_id, status_text_());
+}
+
+void LocalServer::AnswerText(ConnectionId id, abi::MessageType request, uint32_t request_id,
+                             const std::string& text) {
+  absl::StatusOr<UniqueFd> memory = SealedMemfd("holdfast answer", text);
   if (!memory.ok()) {
-    AnswerError(id, packet.type, packet.request_id, memory.status());
+    AnswerError(id, request, request_id, memory.status());
     return;
   }
   abi::QueryReply reply{};
   reply.text_bytes = text.size();
   std::vector<UniqueFd> fds;
   fds.push_back(*std::move(memory));
-  Answer(id, packet.request_id, abi::MessageType::kQueryReply, reply, std::move(fds));
+  Answer(id, request_id, abi::MessageType::kQueryReply, reply, std::move(fds));
 }
 
 absl::Status LocalServer::AdoptBoard(const Connection& connection, Packet& packet) const {
@@ -411,6 +417,27 @@ void LocalServer::HandleMonitor(ConnectionId id, Packet packet) {
     return;
   }
   Answer(id, packet.request_id, abi::MessageType::kMonitorReply, abi::MonitorReply{}, {});
+}
+
+absl::Status LocalServer::OpenWindow(ConnectionId id, const Packet& packet) {
+  if (options_.monitor_boards == nullptr) {
+    return absl::UnimplementedError("this agent keeps no monitor boards");
+  }
+  ASSIGN_OR_RETURN(const abi::MonitorWindowRequest request,
+                   BodyAs<abi::MonitorWindowRequest>(packet, 0));
+  ASSIGN_OR_RETURN(const std::string job, TextField("job", request.job));
+  // Who asked may be gone by then: the answer is dropped.
+  return options_.monitor_boards->Window(
+      job, request.rank, absl::Milliseconds(request.milliseconds),
+      [this, id, request_id = packet.request_id](const std::string& lines) {
+        AnswerText(id, abi::MessageType::kMonitorWindow, request_id, lines);
+      });
+}
+
+void LocalServer::HandleMonitorWindow(ConnectionId id, const Packet& packet) {
+  const absl::Status opened = OpenWindow(id, packet);
+  if (!opened.ok()) return AnswerError(id, packet.type, packet.request_id, opened);
+  Find(id)->busy = true;
 }
 
 }  // namespace holdfast

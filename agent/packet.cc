@@ -145,6 +145,7 @@ abi::MessageType ReplyType(abi::MessageType request) {
     case abi::MessageType::kRestore:
       return abi::MessageType::kRestoreReply;
     case abi::MessageType::kQuery:
+    case abi::MessageType::kMonitorWindow:
       return abi::MessageType::kQueryReply;
     case abi::MessageType::kMonitor:
       return abi::MessageType::kMonitorReply;

@@ -6,8 +6,10 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
+#include <cstdint>
 #include <cstring>
 
 #include "absl/strings/str_format.h"
@@ -19,7 +21,7 @@ namespace holdfast::cli {
 namespace {
 
 // Larger answers are not from an agent of ours.
-constexpr uint64_t kStatusBytesMax = uint64_t{256} << 20;
+constexpr uint64_t kTextBytesMax = uint64_t{256} << 20;
 
 absl::Status SocketError(const char* what, const std::string& path) {
   const int error = errno;
@@ -96,17 +98,17 @@ absl::StatusOr<Answer> Receive(int fd, const std::string& path) {
   return answer;
 }
 
-}  // namespace
-
-absl::StatusOr<std::string> QueryStatus(const std::string& socket_path, absl::Duration timeout) {
+// Sends one request and reads the text that answers it.
+template <typename Body>
+absl::StatusOr<std::string> Ask(const std::string& socket_path, abi::MessageType type,
+                                const Body& body, absl::Duration timeout) {
   ASSIGN_OR_RETURN(const UniqueFd fd, Connect(socket_path, timeout));
   struct Request {
     abi::MessageHeader header;
-    abi::QueryRequest body;
+    Body body;
   };
-  const Request request = {{abi::kProtocolMagic, abi::kProtocolVersion, abi::MessageType::kQuery,
-                            /*request_id=*/1, sizeof(abi::QueryRequest)},
-                           {abi::QueryKind::kStatus, 0}};
+  const Request request = {
+      {abi::kProtocolMagic, abi::kProtocolVersion, type, /*request_id=*/1, sizeof(Body)}, body};
   if (send(fd.get(), &request, sizeof(request), MSG_NOSIGNAL) !=
       static_cast<ssize_t>(sizeof(request))) {
     return SocketError("send", socket_path);
@@ -116,10 +118,9 @@ absl::StatusOr<std::string> QueryStatus(const std::string& socket_path, absl::Du
     return absl::Status(static_cast<absl::StatusCode>(answer.reply.status.code),
                         answer.reply.status.text);
   }
-  if (!answer.fd || answer.reply.text_bytes > kStatusBytesMax) {
-    return absl::UnavailableError(
-        absl::StrFormat("agent at %s: no status attached, or one of %d bytes", socket_path,
-                        answer.reply.text_bytes));
+  if (!answer.fd || answer.reply.text_bytes > kTextBytesMax) {
+    return absl::UnavailableError(absl::StrFormat(
+        "agent at %s: no text attached, or one of %d bytes", socket_path, answer.reply.text_bytes));
   }
   std::string text(answer.reply.text_bytes, '\0');
   size_t done = 0;
@@ -127,10 +128,32 @@ absl::StatusOr<std::string> QueryStatus(const std::string& socket_path, absl::Du
     const ssize_t got =
         pread(answer.fd.get(), text.data() + done, text.size() - done, static_cast<off_t>(done));
     if (got < 0 && errno == EINTR) continue;
-    if (got <= 0) return SocketError("read status", socket_path);
+    if (got <= 0) return SocketError("read answer", socket_path);
     done += static_cast<size_t>(got);
   }
   return text;
+}
+
+}  // namespace
+
+absl::StatusOr<std::string> QueryStatus(const std::string& socket_path, absl::Duration timeout) {
+  return Ask(socket_path, abi::MessageType::kQuery,
+             abi::QueryRequest{abi::QueryKind::kStatus, /*reserved=*/0}, timeout);
+}
+
+absl::StatusOr<std::string> QueryMonitorWindow(const std::string& socket_path,
+                                               const std::string& job, uint32_t rank,
+                                               absl::Duration length, absl::Duration timeout) {
+  abi::MonitorWindowRequest request{};
+  if (job.size() >= sizeof(request.job)) {
+    return absl::InvalidArgumentError(absl::StrFormat("job: expected at most %d bytes, found %d",
+                                                      sizeof(request.job) - 1, job.size()));
+  }
+  std::memcpy(request.job, job.data(), job.size());
+  request.rank = rank;
+  request.milliseconds =
+      static_cast<uint32_t>(std::clamp<int64_t>(absl::ToInt64Milliseconds(length), 0, UINT32_MAX));
+  return Ask(socket_path, abi::MessageType::kMonitorWindow, request, length + timeout);
 }
 
 }  // namespace holdfast::cli

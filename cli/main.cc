@@ -31,6 +31,7 @@ int main(int argc, char** argv) {
   AddView(app, invocation);
   AddReshard(app, invocation);
   AddStatus(app, invocation);
+  AddMonitor(app, invocation);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

@@ -35,6 +35,9 @@ void AddLayout(CLI::App& app, Invocation& invocation);
 void AddView(CLI::App& app, Invocation& invocation);
 void AddReshard(CLI::App& app, Invocation& invocation);
 void AddStatus(CLI::App& app, Invocation& invocation);
+// `holdfast monitor`, and its own verbs.
+void AddMonitor(CLI::App& app, Invocation& invocation);
+void AddMonitorWindow(CLI::App& monitor, Invocation& invocation);
 
 // Prints `status` on standard error ("holdfast: ...") and returns its exit code.
 ExitCode Report(const absl::Status& status);

@@ -130,6 +130,7 @@ void MonitorBoard::WriteHeader(abi::BoardWriter writer, abi::MonitorLevel level,
   at += sizeof(abi::Slot) * abi::kBoardSlots;
   header_->rings_offset = static_cast<uint32_t>(at);
   rings_ = reinterpret_cast<abi::Ring*>(data + at);
+  requests_ = reinterpret_cast<const abi::BoardRequests*>(data + abi::kBoardRequestsAt);
   header_->total_bytes = abi::kBoardBytes;
   header_->communicator_count = abi::kBoardCommunicators;
   header_->slot_count = abi::kBoardSlots;
@@ -138,7 +139,9 @@ void MonitorBoard::WriteHeader(abi::BoardWriter writer, abi::MonitorLevel level,
   header_->writer = writer;
   header_->process_id = static_cast<uint32_t>(getpid());
   header_->level = level;
-  header_->window.store(level == abi::MonitorLevel::kFull ? 1 : 0, kRelaxed);
+  const bool full = level == abi::MonitorLevel::kFull;
+  header_->window.store(full ? 1 : 0, kRelaxed);
+  window_until_.store(full ? UINT64_MAX : 0, kRelaxed);
   header_->rank = identity.rank;
   header_->world_size = identity.world_size;
   header_->local_rank = identity.local_rank;
@@ -347,6 +350,10 @@ abi::Ring* MonitorBoard::FindRing() const {
 
 void MonitorBoard::Record(const RecordInfo& info, uint64_t now) const {
   if (!recording()) return;
+  if (now > window_until_.load(kRelaxed)) {
+    header_->window.store(0, kRelaxed);
+    return;
+  }
   abi::Ring* ring = FindRing();
   if (ring == nullptr) {
     CountDrop(abi::Drop::kRings);
@@ -363,9 +370,14 @@ void MonitorBoard::Record(const RecordInfo& info, uint64_t now) const {
   ring->written.store(index + 1, kRelease);
 }
 
-void MonitorBoard::SetWindow(bool open) const {
-  const bool full = header_->level == abi::MonitorLevel::kFull;
-  header_->window.store(open || full ? 1 : 0, kRelaxed);
+// Two threads may be here, and a third may close the window that was before: then the next call
+// opens it again, as it finds it closed before its time.
+void MonitorBoard::OpenWindow(uint64_t until, uint64_t now) const {
+  const bool longer = until > window_until_.load(kRelaxed);
+  if (!longer && header_->window.load(kRelaxed) != 0) return;
+  if (until - now > header_->ticks_per_second * abi::kWindowSecondsMax) return;
+  window_until_.store(until, kRelaxed);
+  header_->window.store(1, kRelaxed);
 }
 
 void MonitorBoard::StepDone(uint64_t step) const {

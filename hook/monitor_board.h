@@ -95,7 +95,12 @@ class MonitorBoard {
   uint32_t FindSlot(uint32_t communicator, uint32_t channel, uint32_t peer,
                     abi::SlotDirection direction) const;
 
-  // Keeps a record if a window is open.
+  // Opens a window, or keeps it open for longer, if the agent has asked for it.
+  void FollowRequests(uint64_t now) const {
+    const uint64_t until = requests_->window_until_ticks.load(std::memory_order_relaxed);
+    if (until != 0 && until > now) OpenWindow(until, now);
+  }
+  // Keeps a record if a window is open; closes it if its time is over.
   bool recording() const { return header_->window.load(std::memory_order_relaxed) != 0; }
   struct RecordInfo {
     abi::RecordKind kind;
@@ -106,8 +111,6 @@ class MonitorBoard {
     uint64_t value = 0;
   };
   void Record(const RecordInfo& info, uint64_t now) const;
-  // Level full never closes.
-  void SetWindow(bool open) const;
 
   void StepDone(uint64_t step) const;
   // Threads: one at a time.
@@ -124,6 +127,7 @@ class MonitorBoard {
   bool Live(uint64_t key) const;
   bool TakeSlot(uint32_t place, uint64_t found, uint64_t key) const;
   abi::Ring* FindRing() const;
+  void OpenWindow(uint64_t until, uint64_t now) const;
 
   UniqueFd fd_;
   Mapping memory_;
@@ -134,6 +138,8 @@ class MonitorBoard {
   std::atomic<uint64_t>* keys_ = nullptr;
   abi::Slot* slots_ = nullptr;
   abi::Ring* rings_ = nullptr;
+  const abi::BoardRequests* requests_ = nullptr;
+  mutable std::atomic<uint64_t> window_until_{0};  // ticks; UINT64_MAX: level full
 };
 
 // One change of a slot: everything between construction and Commit is one for readers.

@@ -234,20 +234,106 @@ TEST(MonitorBoardTest, ARingKeepsTheNewestAndSaysWhatItDoesNotHave) {
   EXPECT_EQ(rings, 1);
 }
 
-TEST(MonitorBoardTest, RecordsAreKeptOnlyWhileAWindowIsOpen) {
-  const auto board = MakeBoard(abi::MonitorLevel::kLight);
-  const auto written = [&] {
-    uint64_t sum = 0;
-    for (uint32_t i = 0; i < abi::kBoardRings; ++i) sum += ViewOf(*board).rings[i].written.load();
-    return sum;
+// The one page that the agent writes, mapped by itself as the agent maps it.
+class RequestPage {
+ public:
+  explicit RequestPage(const MonitorBoard& board)
+      : memory_(mmap(nullptr, sizeof(abi::BoardRequests), PROT_READ | PROT_WRITE, MAP_SHARED,
+                     board.fd(), static_cast<off_t>(abi::kBoardRequestsAt))) {
+    EXPECT_NE(memory_, MAP_FAILED);
+  }
+  ~RequestPage() { munmap(memory_, sizeof(abi::BoardRequests)); }
+  RequestPage(const RequestPage&) = delete;
+  RequestPage& operator=(const RequestPage&) = delete;
+  void AskUntil(uint64_t ticks) {
+    static_cast<abi::BoardRequests*>(memory_)->window_until_ticks.store(ticks);
+  }
+
+ private:
+  void* memory_;
+};
+
+uint64_t RecordsOf(const MonitorBoard& board) {
+  uint64_t sum = 0;
+  for (uint32_t i = 0; i < abi::kBoardRings; ++i) sum += ViewOf(board).rings[i].written.load();
+  return sum;
+}
+
+TEST(MonitorBoardTest, RecordsAreKeptFromTheRequestToItsTime) {
+  const auto board = MakeBoard(abi::MonitorLevel::kLight, MonitorBoard::Clock::kMonotonic);
+  RequestPage requests(*board);
+  const auto record = [&](uint64_t now) {
+    board->Record({.kind = abi::RecordKind::kApiCall}, now);
+    return RecordsOf(*board);
   };
-  board->Record({.kind = abi::RecordKind::kApiCall}, 1);
-  EXPECT_EQ(written(), 0u);
-  board->SetWindow(true);
-  board->Record({.kind = abi::RecordKind::kApiCall}, 1);
-  board->SetWindow(false);
-  board->Record({.kind = abi::RecordKind::kApiCall}, 1);
-  EXPECT_EQ(written(), 1u);
+  EXPECT_EQ(record(100), 0u);
+  requests.AskUntil(2000);
+  EXPECT_EQ(record(1000), 0u);  // nobody has looked yet
+  board->FollowRequests(1000);
+  EXPECT_TRUE(board->recording());
+  EXPECT_EQ(record(1500), 1u);
+  EXPECT_EQ(record(2000), 2u);
+  EXPECT_EQ(record(2001), 2u);
+  EXPECT_FALSE(board->recording());
+  board->FollowRequests(2002);  // over
+  EXPECT_FALSE(board->recording());
+  // Again, and longer while it is open.
+  requests.AskUntil(4000);
+  board->FollowRequests(3000);
+  requests.AskUntil(6000);
+  board->FollowRequests(3500);
+  EXPECT_EQ(record(5000), 3u);
+  // One thread closes the old window behind another's back: the next one that looks opens it.
+  board->header().window.store(0);
+  board->FollowRequests(5001);
+  EXPECT_EQ(record(5002), 4u);
+}
+
+TEST(MonitorBoardTest, ARequestThatMakesNoSenseAsksForNothing) {
+  const auto board = MakeBoard(abi::MonitorLevel::kLight, MonitorBoard::Clock::kMonotonic);
+  RequestPage requests(*board);
+  const uint64_t now = 1'000'000;
+  const uint64_t longest = abi::kWindowSecondsMax * board->header().ticks_per_second;
+  for (const uint64_t until :
+       {uint64_t{0}, uint64_t{1}, now, now + longest + 1, uint64_t{UINT64_MAX}}) {
+    requests.AskUntil(until);
+    board->FollowRequests(now);
+    EXPECT_FALSE(board->recording()) << until;
+  }
+  requests.AskUntil(now + longest);
+  board->FollowRequests(now);
+  EXPECT_TRUE(board->recording());
+}
+
+TEST(MonitorBoardTest, LevelFullRecordsWhateverIsAskedFor) {
+  const auto board = MakeBoard(abi::MonitorLevel::kFull, MonitorBoard::Clock::kMonotonic);
+  RequestPage requests(*board);
+  requests.AskUntil(2000);
+  board->FollowRequests(1000);
+  board->Record({.kind = abi::RecordKind::kApiCall}, 5000);
+  EXPECT_EQ(RecordsOf(*board), 1u);
+  EXPECT_TRUE(board->recording());
+}
+
+// What the program does opens the window: an operation that is enqueued, a proxy thread that wakes.
+TEST(MonitorBoardTest, AnOperationOrAProxyThreadOpensTheWindow) {
+  for (const bool by_operation : {true, false}) {
+    const auto events = MakeEvents(abi::MonitorLevel::kLight);
+    RequestPage requests(events->board());
+    const Token communicator = events->OpenCommunicator({.hash = 1, .ranks = 8});
+    const Token before = events->BeginOperation(communicator, {});
+    requests.AskUntil(events->board().Now() + events->board().header().ticks_per_second * 30);
+    events->BeginTransfer(communicator, before, {.peer = 1, .steps = 4, .send = true});
+    EXPECT_EQ(RecordsOf(events->board()), 0u);
+    if (by_operation) {
+      events->BeginOperation(communicator, {});
+    } else {
+      events->ProxyThreadState(events->BeginProxyThread(communicator), WaitState::kProxyActive, 0);
+    }
+    EXPECT_EQ(RecordsOf(events->board()), 1u);
+    events->BeginTransfer(communicator, before, {.peer = 2, .steps = 4, .send = true});
+    EXPECT_EQ(RecordsOf(events->board()), 2u);
+  }
 }
 
 // Threads that live at once, more than there are rings: what they record is counted as dropped.

@@ -164,6 +164,7 @@ Token MonitorEvents::BeginOperation(Token communicator, const OperationInfo& inf
   recent.number.store(number, kRelease);
   place.enqueued_ticks.store(now, kRelease);
   header_->last_call_ticks.store(now, kRelaxed);
+  board_->FollowRequests(now);
   board_->Record({.kind = RecordKind::kOperationEnqueued,
                   .detail = static_cast<uint8_t>(kind),
                   .place = index,
@@ -336,6 +337,7 @@ void MonitorEvents::ProxyThreadState(Token thread, WaitState state, uint32_t app
   const uint32_t place = PlaceOf(thread);
   abi::Slot& slot = slots_[place];
   const uint64_t now = Now();
+  board_->FollowRequests(now);
   SlotChange change(slot);
   change.SetState(state, 0, abi::OperationKind::kUnknown, now);
   slot.steps.store(slot.steps.load(kRelaxed) + (uint64_t{appended} << 32), kRelease);

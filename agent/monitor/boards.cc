@@ -1,63 +1,18 @@
 #include "agent/monitor/boards.h"
 
-#include <errno.h>
-#include <fcntl.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <time.h>
-#include <x86intrin.h>
-
 #include <algorithm>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <utility>
 
 #include "absl/strings/str_format.h"
+#include "agent/monitor/names.h"
+#include "base/status_macros.h"
 
 namespace holdfast {
 namespace {
 
 using nlohmann::json;
-
-// Now, on the clock that the board's writer uses.
-uint64_t NowTicks(abi::BoardClock clock) {
-  if (clock == abi::BoardClock::kTsc) return __rdtsc();
-  timespec now{};
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return static_cast<uint64_t>(now.tv_sec) * 1'000'000'000 + static_cast<uint64_t>(now.tv_nsec);
-}
-
-// How long ago `ticks` were, in seconds. The header's rate is claimed; the worst that a wrong one
-// does is a wrong number.
-double SecondsSince(const abi::BoardHeader& header, uint64_t ticks) {
-  const uint64_t now = NowTicks(header.clock);
-  if (ticks == 0 || ticks > now || header.ticks_per_second == 0) return 0;
-  return static_cast<double>(now - ticks) / static_cast<double>(header.ticks_per_second);
-}
-
-const char* NameOf(abi::WaitState state) {
-  switch (state) {
-    case abi::WaitState::kQueued:
-      return "queued";
-    case abi::WaitState::kBetweenSteps:
-      return "between_steps";
-    case abi::WaitState::kSendGpuWait:
-      return "send_gpu";
-    case abi::WaitState::kSendPeerWait:
-      return "send_peer";
-    case abi::WaitState::kSendWait:
-      return "send_wire";
-    case abi::WaitState::kReceiveWait:
-      return "receive_data";
-    case abi::WaitState::kReceiveFlushWait:
-      return "receive_flush";
-    case abi::WaitState::kReceiveGpuWait:
-      return "receive_gpu";
-    default:
-      return nullptr;  // no wait of a connection
-  }
-}
 
 json CommunicatorJson(const abi::CommunicatorReading& reading) {
   return {{"hash", absl::StrFormat("%016x", reading.hash)},
@@ -71,7 +26,8 @@ json CommunicatorJson(const abi::CommunicatorReading& reading) {
 }
 
 // What the connections wait for: how many, and for how long the longest.
-json WaitsJson(const abi::BoardView& view) {
+json WaitsJson(const MappedBoard& board) {
+  const abi::BoardView& view = board.view();
   struct Wait {
     int connections = 0;
     double longest_seconds = 0;
@@ -84,11 +40,14 @@ json WaitsJson(const abi::BoardView& view) {
     if (communicator.state.load(std::memory_order_acquire) != abi::CommunicatorState::kOpen) {
       continue;
     }
-    const char* name = NameOf(slot.state);
+    const char* name = WaitName(slot.state);
     if (name == nullptr) continue;
     Wait& wait = waits[name];
     ++wait.connections;
-    wait.longest_seconds = std::max(wait.longest_seconds, SecondsSince(*view.header, slot.since));
+    const uint64_t now = board.NowTicks();
+    const bool known = slot.since != 0 && slot.since <= now;
+    wait.longest_seconds =
+        std::max(wait.longest_seconds, known ? board.Seconds(now - slot.since) : 0.0);
   }
   json result = json::object();
   for (const auto& [name, wait] : waits) {
@@ -100,14 +59,8 @@ json WaitsJson(const abi::BoardView& view) {
 }  // namespace
 
 struct MonitorBoards::Board {
-  ~Board() {
-    if (memory != MAP_FAILED) munmap(memory, abi::kBoardBytes);
-  }
   Offer offer;
-  uint64_t device = 0;
-  uint64_t inode = 0;
-  void* memory = MAP_FAILED;
-  abi::BoardView view;
+  std::shared_ptr<MappedBoard> mapped;
   bool alive = true;
   absl::Duration died{};  // on the agent's clock
 };
@@ -129,25 +82,16 @@ size_t MonitorBoards::alive_count() const {
 size_t MonitorBoards::dead_count() const { return boards_.size() - alive_count(); }
 
 absl::Status MonitorBoards::Adopt(Offer offer) {
-  struct stat file {};
-  if (fstat(offer.board.get(), &file) != 0 || !S_ISREG(file.st_mode)) {
-    return absl::InvalidArgumentError("monitor board: expected a memfd, found another descriptor");
+  if (offer.board_bytes != abi::kBoardBytes) {
+    return absl::InvalidArgumentError(absl::StrFormat(
+        "monitor board: expected %d bytes, offered as %d", abi::kBoardBytes, offer.board_bytes));
   }
+  ASSIGN_OR_RETURN(std::shared_ptr<MappedBoard> mapped, MappedBoard::Map(offer.board.get()));
   const auto found = std::find_if(boards_.begin(), boards_.end(), [&](const auto& board) {
-    return board->device == file.st_dev && board->inode == file.st_ino && board->alive;
+    return board->mapped->device() == mapped->device() &&
+           board->mapped->inode() == mapped->inode() && board->alive;
   });
   if (found != boards_.end()) return absl::OkStatus();
-  const int seals = fcntl(offer.board.get(), F_GET_SEALS);
-  if (seals < 0 || (seals & F_SEAL_SHRINK) == 0) {
-    return absl::InvalidArgumentError(
-        "monitor board: expected a memfd sealed against shrinking, found one that is not");
-  }
-  if (static_cast<uint64_t>(file.st_size) != abi::kBoardBytes ||
-      offer.board_bytes != abi::kBoardBytes) {
-    return absl::InvalidArgumentError(
-        absl::StrFormat("monitor board: expected %d bytes, found %d (offered as %d)",
-                        abi::kBoardBytes, file.st_size, offer.board_bytes));
-  }
   if (!offer.process) {
     return absl::ResourceExhaustedError("monitor board: no descriptor left to watch its process");
   }
@@ -156,18 +100,7 @@ absl::Status MonitorBoards::Adopt(Offer offer) {
         absl::StrFormat("monitor board: %d living processes have one already", kAliveMax));
   }
   auto board = std::make_unique<Board>();
-  board->device = file.st_dev;
-  board->inode = file.st_ino;
-  board->memory = mmap(nullptr, abi::kBoardBytes, PROT_READ, MAP_SHARED, offer.board.get(), 0);
-  if (board->memory == MAP_FAILED) {
-    return absl::ResourceExhaustedError(
-        absl::StrFormat("monitor board: mmap of %d bytes: %s", abi::kBoardBytes, strerror(errno)));
-  }
-  board->view = abi::ViewBoard(static_cast<const std::byte*>(board->memory), abi::kBoardBytes);
-  if (board->view.header == nullptr) {
-    return absl::InvalidArgumentError(absl::StrFormat(
-        "monitor board: expected version %d, found no board of it", abi::kBoardVersion));
-  }
+  board->mapped = std::move(mapped);
   // The mapping holds the memory; the descriptor is one of a limited number.
   offer.board.Reset();
   board->offer = std::move(offer);
@@ -175,6 +108,37 @@ absl::Status MonitorBoards::Adopt(Offer offer) {
   loop_.Watch(watched->offer.process.get(), EventLoop::FdEvents::kReadable,
               [this, watched] { OnDeath(watched); });
   boards_.push_back(std::move(board));
+  return absl::OkStatus();
+}
+
+absl::Status MonitorBoards::Window(const std::string& job, uint32_t rank, absl::Duration length,
+                                   std::function<void(std::string lines)> done) {
+  if (length <= absl::ZeroDuration() || length > RecordWindow::kLengthMax) {
+    return absl::InvalidArgumentError(absl::StrFormat(
+        "window of %s: expected more than 0, at most %s", absl::FormatDuration(length),
+        absl::FormatDuration(RecordWindow::kLengthMax)));
+  }
+  std::vector<std::shared_ptr<MappedBoard>> boards;
+  for (const std::unique_ptr<Board>& board : boards_) {
+    if (board->alive && board->offer.job == job && board->offer.rank == rank) {
+      boards.push_back(board->mapped);
+    }
+  }
+  if (boards.empty()) {
+    return absl::NotFoundError(absl::StrFormat(
+        "no living process of job '%s', rank %d has a monitor board here", job, rank));
+  }
+  if (windows_.size() >= kWindowsMax) {
+    return absl::ResourceExhaustedError(
+        absl::StrFormat("%d windows of records are open already", kWindowsMax));
+  }
+  // Its place in the list is known only behind the insertion.
+  const auto at = windows_.emplace(windows_.end());
+  *at = std::make_unique<RecordWindow>(loop_, clock_, std::move(boards), length,
+                                       [this, at, done = std::move(done)](std::string lines) {
+                                         windows_.erase(at);
+                                         done(std::move(lines));
+                                       });
   return absl::OkStatus();
 }
 
@@ -214,7 +178,7 @@ void MonitorBoards::DropOldDead() {
 std::string MonitorBoards::StatusJson() const {
   json all = json::array();
   for (const std::unique_ptr<Board>& board : boards_) {
-    const abi::BoardHeader& header = *board->view.header;
+    const abi::BoardHeader& header = *board->mapped->view().header;
     uint64_t drops = 0;
     for (const std::atomic<uint64_t>& count : header.drops) {
       drops += count.load(std::memory_order_relaxed);
@@ -222,7 +186,7 @@ std::string MonitorBoards::StatusJson() const {
     json communicators = json::array();
     for (uint32_t i = 0; i < abi::kBoardCommunicators; ++i) {
       abi::CommunicatorReading reading;
-      if (abi::ReadCommunicator(board->view.communicators[i], &reading) &&
+      if (abi::ReadCommunicator(board->mapped->view().communicators[i], &reading) &&
           reading.state == abi::CommunicatorState::kOpen) {
         communicators.push_back(CommunicatorJson(reading));
       }
@@ -237,7 +201,7 @@ std::string MonitorBoards::StatusJson() const {
                   {"step", header.step.load(std::memory_order_relaxed)},
                   {"not_shown", drops},
                   {"communicators", std::move(communicators)},
-                  {"waits", WaitsJson(board->view)}};
+                  {"waits", WaitsJson(*board->mapped)}};
     if (!board->alive) {
       entry["dead_for_seconds"] = absl::ToDoubleSeconds(clock_.Elapsed() - board->died);
     }

@@ -12,15 +12,18 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
+#include <list>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/time/time.h"
+#include "agent/monitor/mapped_board.h"
+#include "agent/monitor/record_window.h"
 #include "base/clock.h"
 #include "base/executor.h"
-#include "hook/abi/monitor_read.h"
 #include "io/unique_fd.h"
 
 namespace holdfast {
@@ -34,6 +37,8 @@ class MonitorBoards {
   // Of dead ones; beyond, the one that died first is dropped. And how long they are kept.
   static constexpr size_t kDeadMax = 64;
   static constexpr absl::Duration kDeadAge = absl::Hours(1);
+  // Windows of records that are open at once.
+  static constexpr size_t kWindowsMax = 4;
 
   struct Offer {
     std::string job;
@@ -55,6 +60,12 @@ class MonitorBoards {
   // Errors: kInvalidArgument (no board, not sealed, another version or size), kResourceExhausted.
   absl::Status Adopt(Offer offer);
 
+  // Has the living processes of a rank keep records for `length`, and calls `done` with them when
+  // it is over (record_window.h). Dropped with this object. Errors: kInvalidArgument (length),
+  // kNotFound (no such board), kResourceExhausted (kWindowsMax).
+  absl::Status Window(const std::string& job, uint32_t rank, absl::Duration length,
+                      std::function<void(std::string lines)> done);
+
   size_t alive_count() const;
   size_t dead_count() const;
 
@@ -70,6 +81,7 @@ class MonitorBoards {
   EventLoop& loop_;
   const Clock& clock_;
   std::vector<std::unique_ptr<Board>> boards_;
+  std::list<std::unique_ptr<RecordWindow>> windows_;
   EventLoop::TimerId timer_ = 0;  // of the next one to be too old; 0: none
 };
 

@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 #include <nlohmann/json.hpp>
 #include <random>
@@ -13,6 +14,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/support/sim_executor.h"
@@ -146,10 +148,10 @@ TEST_F(MonitorBoardsTest, WhatIsNoBoardIsRefusedByName) {
   board.Seal();
   MonitorBoards::Offer offer = MakeOffer(board.fd(), 0);
   offer.board_bytes = 10;
-  EXPECT_THAT(refusal(std::move(offer)), HasSubstr("(offered as 10)"));
+  EXPECT_THAT(refusal(std::move(offer)), HasSubstr("offered as 10"));
   UniqueFd small(memfd_create("small", MFD_CLOEXEC | MFD_ALLOW_SEALING));
   ASSERT_EQ(fcntl(small.get(), F_ADD_SEALS, F_SEAL_SHRINK), 0);
-  EXPECT_THAT(refusal(MakeOffer(small.get(), 0)), HasSubstr("found 0 "));
+  EXPECT_THAT(refusal(MakeOffer(small.get(), 0)), HasSubstr("bytes, found 0"));
   board.header().version = 99;
   EXPECT_THAT(refusal(MakeOffer(board.fd(), 0)), HasSubstr("found no board of it"));
   board.header().version = abi::kBoardVersion;
@@ -187,6 +189,143 @@ TEST_F(MonitorBoardsTest, BeyondTheLimitsTheLivingAreRefusedAndTheOldestDeadDrop
   EXPECT_EQ(boards_.dead_count(), MonitorBoards::kDeadMax);
   for (const json& board : Status()) EXPECT_GE(board["rank"], 3);  // the first three are gone
   EXPECT_TRUE(boards_.Adopt(MakeOffer(one_more.fd(), 0)).ok());
+}
+
+// A ring of a TestBoard, written as hook/monitor_board.cc does.
+class TestRing {
+ public:
+  explicit TestRing(TestBoard& board, uint32_t index = 0)
+      : ring_(reinterpret_cast<abi::Ring*>(board.data() + board.header().rings_offset)[index]) {}
+  void Write(abi::RecordKind kind, uint64_t operation, uint64_t ticks, uint32_t place = 0) {
+    const uint64_t at = ring_.written.load();
+    abi::Record& record = ring_.records[at % abi::kRingRecords];
+    record.ticks.store(ticks);
+    record.what.store(static_cast<uint64_t>(kind) | uint64_t{place} << 16 | uint64_t{3} << 32);
+    record.operation.store(operation);
+    record.value.store(4096);
+    ring_.written.store(at + 1);
+  }
+  abi::Ring& ring() { return ring_; }
+
+ private:
+  abi::Ring& ring_;
+};
+
+std::vector<json> ParseLines(const std::string& text) {
+  std::vector<json> lines;
+  for (const absl::string_view line : absl::StrSplit(text, '\n', absl::SkipEmpty())) {
+    lines.push_back(json::parse(std::string(line)));
+  }
+  return lines;
+}
+
+TEST_F(MonitorBoardsTest, AWindowAsksTheRankAndTellsWhatItRecorded) {
+  TestBoard board;
+  board.Seal();
+  TestRing first(board, 0);
+  TestRing second(board, 5);
+  first.Write(abi::RecordKind::kOperationEnqueued, 1, 10);  // before anybody asked
+  ASSERT_TRUE(boards_.Adopt(MakeOffer(board.fd(), 2)).ok());
+  std::vector<json> lines;
+  const auto done = [&](const std::string& text) { lines = ParseLines(text); };
+  ASSERT_TRUE(boards_.Window("job", 2, absl::Seconds(2), done).ok());
+  // Asked for, on the board's own clock.
+  const auto& requests =
+      *reinterpret_cast<abi::BoardRequests*>(board.data() + abi::kBoardRequestsAt);
+  const uint64_t until = requests.window_until_ticks.load();
+  ASSERT_GT(until, 2'000'000'000u);
+  const uint64_t begin = until - 2'000'000'000;
+  second.Write(abi::RecordKind::kStepState, 7, begin + 2000, 0);
+  first.Write(abi::RecordKind::kOperationEnqueued, 2, begin + 1000);
+  executor_.AdvanceTime(absl::Seconds(1));
+  first.Write(abi::RecordKind::kOperationFinished, 2, begin + 1'000'000'000);
+  executor_.AdvanceTime(absl::Milliseconds(900));
+  EXPECT_TRUE(lines.empty());
+  executor_.AdvanceTime(absl::Milliseconds(200));
+  ASSERT_EQ(lines.size(), 4u);
+  EXPECT_EQ(lines[0]["kind"], "operation_enqueued");
+  EXPECT_EQ(lines[0]["operation"], 2);
+  EXPECT_EQ(lines[0]["bytes"], 4096);
+  EXPECT_EQ(lines[0]["communicator"], "0000000000000abc");
+  EXPECT_DOUBLE_EQ(lines[0]["us"].get<double>(), 1.0);
+  EXPECT_EQ(lines[1]["kind"], "step_state");
+  EXPECT_EQ(lines[1]["thread"], 5);
+  EXPECT_EQ(lines[1]["direction"], "send");
+  EXPECT_EQ(lines[1]["peer"], 3);
+  EXPECT_EQ(lines[1]["step"], 3);
+  EXPECT_EQ(lines[2]["kind"], "operation_finished");
+  EXPECT_EQ(lines[3]["kind"], "window");
+  EXPECT_EQ(lines[3]["records"], 3);
+  EXPECT_EQ(lines[3]["missed"], 0);
+  EXPECT_EQ(lines[3]["opened"], true);
+}
+
+TEST_F(MonitorBoardsTest, AWindowCountsWhatWasOverwrittenBeforeItLooked) {
+  TestBoard board;
+  board.Seal();
+  TestRing ring(board);
+  ASSERT_TRUE(boards_.Adopt(MakeOffer(board.fd(), 2)).ok());
+  json end;
+  const auto done = [&](const std::string& text) { end = ParseLines(text).back(); };
+  ASSERT_TRUE(boards_.Window("job", 2, absl::Seconds(1), done).ok());
+  for (uint64_t i = 0; i < abi::kRingRecords + 10; ++i) {
+    ring.Write(abi::RecordKind::kApiCall, i, 1);
+  }
+  executor_.AdvanceTime(absl::Seconds(2));
+  // The oldest that is still there may be overwritten at any moment: it is not taken.
+  EXPECT_EQ(end["records"], abi::kRingRecords - 1);
+  EXPECT_EQ(end["missed"], 11);
+}
+
+TEST_F(MonitorBoardsTest, AWindowThatCannotBeIsRefusedByName) {
+  const auto never = [](const std::string&) { FAIL(); };
+  const auto refusal = [&](const std::string& job, uint32_t rank, absl::Duration length) {
+    return boards_.Window(job, rank, length, never);
+  };
+  AdoptOne(2);
+  Die(AdoptOne(3));
+  EXPECT_EQ(refusal("job", 3, absl::Seconds(1)).code(), absl::StatusCode::kNotFound);
+  EXPECT_EQ(refusal("other", 2, absl::Seconds(1)).code(), absl::StatusCode::kNotFound);
+  EXPECT_EQ(refusal("job", 2, absl::ZeroDuration()).code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(refusal("job", 2, RecordWindow::kLengthMax + absl::Seconds(1)).code(),
+            absl::StatusCode::kInvalidArgument);
+  int over = 0;
+  for (size_t i = 0; i < MonitorBoards::kWindowsMax; ++i) {
+    EXPECT_TRUE(
+        boards_.Window("job", 2, absl::Seconds(1), [&](const std::string&) { ++over; }).ok());
+  }
+  EXPECT_EQ(refusal("job", 2, absl::Seconds(1)).code(), absl::StatusCode::kResourceExhausted);
+  executor_.AdvanceTime(absl::Seconds(2));
+  EXPECT_EQ(over, static_cast<int>(MonitorBoards::kWindowsMax));
+  EXPECT_TRUE(boards_.Window("job", 2, absl::Seconds(1), [](const std::string&) {}).ok());
+}
+
+// Goal: rings of garbage end in lines that can be parsed, of bounded number, and the window closes.
+TEST_F(MonitorBoardsTest, GarbageInTheRingsHarmsNoWindow) {
+  const uint32_t seed = std::random_device()();
+  SCOPED_TRACE(absl::StrCat("seed ", seed));
+  std::mt19937_64 random(seed);
+  TestBoard board;
+  board.Seal();
+  ASSERT_TRUE(boards_.Adopt(MakeOffer(board.fd(), 2)).ok());
+  json end;
+  const auto done = [&](const std::string& text) {
+    EXPECT_LE(std::count(text.begin(), text.end(), '\n'),
+              static_cast<long>(RecordWindow::kRecordsMax) + 1);
+    end = ParseLines(text).back();
+  };
+  ASSERT_TRUE(boards_.Window("job", 2, absl::Seconds(1), done).ok());
+  for (uint64_t at = sizeof(abi::BoardHeader); at + 8 <= abi::kBoardBytes; at += 8) {
+    const uint64_t word = random() % 2 == 0 ? random() % 16 : random();
+    std::memcpy(board.data() + at, &word, 8);
+  }
+  board.header().ticks_per_second = 0;
+  for (int i = 0; i < 20; ++i) {
+    TestRing(board, i % abi::kBoardRings).ring().written.store(random());
+    executor_.AdvanceTime(absl::Milliseconds(100));
+  }
+  EXPECT_EQ(end["kind"], "window");
+  EXPECT_GT(end["records"], 0);
 }
 
 // Goal: whatever the process writes, the status is an object and the agent lives.

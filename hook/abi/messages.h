@@ -43,6 +43,8 @@ enum class MessageType : uint16_t {
   kRestoreCancel = 12,  // trainer -> agent: it waits for no restore any more; no body, no reply
   kMonitor = 13,        // trainer -> agent, no kOpen needed; fds: [monitor board, memfd]
   kMonitorReply = 14,   // an agent that does not know kMonitor closes the connection instead
+  kMonitorWindow =
+      15,  // any client of the same user (CLI); answered by kQueryReply when it is over
 };
 
 struct MessageHeader {
@@ -283,6 +285,15 @@ struct MonitorReply {
   ReplyStatus status;
 };
 static_assert(sizeof(MonitorReply) == 1024);
+
+// Asks for what a rank's processes record from now on, for a while (monitor.h, BoardRequests). The
+// answer is JSON lines (docs/MONITOR.md).
+struct MonitorWindowRequest {
+  char job[136];
+  uint32_t rank;
+  uint32_t milliseconds;  // 1 to 1000 * kWindowSecondsMax
+};
+static_assert(sizeof(MonitorWindowRequest) == 144);
 
 enum class QueryKind : uint32_t {
   kStatus = 1,  // jobs, sessions, images with their counters, roots, memory: docs/OPERATING.md

@@ -2,8 +2,8 @@
 // at any instant without a lock, also after the process has died or in the middle of a hang.
 //
 // One board per process and writer (the NCCL profiler plugin has one, libholdfast's hook API has
-// one; both carry the same identity). The trainer writes; everybody else maps read-only and treats
-// every value as a claim (monitor_read.h reads and validates). In order:
+// one; both carry the same identity). The trainer writes; everybody else maps read-only, all but
+// the last page, and treats every value as a claim (monitor_read.h reads and validates). In order:
 //
 //   BoardHeader      who writes, its clock, drops, training step, sections
 //   Communicator[]   one per (communicator, rank) opened in the process: names and counters
@@ -11,6 +11,8 @@
 //                    overwritten in place
 //   Ring[]           one per thread: the last records, kept only at level full or while a window
 //                    is open
+//   BoardRequests    on a page of its own: the one thing that the agent writes and the trainer
+//                    reads
 //
 // Concurrency. Every word that changes is an atomic of its own, so no read is ever torn below a
 // word. Values of several words carry a sequence: odd while being written. The writer stores the
@@ -39,7 +41,7 @@ static_assert(std::atomic<uint32_t>::is_always_lock_free);
 static_assert(std::atomic<uint64_t>::is_always_lock_free);
 
 inline constexpr uint32_t kBoardMagic = 0x31424d48;  // "HMB1" in memory
-inline constexpr uint32_t kBoardVersion = 1;
+inline constexpr uint32_t kBoardVersion = 2;
 
 // Communicators open at once in a process. The last quarter is for those of other processes, whose
 // operations NCCL gives to this process's proxy (PXN).
@@ -53,6 +55,8 @@ inline constexpr uint32_t kBoardRings = 32;
 inline constexpr uint32_t kRingRecords = 2048;
 // Operations of a communicator whose kind and size are kept.
 inline constexpr uint32_t kRecentOperations = 16;
+// A window that is asked for longer than this is not opened.
+inline constexpr uint32_t kWindowSecondsMax = 60;
 inline constexpr uint32_t kBoardSectionDepth = 8;
 inline constexpr uint32_t kBoardSectionNameBytes = 32;  // with the NUL
 inline constexpr uint32_t kCommunicatorNameBytes = 64;  // with the NUL; longer ones are cut
@@ -187,7 +191,8 @@ struct BoardHeader {
 
   std::atomic<uint64_t> drops[kDropCauses];
 
-  // 1: records are kept. Level full: always.
+  // 1: records are kept. Level full: always. Else from the first operation, or change of a proxy
+  // thread, that sees BoardRequests::window_until_ticks ahead, to the first event after that time.
   std::atomic<uint32_t> window;
   uint32_t reserved2;
   // The writer is alive and called at that time (updated with every enqueued operation).
@@ -359,9 +364,21 @@ struct Ring {
 };
 static_assert(sizeof(Ring) == 64 + sizeof(Record) * kRingRecords);
 
-inline constexpr uint64_t kBoardBytes =
+// What the agent asks of the process. All that it can do there is to have records kept for a while:
+// a value that makes no sense asks for nothing.
+struct BoardRequests {
+  // Records are wanted until then; at most kWindowSecondsMax ahead. 0: none asked for.
+  std::atomic<uint64_t> window_until_ticks;
+  uint64_t reserved[511];
+};
+static_assert(sizeof(BoardRequests) == 4096);
+
+inline constexpr uint64_t kBoardRingsEnd =
     sizeof(BoardHeader) + sizeof(Communicator) * kBoardCommunicators +
     (sizeof(uint64_t) + sizeof(Slot)) * kBoardSlots + sizeof(Ring) * kBoardRings;
+// Mapped by itself, so at a page's begin.
+inline constexpr uint64_t kBoardRequestsAt = (kBoardRingsEnd + 4095) / 4096 * 4096;
+inline constexpr uint64_t kBoardBytes = kBoardRequestsAt + sizeof(BoardRequests);
 
 // Where to put how long a state lasted: an index of Slot::waited, or -1: nowhere.
 constexpr int WaitedIndex(WaitState state) {
