@@ -199,6 +199,29 @@ class Job:
             log.close()
 
 
+class Mps:
+    """NVIDIA's Multi-Process Service for the processes that are given its environment: their kernels run side by
+    side, not in time slices. Its own pipe, so nobody else's; gone at the end."""
+
+    def __init__(self, directory):
+        self.environment = {"CUDA_MPS_PIPE_DIRECTORY": str(directory / "mps"),
+                            "CUDA_MPS_LOG_DIRECTORY": str(directory / "mps")}
+        (directory / "mps").mkdir()
+        if shutil.which("nvidia-cuda-mps-control") is None:
+            raise Failure("there is no nvidia-cuda-mps-control here")
+        self.control("-d")
+
+    def control(self, *arguments, text=""):
+        result = subprocess.run(["nvidia-cuda-mps-control", *arguments], env={**os.environ, **self.environment},
+                                input=text, capture_output=True, text=True, timeout=30)
+        if result.returncode != 0:
+            raise Failure(f"nvidia-cuda-mps-control: {result.stderr.strip()}")
+
+    def close(self):
+        with contextlib.suppress(Failure, subprocess.TimeoutExpired):
+            self.control(text="quit\n")
+
+
 NCCL_ENVIRONMENT = {
     "NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo",
     "NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_NVLS_ENABLE": "0", "NCCL_ALGO": "RING",
@@ -212,11 +235,13 @@ NCCL_ENVIRONMENT = {
 class Check:
     def __init__(self, arguments, directory):
         self.rehearse = arguments.rehearse
+        self.mps = arguments.mps
         self.backend = "gloo" if arguments.rehearse else "nccl"
         self.end = time.monotonic() + arguments.seconds
         self.directory = directory
         self.files = directory / "files"      # what is kept
         self.files.mkdir()
+        self.with_itself = 0  # operations of each rank with itself, so far
         self.lines = []
         self.rows = []
         self.about = {}
@@ -231,7 +256,7 @@ class Check:
         return {"NCCL_PROFILER_PLUGIN": str(HERE / "lib" / "libnccl-profiler-holdfast.so"),
                 "HOLDFAST_SOCKET": self.agent.socket, "HOLDFAST_MONITOR": level, **more}
 
-    def start(self, name, counts, environment, only_one=False):
+    def start(self, name, counts, environment):
         """A job of as many ranks as NCCL takes."""
         for ranks in counts:
             job = Job(name, ranks, self.files, self.backend, environment)
@@ -312,16 +337,24 @@ class Check:
         return f"21 all-reduces on every board, all finished; {1e3 * seconds / 20:.2f} ms each"
 
     def all_finished(self, job):
+        """The counters, once all is finished that has a part to be seen: an operation with itself has none, so it
+        does not start."""
         counters = self.counters(job)
-        done = all(enqueued == started == finished for enqueued, started, finished in counters.values())
+        done = all(enqueued - self.with_itself == started == finished
+                   for enqueued, started, finished in counters.values())
         return counters if done or job.ranks == 1 else None
 
     def exchange(self, job):
         before = self.counters(job)
         job.do("exchange", elements=1 << 18)
+        if not self.rehearse:
+            self.with_itself += 2  # of an all-to-all, a send and a receive
         after = until(5, "every operation has finished", lambda: self.all_finished(job))
         added = {rank: after[rank][0] - before[rank][0] for rank in after}
-        return f"operations of send, receive and all-to-all, by rank: {added}"
+        expected = 0 if self.rehearse or job.ranks == 1 else 2 + 2 * job.ranks
+        if set(added.values()) != {expected}:
+            raise Failure(f"operations on the board, by rank: {added}, made were {expected}")
+        return f"{expected} operations on every board, finished but for a send and a receive of a rank with itself"
 
     def slow(self, job, rank):
         """A kernel of 4 s in front of one rank's all-reduce: the boards alone say which rank."""
@@ -366,6 +399,25 @@ class Check:
         until(5, "every operation has finished", lambda: self.all_finished(job))
         text = "; ".join(f"{r}: {', '.join(waits[r]) or 'none'}" for r in sorted(waits))
         return f"process state {stopped}; waits by rank: {text}; afterwards all went on and finished"
+
+    def window(self, job, rank):
+        """Records of one rank for a second, asked for from outside."""
+        times = max(20, int(2.0 / max(self.seconds_per_operation, 1e-4)))
+        job.tell("reduce", elements=1 << 20, times=times)
+        try:
+            result = self.agent.run("monitor", "window", "--job", job.name, "--rank", str(rank), "--seconds", "1")
+        finally:
+            job.answers_of(ANSWER_SECONDS)
+        if result.returncode != 0:
+            raise Failure(result.stderr.strip())
+        (self.files / f"{job.name}-window.jsonl").write_text(result.stdout)
+        kinds = {}
+        *records, whole = [json.loads(line) for line in result.stdout.splitlines()]
+        for record in records:
+            kinds[record["kind"]] = kinds.get(record["kind"], 0) + 1
+        if not records:
+            raise Failure("no record")
+        return f"{whole['records']} records of rank {rank}, {whole['missed']} missed: {kinds}"
 
     def die(self, job, rank):
         times = max(20, int(6.0 / max(self.seconds_per_operation, 1e-4)))
@@ -415,23 +467,30 @@ class Check:
 
     # ---- What it costs
 
-    def cost(self, counts):
+    def cost_with_mps(self, counts):
+        mps = Mps(self.directory)
+        try:
+            return self.cost(counts, "mps-", mps.environment)
+        finally:
+            mps.close()
+
+    def cost(self, counts, prefix="", more=None):
         """Three jobs at once, of which one runs at a time, in turn: with no plugin, light and full."""
         arms = {}
         try:
             for name, environment in (
                     ("none", self.plugin("off") if self.rehearse else {"NCCL_PROFILER_PLUGIN": "none"}),
                     ("light", self.plugin("light")), ("full", self.plugin("full"))):
-                arms[name] = self.start(f"cost-{name}", counts, environment)
+                arms[name] = self.start(f"{prefix}cost-{name}", counts, {**environment, **(more or {})})
             details = []
             for elements in (2048, 1 << 20):
-                details.append(self.compare(arms, elements))
+                details.append(self.compare(arms, elements, prefix))
             return "; ".join(details)
         finally:
             for job in arms.values():
                 job.kill()
 
-    def compare(self, arms, elements, burst_seconds=0.3, rounds_max=30, seconds=35):
+    def compare(self, arms, elements, prefix, burst_seconds=0.3, rounds_max=30, seconds=35):
         once = max(a["seconds"] for a in arms["none"].do("reduce", elements=elements, times=20).values()) / 20
         times = max(5, int(burst_seconds / once))
         seconds_of = {name: [] for name in arms}
@@ -444,13 +503,13 @@ class Check:
             for name in names[turn % 3:] + names[:turn % 3]:
                 answers = arms[name].do("reduce", elements=elements, times=times)
                 seconds_of[name].append(max(a["seconds"] for a in answers.values()) / times)
-                enqueue_of[name].append(max(a["enqueue_seconds"] for a in answers.values()) / times)
+                enqueue_of[name].append(max(a["enqueue_seconds"] for a in answers.values()))
         parts = []
         for level in ("light", "full"):
             for what, values in (("time", seconds_of), ("time to enqueue", enqueue_of)):
                 ratio, low, high = pairs.paired_ratio(values[level], values["none"])
                 base = sorted(values["none"])[len(values["none"]) // 2]
-                self.rows.append({"elements": elements, "level": level, "what": what, "ratio": ratio,
+                self.rows.append({"processes": "MPS" if prefix else "time slices", "elements": elements, "level": level, "what": what, "ratio": ratio,
                                   "low": low, "high": high, "microseconds_without": 1e6 * base,
                                   "pairs": len(values["none"])})
                 parts.append(f"{level} {what} {100 * (ratio - 1):+.2f}% ({100 * (low - 1):+.2f} to "
@@ -484,6 +543,7 @@ class Check:
             if self.step("clean", lambda: self.clean(job)) is None:
                 self.keep(job, "broken")
                 return
+            self.step("a window of records", lambda: self.window(job, 0))
             self.step("point-to-point and all-to-all", lambda: self.exchange(job))
             if several:
                 self.step("a slow kernel", lambda: self.slow(job, suspect))
@@ -500,7 +560,10 @@ class Check:
         counts = (2, 1) if several else (1,)
         if not self.rehearse:
             self.step("all callbacks, recorded", lambda: self.streams(counts))
-        self.step("cost", lambda: self.cost(counts))
+        if self.mps:
+            self.step("cost, under MPS", lambda: self.cost_with_mps(counts))
+        else:
+            self.step("cost", lambda: self.cost(counts))
 
 
 def gpu_missing():
@@ -528,6 +591,9 @@ def main():
     parser.add_argument("--out", metavar="DIR", default="gpu-check-results",
                         help="report.json and recordings.tar.gz go there (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=210, help="no new check begins after so long")
+    parser.add_argument("--mps", action="store_true",
+                        help="measure the cost with NVIDIA's Multi-Process Service, so that the ranks' kernels run "
+                             "side by side (default: time slices); it is started for this and ended")
     parser.add_argument("--rehearse", action="store_true",
                         help="on the CPU, with gloo and the hook API in place of NCCL and the plugin: shows "
                              "that this program works, and nothing else")

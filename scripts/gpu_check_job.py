@@ -4,7 +4,7 @@ It begins with {"ready": true, ...}; then, for every line {"do": NAME, ...}, it 
 line on the descriptor in $GPU_CHECK_ANSWERS (standard output belongs to the libraries):
 
     reduce   elements, times, sleep_seconds: `times` all-reduces, behind a kernel that spins for so
-             long (on this rank); answers once they are done: seconds, and how long enqueueing took
+             long (on this rank); answers once they are done: seconds, and how long one took to enqueue
     verify   elements: one all-reduce; answers whether the sum is right
     graph    elements, times, replays: captures `times` all-reduces in a CUDA graph and replays it
     exchange elements: sends to the next rank, receives from the one before, and an all-to-all
@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import json
 import os
+import statistics
 import sys
 import time
 
@@ -122,11 +123,13 @@ class Rank:
         begin = time.perf_counter()
         if sleep_seconds > 0:
             self.backend.spin(sleep_seconds)
+        moments = [time.perf_counter()]
         for _ in range(times):
             self.all_reduce(elements)
-        enqueued = time.perf_counter()
+            moments.append(time.perf_counter())
         self.backend.wait()
-        return {"seconds": time.perf_counter() - begin, "enqueue_seconds": enqueued - begin}
+        return {"seconds": time.perf_counter() - begin,
+                "enqueue_seconds": statistics.median(b - a for a, b in zip(moments, moments[1:]))}
 
     def verify(self, elements):
         tensor = self.torch.full((elements,), float(self.rank + 1), device=self.backend.device)

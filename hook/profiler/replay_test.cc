@@ -287,6 +287,72 @@ TEST(DriverTest, CallsWhatNcclCallsInItsOrderWithItsParentsFromItsThreads) {
   }
 }
 
+// ---- A real GPU
+
+// NCCL 2.28.9 in PyTorch on an H200, two ranks as hosts of their own on it, level full, recorded by
+// scripts/gpu-check: one all-reduce of 1024 elements on one channel and three of a million on two.
+TEST(ReplayTest, WhatNcclCalledOnARealGpuEndsWithAllCountersEqualAndNobodyWaiting) {
+  const auto streams = ReadJob(std::string(HOLDFAST_TEST_DATA) + "/nccl/gpu-2", 2);
+  Library library(HOLDFAST_TEST_PLUGIN, 5);
+  const auto before = MappedBoard::Find(getpid());
+  const Replayed replayed = ReplayJob(library, streams, BeforeFinalize(streams));
+  for (const uint32_t index : replayed.communicators) {
+    const abi::CommunicatorReading reading = replayed.board->communicator(index);
+    EXPECT_EQ(reading.enqueued, 4u);
+    EXPECT_EQ(reading.started, 4u);
+    EXPECT_EQ(reading.finished, 4u);
+    EXPECT_EQ(reading.api_calls, 4u);
+    EXPECT_EQ(reading.kernel_launches, 4u);
+    uint64_t sent = 0;
+    uint64_t kernels = 0;
+    for (const abi::SlotReading& slot : replayed.board->SlotsOf(index)) {
+      if (slot.key.direction == SlotDirection::kProxyThread) continue;
+      EXPECT_EQ(slot.state, WaitState::kNone);
+      if (slot.key.direction == SlotDirection::kSend) sent += slot.bytes;
+      if (slot.key.direction == SlotDirection::kKernel) {
+        kernels += slot.steps_done;
+        EXPECT_GT(slot.waited[0], 0u);  // on the GPU's clock
+      }
+    }
+    EXPECT_EQ(kernels, 7u);
+    EXPECT_NEAR(static_cast<double>(sent), 4.0 * (1024 + 3'000'000), 40'000.0);
+  }
+  for (const abi::Drop cause : {abi::Drop::kStale, abi::Drop::kUnknownContext, abi::Drop::kSlots}) {
+    const auto after = MappedBoard::Find(getpid());
+    EXPECT_EQ(after->dropped(cause), before == nullptr ? 0 : before->dropped(cause));
+  }
+}
+
+// No event on the GPU lived as none of the driver's does: with those parents, through those states.
+TEST(DriverTest, ItsEventsLiveAsThoseOnARealGpu) {
+  const auto streams = ReadJob(std::string(HOLDFAST_TEST_DATA) + "/nccl/gpu-2", 2);
+  Library library(HOLDFAST_TEST_PLUGIN, 5);
+  Job job(library, {.id = NewId(), .ranks = 2, .steps = 4, .forced_mask = (1 << 12) - 1});
+  for (int operation = 0; operation < 2; ++operation) {
+    job.EnqueueAll();
+    ASSERT_TRUE(job.RunUntilNothingMoves());
+  }
+  for (int rank = 0; rank < 2; ++rank) {
+    const std::vector<CallRecord> recorded = ToRecords(streams[static_cast<size_t>(rank)]);
+    const std::vector<CallRecord>& driven = job.rank(rank).calls();
+    EXPECT_LE(MostOpenSteps(recorded), 8);
+    for (const uint64_t type :
+         {kGroupApi, kCollApi, kKernelLaunch, kGroup, kColl, kProxyOp, kProxyStep, kKernelCh}) {
+      const auto lives = Lives(driven, type);
+      for (const auto& life : Lives(recorded, type)) {
+        EXPECT_GT(lives.count(life), 0u) << type << ": " << testing::PrintToString(life);
+      }
+    }
+    std::set<Kind> driven_starts;
+    for (const CallRecord& call : driven) {
+      if (call.call == "start") driven_starts.insert(KindOf(call));
+    }
+    for (const CallRecord& call : recorded) {
+      EXPECT_TRUE(call.call != "start" || driven_starts.count(KindOf(call)) > 0) << call.type;
+    }
+  }
+}
+
 // ---- The driver's own streams
 
 // The streams in tests/data/nccl are what the driver makes, and say what it says.
