@@ -31,7 +31,7 @@ PUBLIC_HOOK_HEADERS = {"hook/holdfast.h", "hook/holdfast.hpp", "holdfast.h", "ho
 CONFINED = [
     ("liburing", r"liburing\.h", r"^io/"),
     ("HDF5", r"hdf5(_hl)?\.h|H5[A-Z]+public\.h", r"^format/hdf5_"),
-    ("zstd", r"zstd\.h", r"^format/zstd_codec\.cc$"),
+    ("zstd", r"zstd\.h", r"^base/zstd_codec\.cc$"),
     ("libcrypto", r"openssl/.*", r"^base/sha256\.cc$"),
     ("ISA-L", r"isa-l\.h|isa-l/.*|crc\.h", r"^(base/crc32c\.cc|checkpoint/redundancy/)"),
     ("CUDA", r"cuda\.h|cuda_runtime.*\.h", r"^hook/device_"),
@@ -41,7 +41,7 @@ CONFINED = [
     ("toml++", r"toml\+\+/.*", r"^agent/"),
     ("spdlog", r"spdlog/.*", r"^(agent|cli)/"),
     ("CLI11", r"CLI/.*", r"^(agent|cli)/"),
-    ("nlohmann-json", r"nlohmann/.*", r"^((format|checkpoint|agent|cli|converter)/|monitor/finding\.cc$)"),
+    ("nlohmann-json", r"nlohmann/.*", r"^((format|checkpoint|agent|cli|converter)/|monitor/finding(_record)?\.(cc|h)$)"),
     ("Abseil in the trainer's process", r"absl/.*", r"^(?!hook/)"),
 ]
 
@@ -149,6 +149,7 @@ PLANTED = [
     ("checkpoint/x.cc", "#include <grpcpp/grpcpp.h>\n", "gRPC"),
     ("base/x.cc", "#include <openssl/sha.h>\n", "libcrypto"),
     ("io/x.cc", "#include <isa-l.h>\n", "ISA-L"),
+    ("monitor/x.cc", "#include <zstd.h>\n", "zstd"),
     ("io/x.cc", "void F() { assert(1); }\n", "assert"),
     ("io/x.cc", "#if 0\n#endif\n", "build mode"),
     ("io/x.cc", "void F() { t.detach(); }\n", "joins"),
