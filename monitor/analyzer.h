@@ -8,6 +8,9 @@
 #define HOLDFAST_MONITOR_ANALYZER_H_
 
 #include <cstdint>
+#include <map>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "absl/time/time.h"
@@ -44,6 +47,13 @@ class Analyzer {
   Analyzer(const Thresholds& thresholds, JobShape shape);
 
   Analysis Step(const Snapshot& snapshot);
+
+  // From now on the ranks, as many as before, are in these places: nodes are heard of one by one,
+  // and the layout is known later than the first report.
+  void Reshape(JobShape shape) { state_.Reshape(std::move(shape)); }
+
+  // For `holdfast monitor status` and `top`.
+  const JobState& state() const { return state_; }
 
   // For `holdfast monitor matrix`.
   const std::map<std::tuple<uint64_t, Rank, Rank>, DelayCell>& delay_cells() const {

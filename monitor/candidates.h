@@ -56,9 +56,10 @@ struct Mismatch {
 std::vector<Mismatch> FindMismatches(const JobState& state);
 
 // Texts that several analyses use.
-std::string RankName(const JobState& state, Rank rank);  // "rank 12 (node 3)"
-std::string CommunicatorName(uint64_t id);               // "communicator 1f3a"
-std::string SecondsText(absl::Duration duration);        // "8 s"
+std::string RankName(const JobState& state, Rank rank);      // "rank 12 (node 3)", "rank 12"
+std::string NodeName(const JobState& state, uint32_t node);  // "3", "gpu-07"; "": not known
+std::string CommunicatorName(uint64_t id);                   // "communicator 1f3a"
+std::string SecondsText(absl::Duration duration);            // "8 s"
 
 }  // namespace holdfast::monitor
 

@@ -24,12 +24,12 @@ constexpr std::array<std::string_view, kScopes> kScopeNames = {"process",
                                                                "program",
                                                                "behind-blind-rank",
                                                                "communicator"};
-constexpr std::array<std::string_view, 6> kSyndromeNames = {"communication-hang",
-                                                            "non-communication-hang",
-                                                            "communication-slow",
-                                                            "non-communication-slow",
-                                                            "ended",
-                                                            "start-up"};
+constexpr std::array<std::string_view, kSyndromes> kSyndromeNames = {"communication-hang",
+                                                                     "non-communication-hang",
+                                                                     "communication-slow",
+                                                                     "non-communication-slow",
+                                                                     "ended",
+                                                                     "start-up"};
 
 }  // namespace
 

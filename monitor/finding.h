@@ -27,6 +27,7 @@ enum class Syndrome : uint8_t {
   kEnded,    // a process, a node or a GPU is gone
   kStartUp,  // the job never came together
 };
+inline constexpr size_t kSyndromes = 6;
 
 // Ordered by how much is known: of two explanations of one incident the greater stays.
 enum class FaultClass : uint8_t {

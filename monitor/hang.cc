@@ -340,8 +340,8 @@ class HangSearch {
     }
     const absl::Duration age = state_.Age(rank);
     finding.evidence.push_back(absl::StrCat("its agent has said nothing for ", SecondsText(age)));
-    finding.sentence = absl::StrFormat("Node %d has said nothing for %s, and its peers notice: %s.",
-                                       node, SecondsText(age), waits);
+    finding.sentence = absl::StrFormat("Node %s has said nothing for %s, and its peers notice: %s.",
+                                       NodeName(state_, node), SecondsText(age), waits);
     finding.changes_mind = "A report from its agent that shows its ranks at work.";
     Patience patience;
     patience.suspicion = state_.thresholds().node_silent;
@@ -531,7 +531,15 @@ class HangSearch {
 void FindHangs(const JobState& state, Candidates& out) { HangSearch(state, out).Run(); }
 
 std::string RankName(const JobState& state, Rank rank) {
-  return absl::StrFormat("rank %d (node %d)", Value(rank), state.shape().ranks[Value(rank)].node);
+  const std::string node = NodeName(state, state.shape().ranks[Value(rank)].node);
+  if (node.empty()) return absl::StrFormat("rank %d", Value(rank));
+  return absl::StrFormat("rank %d (node %s)", Value(rank), node);
+}
+
+std::string NodeName(const JobState& state, uint32_t node) {
+  const std::vector<std::string>& names = state.shape().node_names;
+  if (names.empty()) return absl::StrCat(node);
+  return node < names.size() ? names[node] : "";
 }
 
 std::string CommunicatorName(uint64_t id) { return absl::StrFormat("communicator %x", id); }

@@ -5,6 +5,8 @@
 #include <unordered_set>
 #include <utility>
 
+#include "base/check.h"
+
 namespace holdfast::monitor {
 namespace {
 
@@ -58,7 +60,13 @@ const CommunicatorTrack* RankTrack::Find(uint64_t communicator) const {
 }
 
 JobState::JobState(const Thresholds& thresholds, JobShape shape)
-    : thresholds_(thresholds), shape_(std::move(shape)), ranks_(shape_.ranks.size()) {
+    : thresholds_(thresholds), ranks_(shape.ranks.size()) {
+  Reshape(std::move(shape));
+}
+
+void JobState::Reshape(JobShape shape) {
+  CHECK(shape.ranks.size() == ranks_.size());
+  shape_ = std::move(shape);
   for (const RankPlace& place : shape_.ranks) agents_.try_emplace(place.node);
 }
 

@@ -72,6 +72,9 @@ class JobState {
  public:
   JobState(const Thresholds& thresholds, JobShape shape);
 
+  // CHECKs that it has as many ranks.
+  void Reshape(JobShape shape);
+
   // Takes what arrived. `learn`: whether standstills that end now were normal ones.
   void Ingest(const Snapshot& snapshot, bool learn);
 
@@ -108,7 +111,7 @@ class JobState {
                          bool learn);
 
   const Thresholds thresholds_;
-  const JobShape shape_;
+  JobShape shape_;
   std::vector<RankTrack> ranks_;
   std::map<uint32_t, Agent> agents_;  // of the nodes of the job; others are not heard
   std::unordered_map<uint64_t, CommunicatorKnowledge> communicators_;

@@ -5,6 +5,7 @@
 #define HOLDFAST_MONITOR_SNAPSHOT_H_
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "absl/time/time.h"
@@ -27,6 +28,9 @@ struct RankPlace {
 
 struct JobShape {
   std::vector<RankPlace> ranks;  // by global rank; its size is the world size
+  // By number of node, for people; a node beyond them is not known by name. Empty: nodes are
+  // called by their numbers.
+  std::vector<std::string> node_names;
   // Whether rail, nic_class and leaf were given. If not they are all 0, and a connection that has
   // been slow from the start is not told from a slower kind of NIC.
   bool topology_known = false;

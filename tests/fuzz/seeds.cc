@@ -18,6 +18,8 @@
 #include "format/layout.h"
 #include "format/writer_assignment.h"
 #include "hook/abi/messages.h"
+#include "monitor/recording.h"
+#include "monitor/testimony.h"
 #include "tests/fuzz/targets.h"
 #include "tests/support/scripted_trainer.h"
 
@@ -225,7 +227,8 @@ Seeds Packets() {
   return {PacketOf(abi::MessageType::kOpen, open),
           PacketOf(abi::MessageType::kRegister, abi::RegisterRequest{100}),
           PacketOf(abi::MessageType::kRestore, abi::RestoreRequest{3, 100}),
-          PacketOf(abi::MessageType::kQuery, abi::QueryRequest{})};
+          PacketOf(abi::MessageType::kQuery, abi::QueryRequest{}),
+          PacketOf(abi::MessageType::kMonitorQuery, abi::MonitorQuery{})};
 }
 
 std::string Selection(const Seeds& tensors, const Seeds& states) {
@@ -285,6 +288,38 @@ Seeds Stacks() {
       "NVRM: Xid (PCI:0000:3b:00): 79, pid=12, GPU has fallen off the bus.\n"};
 }
 
+// Two nodes of two ranks, one of which has ended; a place in a layout; a loss.
+Seeds RecordedSteps() {
+  monitor::RecordedStep recorded;
+  recorded.job = "job";
+  recorded.step.elapsed = absl::Seconds(7);
+  recorded.step.receiver_gap = absl::Milliseconds(3);
+  recorded.step.roles = {{0, 1}, {1, 0}};
+  for (uint32_t node = 0; node < 2; ++node) {
+    monitor::NodeSummary summary;
+    summary.sequence = 1;
+    summary.clock_us = 5'000'000;
+    monitor::RankReport& rank = summary.ranks.emplace_back();
+    rank.rank = Rank{node};
+    rank.exit = node == 0 ? monitor::ExitKind::kNone : monitor::ExitKind::kKilled;
+    recorded.step.reports.push_back(
+        {"job", "run/0", 2, node == 0 ? "a" : "b", monitor::EncodeSummary(summary)});
+  }
+  monitor::Testimony testimony;
+  testimony.ranks = {Rank{1}};
+  testimony.sentence = "rank 1 is odd";
+  recorded.step.testimonies = {monitor::EncodeTestimonies(std::span(&testimony, 1))};
+  return {monitor::EncodeRecorded(recorded), monitor::EncodeRecorded(monitor::RecordedLoss{4})};
+}
+
+Seeds Recordings() {
+  monitor::RecordingWriter writer;
+  std::string file = writer.Begin();
+  for (const std::string& payload : RecordedSteps()) file += writer.Append(payload);
+  const std::string cut = file;
+  return {file + writer.End(), cut};
+}
+
 // Read by tests/fuzz/input_reader.h.
 Seeds Images() {
   std::string seed = "\x0C\x02{}";
@@ -309,6 +344,8 @@ std::vector<std::string> SeedsOf(const Target& target) {
   if (name == "image_record") return {Record(1), Record(2)};
   if (name == "registration") return Registrations();
   if (name == "selection") return Selections();
+  if (name == "recorded_step") return RecordedSteps();
+  if (name == "recording") return Recordings();
   if (name == "flight_record") return FlightRecords();
   if (name == "ras") return RasReports();
   if (name == "stacks") return Stacks();

@@ -17,6 +17,8 @@ constexpr Target kTargets[] = {
     {"registration", FuzzRegistration, Form::kRegistration, 512 * kMiB, 128, false, 3'000},
     {"packet", FuzzPacket, Form::kBinary, 1 * kMiB, 64, true, 5'000},
     {"selection", FuzzSelection, Form::kBinary, 1 * kMiB, 128, true, 20'000},
+    {"recorded_step", FuzzRecordedStep, Form::kBinary, 16 * kMiB, 256, true, 10'000},
+    {"recording", FuzzRecording, Form::kBinary, 256 * kMiB, 64, true, 5'000},
     {"flight_record", FuzzFlightRecord, Form::kBinary, 1 * kMiB, 256, true, 10'000},
     {"ras", FuzzRas, Form::kText, 1 * kMiB, 128, true, 10'000},
     {"stacks", FuzzStacks, Form::kText, 4 * kMiB, 512, true, 5'000},

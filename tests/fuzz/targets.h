@@ -33,6 +33,8 @@ bool FuzzImageRecord(Input input);   // checkpoint/image_record.h
 bool FuzzRegistration(Input input);  // checkpoint/registration.h
 bool FuzzPacket(Input input);        // agent/packet.h
 bool FuzzSelection(Input input);     // checkpoint/restore_selection.h
+bool FuzzRecordedStep(Input input);  // monitor/recording.h, monitor/job_analysis.h
+bool FuzzRecording(Input input);     // monitor/recording.h, base/zstd_codec.h: a file
 bool FuzzFlightRecord(Input input);  // base/pickle_reader.h, monitor/witness/flight_record.h
 bool FuzzRas(Input input);           // monitor/witness/ras.h
 bool FuzzStacks(Input input);        // monitor/witness/stacks.h, monitor/witness/xid.h
