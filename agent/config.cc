@@ -208,6 +208,10 @@ absl::Status SetField(const std::string& key, const std::string& text, AgentConf
     ASSIGN_OR_RETURN(config.linger, ParseDuration(text));
   } else if (key == "drain_deadline") {
     ASSIGN_OR_RETURN(config.drain_deadline, ParseDuration(text));
+  } else if (key == "on_verdict") {
+    config.on_verdict = text;
+  } else if (key == "verdicts_keep") {
+    ASSIGN_OR_RETURN(config.verdicts_keep, ParseDuration(text));
   } else {
     return absl::InternalError(absl::StrCat("no field for the key ", key));
   }

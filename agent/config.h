@@ -73,6 +73,8 @@ struct AgentConfig {
   uint32_t threads = 0;
   absl::Duration linger{};
   absl::Duration drain_deadline{};
+  std::string on_verdict;  // empty: none
+  absl::Duration verdicts_keep{};
   RingOptions::Kind ring{};
   DirectIo direct{};
 

@@ -39,6 +39,11 @@ constexpr ConfigKey kKeys[] = {
      "A private agent ends when everything is flushed and no rank has been open for so long."},
     {"drain_deadline", "--drain-deadline", "HOLDFAST_DRAIN_DEADLINE", "30s",
      "How long the agent goes on flushing after SIGTERM before it ends all the same."},
+    {"on_verdict", "--on-verdict", "HOLDFAST_ON_VERDICT", "",
+     "A command for /bin/sh, run for every verdict of the monitor, with the finding as JSON on "
+     "standard input. Empty: none."},
+    {"verdicts_keep", "--verdicts-keep", "HOLDFAST_VERDICTS_KEEP", "720h",
+     "How long findings of the monitor are kept after their last change; at most 1024 of them."},
     {"log_file", "--log-file", "HOLDFAST_LOG_FILE", "",
      "The log; at 8 MiB it becomes FILE.1. Empty: standard error; a private agent writes agent.log "
      "beside its socket."},

@@ -66,6 +66,8 @@ const std::map<std::string, std::vector<std::string>>& GoodValues() {
       {"direct", {"on", "off", "auto"}},
       {"linger", {"1s", "2", "3m"}},
       {"drain_deadline", {"1s", "2", "3m"}},
+      {"on_verdict", {"true", "false", "page --now"}},
+      {"verdicts_keep", {"1h", "60", "720h"}},
       {"log_file", {"/l1", "/l2", "/l3"}},
       {"log_level", {"debug", "warning", "error"}},
   };

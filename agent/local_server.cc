@@ -249,6 +249,7 @@ void LocalServer::Flush(ConnectionId id) {
     return;
   }
   UpdateWatch(id);
+  if (connection->stream != nullptr && connection->outgoing.empty()) SendWaiting(id);
 }
 
 void LocalServer::WatchSession(SessionId session, UniqueFd process, UniqueFd doorbell) {

@@ -18,6 +18,7 @@
 
 #include "absl/status/status.h"
 #include "agent/monitor/boards.h"
+#include "agent/monitor/service.h"
 #include "agent/packet.h"
 #include "agent/peer.h"
 #include "base/executor.h"
@@ -43,6 +44,8 @@ class LocalServer {
     size_t sessions_max = 1024;
     // Where monitor boards go; outlives the server. Null: every kMonitor is kUnimplemented.
     MonitorBoards* monitor_boards = nullptr;
+    // Who answers kMonitorQuery; outlives the server. Null: kUnimplemented.
+    MonitorService* monitor_service = nullptr;
   };
 
   // How many sessions a process with this RLIMIT_NOFILE can hold, with all that belongs to them.
@@ -84,6 +87,7 @@ class LocalServer {
     bool busy = false;     // a request is pending: nothing is read
     bool closing = false;  // to be closed when `outgoing` is sent
     std::deque<Packet> outgoing;
+    std::shared_ptr<MonitorStream> stream;  // of a client that follows or records
     bool watched = false;
     EventLoop::FdEvents watched_events{};
   };
@@ -115,6 +119,10 @@ class LocalServer {
   void HandleMonitor(ConnectionId id, Packet packet);
   void HandleMonitorWindow(ConnectionId id, const Packet& packet);
   absl::Status OpenWindow(ConnectionId id, const Packet& packet);
+  void HandleMonitorQuery(ConnectionId id, Packet packet);
+  void Subscribe(ConnectionId id, uint32_t request_id, abi::MonitorQueryKind kind,
+                 const std::string& job);
+  void SendWaiting(ConnectionId id);
   absl::Status AdoptBoard(const Connection& connection, Packet& packet) const;
 
   void OpenDone(ConnectionId id, uint32_t request_id, absl::StatusOr<OpenResult> result,
@@ -128,9 +136,12 @@ class LocalServer {
   absl::Status CheckRoot(std::string& root) const;
 
   // The pending request is answered: the next one is read.
+  void AnswerPacket(ConnectionId id, Packet packet);
   template <typename Reply>
   void Answer(ConnectionId id, uint32_t request_id, abi::MessageType type, const Reply& reply,
-              std::vector<UniqueFd> fds);
+              std::vector<UniqueFd> fds) {
+    AnswerPacket(id, Packet{type, request_id, BodyBytes(reply), std::move(fds)});
+  }
   void AnswerError(ConnectionId id, abi::MessageType request, uint32_t request_id,
                    const absl::Status& status);
   void Send(ConnectionId id, Packet packet);

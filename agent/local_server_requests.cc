@@ -61,14 +61,12 @@ bool AllValid(const std::vector<UniqueFd>& fds) {
 
 }  // namespace
 
-template <typename Reply>
-void LocalServer::Answer(ConnectionId id, uint32_t request_id, abi::MessageType type,
-                         const Reply& reply, std::vector<UniqueFd> fds) {
+void LocalServer::AnswerPacket(ConnectionId id, Packet packet) {
   Connection* const connection = Find(id);
   if (connection == nullptr) return;
   KillPoint("reply.sending");
   connection->busy = false;
-  Send(id, Packet{type, request_id, BodyBytes(reply), std::move(fds)});
+  Send(id, std::move(packet));
 }
 
 void LocalServer::AnswerError(ConnectionId id, abi::MessageType request, uint32_t request_id,
@@ -127,6 +125,8 @@ void LocalServer::Handle(ConnectionId id, Packet packet) {
       return HandleMonitor(id, std::move(packet));
     case abi::MessageType::kMonitorWindow:
       return HandleMonitorWindow(id, packet);
+    case abi::MessageType::kMonitorQuery:
+      return HandleMonitorQuery(id, std::move(packet));
     case abi::MessageType::kClose: {
       const bool has_session = connection.has_session;
       const SessionId session = connection.session;
@@ -364,20 +364,6 @@ void LocalServer::RestoreEndedDone(SessionId session, absl::StatusOr<RestoreEnde
   Send(watch->second.connection, Packet{abi::MessageType::kRestoreDone, 0, BodyBytes(body), {}});
 }
 
-void LocalServer::HandleQuery(ConnectionId id, Packet packet) {
-  const absl::StatusOr<abi::QueryRequest> request = BodyAs<abi::QueryRequest>(packet, 0);
-  absl::Status problem = request.status();
-  if (request.ok() && request->kind != abi::QueryKind::kStatus) {
-    problem = absl::InvalidArgumentError(absl::StrFormat("query of kind %d: expected 1 (status)",
-                                                         static_cast<uint32_t>(request->kind)));
-  }
-  if (!problem.ok()) {
-    AnswerError(id, packet.type, packet.request_id, problem);
-    return;
-  }
-  AnswerText(id, packet.type, packet.request_id, status_text_());
-}
-
 void LocalServer::AnswerText(ConnectionId id, abi::MessageType request, uint32_t request_id,
                              const std::string& text) {
   absl::StatusOr<UniqueFd> memory = SealedMemfd("holdfast answer", text);
@@ -392,52 +378,18 @@ void LocalServer::AnswerText(ConnectionId id, abi::MessageType request, uint32_t
   Answer(id, request_id, abi::MessageType::kQueryReply, reply, std::move(fds));
 }
 
-absl::Status LocalServer::AdoptBoard(const Connection& connection, Packet& packet) const {
-  if (options_.monitor_boards == nullptr) {
-    return absl::UnimplementedError("this agent keeps no monitor boards");
+void LocalServer::HandleQuery(ConnectionId id, Packet packet) {
+  const absl::StatusOr<abi::QueryRequest> request = BodyAs<abi::QueryRequest>(packet, 0);
+  absl::Status problem = request.status();
+  if (request.ok() && request->kind != abi::QueryKind::kStatus) {
+    problem = absl::InvalidArgumentError(absl::StrFormat("query of kind %d: expected 1 (status)",
+                                                         static_cast<uint32_t>(request->kind)));
   }
-  ASSIGN_OR_RETURN(const abi::MonitorOffer offer, BodyAs<abi::MonitorOffer>(packet, 1));
-  MonitorBoards::Offer adopted;
-  ASSIGN_OR_RETURN(adopted.job, TextField("job", offer.job));
-  ASSIGN_OR_RETURN(adopted.attempt_key, TextField("attempt_key", offer.attempt_key));
-  ASSIGN_OR_RETURN(adopted.node, TextField("node", offer.node));
-  adopted.rank = offer.rank;
-  adopted.process_id = connection.peer.process_id;
-  adopted.board_bytes = offer.board_bytes;
-  adopted.board = std::move(packet.fds[0]);
-  adopted.process = Duplicate(connection.peer.pidfd.get());
-  return options_.monitor_boards->Adopt(std::move(adopted));
-}
-
-void LocalServer::HandleMonitor(ConnectionId id, Packet packet) {
-  Connection& connection = *Find(id);
-  const absl::Status adopted = AdoptBoard(connection, packet);
-  if (!adopted.ok()) {
-    AnswerError(id, packet.type, packet.request_id, adopted);
+  if (!problem.ok()) {
+    AnswerError(id, packet.type, packet.request_id, problem);
     return;
   }
-  Answer(id, packet.request_id, abi::MessageType::kMonitorReply, abi::MonitorReply{}, {});
-}
-
-absl::Status LocalServer::OpenWindow(ConnectionId id, const Packet& packet) {
-  if (options_.monitor_boards == nullptr) {
-    return absl::UnimplementedError("this agent keeps no monitor boards");
-  }
-  ASSIGN_OR_RETURN(const abi::MonitorWindowRequest request,
-                   BodyAs<abi::MonitorWindowRequest>(packet, 0));
-  ASSIGN_OR_RETURN(const std::string job, TextField("job", request.job));
-  // Who asked may be gone by then: the answer is dropped.
-  return options_.monitor_boards->Window(
-      job, request.rank, absl::Milliseconds(request.milliseconds),
-      [this, id, request_id = packet.request_id](const std::string& lines) {
-        AnswerText(id, abi::MessageType::kMonitorWindow, request_id, lines);
-      });
-}
-
-void LocalServer::HandleMonitorWindow(ConnectionId id, const Packet& packet) {
-  const absl::Status opened = OpenWindow(id, packet);
-  if (!opened.ok()) return AnswerError(id, packet.type, packet.request_id, opened);
-  Find(id)->busy = true;
+  AnswerText(id, packet.type, packet.request_id, status_text_());
 }
 
 }  // namespace holdfast

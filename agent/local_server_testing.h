@@ -111,6 +111,7 @@ class NotingEngine final : public Engine {
     for (const auto& [id, session] : sessions_) ids.push_back(id);
     return ids;
   }
+  std::vector<MeshAxis> MeshOf(const std::string&) const override { return {}; }
   size_t open_session_count() const override { return sessions_.size(); }
   size_t pending_image_count() const override { return 0; }
   std::vector<UncommittedSave> uncommitted_saves() const override { return {}; }

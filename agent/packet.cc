@@ -146,6 +146,7 @@ abi::MessageType ReplyType(abi::MessageType request) {
       return abi::MessageType::kRestoreReply;
     case abi::MessageType::kQuery:
     case abi::MessageType::kMonitorWindow:
+    case abi::MessageType::kMonitorQuery:
       return abi::MessageType::kQueryReply;
     case abi::MessageType::kMonitor:
       return abi::MessageType::kMonitorReply;

@@ -11,7 +11,9 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
+#include <initializer_list>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -46,18 +48,21 @@ class SpawnOptions {
   SpawnOptions& operator=(const SpawnOptions&) = delete;
 
   // Since POSIX.1-2017 TC (glibc 2.29) dup2 onto itself clears close-on-exec in the child.
-  void Inherit(int fd) { CHECK(posix_spawn_file_actions_adddup2(&actions_, fd, fd) == 0); }
-  void DefaultSignals() {
+  void Inherit(int fd) { InheritAs(fd, fd); }
+  void InheritAs(int fd, int number) {
+    CHECK(posix_spawn_file_actions_adddup2(&actions_, fd, number) == 0);
+  }
+  // `blocked` are blocked in it, all have their default actions.
+  void SetSignals(std::initializer_list<int> blocked, short further_flags = 0) {
     sigset_t all;
-    sigset_t blocked;
+    sigset_t mask;
     sigfillset(&all);
-    sigemptyset(&blocked);
-    sigaddset(&blocked, SIGTERM);
-    sigaddset(&blocked, SIGINT);
+    sigemptyset(&mask);
+    for (const int number : blocked) sigaddset(&mask, number);
     CHECK(posix_spawnattr_setsigdefault(&attributes_, &all) == 0);
-    CHECK(posix_spawnattr_setsigmask(&attributes_, &blocked) == 0);
-    CHECK(posix_spawnattr_setflags(&attributes_, POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETSIGMASK) ==
-          0);
+    CHECK(posix_spawnattr_setsigmask(&attributes_, &mask) == 0);
+    const int flags = POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETSIGMASK | further_flags;
+    CHECK(posix_spawnattr_setflags(&attributes_, static_cast<short>(flags)) == 0);
   }
   const posix_spawn_file_actions_t* actions() const { return &actions_; }
   const posix_spawnattr_t* attributes() const { return &attributes_; }
@@ -174,7 +179,7 @@ absl::StatusOr<Child> SpawnSelf(const std::vector<std::string>& arguments,
                                 std::span<const int> inherited) {
   CHECK(!arguments.empty());
   SpawnOptions options;
-  options.DefaultSignals();
+  options.SetSignals({SIGTERM, SIGINT});
   for (const int fd : inherited) options.Inherit(fd);
   std::vector<char*> pointers;
   for (const std::string& argument : arguments) {
@@ -187,6 +192,42 @@ absl::StatusOr<Child> SpawnSelf(const std::vector<std::string>& arguments,
   if (error != 0) return ErrnoStatus(error, "start", arguments[0]);
   // Nobody else reaps our child, so its number is still its own here.
   ASSIGN_OR_RETURN(child.pidfd, OpenPidfd(child.pid));
+  return child;
+}
+
+absl::StatusOr<Child> SpawnShell(const std::string& command,
+                                 const std::vector<std::string>& variables, int standard_input) {
+  SpawnOptions options;
+  // A group of its own, so that it is killed with all that it has started.
+  options.SetSignals({}, POSIX_SPAWN_SETPGROUP);
+  options.InheritAs(standard_input, STDIN_FILENO);
+  const std::vector<const char*> arguments = {"sh", "-c", command.c_str(), nullptr};
+  std::vector<const char*> environment;
+  for (const std::string& variable : variables) environment.push_back(variable.c_str());
+  for (char** one = environ; *one != nullptr; ++one) {
+    const std::string_view mine(*one);
+    const std::string_view name = mine.substr(0, mine.find('=') + 1);
+    // Of two with one name shells take the last.
+    const bool replaced =
+        std::any_of(variables.begin(), variables.end(),
+                    [&](const std::string& variable) { return variable.starts_with(name); });
+    if (!replaced) environment.push_back(*one);
+  }
+  environment.push_back(nullptr);
+  Child child;
+  // posix_spawn does not write to either.
+  const int error =
+      posix_spawn(&child.pid, "/bin/sh", options.actions(), options.attributes(),
+                  const_cast<char**>(arguments.data()), const_cast<char**>(environment.data()));
+  if (error != 0) return ErrnoStatus(error, "start", "/bin/sh");
+  absl::StatusOr<UniqueFd> pidfd = OpenPidfd(child.pid);
+  if (!pidfd.ok()) {
+    // Nobody could watch it: it must not go on.
+    kill(-child.pid, SIGKILL);
+    waitpid(child.pid, nullptr, 0);
+    return pidfd.status();
+  }
+  child.pidfd = *std::move(pidfd);
   return child;
 }
 

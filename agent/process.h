@@ -59,6 +59,12 @@ struct Child {
 absl::StatusOr<Child> SpawnSelf(const std::vector<std::string>& arguments,
                                 std::span<const int> inherited);
 
+// Starts `/bin/sh -c command` in a process group of its own, whose number is Child::pid, with no
+// signal blocked or ignored. `variables` ("NAME=value") replace those of this process; standard
+// output and error are this process's.
+absl::StatusOr<Child> SpawnShell(const std::string& command,
+                                 const std::vector<std::string>& variables, int standard_input);
+
 }  // namespace holdfast
 
 #endif  // HOLDFAST_AGENT_PROCESS_H_

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -21,6 +22,7 @@
 #include "agent/runtime_directory.h"
 #include "agent/version.h"
 #include "base/check.h"
+#include "base/crc32c.h"
 #include "base/kill_point.h"
 #include "base/random_bits.h"
 #include "base/status_macros.h"
@@ -138,6 +140,7 @@ void Worker::TakeOver() {
 void Worker::DropWorld() {
   DescribeAtKillPoint(nullptr);
   server_.reset();
+  monitor_service_.reset();
   monitor_boards_.reset();
   engine_.reset();
   store_.reset();
@@ -228,14 +231,31 @@ absl::Status Worker::BuildEngine() {
   server_options.connections_max = LocalServer::ConnectionsFor(OpenFilesLimit());
   monitor_boards_ = std::make_unique<MonitorBoards>(*loop_, clock_);
   server_options.monitor_boards = monitor_boards_.get();
+  monitor_service_ =
+      std::make_unique<MonitorService>(MonitorOptions(), *file_system_, *loop_, *pool_, clock_);
+  server_options.monitor_service = monitor_service_.get();
   server_ = std::make_unique<LocalServer>(std::move(server_options), keeper_->Find(kListenerName),
                                           *engine_, *loop_, [this] { return StatusText(); });
   return absl::OkStatus();
 }
 
+MonitorService::Options Worker::MonitorOptions() const {
+  MonitorService::Options options;
+  // Of this agent alone: several agents of one user may share the state directory.
+  options.directory = absl::StrFormat("%s/monitor-%08x", config_.state_directory,
+                                      Crc32c(std::as_bytes(std::span(config_.socket))));
+  options.verdicts_keep = config_.verdicts_keep;
+  options.on_verdict = config_.on_verdict;
+  options.mesh_of = [this](const std::string& job) { return engine_->MeshOf(job); };
+  options.log = LogInfo;
+  options.warn = LogWarning;
+  return options;
+}
+
 void Worker::Recovered() {
   KillPoint("worker.recovered");
   recovered_ = true;
+  monitor_service_->Start();
   server_->Start();
   idle_since_ = clock_.Elapsed();
   if (restart_count_ == 0)

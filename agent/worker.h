@@ -17,6 +17,7 @@
 #include "agent/keeper_link.h"
 #include "agent/local_server.h"
 #include "agent/monitor/boards.h"
+#include "agent/monitor/service.h"
 #include "base/clock.h"
 #include "checkpoint/engine.h"
 #include "io/epoll_loop.h"
@@ -52,6 +53,7 @@ class Worker {
   void DropWorld();
   absl::Status MakeDirectories();
   absl::Status BuildEngine();
+  MonitorService::Options MonitorOptions() const;
   void Recovered();
   void WatchSignals();
   void OnSignal();
@@ -80,6 +82,7 @@ class Worker {
   std::unique_ptr<FileStore> store_;
   std::unique_ptr<Engine> engine_;
   std::unique_ptr<MonitorBoards> monitor_boards_;
+  std::unique_ptr<MonitorService> monitor_service_;
   std::unique_ptr<LocalServer> server_;
 
   UniqueFd signal_fd_;

@@ -27,6 +27,7 @@
 #include "checkpoint/image_events.h"
 #include "checkpoint/populate_memory.h"
 #include "checkpoint/restore_selection.h"
+#include "format/layout.h"
 #include "io/file_system.h"
 #include "io/io_ring.h"
 #include "io/unique_fd.h"
@@ -193,6 +194,10 @@ class Engine {
   virtual int process_fd(SessionId session) const = 0;
   virtual int doorbell_fd(SessionId session) const = 0;
   virtual std::vector<SessionId> sessions() const = 0;
+
+  // The mesh of the layout that the ranks of the job's newest attempt have registered; empty: none
+  // has, or there is no such job.
+  virtual std::vector<MeshAxis> MeshOf(const std::string& job) const = 0;
 
   // Sessions that are open (neither closed nor dead), and images not yet durable that can become
   // so.

@@ -597,6 +597,23 @@ std::vector<SessionId> EngineImpl::sessions() const {
   return ids;
 }
 
+std::vector<MeshAxis> EngineImpl::MeshOf(const std::string& job) const {
+  const Session* newest = nullptr;
+  std::shared_ptr<const Registration> registration;
+  for (const auto& [id, entry] : sessions_) {
+    const Session& session = *entry.session;
+    if (entry.job->name() != job ||
+        (newest != nullptr && session.identity().attempt < newest->identity().attempt)) {
+      continue;
+    }
+    auto current = session.registration(session.current_registration_id());
+    if (current == nullptr) continue;
+    newest = &session;
+    registration = std::move(current);
+  }
+  return registration == nullptr ? std::vector<MeshAxis>() : registration->layout().mesh();
+}
+
 size_t EngineImpl::open_session_count() const {
   return static_cast<size_t>(
       std::count_if(sessions_.begin(), sessions_.end(), [](const auto& entry) {

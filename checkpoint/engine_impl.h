@@ -43,6 +43,7 @@ class EngineImpl final : public Engine {
   int process_fd(SessionId session) const override;
   int doorbell_fd(SessionId session) const override;
   std::vector<SessionId> sessions() const override;
+  std::vector<MeshAxis> MeshOf(const std::string& job) const override;
   size_t open_session_count() const override;
   size_t pending_image_count() const override;
   std::vector<UncommittedSave> uncommitted_saves() const override;

@@ -44,7 +44,9 @@ enum class MessageType : uint16_t {
   kMonitor = 13,        // trainer -> agent, no kOpen needed; fds: [monitor board, memfd]
   kMonitorReply = 14,   // an agent that does not know kMonitor closes the connection instead
   kMonitorWindow =
-      15,  // any client of the same user (CLI); answered by kQueryReply when it is over
+      15,              // any client of the same user (CLI); answered by kQueryReply when it is over
+  kMonitorQuery = 20,  // any client of the same user (CLI); answered by kQueryReply
+  kMonitorEvent = 21,  // agent -> client that follows or records; fds: [text, sealed memfd]
 };
 
 struct MessageHeader {
@@ -310,6 +312,34 @@ struct QueryReply {
   uint64_t text_bytes;
 };
 static_assert(sizeof(QueryReply) == 1032);
+
+// What `holdfast monitor` asks; the answers are JSON, listed in docs/MONITOR.md.
+enum class MonitorQueryKind : uint32_t {
+  kStatus = 1,    // communicators, ranks, how blind the analysis is, open findings
+  kWaits = 2,     // who waits for whom
+  kMatrix = 3,    // the delay matrix
+  kFindings = 4,  // all that are kept, newest first
+  kExplain = 5,   // one of them
+  // After these the agent sends a kMonitorEvent whenever there is something, until the connection
+  // ends; the reply is that of kFindings, or empty.
+  kFollow = 6,  // findings, as they change
+  kRecord = 7,  // steps, as monitor/recording.h encodes them
+};
+
+struct MonitorQuery {
+  MonitorQueryKind kind;
+  uint32_t reserved;
+  uint64_t communicator;  // of kMatrix; 0: all
+  char job[136];          // empty: all
+  char finding[48];       // of kExplain
+};
+static_assert(sizeof(MonitorQuery) == 200);
+
+struct MonitorEvent {
+  uint64_t text_bytes;
+  uint64_t lost;  // events before this one that the client was too slow for
+};
+static_assert(sizeof(MonitorEvent) == 16);
 
 }  // namespace holdfast::abi
 
