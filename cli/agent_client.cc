@@ -11,6 +11,8 @@
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
+#include <span>
+#include <utility>
 
 #include "absl/strings/str_format.h"
 #include "base/status_macros.h"
@@ -58,16 +60,19 @@ absl::StatusOr<UniqueFd> Connect(const std::string& path, absl::Duration timeout
   return fd;
 }
 
-struct Answer {
+template <typename Body>
+struct Message {
   abi::MessageHeader header{};
-  abi::QueryReply reply{};
+  Body body{};
   UniqueFd fd;
+  bool ended = false;  // the agent has closed the connection
 };
 
-absl::StatusOr<Answer> Receive(int fd, const std::string& path) {
-  Answer answer;
+template <typename Body>
+absl::StatusOr<Message<Body>> Receive(int fd, const std::string& path) {
+  Message<Body> answer;
   std::array<iovec, 2> parts = {iovec{&answer.header, sizeof(answer.header)},
-                                iovec{&answer.reply, sizeof(answer.reply)}};
+                                iovec{&answer.body, sizeof(answer.body)}};
   alignas(cmsghdr) std::array<char, CMSG_SPACE(sizeof(int))> control{};
   msghdr message{};
   message.msg_iov = parts.data();
@@ -83,19 +88,70 @@ absl::StatusOr<Answer> Receive(int fd, const std::string& path) {
     std::memcpy(&passed, CMSG_DATA(item), sizeof(passed));
     answer.fd.Reset(passed);
   }
+  answer.ended = received == 0;
+  if (answer.ended) return answer;
   if (static_cast<size_t>(received) < sizeof(answer.header) ||
       answer.header.magic != abi::kProtocolMagic) {
     return absl::UnavailableError(
         absl::StrFormat("agent at %s: expected an answer of %d bytes, got %d", path,
-                        sizeof(answer.header) + sizeof(answer.reply), received));
+                        sizeof(answer.header) + sizeof(answer.body), received));
   }
   if (answer.header.version != abi::kProtocolVersion) {
     return absl::FailedPreconditionError(
         absl::StrFormat("agent at %s speaks protocol %d, this command %d", path,
                         answer.header.version, abi::kProtocolVersion));
   }
-  answer.reply.status.text[sizeof(answer.reply.status.text) - 1] = '\0';
   return answer;
+}
+
+template <typename Body>
+absl::Status SendRequest(int fd, const std::string& path, abi::MessageType type, const Body& body) {
+  struct Request {
+    abi::MessageHeader header;
+    Body body;
+  };
+  const Request request = {
+      {abi::kProtocolMagic, abi::kProtocolVersion, type, /*request_id=*/1, sizeof(Body)}, body};
+  if (send(fd, &request, sizeof(request), MSG_NOSIGNAL) != static_cast<ssize_t>(sizeof(request))) {
+    return SocketError("send", path);
+  }
+  return absl::OkStatus();
+}
+
+// The text that a message has brought along.
+absl::StatusOr<std::string> TextOf(const UniqueFd& fd, uint64_t text_bytes,
+                                   const std::string& path) {
+  if (!fd || text_bytes > kTextBytesMax) {
+    return absl::UnavailableError(
+        absl::StrFormat("agent at %s: no text attached, or one of %d bytes", path, text_bytes));
+  }
+  std::string text(text_bytes, '\0');
+  size_t done = 0;
+  while (done < text.size()) {
+    const ssize_t got =
+        pread(fd.get(), text.data() + done, text.size() - done, static_cast<off_t>(done));
+    if (got < 0 && errno == EINTR) continue;
+    if (got <= 0) return SocketError("read answer", path);
+    done += static_cast<size_t>(got);
+  }
+  return text;
+}
+
+// The text that answers a request.
+absl::StatusOr<std::string> ReceiveText(int fd, const std::string& path) {
+  ASSIGN_OR_RETURN(Message<abi::QueryReply> answer, Receive<abi::QueryReply>(fd, path));
+  if (answer.ended) {
+    return absl::UnavailableError(absl::StrFormat(
+        "agent at %s: it has closed the connection instead of answering: it is ending, or of "
+        "another version than this command",
+        path));
+  }
+  abi::ReplyStatus& status = answer.body.status;
+  status.text[sizeof(status.text) - 1] = '\0';
+  if (status.code != 0) {
+    return absl::Status(static_cast<absl::StatusCode>(status.code), status.text);
+  }
+  return TextOf(answer.fd, answer.body.text_bytes, path);
 }
 
 // Sends one request and reads the text that answers it.
@@ -103,35 +159,27 @@ template <typename Body>
 absl::StatusOr<std::string> Ask(const std::string& socket_path, abi::MessageType type,
                                 const Body& body, absl::Duration timeout) {
   ASSIGN_OR_RETURN(const UniqueFd fd, Connect(socket_path, timeout));
-  struct Request {
-    abi::MessageHeader header;
-    Body body;
-  };
-  const Request request = {
-      {abi::kProtocolMagic, abi::kProtocolVersion, type, /*request_id=*/1, sizeof(Body)}, body};
-  if (send(fd.get(), &request, sizeof(request), MSG_NOSIGNAL) !=
-      static_cast<ssize_t>(sizeof(request))) {
-    return SocketError("send", socket_path);
+  RETURN_IF_ERROR(SendRequest(fd.get(), socket_path, type, body));
+  return ReceiveText(fd.get(), socket_path);
+}
+
+// kInvalidArgument: it does not fit.
+absl::Status PutText(const char* what, const std::string& text, std::span<char> field) {
+  if (text.size() >= field.size()) {
+    return absl::InvalidArgumentError(absl::StrFormat("%s: expected at most %d bytes, found %d",
+                                                      what, field.size() - 1, text.size()));
   }
-  ASSIGN_OR_RETURN(Answer answer, Receive(fd.get(), socket_path));
-  if (answer.reply.status.code != 0) {
-    return absl::Status(static_cast<absl::StatusCode>(answer.reply.status.code),
-                        answer.reply.status.text);
-  }
-  if (!answer.fd || answer.reply.text_bytes > kTextBytesMax) {
-    return absl::UnavailableError(absl::StrFormat(
-        "agent at %s: no text attached, or one of %d bytes", socket_path, answer.reply.text_bytes));
-  }
-  std::string text(answer.reply.text_bytes, '\0');
-  size_t done = 0;
-  while (done < text.size()) {
-    const ssize_t got =
-        pread(answer.fd.get(), text.data() + done, text.size() - done, static_cast<off_t>(done));
-    if (got < 0 && errno == EINTR) continue;
-    if (got <= 0) return SocketError("read answer", socket_path);
-    done += static_cast<size_t>(got);
-  }
-  return text;
+  std::copy(text.begin(), text.end(), field.begin());
+  return absl::OkStatus();
+}
+
+absl::StatusOr<abi::MonitorQuery> ToQuery(const MonitorQuestion& question) {
+  abi::MonitorQuery query{};
+  query.kind = question.kind;
+  query.communicator = question.communicator;
+  RETURN_IF_ERROR(PutText("job", question.job, query.job));
+  RETURN_IF_ERROR(PutText("finding", question.finding, query.finding));
+  return query;
 }
 
 }  // namespace
@@ -145,15 +193,38 @@ absl::StatusOr<std::string> QueryMonitorWindow(const std::string& socket_path,
                                                const std::string& job, uint32_t rank,
                                                absl::Duration length, absl::Duration timeout) {
   abi::MonitorWindowRequest request{};
-  if (job.size() >= sizeof(request.job)) {
-    return absl::InvalidArgumentError(absl::StrFormat("job: expected at most %d bytes, found %d",
-                                                      sizeof(request.job) - 1, job.size()));
-  }
-  std::memcpy(request.job, job.data(), job.size());
+  RETURN_IF_ERROR(PutText("job", job, request.job));
   request.rank = rank;
   request.milliseconds =
       static_cast<uint32_t>(std::clamp<int64_t>(absl::ToInt64Milliseconds(length), 0, UINT32_MAX));
   return Ask(socket_path, abi::MessageType::kMonitorWindow, request, length + timeout);
+}
+
+absl::StatusOr<std::string> QueryMonitor(const std::string& socket_path,
+                                         const MonitorQuestion& question, absl::Duration timeout) {
+  ASSIGN_OR_RETURN(const abi::MonitorQuery query, ToQuery(question));
+  return Ask(socket_path, abi::MessageType::kMonitorQuery, query, timeout);
+}
+
+absl::StatusOr<std::unique_ptr<AgentEvents>> AgentEvents::Open(const std::string& socket_path,
+                                                               const MonitorQuestion& question,
+                                                               absl::Duration timeout) {
+  ASSIGN_OR_RETURN(const abi::MonitorQuery query, ToQuery(question));
+  ASSIGN_OR_RETURN(UniqueFd fd, Connect(socket_path, timeout));
+  RETURN_IF_ERROR(SendRequest(fd.get(), socket_path, abi::MessageType::kMonitorQuery, query));
+  ASSIGN_OR_RETURN(std::string first, ReceiveText(fd.get(), socket_path));
+  return std::unique_ptr<AgentEvents>(
+      new AgentEvents(socket_path, std::move(fd), std::move(first)));
+}
+
+absl::StatusOr<std::optional<AgentEvents::Event>> AgentEvents::Receive() {
+  ASSIGN_OR_RETURN(const Message<abi::MonitorEvent> message,
+                   cli::Receive<abi::MonitorEvent>(fd_.get(), socket_path_));
+  if (message.ended) return std::nullopt;
+  Event event;
+  ASSIGN_OR_RETURN(event.text, TextOf(message.fd, message.body.text_bytes, socket_path_));
+  event.lost = message.body.lost;
+  return event;
 }
 
 }  // namespace holdfast::cli

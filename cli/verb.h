@@ -35,7 +35,7 @@ void AddLayout(CLI::App& app, Invocation& invocation);
 void AddView(CLI::App& app, Invocation& invocation);
 void AddReshard(CLI::App& app, Invocation& invocation);
 void AddStatus(CLI::App& app, Invocation& invocation);
-// `holdfast monitor`, and its own verbs.
+// `holdfast monitor`, and its own verbs (monitor_verbs.h).
 void AddMonitor(CLI::App& app, Invocation& invocation);
 void AddMonitorWindow(CLI::App& monitor, Invocation& invocation);
 
