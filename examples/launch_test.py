@@ -54,6 +54,13 @@ class LaunchTest(unittest.TestCase):
         for name in ('MASTER_PORT', 'TORCHELASTIC_RUN_ID'):
             self.assertEqual(len({e[name] for e in environments.values()}), 1)
 
+    def test_a_port_that_is_given_is_told_to_all(self):
+        result = self.run_ranks('print(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])',
+                                '--nproc', '2', '--master-addr', '192.0.2.1', '--master-port', '1234')
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertEqual(sorted(result.stdout.splitlines()),
+                         ['[0] 192.0.2.1 1234', '[1] 192.0.2.1 1234'])
+
     def test_one_failure_restarts_all_ranks(self):
         result = self.run_ranks(
             'if restart < 2 and rank == 1: sys.exit(3)\n'

@@ -105,10 +105,10 @@ void Device::HangNextOperation(absl::Duration duration) {
   hang_next_ = duration;
 }
 
-void Device::StallFlush(bool stalls) {
+void Device::StallFlush(absl::Duration duration) {
   {
     MutexLock lock(mutex_);
-    flush_stalls_ = stalls;
+    flush_stalls_until_ = After(duration);
     kicked_ = true;
   }
   changed_.SignalAll();
@@ -166,7 +166,10 @@ bool Device::AdvanceStream(const StreamId& id, Deadline& wake_at) {
     return false;
   }
   Orders orders;
-  orders.flush = !flush_stalls_;
+  if (flush_stalls_until_ != Deadline{}) {
+    orders.flush = Clock::now() >= flush_stalls_until_;
+    if (!orders.flush) wake_at = std::min(wake_at, flush_stalls_until_);
+  }
   orders.start = kernel.is_started || kernel.operation->computes_before <= computes_done_;
   if (orders.start && !kernel.is_started && !kernel.operation->flows.empty() &&
       hang_next_ > absl::ZeroDuration()) {

@@ -62,8 +62,8 @@ class Device {
   // Faults.
   // The next operation to begin stands still in its middle for so long.
   void HangNextOperation(absl::Duration duration);
-  // While true nothing is flushed.
-  void StallFlush(bool stalls);
+  // For so long nothing is flushed; zero: it is again.
+  void StallFlush(absl::Duration duration);
 
  private:
   struct Computing {
@@ -80,7 +80,7 @@ class Device {
   // What a kernel may do.
   struct Orders {
     bool start = false;
-    bool flush = false;
+    bool flush = true;
     bool hang = false;
   };
 
@@ -99,7 +99,7 @@ class Device {
   CondVar changed_;
   bool stop_ ABSL_GUARDED_BY(mutex_) = false;
   bool kicked_ ABSL_GUARDED_BY(mutex_) = false;
-  bool flush_stalls_ ABSL_GUARDED_BY(mutex_) = false;
+  Deadline flush_stalls_until_ ABSL_GUARDED_BY(mutex_){};
   absl::Duration hang_next_ ABSL_GUARDED_BY(mutex_) = absl::ZeroDuration();
   std::deque<Computing> computing_ ABSL_GUARDED_BY(mutex_);
   Deadline computes_until_ ABSL_GUARDED_BY(mutex_){};  // the first; zero: not begun

@@ -49,7 +49,6 @@ std::string Describe(const hf_save_report& report) {
 Checkpointing::Checkpointing(const CheckpointingOptions& options, EventLog& log)
     : options_(options), log_(log) {
   hf_open_options open = HF_OPEN_OPTIONS_INIT;
-  if (std::getenv("HOLDFAST_JOB") == nullptr) open.job = "tiny_lm";
   hf_error error;
   if (hf_open(&open, &job_, &error) != HF_OK) PrintError("hf_open", error);
 }
@@ -118,10 +117,6 @@ absl::StatusOr<std::string> Checkpointing::RestoredBlob(const std::string& name,
     return absl::DataLossError(absl::StrFormat("blob '%s': %s", name, error.text));
   }
   return std::string(static_cast<const char*>(data), bytes);
-}
-
-void Checkpointing::Heartbeat(uint64_t step) const {
-  if (job_ != nullptr) hf_heartbeat(job_, step);
 }
 
 bool Checkpointing::Due(uint64_t step) { return registered_ && hf_due(job_, step) != 0; }

@@ -42,7 +42,7 @@ enum class RestoreOutcome : int64_t {
 // Lifetime: the state whose buffers were registered, and the log, must outlive it.
 class Checkpointing {
  public:
-  // Joins the job of the environment ($HOLDFAST_JOB, else "tiny_lm"). Does not fail: without an
+  // Joins the job of the environment ($HOLDFAST_JOB). Does not fail: without an
   // agent every later call is a cheap no.
   Checkpointing(const CheckpointingOptions& options, EventLog& log);
   ~Checkpointing();
@@ -51,6 +51,8 @@ class Checkpointing {
 
   // 0 without Holdfast.
   uint32_t attempt() const;
+  // Null without Holdfast.
+  hf_job* job() const { return job_; }
 
   // Registers, and fills the buffers from the newest safe checkpoint, whatever its layout. `step`
   // is set on kRestored.
@@ -60,8 +62,6 @@ class Checkpointing {
   absl::StatusOr<std::string> RestoredBlob(const std::string& name, int64_t old_rank);
   uint32_t restored_world_size() const { return restored_world_size_; }
 
-  // Tells the monitor that this rank lives and begins `step`.
-  void Heartbeat(uint64_t step) const;
   bool Due(uint64_t step);
   // After the optimizer step. True: a save of `step` has begun.
   bool Save(uint64_t step, const std::vector<Blob>& blobs);

@@ -75,6 +75,13 @@ Setter Switch(bool TrainerOptions::*member, bool value) {
   };
 }
 
+Setter Size(uint64_t TrainerOptions::*member) {
+  return [=](TrainerOptions& options, const std::string& text) -> absl::Status {
+    ASSIGN_OR_RETURN(options.*member, ParseSize(text));
+    return absl::OkStatus();
+  };
+}
+
 Setter Ranks(uint32_t ParallelOptions::*member) {
   return [=](TrainerOptions& options, const std::string& text) -> absl::Status {
     uint32_t value = 0;
@@ -162,8 +169,15 @@ const std::vector<Flag>& Flags() {
        Real(&TrainerOptions::device_jitter_percent)},
       {"bytes", "SIZE",
        "ballast of the whole job, as 512M: on every rank with --zero 0, else cut over all ranks",
-       [](TrainerOptions& options, const std::string& text) -> absl::Status {
-         ASSIGN_OR_RETURN(options.ballast_bytes, ParseSize(text));
+       Size(&TrainerOptions::ballast_bytes)},
+      {"all-reduce", "SIZE", "traffic besides: each step sums so many bytes over all ranks",
+       Size(&TrainerOptions::all_reduce_bytes)},
+      {"all-to-all", "SIZE", "and each rank exchanges so many with all others",
+       Size(&TrainerOptions::all_to_all_bytes)},
+      {"faults", "FILE",
+       "faults that this job makes itself, read before every step (default: $COLLECTIVES_FAULTS)",
+       [](TrainerOptions& options, const std::string& text) {
+         options.faults_path = text;
          return absl::OkStatus();
        }},
       {"no-holdfast", nullptr, "train without checkpoints",

@@ -40,6 +40,11 @@ TEST(Flags, EveryFlagSetsItsOption) {
                                                             "--device-jitter=0",
                                                             "--bytes",
                                                             "3M",
+                                                            "--all-reduce=4K",
+                                                            "--all-to-all",
+                                                            "8K",
+                                                            "--faults",
+                                                            "f",
                                                             "--no-holdfast",
                                                             "--check-restore",
                                                             "--no-wait-committed-at-end",
@@ -72,6 +77,9 @@ TEST(Flags, EveryFlagSetsItsOption) {
   EXPECT_EQ(parsed->device_ms, 1.5);
   EXPECT_EQ(parsed->device_jitter_percent, 0);
   EXPECT_EQ(parsed->ballast_bytes, 3U << 20);
+  EXPECT_EQ(parsed->all_reduce_bytes, 4096U);
+  EXPECT_EQ(parsed->all_to_all_bytes, 8192U);
+  EXPECT_EQ(parsed->faults_path, "f");
   EXPECT_FALSE(parsed->use_holdfast);
   EXPECT_TRUE(parsed->check_restore);
   EXPECT_FALSE(parsed->wait_committed_at_end);

@@ -2,7 +2,10 @@
 //
 // One process per rank, started by torchrun or examples/launch. Prints one JSON object per line.
 // Exit status: 0 trained to the last step, 1 a failure, 2 wrong usage.
+#include <stdlib.h>
+
 #include <algorithm>
+#include <cstdlib>
 #include <iostream>
 #include <memory>
 #include <string>
@@ -17,11 +20,15 @@ int main(int argc, char** argv) {
     std::cout << tiny_lm::Usage();
     return 0;
   }
-  const absl::StatusOr<tiny_lm::TrainerOptions> options = tiny_lm::ParseFlags(arguments);
+  absl::StatusOr<tiny_lm::TrainerOptions> options = tiny_lm::ParseFlags(arguments);
   if (!options.ok()) {
     std::cerr << "tiny_lm: " << options.status().message() << "\n";
     return 2;
   }
+  const char* const faults = std::getenv("COLLECTIVES_FAULTS");
+  if (options->faults_path.empty() && faults != nullptr) options->faults_path = faults;
+  // Before there are threads: whatever of Holdfast is in this process names the same job.
+  setenv("HOLDFAST_JOB", "tiny_lm", 0);
   absl::StatusOr<std::unique_ptr<tiny_lm::Trainer>> trainer = tiny_lm::Trainer::Create(*options);
   const absl::Status status = trainer.ok() ? (*trainer)->Run() : trainer.status();
   if (!status.ok()) {

@@ -46,6 +46,9 @@ struct TrainerOptions {
   bool check_restore = false;
   bool wait_committed_at_end = true;
   std::vector<BitFlip> bit_flips;
+  std::string faults_path;        // empty: none (faults.h)
+  uint64_t all_reduce_bytes = 0;  // traffic besides the model's, of a step and rank (traffic.h)
+  uint64_t all_to_all_bytes = 0;
   CheckpointingOptions checkpointing;
 
   ModelConfig model() const {

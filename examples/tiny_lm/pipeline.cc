@@ -30,12 +30,14 @@ size_t UnderWayMax(size_t stage, size_t stage_count, size_t micro_batch_count) {
   return std::min(stage_count - stage, micro_batch_count);
 }
 
-Pipeline::Pipeline(Model<float>& model, collectives::Communicator* stages, size_t micro_batch_count)
+Pipeline::Pipeline(Model<float>& model, collectives::Communicator* stages, size_t micro_batch_count,
+                   AroundPass around)
     : model_(model),
       stages_(stages),
       stage_(stages == nullptr ? 0 : stages->rank()),
       stage_count_(stages == nullptr ? 1 : stages->size()),
       schedule_(OneForwardOneBackward(stage_, stage_count_, micro_batch_count)),
+      around_(std::move(around)),
       sends_(UnderWayMax(stage_, stage_count_, micro_batch_count)) {}
 
 absl::Status Pipeline::Run(std::span<const float> weights,
@@ -44,12 +46,15 @@ absl::Status Pipeline::Run(std::span<const float> weights,
   for (const PipelineStep& step : schedule_) {
     const Windows& windows = micro_batches[step.micro_batch];
     const size_t batch = step.micro_batch % sends_.size();
-    if (step.pass == Pass::kForward) {
-      if (!windows.empty()) RETURN_IF_ERROR(Forward(batch, weights, windows));
-    } else {
-      if (!windows.empty()) RETURN_IF_ERROR(Backward(batch, weights, windows, sums));
-      RETURN_IF_ERROR(after_backward(step.micro_batch));
+    const bool is_forward = step.pass == Pass::kForward;
+    const auto perform = [&] {
+      return is_forward ? Forward(batch, weights, windows)
+                        : Backward(batch, weights, windows, sums);
+    };
+    if (!windows.empty()) {
+      RETURN_IF_ERROR(around_ == nullptr ? perform() : around_(step.pass, perform));
     }
+    if (!is_forward) RETURN_IF_ERROR(after_backward(step.micro_batch));
   }
   for (Sends& sends : sends_) {
     RETURN_IF_ERROR(WaitFor(sends.stream));

@@ -44,7 +44,12 @@ class Pipeline {
  public:
   // `stages`: the communicator of all stages, in order, or null if there is only this one. The
   // model must keep UnderWayMax() micro-batches.
-  Pipeline(Model<float>& model, collectives::Communicator* stages, size_t micro_batch_count);
+  // `around`: performs each pass that is given to it, so that the caller can do something before
+  // and after; or null.
+  using AroundPass =
+      std::function<absl::Status(Pass pass, const std::function<absl::Status()>& perform)>;
+  Pipeline(Model<float>& model, collectives::Communicator* stages, size_t micro_batch_count,
+           AroundPass around = nullptr);
 
   // After the gradient of a micro-batch is in the sums.
   using AfterBackward = std::function<absl::Status(size_t micro_batch)>;
@@ -69,6 +74,7 @@ class Pipeline {
   const uint32_t stage_;
   const uint32_t stage_count_;
   const std::vector<PipelineStep> schedule_;
+  const AroundPass around_;
   std::vector<Sends> sends_;  // of each micro-batch that can be under way
 };
 

@@ -1,22 +1,23 @@
 #include "examples/tiny_lm/trainer.h"
 
 #include <sys/resource.h>
-#include <time.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <functional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
+#include "examples/collectives/device.h"
 #include "examples/collectives/status_macros.h"
 #include "examples/tiny_lm/exact.h"
 #include "examples/tiny_lm/layout_document.h"
 #include "examples/tiny_lm/optimizer.h"
+#include "examples/tiny_lm/sections.h"
 
 namespace tiny_lm {
 namespace {
@@ -86,6 +87,7 @@ Trainer::Trainer(const TrainerOptions& options, const JobLayout& layout, uint32_
       state_(partition_, options.seed),
       sampler_(options.seed, corpus_.window_count()),
       jitter_(JitterSeed(options.seed, rank)),
+      faults_(options.faults_path, rank),
       weights_(partition_.slot_count()),
       metrics_(2) {
   const uint64_t share_max = collectives::SegmentOf(options.batch, layout.mesh.dp, 0).count;
@@ -127,12 +129,22 @@ absl::Status Trainer::Join(std::unique_ptr<collectives::Context> context) {
     RETURN_IF_ERROR(join(tied_stages_, absl::StrFormat("tied.dp%d.tp%d", at.dp, at.tp),
                          {stages.front(), stages.back()}));
   }
+  if (options_.all_reduce_bytes + options_.all_to_all_bytes > 0) {
+    ASSIGN_OR_RETURN(traffic_ranks_, context_->CreateCommunicator("traffic"));
+    traffic_ = std::make_unique<Traffic>(*traffic_ranks_, options_.all_reduce_bytes,
+                                         options_.all_to_all_bytes);
+  }
   const size_t samples_max = std::min(
       options_.micro_batch, uint64_t{collectives::SegmentOf(options_.batch, mesh.dp, 0).count});
   model_ =
       std::make_unique<Model<float>>(options_.model(), partition_, TensorGroup(tensor_ranks_.get()),
                                      UnderWayMax(at.pp, mesh.pp, micro_batch_count_), samples_max);
-  pipeline_ = std::make_unique<Pipeline>(*model_, stages_.get(), micro_batch_count_);
+  pipeline_ = std::make_unique<Pipeline>(
+      *model_, stages_.get(), micro_batch_count_,
+      [this](Pass pass, const std::function<absl::Status()>& perform) {
+        const Section section(job(), pass == Pass::kForward ? "forward" : "backward");
+        return perform();
+      });
   data_parallel_ =
       std::make_unique<DataParallel>(partition_, state_, data_ranks_.get(), tied_stages_.get());
   return absl::OkStatus();
@@ -155,6 +167,7 @@ absl::Status Trainer::Train() {
     ++step_;
   }
   if (checkpointing_ != nullptr && options_.wait_committed_at_end) {
+    const Section section(job(), "checkpoint");
     checkpointing_->CommitLast(step_, Blobs());
   }
   RETURN_IF_ERROR(metrics_ranks_->Barrier().Wait());
@@ -196,6 +209,8 @@ std::vector<Blob> Trainer::Blobs() const {
 }
 
 absl::Status Trainer::Restore() {
+  // Makes the monitor's board, before the agent is asked for: so that it gets it.
+  const Section section(nullptr, "restore");
   if (!options_.use_holdfast) return AgreeOn(RestoreOutcome::kNoHoldfast);
   checkpointing_ = std::make_unique<Checkpointing>(options_.checkpointing, log_);
   if (checkpointing_->attempt() != 0) log_.set_attempt(checkpointing_->attempt());
@@ -300,18 +315,14 @@ absl::Status Trainer::ForwardBackward(const std::vector<Windows>& micro_batches)
   });
 }
 
-// Waits as long as a device would have computed since `began`. Waiting, not spinning: the ranks of
-// a test share few cores.
-void Trainer::WaitForDevice(Clock::time_point began) {
+// The device computes as long as a real one would have since `began`; what the model really took is
+// part of that.
+absl::Status Trainer::WaitForDevice(Clock::time_point began) {
   const double longer = 1 + jitter_.Uniform() * options_.device_jitter_percent / 100;
-  if (options_.device_ms <= 0) return;
-  const auto until = std::chrono::duration_cast<std::chrono::nanoseconds>(
-      began.time_since_epoch() + FloatMilliseconds(options_.device_ms * longer));
-  timespec deadline{};
-  deadline.tv_sec = static_cast<time_t>(until.count() / 1'000'000'000);
-  deadline.tv_nsec = static_cast<long>(until.count() % 1'000'000'000);
-  while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &deadline, nullptr) == EINTR) {
-  }
+  const FloatMilliseconds passed = Clock::now() - began;
+  const double whole_ms = std::max(options_.device_ms * longer, passed.count()) * ComputeFactor();
+  if (whole_ms <= passed.count()) return absl::OkStatus();
+  return context_->device().Compute(absl::Milliseconds(whole_ms - passed.count())).Wait();
 }
 
 absl::Status Trainer::SumOverRanks() {
@@ -342,28 +353,49 @@ absl::Status Trainer::FlipBits(uint64_t step) {
 }
 
 absl::Status Trainer::Step(uint64_t step) {
-  if (checkpointing_ != nullptr) checkpointing_->Heartbeat(step);
+  hf_heartbeat(job(), step);
+  BeginFaults(step);
   Phases phases;
   const uint64_t first_sample = sampler_.state().samples_consumed;
-  const std::vector<Windows> micro_batches = NextMicroBatches();
+  std::vector<Windows> micro_batches;
+  {
+    const Section section(job(), "data");
+    micro_batches = NextMicroBatches();
+    SlowData();
+  }
   phases.End("data");
   const Clock::time_point began = phases.began();
   RETURN_IF_ERROR(ForwardBackward(micro_batches));
-  WaitForDevice(began);
+  {
+    const Section section(job(), "backward");
+    RETURN_IF_ERROR(WaitForDevice(began));
+  }
   phases.End("forward_backward");
+  RETURN_IF_ERROR(ActBeforeReduction());
   RETURN_IF_ERROR(SumOverRanks());
   phases.End("allreduce");
+  if (traffic_ != nullptr) {
+    RETURN_IF_ERROR(traffic_->Run(step));
+    phases.End("traffic");
+  }
   // The optimizer changes what the last save may still be reading.
   if (checkpointing_ != nullptr) checkpointing_->WaitCaptured();
   phases.End("wait_captured");
-  RETURN_IF_ERROR(data_parallel_->Update(AdamConfig(), options_.batch));
+  {
+    const Section section(job(), "optimizer");
+    RETURN_IF_ERROR(data_parallel_->Update(AdamConfig(), options_.batch));
+  }
   state_.ballast.Stamp(static_cast<uint64_t>(state_.optimizer_step));
   RETURN_IF_ERROR(FlipBits(step));
+  ActBehindStep();
   phases.End("optimizer");
   if (checkpointing_ != nullptr) {
     const bool due =
         options_.save_every > 0 ? step % options_.save_every == 0 : checkpointing_->Due(step);
-    if (due) checkpointing_->Save(step, Blobs());
+    if (due) {
+      const Section section(job(), "checkpoint");
+      checkpointing_->Save(step, Blobs());
+    }
   }
   phases.End("save");
   PrintStep(step, first_sample, phases);

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstdint>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -15,6 +16,7 @@
 #include "examples/tiny_lm/corpus.h"
 #include "examples/tiny_lm/data_parallel.h"
 #include "examples/tiny_lm/events.h"
+#include "examples/tiny_lm/faults.h"
 #include "examples/tiny_lm/model.h"
 #include "examples/tiny_lm/options.h"
 #include "examples/tiny_lm/parallel.h"
@@ -23,6 +25,7 @@
 #include "examples/tiny_lm/pipeline.h"
 #include "examples/tiny_lm/random.h"
 #include "examples/tiny_lm/state.h"
+#include "examples/tiny_lm/traffic.h"
 
 namespace tiny_lm {
 
@@ -47,6 +50,8 @@ class Trainer {
   absl::Status Train();
   absl::Status Restore();
   absl::Status RestoreBlobs();
+  // Null without Holdfast.
+  hf_job* job() const { return checkpointing_ == nullptr ? nullptr : checkpointing_->job(); }
   // All ranks must have come to the same step.
   absl::Status AgreeOn(RestoreOutcome outcome);
   void PrintDigests(const std::string& event) const;
@@ -60,8 +65,15 @@ class Trainer {
   // or empty.
   std::vector<Windows> NextMicroBatches();
   absl::Status ForwardBackward(const std::vector<Windows>& micro_batches);
-  void WaitForDevice(std::chrono::steady_clock::time_point began);
+  absl::Status WaitForDevice(std::chrono::steady_clock::time_point began);
   absl::Status SumOverRanks();
+  // Faults of the file (faults.h), where they act. BeginFaults() reads it, and pauses.
+  void BeginFaults(uint64_t step);
+  const Fault* Acting(FaultKind kind) const;  // or null
+  void SlowData() const;
+  double ComputeFactor() const;
+  absl::Status ActBeforeReduction();
+  void ActBehindStep();
   // What --flip-bit asks for behind this step, on this rank.
   absl::Status FlipBits(uint64_t step);
   void PrintStep(uint64_t step, uint64_t first_sample, const Phases& phases) const;
@@ -77,6 +89,9 @@ class Trainer {
   Sampler sampler_;
   Random jitter_;  // this rank's own
   uint64_t step_ = 0;
+  FaultFile faults_;
+  std::vector<Fault> acting_;          // in this step, on this rank
+  std::set<std::string> acted_lines_;  // in the step before
 
   size_t micro_batch_count_ = 1;  // of a step and rank
   std::vector<float> weights_;    // the parameters as the model computes with them
@@ -90,6 +105,7 @@ class Trainer {
   std::unique_ptr<Pipeline> pipeline_;
   std::unique_ptr<DataParallel> data_parallel_;
   std::unique_ptr<Checkpointing> checkpointing_;
+  std::unique_ptr<Traffic> traffic_;  // or null: none
   std::unique_ptr<collectives::Context> context_;
   std::unique_ptr<collectives::Communicator> metrics_ranks_;
   // Null where this rank would be alone in it.
@@ -97,6 +113,7 @@ class Trainer {
   std::unique_ptr<collectives::Communicator> tensor_ranks_;
   std::unique_ptr<collectives::Communicator> stages_;
   std::unique_ptr<collectives::Communicator> tied_stages_;
+  std::unique_ptr<collectives::Communicator> traffic_ranks_;
 };
 
 }  // namespace tiny_lm
