@@ -30,6 +30,7 @@ BENCHMARKS = {
     "diff": ("diff", "rows"),
     "reshard": ("reshard", "rows"),
     "profiler": ("profiler", "rows"),
+    "profiler_job": ("profiler", "job"),
     "side_by_side": ("side_by_side", "rows"),
 }
 

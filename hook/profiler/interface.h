@@ -47,6 +47,20 @@ constexpr uint64_t KnownEvents(int version) {
   return (1 << 8) - 1;
 }
 
+// What NCCL delivers when a type is asked for: itself and what stands above it.
+constexpr uint64_t WithAncestors(uint64_t mask) {
+  if ((mask & kNetPlugin) != 0) mask |= kProxyStep;
+  if ((mask & kProxyStep) != 0) mask |= kProxyOp;
+  if ((mask & kKernelPhase) != 0) mask |= kKernelCh;
+  if ((mask & (kCeSync | kCeBatch)) != 0) mask |= kCeColl;
+  if ((mask & (kProxyOp | kKernelCh)) != 0) mask |= kColl | kP2p;
+  if ((mask & (kColl | kCeColl)) != 0) mask |= kCollApi;
+  if ((mask & kP2p) != 0) mask |= kP2pApi;
+  if ((mask & (kColl | kP2p)) != 0) mask |= kGroup;
+  if ((mask & (kCollApi | kP2pApi | kKernelLaunch)) != 0) mask |= kGroupApi;
+  return mask;
+}
+
 // States of recordEventState.
 enum NcclState : int {
   kStateSendGpuWait = 8,
