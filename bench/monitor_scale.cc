@@ -1,16 +1,19 @@
 // What the analysis costs against the number of ranks. Synthetic nodes of 8 ranks, each rank in 4
-// communicators with 2 connections, all moving; one summary a node and second, decoded from its
-// bytes outside of what is timed. In the last quarter of the seconds one rank hangs and all others
-// wait. Prints JSON: per number of ranks the seconds of CPU time per second of job, moving and
-// hanging.
+// communicators with 2 connections, all moving; one summary a node and second. In the last quarter
+// of the seconds one rank hangs and all others wait. Prints JSON: per number of ranks the seconds
+// of CPU time per second of job of the analysis, moving and hanging, and of an agent's step: the
+// same with the reports decoded from their bytes (job_analysis.h).
 #include <time.h>
 
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "monitor/analyzer.h"
+#include "monitor/job_analysis.h"
 #include "monitor/summary.h"
 
 namespace holdfast::monitor {
@@ -80,7 +83,7 @@ NodeSummary Summary(uint32_t ranks, uint32_t node, int second) {
 }
 
 struct Cost {
-  double moving = 0, hanging = 0, hanging_max = 0;
+  double moving = 0, hanging = 0, hanging_max = 0, agent_step_max = 0;
   bool named = false;
 };
 
@@ -93,6 +96,7 @@ Cost Measure(uint32_t ranks) {
     shape.ranks.push_back(place);
   }
   Analyzer analyzer(Thresholds{}, shape);
+  JobAnalysis job(Thresholds{}, "job");
   Cost cost;
   for (int second = 0; second < kSeconds; ++second) {
     Snapshot snapshot;
@@ -109,6 +113,16 @@ Cost Measure(uint32_t ranks) {
       cost.hanging += spent / (kSeconds - kHangAt);
       cost.hanging_max = std::max(cost.hanging_max, spent);
     }
+    JobStep step;
+    step.elapsed = snapshot.elapsed;
+    for (NodeSummary& summary : snapshot.arrived) {
+      const std::string node = std::to_string(summary.node);
+      summary.node = 0;
+      step.reports.push_back({"job", "", ranks, node, EncodeSummary(summary)});
+    }
+    const double step_begin = CpuSeconds();
+    job.Step(std::move(step));
+    cost.agent_step_max = std::max(cost.agent_step_max, CpuSeconds() - step_begin);
     for (const Finding& finding : analysis.findings) {
       cost.named |= finding.fault == FaultClass::kGpuHang && !finding.suspects.empty() &&
                     finding.suspects[0].rank == Rank{ranks / 2};
@@ -124,8 +138,8 @@ int Run() {
     const Cost cost = Measure(ranks / kPerNode * kPerNode);
     std::printf(
         "%s\n {\"ranks\": %u, \"cpu_s_per_s\": %.4f, \"cpu_s_per_s_hanging\": %.4f, "
-        "\"hanging_max\": %.4f, \"named\": %s}",
-        separator, ranks, cost.moving, cost.hanging, cost.hanging_max,
+        "\"hanging_max\": %.4f, \"agent_step_max\": %.4f, \"named\": %s}",
+        separator, ranks, cost.moving, cost.hanging, cost.hanging_max, cost.agent_step_max,
         cost.named ? "true" : "false");
     std::fflush(stdout);
     separator = ",";

@@ -20,7 +20,6 @@ namespace holdfast::monitor {
 namespace {
 
 constexpr size_t kHostBytesMax = 64;
-constexpr int64_t kInProgress = 7;  // ncclInProgress
 
 absl::StatusOr<uint64_t> HashIn(absl::string_view text) {
   absl::ConsumePrefix(&text, "0x");
