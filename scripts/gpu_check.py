@@ -99,10 +99,29 @@ class Agent:
         return subprocess.run([HERE / "bin" / "holdfast", *arguments, "--socket", self.socket],
                               env=self.environment, capture_output=True, text=True, timeout=60)
 
+    def run_offline(self, *arguments):
+        return subprocess.run([HERE / "bin" / "holdfast", *arguments], env=self.environment, capture_output=True,
+                              text=True, timeout=60)
+
     def boards(self, job):
         """The living boards of a job by rank."""
         return {board["rank"]: board for board in self.ask("status")["monitor"]
                 if board["job"] == job and board["alive"]}
+
+    @contextlib.contextmanager
+    def recording(self, path, job):
+        """What the analysis is told of a job meanwhile (holdfast monitor record)."""
+        recorder = subprocess.Popen(
+            [HERE / "bin" / "holdfast", "monitor", "record", path, "--job", job, "--socket", self.socket],
+            env=self.environment, stdout=self.log, stderr=self.log)
+        try:
+            yield
+        finally:
+            recorder.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                recorder.wait(10)
+            recorder.kill()
+            recorder.wait()
 
     def close(self):
         self.process.terminate()
@@ -287,6 +306,27 @@ class Check:
         self.say("ok", name, f"{detail} [{time.monotonic() - begin:.1f} s]")
         return True
 
+    def found(self, job, seconds):
+        """What the agent's analysis says, once it says something, in one line. For the record, no check: the job is
+        seconds old, so the analysis has little to compare with."""
+        def open_findings():
+            answer = self.agent.ask("--json", "monitor", "verdicts", "--job", job.name)
+            return "; ".join(f"{finding['grade']} {finding['fault']}: {finding['sentence']}"
+                             for finding in answer["findings"] if finding.get("state") == "open")
+        begin = time.monotonic()
+        try:
+            text = until(seconds, "the analysis finds something", open_findings)
+        except Failure:
+            return f"the analysis has found nothing within {seconds} s"
+        return f"the analysis after {time.monotonic() - begin:.1f} s: {text}"
+
+    def replayed(self, path):
+        """The recording, analysed again as it would be anywhere."""
+        result = self.agent.run_offline("--json", "monitor", "replay", path)
+        if result.returncode != 0:
+            raise Failure(f"replay: {result.stderr.strip()}")
+        return f"{path.stat().st_size} bytes; findings {len(json.loads(result.stdout)['findings'])}"
+
     # ---- What the boards show
 
     def counters(self, job):
@@ -393,12 +433,13 @@ class Check:
             stopped = pathlib.Path(f"/proc/{job.processes[rank].pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
             self.keep(job, "stop")
             waits = {r: board["waits"] for r, board in self.agent.boards(job.name).items()}
+            found = self.found(job, 8)
         finally:
             os.kill(job.processes[rank].pid, signal.SIGCONT)
             job.answers_of(ANSWER_SECONDS + 10)
         until(5, "every operation has finished", lambda: self.all_finished(job))
         text = "; ".join(f"{r}: {', '.join(waits[r]) or 'none'}" for r in sorted(waits))
-        return f"process state {stopped}; waits by rank: {text}; afterwards all went on and finished"
+        return f"process state {stopped}; waits by rank: {text}; afterwards all went on and finished; {found}"
 
     def window(self, job, rank):
         """Records of one rank for a second, asked for from outside."""
@@ -430,13 +471,12 @@ class Check:
             return [board for board in self.agent.ask("status")["monitor"]
                     if board["job"] == job.name and board["rank"] == rank and not board["alive"]]
         board = until(5, "the agent keeps the board of the dead rank", dead)[0]
-        end = time.monotonic() + 3.0
-        until(4, "three seconds pass", lambda: time.monotonic() > end)
+        found = self.found(job, 8)
         self.keep(job, "die")
         alive = [r for r, process in enumerate(job.processes) if process.poll() is None]
         waits = {r: list(b["waits"]) for r, b in self.agent.boards(job.name).items()}
         return (f"its board is kept ({', '.join(board['waits']) or 'no waits'}); still there: ranks {alive}; "
-                f"waits by rank: {waits}")
+                f"waits by rank: {waits}; {found}")
 
     # ---- The whole of NCCL's calls, to be replayed
 
@@ -504,6 +544,8 @@ class Check:
                 answers = arms[name].do("reduce", elements=elements, times=times)
                 seconds_of[name].append(max(a["seconds"] for a in answers.values()) / times)
                 enqueue_of[name].append(max(a["enqueue_seconds"] for a in answers.values()))
+        if not seconds_of["none"]:
+            raise Failure("no time left (--seconds)")
         parts = []
         for level in ("light", "full"):
             for what, values in (("time", seconds_of), ("time to enqueue", enqueue_of)):
@@ -527,6 +569,24 @@ class Check:
         self.rows.append({"what": "nanoseconds per event", **found})
         return ", ".join(f"{name} {ns:.1f} ns" for name, ns in found.items())
 
+    def watched(self, job, several):
+        suspect = job.ranks // 2
+        if self.step("clean", lambda: self.clean(job)) is None:
+            self.keep(job, "broken")
+            return
+        self.step("a window of records", lambda: self.window(job, 0))
+        self.step("point-to-point and all-to-all", lambda: self.exchange(job))
+        if several:
+            self.step("a slow kernel", lambda: self.slow(job, suspect))
+            self.step("SIGSTOP", lambda: self.stop(job, suspect))
+        else:
+            self.say("skipped", "slow kernel, SIGSTOP, SIGKILL",
+                     "they show in connections, of which there are none here")
+        if not self.rehearse:
+            self.step("graph capture", lambda: self.graph(job))
+        if several:
+            self.step("SIGKILL", lambda: self.die(job, suspect))
+
     def run(self):
         self.step("an event, driven without NCCL", self.event_cost)
         try:
@@ -538,25 +598,13 @@ class Check:
         self.say("ok", "NCCL with the plugin",
                  f"{self.about}, {job.ranks} rank{'s, as hosts of their own,' if several else ''} on one GPU; "
                  + ("all through the network transport" if several else "one rank has no connections"))
+        recording = self.files / "watched.recording"
         try:
-            suspect = job.ranks // 2
-            if self.step("clean", lambda: self.clean(job)) is None:
-                self.keep(job, "broken")
-                return
-            self.step("a window of records", lambda: self.window(job, 0))
-            self.step("point-to-point and all-to-all", lambda: self.exchange(job))
-            if several:
-                self.step("a slow kernel", lambda: self.slow(job, suspect))
-                self.step("SIGSTOP", lambda: self.stop(job, suspect))
-            else:
-                self.say("skipped", "slow kernel, SIGSTOP, SIGKILL",
-                         "they show in connections, of which there are none here")
-            if not self.rehearse:
-                self.step("graph capture", lambda: self.graph(job))
-            if several:
-                self.step("SIGKILL", lambda: self.die(job, suspect))
+            with self.agent.recording(recording, job.name):
+                self.watched(job, several)
         finally:
             job.kill()
+        self.step("the recording, replayed", lambda: self.replayed(recording))
         counts = (2, 1) if several else (1,)
         if not self.rehearse:
             self.step("all callbacks, recorded", lambda: self.streams(counts))
