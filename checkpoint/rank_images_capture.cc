@@ -78,7 +78,7 @@ void RankImagesImpl::AdvanceSlot(Slot& slot) {
     case State::kGranted:
       if (found == abi::SlotState::kGranted || found == abi::SlotState::kClaimed) return;
       if (found != abi::SlotState::kCapturing && found != abi::SlotState::kCaptured &&
-          found != abi::SlotState::kVoid) {
+          found != abi::SlotState::kVoid && found != abi::SlotState::kAbandoned) {
         BreakGrant(slot, UnexpectedState(found, "granted (1), claimed (5) or capturing (2)"));
         return;
       }
@@ -198,8 +198,9 @@ void RankImagesImpl::Stamped(Slot& slot) {
 
 void RankImagesImpl::FollowCapture(Slot& slot) {
   const abi::SlotState found = shared_.state(slot.index);
-  if (found == abi::SlotState::kVoid) {
-    slot.trainer_done = true;
+  if (found == abi::SlotState::kVoid || found == abi::SlotState::kAbandoned) {
+    // While a device of the trainer's may still write them, the blocks are not free.
+    slot.trainer_done = found == abi::SlotState::kVoid;
     VoidImage(slot, shared_.VoidReason(slot.index), Report::kYes);
     return;
   }

@@ -225,6 +225,12 @@ TEST_F(RankImagesTest, EveryWayToBeVoidIsNamedAndTheNextSaveWorks) {
          h.trainer(s).BlockDone(slot, h.trainer(s).block_count() - 1).store(5);
        },
        "expected 0 or 1, found 5"},
+      {"its device may still write",
+       [](CaptureHarness& h, SessionId s, uint32_t slot) {
+         h.trainer(s).GiveUp(slot, 13, "device 0 (H100): CUDA_ERROR_ECC_UNCORRECTABLE (214)",
+                             abi::SlotState::kAbandoned);
+       },
+       "CUDA_ERROR_ECC_UNCORRECTABLE"},
       {"captured too early",
        [](CaptureHarness& h, SessionId s, uint32_t slot) { h.trainer(s).Finish(slot); },
        "is not done"},
@@ -262,6 +268,32 @@ TEST_F(RankImagesTest, EveryWayToBeVoidIsNamedAndTheNextSaveWorks) {
     ExpectWorks(6);
     ExpectWorks(7);
     EXPECT_EQ(images().held_image_count(), 2u);
+  }
+}
+
+// A capture that was given up before the agent had heard of it, while a device may still write: the
+// blocks are not granted again before the device, or the process, is done.
+TEST_F(RankImagesTest, BlocksThatADeviceMayWriteAreFreeWhenItIsDoneOrTheProcessGone) {
+  for (const bool process_dies : {false, true}) {
+    SCOPED_TRACE(process_dies);
+    Make();
+    const std::optional<uint32_t> slot = trainer().BeginSave(5, BlobsAt(5));
+    trainer().GiveUp(*slot, 13, "lost", abi::SlotState::kAbandoned);
+    harness->Settle();
+    EXPECT_EQ(StateOf(trainer(), 5), 5u);
+    const auto quarantined = [&] {
+      return harness->session(id).memory(1)->pool().count(BlockState::kQuarantined);
+    };
+    EXPECT_EQ(quarantined(), trainer().block_count());
+    ExpectWorks(6);
+    EXPECT_EQ(quarantined(), trainer().block_count());
+    if (process_dies) {
+      harness->session(id).ProcessDied();
+    } else {
+      trainer().GiveUp(*slot, 13, "lost");
+    }
+    harness->Settle();
+    EXPECT_EQ(quarantined(), 0u);
   }
 }
 

@@ -27,6 +27,10 @@
 //               block_done set, the agent may take the image as captured, unless must_compare is
 //               set (check_source = all): then nobody is left to compare it, and it is void.
 //   kVoid       trainer -> agent: given up; void_code and void_text say why.
+//   kAbandoned  trainer -> agent: as kVoid, but a device may still write the blocks. It becomes
+//   kVoid
+//               when that is over; if nobody can tell (the device's context has failed) it stays,
+//               and the blocks are recycled when the process is gone.
 //   The agent takes kCaptured and kVoid slots back to kEmpty when it has recycled the blocks.
 //
 // When it sees kCapturing the agent itself writes every byte of the image that neither a CaptureOp
@@ -111,14 +115,15 @@ enum class SlotState : uint32_t {
   kCapturing = 2,
   kCaptured = 3,
   kVoid = 4,
-  kClaimed = 5
+  kClaimed = 5,
+  kAbandoned = 6  // to an agent that does not know it: an error of the trainer's, with the same end
 };
 
 inline constexpr uint32_t kSlotsMax = 4;
 
 struct ImageSlot {
   std::atomic<SlotState> state;
-  std::atomic<int32_t> void_code;      // hf_code, when kVoid
+  std::atomic<int32_t> void_code;      // hf_code, when kVoid or kAbandoned
   std::atomic<uint64_t> generation;    // of the grant; the agent increments it at each
   std::atomic<uint64_t> step;          // set before kCapturing
   std::atomic<int64_t> save_ns;        // CLOCK_MONOTONIC when hf_save was called
@@ -126,7 +131,7 @@ struct ImageSlot {
   std::atomic<uint64_t> blocks_done;   // how many block_done are set; a hint, the bytes count
   std::atomic<uint32_t> must_compare;  // set before kCapturing; not 0: see kCaptured
   uint8_t reserved[12];
-  char void_text[448];  // NUL-terminated, set before kVoid
+  char void_text[448];  // NUL-terminated, set before kVoid or kAbandoned
 };
 static_assert(sizeof(ImageSlot) == 512);
 

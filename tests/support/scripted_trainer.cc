@@ -241,13 +241,14 @@ void ScriptedTrainer::Finish(uint32_t slot) {
   registration().slots[slot].state.store(abi::SlotState::kCaptured, std::memory_order_release);
 }
 
-void ScriptedTrainer::GiveUp(uint32_t index, int32_t code, const std::string& text) {
+void ScriptedTrainer::GiveUp(uint32_t index, int32_t code, const std::string& text,
+                             abi::SlotState state) {
   abi::ImageSlot& slot = registration().slots[index];
   slot.void_code.store(code);
   const size_t kept = std::min(text.size(), sizeof(slot.void_text) - 1);
   std::memcpy(slot.void_text, text.data(), kept);
   slot.void_text[kept] = '\0';
-  slot.state.store(abi::SlotState::kVoid, std::memory_order_release);
+  slot.state.store(state, std::memory_order_release);
 }
 
 std::optional<uint32_t> ScriptedTrainer::Save(

@@ -68,7 +68,9 @@ class ScriptedTrainer {
   // The copier: at most `count_max` more blocks. True if all are done, and captured_ns is set.
   bool CopyBlocks(uint32_t slot, uint32_t count_max = UINT32_MAX);
   void Finish(uint32_t slot);  // kCaptured
-  void GiveUp(uint32_t slot, int32_t code, const std::string& text);
+  // kAbandoned: a device may still write the blocks.
+  void GiveUp(uint32_t slot, int32_t code, const std::string& text,
+              abi::SlotState state = abi::SlotState::kVoid);
   // All of it; the slot, or nothing if none is granted.
   std::optional<uint32_t> Save(uint64_t step, const std::vector<std::optional<std::string>>& blobs);
 
