@@ -65,7 +65,7 @@ find_path(HOLDFAST_HDF5_INCLUDE hdf5.h PATHS /usr/include/hdf5/serial REQUIRED N
 find_library(HOLDFAST_HDF5_LIBRARY hdf5 PATHS /usr/lib/${CMAKE_LIBRARY_ARCHITECTURE}/hdf5/serial
   REQUIRED NO_DEFAULT_PATH)
 find_path(HOLDFAST_TOMLPP_INCLUDE toml++/toml.h REQUIRED)
-# Optional, and used by nothing yet: capture from GPUs and the NCCL plugin come later.
+# Optional: tests compare our own declarations with these headers.
 find_path(HOLDFAST_CUDA_INCLUDE cuda.h PATHS /usr/local/cuda/include)
 find_path(HOLDFAST_NCCL_INCLUDE nccl.h)
 
@@ -169,6 +169,6 @@ function(holdfast_summary)
   message(STATUS "  compiler    ${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}, ${CMAKE_BUILD_TYPE}")
   message(STATUS "  sanitizers  ${HOLDFAST_SANITIZE}")
   message(STATUS "  ccache      ${HOLDFAST_CCACHE}")
-  message(STATUS "  CUDA        ${HOLDFAST_CUDA_INCLUDE} (nothing uses it yet)")
+  message(STATUS "  CUDA        ${HOLDFAST_CUDA_INCLUDE} (only to check our declarations)")
   message(STATUS "  NCCL        ${HOLDFAST_NCCL_INCLUDE} (nothing uses it yet)")
 endfunction()

@@ -33,8 +33,8 @@ class GatedReader final : public SourceReader {
     }
     host_.Read(target, source, run_bytes, count, stride);
   }
-  bool Equal(const std::byte* copy, const std::byte* source, uint64_t run_bytes, uint64_t count,
-             uint64_t stride) override {
+  Result<bool> Equal(const std::byte* copy, const std::byte* source, uint64_t run_bytes,
+                     uint64_t count, uint64_t stride) override {
     return host_.Equal(copy, source, run_bytes, count, stride);
   }
   void Permit(int reads) {

@@ -12,6 +12,7 @@
 #define HOLDFAST_HOOK_CHECK_SOURCE_H_
 
 #include <cstdint>
+#include <functional>
 
 #include "hook/error.h"
 #include "hook/registration.h"
@@ -24,28 +25,37 @@ enum class CheckSource { kNone = 0, kSample = 1, kAll = 2 };
 inline constexpr uint32_t kSampleChunks = 64;
 inline constexpr uint64_t kSampleChunkBytes = 4096;
 
+// Host memory is compared by the trainer's thread in hf_wait_captured, device memory by a copier
+// when the last byte of a group was copied: what the device changes behind that does not matter,
+// and the trainer's thread must not wait for a device.
+//
 // Threads: one at a time.
-// Lifetime: `reader` must outlive it.
 class SourceChecker {
  public:
-  SourceChecker(CheckSource mode, uint64_t seed, SourceReader* reader)
-      : mode_(mode), random_state_(seed), reader_(reader) {}
+  SourceChecker(CheckSource mode, uint64_t seed) : mode_(mode), random_state_(seed) {}
 
   CheckSource mode() const { return mode_; }
 
-  // Compares the groups (bit mask) of the image captured in `slot` with registration.pointers().
-  // HF_ABORTED: a buffer differs (named).
-  Error Check(const Registration& registration, uint32_t slot, uint64_t groups);
+  // Compares what lies in `memory` of the groups (bit mask) of the image captured in `slot` with
+  // registration.pointers(). `comparer_of(place)` gives the SourceComparer for a buffer's place.
+  // HF_ABORTED: a buffer differs (named). Else the comparer's errors, with the buffer's name.
+  using ComparerOf = std::function<SourceComparer&(int32_t place)>;
+  Error Check(const Registration& registration, uint32_t slot, Registration::Memory memory,
+              uint64_t groups, const ComparerOf& comparer_of);
 
  private:
-  Error CheckAll(const Registration& registration, uint32_t slot, uint64_t groups) const;
-  Error CheckOp(const Registration& registration, uint32_t slot, const abi::CaptureOp& op,
-                uint64_t begin, uint64_t end) const;
+  struct Scope {
+    const Registration& registration;
+    const uint32_t slot;
+    const Registration::Memory memory;
+    const ComparerOf& comparer_of;
+  };
+  static Error CheckAll(const Scope& scope, uint64_t groups);
+  static Error CheckOp(const Scope& scope, const abi::CaptureOp& op, uint64_t begin, uint64_t end);
   uint64_t Random();
 
   const CheckSource mode_;
   uint64_t random_state_;
-  SourceReader* const reader_;
 };
 
 }  // namespace holdfast::hook

@@ -184,9 +184,13 @@ TEST_F(CheckSourceTest, ASampleMissesNoMoreThanDocumented) {
   Registration& registration = *made.value();
   registration.pointers() = {buffers.data(0).data()};
 
-  SourceChecker untouched(CheckSource::kSample, 1, &reader_);
+  const auto check = [&](SourceChecker& checker) {
+    return checker.Check(registration, 0, Registration::Memory::kHost, registration.groups(),
+                         [&](int32_t) -> SourceComparer& { return reader_; });
+  };
+  SourceChecker untouched(CheckSource::kSample, 1);
   for (int trial = 0; trial < 50; ++trial) {
-    ASSERT_TRUE(untouched.Check(registration, 0, registration.groups()).ok());
+    ASSERT_TRUE(check(untouched).ok());
   }
   for (const double fraction : {0.02, 0.1, 1.0}) {
     TestBuffers changed = buffers;
@@ -194,11 +198,11 @@ TEST_F(CheckSourceTest, ASampleMissesNoMoreThanDocumented) {
     for (uint64_t i = 0; i < static_cast<uint64_t>(fraction * kBytes); ++i) {
       changed.data(0)[i] ^= std::byte{1};
     }
-    SourceChecker checker(CheckSource::kSample, 7, &reader_);
+    SourceChecker checker(CheckSource::kSample, 7);
     constexpr int kTrials = 400;
     int missed = 0;
     for (int trial = 0; trial < kTrials; ++trial) {
-      missed += checker.Check(registration, 0, registration.groups()).ok() ? 1 : 0;
+      missed += check(checker).ok() ? 1 : 0;
     }
     const double bound = std::pow(1 - fraction, kSampleChunks);
     const double deviation = std::sqrt(kTrials * bound * (1 - bound));

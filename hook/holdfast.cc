@@ -156,7 +156,9 @@ void hf_close(hf_job* job) {
   // In a forked child threads and mappings are not there to be torn down.
   if (job == nullptr || !job->Usable()) return;
   Guarded(nullptr, [&] {
-    delete job;
+    // Else a device may still write to memory that is the job's: it stays for the rest of the
+    // process, as the pages themselves do.
+    if (job->job->Close()) delete job;
     return Error();
   });
 }
@@ -188,6 +190,9 @@ hf_code hf_save(hf_job* job, uint64_t step, const hf_save_options* options, hf_e
     if (known.blobs == nullptr && known.blob_count > 0) {
       return Error(HF_INVALID_ARGUMENT, "hf_save_options.blobs is NULL");
     }
+    if (known.streams == nullptr && known.stream_count > 0) {
+      return Error(HF_INVALID_ARGUMENT, "hf_save_options.streams is NULL");
+    }
     return job->job->Save(step, known);
   });
 }
@@ -218,6 +223,9 @@ hf_code hf_restore_partial(hf_job* job, const hf_restore_options* options,
     hf_restore_options known = {};
     if (Error failed = ReadOptions(options, "hf_restore_options", &known); !failed.ok()) {
       return failed;
+    }
+    if (known.streams == nullptr && known.stream_count > 0) {
+      return Error(HF_INVALID_ARGUMENT, "hf_restore_options.streams is NULL");
     }
     hf_restore_result restored = {};
     if (result != nullptr) {

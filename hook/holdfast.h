@@ -30,6 +30,12 @@
  * Memory. Strings and arrays given to a call are copied before it returns, with one exception:
  * tensor memory is read until hf_wait_captured says that it was captured, and must not change
  * before.
+ *
+ * Devices. A buffer may lie in the memory of a CUDA device, managed memory included; the driver
+ * that the process has loaded recognises it, and buffers in host and device memory mix freely. What
+ * is read is the state behind the work that was on the caller's streams at hf_save; work that is
+ * put there afterwards may change tensors as soon as hf_wait_captured has returned. No call but
+ * hf_register and hf_restore waits for a device; those wait to their deadline.
  */
 #ifndef HOLDFAST_H_
 #define HOLDFAST_H_
@@ -127,13 +133,15 @@ typedef struct hf_open_options {
 HF_API hf_code hf_open(const hf_open_options* options, hf_job** job, hf_error* error);
 
 /* Ends this rank's part. Nothing captured is lost: the agent goes on flushing. A capture that is
- * not finished goes on for 10 s at most, then its image is void. NULL is allowed. */
+ * not finished goes on for 10 s at most, then its image is void; a device that does not answer is
+ * waited for for 2 s more, then what it may still write to is kept for the rest of the process.
+ * NULL is allowed. */
 HF_API void hf_close(hf_job* job);
 
 /* A piece of the training process's memory in which the layout places segments of tensors. */
 typedef struct hf_buffer {
   const char* name; /* as in the layout document; "<state>/<tensor>" unless it says otherwise */
-  void* data;       /* host memory; may be NULL if bytes is 0 */
+  void* data;       /* in host or device memory; may be NULL if bytes is 0 */
   uint64_t bytes;
   uint32_t group; /* 0 to 63: hf_wait_captured can wait for one group; captured in this order */
 } hf_buffer;
@@ -179,13 +187,19 @@ typedef struct hf_save_options {
       blobs; /* those of the registered blobs that exist at this step; copied in the call */
   size_t blob_count;
   int64_t wait_ns; /* 0: fail at once if no image memory is free; else wait so long at most */
+  /* cudaStream_t or CUstream: of each CUDA context in which buffers lie, the stream behind whose
+   * work the tensors are to be captured. NULLs are ignored; a context of which there is none here
+   * is represented by its legacy default stream. Looked at only if buffers lie in device memory */
+  void* const* streams;
+  size_t stream_count;
 } hf_save_options;
 
 /* Starts capturing the state after `step`. No allocation, at most two system calls, however many
  * tensors. Errors: HF_RESOURCE_EXHAUSTED (no free image: earlier ones are still flushing),
- * HF_FAILED_PRECONDITION (the last capture has not been waited for; fenced; not registered),
- * HF_INVALID_ARGUMENT (a blob not registered or too large, named), HF_ALREADY_EXISTS (this attempt
- * has saved this step, or tried to: a save that failed is not repeated, the next step is saved),
+ * HF_FAILED_PRECONDITION (the last capture has not been waited for; fenced; not registered; a
+ * stream is being captured into a CUDA graph), HF_INVALID_ARGUMENT (a blob not registered or too
+ * large, named; a stream of a context in which no buffer lies), HF_ALREADY_EXISTS (this attempt has
+ * saved this step, or tried to: a save that failed is not repeated, the next step is saved),
  * HF_UNAVAILABLE. */
 HF_API hf_code hf_save(hf_job* job, uint64_t step, const hf_save_options* options, hf_error* error);
 
@@ -193,8 +207,10 @@ HF_API hf_code hf_save(hf_job* job, uint64_t step, const hf_save_options* option
 
 /* Waits until the last save's tensors (of one group, or all) have been captured, so that they may
  * change. OK at once if nothing is being captured. Past the deadline the capture is cancelled: the
- * image is void, HF_DEADLINE_EXCEEDED, and the tensors may change all the same. HF_ABORTED: a
- * tensor changed under capture (named); the image is void. */
+ * image is void, HF_DEADLINE_EXCEEDED, and the tensors may change all the same; copies that a
+ * device has begun are waited for for 1 s at most. HF_ABORTED: a tensor changed under capture
+ * (named); the image is void. A device or its driver failed: HF_INTERNAL, with device, tensor and
+ * the driver's error; the image is void, earlier ones stay. */
 HF_API hf_code hf_wait_captured(hf_job* job, int32_t group, int64_t deadline_ns, hf_error* error);
 
 /* Sets of faults that a commit can survive (DESIGN section 1). */
@@ -253,6 +269,8 @@ typedef struct hf_restore_options {
   size_t tensor_count;
   const char* const* states;
   size_t state_count;
+  void* const* streams; /* as in hf_save_options: device memory is filled behind their work */
+  size_t stream_count;
 } hf_restore_options;
 
 /* hf_restore of what `options` choose, on this rank; NULL: of everything. What is left out stays in
@@ -306,6 +324,13 @@ typedef struct hf_save_report {
   int64_t flush_ns;         /* from the first block's write to fsync done; 0 while not yet */
   int64_t commit_ns;        /* from hf_save to the commit that survives power; 0 while not yet */
   hf_error error;
+  /* Of buffers in device memory; else 0. Bytes per second over the bus: device_bytes / device_ns.
+   * What was hidden behind the loop: capture_ns - blocked_ns. */
+  uint64_t device_bytes;   /* copied from devices, so far */
+  uint64_t unpinned_bytes; /* of them, to memory that the driver had not registered, which is
+                              slower: it refused, or the process's limits do */
+  int64_t gate_ns;         /* from hf_save until the streams had come to it; 0 while not yet */
+  int64_t device_ns;       /* from then to the last of device_bytes */
 } hf_save_report;
 
 /* The report of the save of `step`, or of the last save with HF_LAST_STEP. HF_NOT_FOUND if too old.

@@ -87,6 +87,9 @@ Result<std::unique_ptr<Job>> Job::Open(const Settings& settings, SourceReader* r
   capture_options.thread_count = settings.copy_threads;
   capture_options.doorbell_fd = job->doorbell_.get();
   capture_options.head_start_ns = settings.capture_head_start_ns;
+  capture_options.check_source = settings.check_source;
+  capture_options.check_seed = seed + 1;
+  capture_options.device_bytes_per_second_max = settings.device_bytes_per_second_max;
   Result<std::unique_ptr<Capture>> capture = Capture::Start(capture_options, reader);
   if (!capture.ok()) return capture.error();
   job->capture_ = std::move(capture.value());
@@ -111,10 +114,16 @@ Result<std::unique_ptr<Job>> Job::Open(const Settings& settings, SourceReader* r
   return job;
 }
 
-Job::~Job() {
-  if (capture_ == nullptr || !capture_->running()) return;
-  // The image is void if this fails, which is all that can be done about it.
-  (void)WaitCaptured(HF_ALL_GROUPS, Deadline::After(kCloseCaptureNs));
+Job::~Job() { Close(); }
+
+bool Job::Close() {
+  if (capture_ == nullptr) return true;
+  if (capture_->running()) {
+    // The image is void if this fails, which is all that can be done about it.
+    (void)WaitCaptured(HF_ALL_GROUPS, Deadline::After(kCloseCaptureNs));
+  }
+  link_.reset();
+  return capture_->Stop(Deadline::After(kDrainNs));
 }
 
 Error Job::Register(const char* layout_json, std::span<const hf_buffer> buffers,
@@ -158,6 +167,12 @@ Error Job::CheckMaySave(uint64_t step) {
   }
   if (step == abi::kNoStep) {
     return Error(HF_INVALID_ARGUMENT, "save: UINT64_MAX is not a step");
+  }
+  if (capture_->draining()) {
+    return Error(HF_UNAVAILABLE,
+                 "save of step %llu: a device has not finished the copies of the capture before, "
+                 "which was given up",
+                 Print(step));
   }
   if (!Fresh().ready) {
     if (Error error = link_->Reachable(); !error.ok()) return error;
@@ -289,6 +304,13 @@ Error Job::Save(uint64_t step, const hf_save_options& options) {
     Unclaim(*registration, slot.value());
     return error;
   }
+  if (const DeviceTable* const devices = registration->document().devices().get();
+      devices != nullptr) {
+    if (Error error = devices->RecordGates({options.streams, options.stream_count}); !error.ok()) {
+      Unclaim(*registration, slot.value());
+      return Error(error.code(), "save of step %llu: %s", Print(step), error.text());
+    }
+  }
 
   abi::ImageSlot& image = registration->slot(slot.value());
   image.step.store(step, std::memory_order_relaxed);
@@ -302,6 +324,7 @@ Error Job::Save(uint64_t step, const hf_save_options& options) {
   record.image_bytes = registration->image_bytes();
   record.blocks = registration->block_count();
   record.block_bytes = registration->block_bytes();
+  record.begun_ns = called_ns;
   captured_registration_ = registration;
   captured_slot_ = slot.value();
   unwaited_groups_ = registration->groups();
@@ -321,6 +344,7 @@ Error Job::CaptureFailed(const Error& error) {
   SaveRecord& record = current();
   record.state = HF_SAVE_FAILED;
   record.blocks_captured = capture_->blocks_done();
+  record.device = capture_->device_copies();
   record.error = error;
   capture_->Void(error);
   return error;
@@ -331,6 +355,7 @@ void Job::CaptureSucceeded() {
   const abi::ImageSlot& slot = captured_registration_->slot(captured_slot_);
   record.state = HF_SAVE_CAPTURED;
   record.blocks_captured = capture_->blocks_done();
+  record.device = capture_->device_copies();
   record.capture_ns = slot.captured_ns.load(std::memory_order_relaxed) -
                       slot.save_ns.load(std::memory_order_relaxed);
   capture_->Seal();
@@ -346,14 +371,18 @@ Error Job::WaitCaptured(int32_t group, Deadline deadline) {
   const uint64_t groups = wanted & unwaited_groups_;
   const bool last = (unwaited_groups_ & ~groups) == 0;
   Error error;
+  const auto in_host_memory = [this](int32_t) -> SourceComparer& { return *reader_; };
   // A cancel that finds every block done was too late to matter.
   if (!capture_->WaitDone(groups, last, deadline) && capture_->Cancel()) {
-    error = CaptureFailed(Error(HF_DEADLINE_EXCEEDED,
-                                "the capture of step %llu was cancelled after %llu of %llu blocks: "
-                                "its image is void",
-                                Print(current().step), Print(capture_->blocks_done()),
-                                Print(current().blocks)));
-  } else if (Error differs = checker_.Check(*captured_registration_, captured_slot_, groups);
+    const Error failure = capture_->failure();
+    const Error late(HF_DEADLINE_EXCEEDED,
+                     "the capture of step %llu was cancelled after %llu of %llu blocks: its image "
+                     "is void",
+                     Print(current().step), Print(capture_->blocks_done()),
+                     Print(current().blocks));
+    error = CaptureFailed(failure.ok() ? late : failure);
+  } else if (Error differs = checker_.Check(*captured_registration_, captured_slot_,
+                                            Registration::Memory::kHost, groups, in_host_memory);
              !differs.ok()) {
     capture_->Cancel();
     error = CaptureFailed(differs);
@@ -435,7 +464,8 @@ Error Job::Restore(const hf_restore_options& options, hf_restore_result* result,
   if (!selection.ok()) return selection.error();
   restored_blobs_.reset();
   capture_->PausePopulate();
-  Result<RestoreOutcome> outcome = RestoreBuffers(*link_, selection.value(), deadline);
+  Result<RestoreOutcome> outcome =
+      RestoreBuffers(*link_, selection.value(), {options.streams, options.stream_count}, deadline);
   capture_->ResumePopulate();
   if (!outcome.ok()) return outcome.error();
   RestoreOutcome& restored = outcome.value();
@@ -512,6 +542,11 @@ Error Job::Report(uint64_t step, hf_save_report* report) const {
   report->capture_ns = record->capture_ns;
   report->flush_ns = 0;
   report->commit_ns = 0;
+  const Capture::DeviceCopies device = running ? capture_->device_copies() : record->device;
+  report->device_bytes = device.bytes;
+  report->unpinned_bytes = device.unpinned_bytes;
+  report->gate_ns = device.begun_ns == 0 ? 0 : device.begun_ns - record->begun_ns;
+  report->device_ns = device.ended_ns == 0 ? 0 : device.ended_ns - device.begun_ns;
   if (std::optional<AgentReport> agent = FindReport(link_->page(), step)) {
     // The agent learns of the end of a capture behind us, and we of a commit behind it.
     if (record->state != HF_SAVE_FAILED) report->state = std::max(record->state, agent->state);

@@ -36,8 +36,12 @@ class Job {
   // `reader` reads tensors and must outlive the job; `seed` draws the samples of check_source.
   static Result<std::unique_ptr<Job>> Open(const Settings& settings, SourceReader* reader,
                                            uint64_t seed, Deadline deadline);
-  // Lets an unfinished capture go on for kCloseCaptureNs at most, then it is void.
   ~Job();
+
+  // Lets an unfinished capture go on for kCloseCaptureNs at most, then it is void; ends the
+  // session. False: a thread waits for a device that does not answer; the job, and what it was
+  // given, must then never be destroyed. Once, and nothing else behind it.
+  bool Close();
 
   Error Register(const char* layout_json, std::span<const hf_buffer> buffers,
                  std::span<const hf_blob_slot> blobs, Deadline deadline);
@@ -67,11 +71,13 @@ class Job {
     int64_t call_ns = 0;
     int64_t blocked_ns = 0;
     int64_t capture_ns = 0;
+    int64_t begun_ns = 0;
+    Capture::DeviceCopies device;  // when the capture ended
     Error error;
   };
 
   Job(const Settings& settings, SourceReader* reader, uint64_t seed)
-      : settings_(settings), checker_(settings.check_source, seed, reader) {}
+      : settings_(settings), reader_(reader), checker_(settings.check_source, seed) {}
 
   // The link's snapshot, taken anew if it has changed.
   const Link::Snapshot& Fresh();
@@ -91,7 +97,8 @@ class Job {
   std::optional<Error> Outcome(uint64_t step, bool power) const;
 
   const Settings settings_;
-  SourceChecker checker_;
+  SourceReader* const reader_;
+  SourceChecker checker_;  // of host memory
   Heartbeat heartbeat_;
   UniqueFd doorbell_;
   // The link's thread calls the capture's Populate: destroyed in reverse order.

@@ -117,8 +117,9 @@ Result<std::shared_ptr<const Document>> Document::Make(const char* layout_json,
   for (size_t i = 0; i < buffers.size(); ++i) {
     if (Error error = CheckBuffer(buffers[i], i); !error.ok()) return error;
     document->buffers_.push_back(
-        {buffers[i].name, buffers[i].data, buffers[i].bytes, buffers[i].group});
+        {buffers[i].name, buffers[i].data, buffers[i].bytes, buffers[i].group, kHostPlace});
   }
+  if (Error error = document->FindPlaces(); !error.ok()) return error;
   document->blobs_.reserve(blobs.size());
   for (size_t i = 0; i < blobs.size(); ++i) {
     if (Error error = CheckBlob(blobs[i], i); !error.ok()) return error;
@@ -143,6 +144,24 @@ Result<std::shared_ptr<const Document>> Document::Make(const char* layout_json,
   document->memory_ = std::move(memory.value());
   document->bytes_ = bytes.size();
   return std::shared_ptr<const Document>(std::move(document));
+}
+
+Error Document::FindPlaces() {
+  Result<std::shared_ptr<const DeviceDriver>> driver = DeviceDriver::FindLoaded();
+  if (!driver.ok()) return driver.error();
+  if (driver.value() == nullptr) return Error();
+  auto table = std::make_shared<DeviceTable>(std::move(driver.value()));
+  for (Buffer& buffer : buffers_) {
+    if (buffer.bytes == 0) continue;
+    Result<int32_t> place = table->Enter(buffer.data);
+    if (!place.ok()) {
+      return Error(place.error().code(), "buffer '%s': %s", ShortName(buffer.name).text(),
+                   place.error().text());
+    }
+    buffer.place = place.value();
+  }
+  if (table->count() > 0) devices_ = std::move(table);
+  return Error();
 }
 
 int64_t Document::FindBlob(std::string_view name) const {
@@ -178,6 +197,12 @@ Result<std::shared_ptr<Registration>> Registration::Make(std::shared_ptr<const D
   registration->plan_ = std::move(plan.value());
   if (Error error = registration->CheckShared(reply); !error.ok()) return error;
   if (Error error = registration->CheckPlan(); !error.ok()) return error;
+  const std::shared_ptr<const DeviceTable>& devices = registration->document_->devices();
+  if (devices != nullptr) {
+    registration->pins_ =
+        std::make_unique<DevicePins>(devices, registration->memory_.data(),
+                                     registration->memory_.bytes(), registration->block_bytes_);
+  }
   registration->Prepare();
   return registration;
 }
@@ -281,7 +306,9 @@ void Registration::Prepare() {
     const CaptureOp& op = ops_[i];
     const uint64_t bytes = OpBytes(op);
     if (bytes == 0) continue;
-    GroupOps& of_group = group_ops_[op.group];
+    const bool on_device = document_->buffers()[op.buffer_index].place != kHostPlace;
+    GroupOps& of_group = group_ops_[on_device ? 1 : 0][op.group];
+    if (on_device) device_groups_ |= uint64_t{1} << op.group;
     of_group.ops.push_back(i);
     of_group.bytes_before.push_back(of_group.bytes);
     of_group.bytes += bytes;

@@ -17,12 +17,16 @@
 
 #include "hook/abi/messages.h"
 #include "hook/abi/shared_memory.h"
+#include "hook/device_contexts.h"
+#include "hook/device_pins.h"
 #include "hook/error.h"
 #include "hook/os.h"
 
 namespace holdfast::hook {
 
 inline constexpr uint32_t kGroupCount = 64;
+// Of a buffer: host memory.
+inline constexpr int32_t kHostPlace = -1;
 
 // The trainer's registration, copied. Immutable.
 class Document {
@@ -32,6 +36,7 @@ class Document {
     void* data;
     uint64_t bytes;
     uint32_t group;
+    int32_t place;  // kHostPlace, or the index of a context in devices()
   };
   struct Blob {
     std::string name;
@@ -39,8 +44,9 @@ class Document {
     uint64_t capacity_bytes;
   };
 
-  // Copies and checks what can be checked without the layout: names, groups, pointers. Errors:
-  // HF_INVALID_ARGUMENT, HF_RESOURCE_EXHAUSTED.
+  // Copies and checks what can be checked without the layout: names, groups, pointers. The CUDA
+  // driver, if this process has loaded it, says which buffers lie in device memory. Errors:
+  // HF_INVALID_ARGUMENT, HF_RESOURCE_EXHAUSTED; the driver's, with the buffer's name.
   static Result<std::shared_ptr<const Document>> Make(const char* layout_json,
                                                       std::span<const hf_buffer> buffers,
                                                       std::span<const hf_blob_slot> blobs,
@@ -48,6 +54,8 @@ class Document {
 
   const std::vector<Buffer>& buffers() const { return buffers_; }
   const std::vector<Blob>& blobs() const { return blobs_; }
+  // The contexts in which buffers lie; nullptr: all buffers are in host memory.
+  const std::shared_ptr<const DeviceTable>& devices() const { return devices_; }
   // The index in blobs(), or -1.
   int64_t FindBlob(std::string_view name) const;
 
@@ -56,9 +64,12 @@ class Document {
   uint64_t bytes() const { return bytes_; }
 
  private:
+  Error FindPlaces();
+
   std::vector<Buffer> buffers_;
   std::vector<Blob> blobs_;
   std::vector<uint32_t> blobs_by_name_;  // indices of blobs_, sorted by name
+  std::shared_ptr<const DeviceTable> devices_;
   UniqueFd memory_;
   uint64_t bytes_ = 0;
 };
@@ -97,14 +108,19 @@ class Registration {
   // Bit g: some buffer bytes of group g are captured.
   uint64_t groups() const { return groups_; }
 
-  // Operations of a group and how many bytes lie in front of each within the group, for drawing
-  // bytes at random.
+  // Operations of a group, of buffers in host memory or of those in device memory, and how many
+  // bytes lie in front of each within these, for drawing bytes at random.
   struct GroupOps {
     std::vector<uint32_t> ops;
     std::vector<uint64_t> bytes_before;
     uint64_t bytes = 0;
   };
-  const GroupOps& group_ops(uint32_t group) const { return group_ops_[group]; }
+  enum class Memory { kHost = 0, kDevice = 1 };
+  const GroupOps& group_ops(Memory memory, uint32_t group) const {
+    return group_ops_[static_cast<int>(memory)][group];
+  }
+  // Bit g: bytes of group g are captured from device memory.
+  uint64_t device_groups() const { return device_groups_; }
 
   abi::RegistrationMemory& shared() const { return *shared_; }
   abi::ImageSlot& slot(uint32_t index) const { return shared_->slots[index]; }
@@ -114,6 +130,9 @@ class Registration {
   // The memory of a block of the slot's image. nullptr if the agent's table names a block that is
   // not in the memory.
   std::byte* BlockData(uint32_t slot, uint32_t block) const;
+
+  // Memory that devices copy to; nullptr: all buffers are in host memory.
+  DevicePins* pins() const { return pins_.get(); }
 
   // The pointers of the capture that runs: one per buffer. Written by hf_save while no copier
   // runs; allocated here, so that it need not be there.
@@ -135,6 +154,7 @@ class Registration {
   uint64_t block_done_offset_ = 0;
   uint64_t blob_bytes_offset_ = 0;
   Mapping memory_;
+  std::unique_ptr<DevicePins> pins_;  // of memory_: behind it, so destroyed before it
   Mapping shared_memory_;
   Mapping plan_;
   abi::RegistrationMemory* shared_ = nullptr;
@@ -146,7 +166,8 @@ class Registration {
   std::vector<uint64_t> groups_of_block_;
   uint32_t blocks_of_group_[kGroupCount] = {};
   uint64_t groups_ = 0;
-  GroupOps group_ops_[kGroupCount];
+  uint64_t device_groups_ = 0;
+  GroupOps group_ops_[2][kGroupCount];
   std::vector<const void*> pointers_;
 };
 

@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
+#include "hook/device_uploads.h"
 #include "hook/stream_copy.h"
 
 namespace holdfast::hook {
@@ -22,11 +24,16 @@ unsigned long long Print(uint64_t value) { return value; }
 class RestoreRun {
  public:
   RestoreRun(Link& link, std::shared_ptr<Registration> registration,
-             std::shared_ptr<const Selection> selection, Deadline deadline)
+             std::shared_ptr<const Selection> selection, std::span<void* const> streams,
+             Deadline deadline)
       : link_(link),
         registration_(std::move(registration)),
         selection_(std::move(selection)),
-        deadline_(deadline) {}
+        streams_(streams),
+        deadline_(deadline) {
+    const DeviceTable* const devices = registration_->document().devices().get();
+    if (devices != nullptr) uploads_.emplace(*devices, deadline);
+  }
 
   // HF_ABORTED: the connection was lost; try again.
   Result<RestoreOutcome> Run();
@@ -36,11 +43,14 @@ class RestoreRun {
   Result<abi::RestoreDone> Consume();
   Error Execute(const abi::RestoreEntry& entry);
   Error ExecuteOp(const abi::RestoreOp& op, std::span<const std::byte> piece);
+  Error CopyToHost(const abi::RestoreOp& op, const std::byte* source, std::byte* target);
 
   Link& link_;
   const std::shared_ptr<Registration> registration_;
   const std::shared_ptr<const Selection> selection_;
+  const std::span<void* const> streams_;
   const Deadline deadline_;
+  std::optional<DeviceUploads> uploads_;
   uint64_t epoch_ = 0;
   Mapping operations_memory_;
   std::span<const abi::RestoreOp> operations_;
@@ -85,8 +95,14 @@ Result<RestoreOutcome> RestoreRun::Run() {
   Result<RestoredBlobSet> blobs =
       RestoredBlobSet::Make(std::move(blob_memory.value()), reply.world_size);
   if (!blobs.ok()) return blobs.error();
+  if (uploads_.has_value()) {
+    if (Error error = uploads_->Begin(streams_); !error.ok()) return error;
+  }
   Result<abi::RestoreDone> done = Consume();
   if (!done.ok()) return done.error();
+  if (uploads_.has_value()) {
+    if (Error error = uploads_->Finish(); !error.ok()) return error;
+  }
   if (Error error = ToError(done.value().status); !error.ok()) {
     return error.code() == HF_ABORTED ? Error(HF_INTERNAL, "%s", error.text()) : error;
   }
@@ -172,10 +188,20 @@ Error RestoreRun::ExecuteOp(const abi::RestoreOp& op, std::span<const std::byte>
                  op.buffer_index, Print(op.source_offset), Print(op.buffer_offset));
   }
   if (op.run_bytes == 0) return Error();
-  std::byte* const target = static_cast<std::byte*>(buffers[op.buffer_index].data);
+  const Document::Buffer& buffer = buffers[op.buffer_index];
+  std::byte* const target = static_cast<std::byte*>(buffer.data) + op.buffer_offset;
+  const std::byte* const source = piece.data() + op.source_offset;
+  if (buffer.place == kHostPlace) return CopyToHost(op, source, target);
+  Error error =
+      uploads_->Copy(static_cast<uint32_t>(buffer.place),
+                     {target, op.run_bytes, op.count, op.buffer_stride}, source, op.source_stride);
+  if (error.ok()) return error;
+  return Error(error.code(), "buffer '%s': %s", ShortName(buffer.name).text(), error.text());
+}
+
+Error RestoreRun::CopyToHost(const abi::RestoreOp& op, const std::byte* source, std::byte* target) {
   for (uint64_t run = 0; run < op.count; ++run) {
-    StreamCopy(target + op.buffer_offset + run * op.buffer_stride,
-               piece.data() + op.source_offset + run * op.source_stride, op.run_bytes);
+    StreamCopy(target + run * op.buffer_stride, source + run * op.source_stride, op.run_bytes);
     bytes_since_look_ += op.run_bytes;
     if (bytes_since_look_ < kCopyBytesPerLook) continue;
     bytes_since_look_ = 0;
@@ -250,13 +276,13 @@ Result<std::span<const std::byte>> RestoredBlobSet::Find(std::string_view name, 
 }
 
 Result<RestoreOutcome> RestoreBuffers(Link& link, const std::shared_ptr<const Selection>& selection,
-                                      Deadline deadline) {
+                                      std::span<void* const> streams, Deadline deadline) {
   for (;;) {
     if (Error error = link.WaitConnected(deadline); !error.ok()) return error;
     Result<std::shared_ptr<Registration>> registration = link.registration();
     if (!registration.ok()) return registration.error();
     Result<RestoreOutcome> outcome =
-        RestoreRun(link, std::move(registration.value()), selection, deadline).Run();
+        RestoreRun(link, std::move(registration.value()), selection, streams, deadline).Run();
     if (outcome.ok()) return outcome;
     // Else the agent would hold memory for it, from which the next saves are to come.
     link.CancelRestore();

@@ -55,9 +55,10 @@ struct RestoreOutcome {
 };
 
 // Fills the buffers of the link's registration, or what `selection` (nullptr: everything) chooses
-// of them. Errors: those of hf_restore_partial.
+// of them; those in device memory behind the work of `streams` (hf_restore_options). Errors: those
+// of hf_restore_partial.
 Result<RestoreOutcome> RestoreBuffers(Link& link, const std::shared_ptr<const Selection>& selection,
-                                      Deadline deadline);
+                                      std::span<void* const> streams, Deadline deadline);
 
 }  // namespace holdfast::hook
 

@@ -151,7 +151,7 @@ TEST_F(RestoreTest, WhatIsChosenIsAskedOfTheAgentAndWhatItSaysIsReported) {
   const std::string longest(4096, 'x');
   const std::vector<const char*> tensors = {"layers.*", longest.c_str()};
   const std::vector<const char*> states = {"param"};
-  hf_restore_options options = {sizeof(options), tensors.data(), 2, states.data(), 1};
+  hf_restore_options options = {sizeof(options), tensors.data(), 2, states.data(), 1, nullptr, 0};
   const auto restore = [&] {
     return job_->Restore(options, &result_, Deadline::After(kPatienceNs));
   };
@@ -173,17 +173,18 @@ TEST_F(RestoreTest, WhatIsChosenIsAskedOfTheAgentAndWhatItSaysIsReported) {
   const int before = agent_.messages(abi::MessageType::kRestore);
   const std::string too_long(4097, 'x');
   const std::vector<const char*> many(1001, "a");
-  const hf_restore_options wrong[] = {{sizeof(options), nullptr, 1, nullptr, 0},
-                                      {sizeof(options), nullptr, 0, nullptr, 1},
-                                      {sizeof(options), many.data(), 1001, nullptr, 0},
-                                      {sizeof(options), many.data(), 500, many.data(), 501},
-                                      {sizeof(options), many.data(), 1, nullptr, SIZE_MAX}};
+  const hf_restore_options wrong[] = {
+      {sizeof(options), nullptr, 1, nullptr, 0, nullptr, 0},
+      {sizeof(options), nullptr, 0, nullptr, 1, nullptr, 0},
+      {sizeof(options), many.data(), 1001, nullptr, 0, nullptr, 0},
+      {sizeof(options), many.data(), 500, many.data(), 501, nullptr, 0},
+      {sizeof(options), many.data(), 1, nullptr, SIZE_MAX, nullptr, 0}};
   for (const hf_restore_options& each : wrong) {
     options = each;
     EXPECT_EQ(restore().code(), HF_INVALID_ARGUMENT);
   }
   for (const char* text : {static_cast<const char*>(nullptr), "", too_long.c_str()}) {
-    options = {sizeof(options), &text, 1, nullptr, 0};
+    options = {sizeof(options), &text, 1, nullptr, 0, nullptr, 0};
     EXPECT_EQ(restore().code(), HF_INVALID_ARGUMENT);
   }
   EXPECT_EQ(agent_.messages(abi::MessageType::kRestore), before);

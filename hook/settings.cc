@@ -140,6 +140,9 @@ Error ReadNumbers(const hf_open_options& options, Settings* settings) {
       Choose({"capture_head_start_ms", -1, -1, "HOLDFAST_CAPTURE_HEAD_START_MS",
               kCaptureHeadStartNs / kNsPerMs, 0, 60'000});
   if (!head_start_ms.ok()) return head_start_ms.error();
+  Result<int64_t> device_mib = Choose(
+      {"device_copy_mib_per_second", -1, -1, "HOLDFAST_DEVICE_COPY_MIB_PER_SECOND", 0, 0, 1 << 30});
+  if (!device_mib.ok()) return device_mib.error();
   Result<int64_t> private_agent =
       Choose({"private_agent", options.private_agent, -1, "HOLDFAST_PRIVATE", 1, 0, 1});
   if (!private_agent.ok()) return private_agent.error();
@@ -148,6 +151,7 @@ Error ReadNumbers(const hf_open_options& options, Settings* settings) {
   settings->local_rank = static_cast<uint32_t>(local_rank.value());
   settings->copy_threads = static_cast<uint32_t>(threads.value());
   settings->capture_head_start_ns = head_start_ms.value() * kNsPerMs;
+  settings->device_bytes_per_second_max = static_cast<uint64_t>(device_mib.value()) << 20;
   settings->private_agent = private_agent.value() != 0;
   settings->deadline_ns = options.deadline_ns == 0 ? kOpenDeadlineNs : options.deadline_ns;
   return Error();

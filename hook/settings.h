@@ -33,6 +33,8 @@ struct Settings {
   abi::Copies copies = abi::Copies::kOnce;
   uint32_t copy_threads = 1;
   int64_t capture_head_start_ns = kCaptureHeadStartNs;
+  // HOLDFAST_DEVICE_COPY_MIB_PER_SECOND; 0: no limit.
+  uint64_t device_bytes_per_second_max = 0;
   int64_t deadline_ns = 0;
 };
 

@@ -25,6 +25,7 @@ constexpr const char* kVariables[] = {"HOLDFAST_JOB",
                                       "HOLDFAST_COPY_THREADS",
                                       "HOLDFAST_COPIES",
                                       "HOLDFAST_CAPTURE_HEAD_START_MS",
+                                      "HOLDFAST_DEVICE_COPY_MIB_PER_SECOND",
                                       "HOLDFAST_RUNTIME_DIR",
                                       "XDG_RUNTIME_DIR",
                                       "HOLDFASTD"};
@@ -90,12 +91,14 @@ TEST_F(SettingsTest, VariablesFillWhatOptionsLeaveOpen) {
   setenv("HOLDFAST_CHECK_SOURCE", "all", 1);
   setenv("HOLDFAST_COPY_THREADS", "4", 1);
   setenv("HOLDFAST_CAPTURE_HEAD_START_MS", "0", 1);
+  setenv("HOLDFAST_DEVICE_COPY_MIB_PER_SECOND", "3", 1);
   setenv("XDG_RUNTIME_DIR", "/run/user/1", 1);
   setenv("TORCHELASTIC_RUN_ID", "run", 1);
   setenv("TORCHELASTIC_RESTART_COUNT", "2", 1);
   hf_open_options options = HF_OPEN_OPTIONS_INIT;
   Settings settings = Read(options);
   EXPECT_EQ(settings.job, "from-env");
+  EXPECT_EQ(settings.device_bytes_per_second_max, uint64_t{3} << 20);
   EXPECT_EQ(settings.rank, 3u);
   EXPECT_EQ(settings.world_size, 8u);
   EXPECT_EQ(settings.local_rank, 2u);

@@ -1,0 +1,248 @@
+// Devices that fail, stop, or are lost during a capture: the save fails with device, tensor and the
+// driver's error, older images stay, and blocks that a device may still write are not given back.
+#include <gtest/gtest.h>
+
+#include <random>
+#include <string>
+#include <vector>
+
+#include "hook/device_pins.h"
+#include "hook/device_testing.h"
+#include "hook/test_agent.h"
+#include "hook/test_job.h"
+
+namespace holdfast::hook {
+namespace {
+
+using abi::SlotState;
+
+class DeviceFailureTest : public ::testing::Test {
+ protected:
+  static constexpr uint64_t kBytes = 100'000;
+
+  void SetUp() override {
+    std::string why;
+    devices_ = TestDevices::Open(&why);
+    if (devices_ == nullptr) GTEST_SKIP() << why;
+    fake_ = devices_->fake();
+    if (fake_ == nullptr) GTEST_SKIP() << "a real device does not fail when it is told to";
+    fake_->Reset(1);
+    Settings settings = TestSettings(agent_);
+    Result<std::unique_ptr<Job>> job = OpenTestJob(settings, &host_);
+    ASSERT_TRUE(job.ok()) << job.error().text();
+    job_ = std::move(job.value());
+    std::mt19937 random(3);
+    for (int i = 0; i < 2; ++i) {
+      buffers_.Add("b" + std::to_string(i), kBytes, 0, random);
+      plan_.ops.push_back(
+          {static_cast<uint64_t>(i) * kBytes, 0, kBytes, 1, kBytes, static_cast<uint32_t>(i), 0});
+    }
+    plan_.block_count = static_cast<uint32_t>(2 * kBytes / plan_.block_bytes + 1);
+    placed_ = std::make_unique<PlacedBuffers>(*devices_, buffers_, [](size_t) { return 0; });
+    agent_.SetPlan([this](const TestDocument&) { return plan_; });
+  }
+  void TearDown() override {
+    job_.reset();
+    if (fake_ == nullptr) return;
+    fake_->Reset(1);
+    placed_.reset();
+  }
+  Error Register() {
+    return job_->Register("{}", placed_->list(), {}, Deadline::After(kPatienceNs));
+  }
+  Error Save(uint64_t step) { return job_->Save(step, NoOptions()); }
+  Error Wait(int64_t patience_ns = kPatienceNs) {
+    return job_->WaitCaptured(HF_ALL_GROUPS, Deadline::After(patience_ns));
+  }
+  SlotState State(uint32_t slot) { return agent_.shared().slots[slot].state.load(); }
+  void ExpectNames(const Error& error, const std::vector<std::string>& parts) {
+    for (const std::string& part : parts) {
+      EXPECT_NE(std::string(error.text()).find(part), std::string::npos)
+          << part << " in: " << error.text();
+    }
+  }
+
+  TestDevices* devices_ = nullptr;
+  FakeCuda* fake_ = nullptr;
+  TestAgent agent_;
+  HostSourceReader host_;
+  TestBuffers buffers_;
+  TestPlan plan_;
+  std::unique_ptr<PlacedBuffers> placed_;
+  std::unique_ptr<Job> job_;
+};
+
+TEST_F(DeviceFailureTest, ALostContextFailsTheSaveAndItsBlocksStay) {
+  ASSERT_TRUE(Register().ok());
+  ASSERT_TRUE(Save(1).ok());
+  ASSERT_TRUE(Wait().ok());
+  const std::vector<std::byte> older = agent_.Image(0);
+  fake_->FailCopy(7, 214);
+  ASSERT_TRUE(Save(2).ok());
+  const Error lost = Wait();
+  EXPECT_EQ(lost.code(), HF_INTERNAL);
+  ExpectNames(lost, {"buffer 'b", "device 0 (fake)", "CUDA_ERROR_ECC_UNCORRECTABLE (214)"});
+  // Void, and never recycled while the process lives.
+  EXPECT_EQ(State(1), SlotState::kAbandoned);
+  EXPECT_STREQ(agent_.shared().slots[1].void_text, lost.text());
+  EXPECT_EQ(State(0), SlotState::kCaptured);
+  EXPECT_EQ(FirstDifference(agent_.Image(0), older), -1);
+  // Training goes on: everything says so at once, and nothing hangs.
+  agent_.Grant(0);
+  const Error next = Save(3);
+  EXPECT_EQ(next.code(), HF_INTERNAL) << next.text();
+  ExpectNames(next, {"device 0 (fake)", "CUDA_ERROR_ECC_UNCORRECTABLE (214)"});
+  EXPECT_EQ(State(0), SlotState::kGranted);
+  EXPECT_TRUE(Wait().ok());
+  hf_save_report report = {};
+  ASSERT_TRUE(job_->Report(2, &report).ok());
+  EXPECT_EQ(report.state, HF_SAVE_FAILED);
+  EXPECT_STREQ(report.error.text, lost.text());
+}
+
+TEST_F(DeviceFailureTest, ACopyThatIsRefusedFailsThatSaveOnly) {
+  ASSERT_TRUE(Register().ok());
+  int void_count = 0;
+  for (int skipped = 0; skipped < 20; skipped += 3) {
+    fake_->Reset(static_cast<uint32_t>(skipped));
+    fake_->Fail("cuMemcpyDtoHAsync_v2", skipped, 1, false);
+    const uint64_t step = 10 + static_cast<uint64_t>(skipped) * 2;
+    ASSERT_TRUE(Save(step).ok());
+    const Error refused = Wait();
+    EXPECT_EQ(refused.code(), HF_INTERNAL);
+    ExpectNames(refused, {"'b", "device 0 (fake): cuMemcpyDtoHAsync", "CUDA_ERROR_INVALID_VALUE"});
+    EXPECT_EQ(State(0), SlotState::kVoid);
+    ++void_count;
+    agent_.Grant(0);
+    ASSERT_TRUE(Save(step + 1).ok());
+    ASSERT_TRUE(Wait().ok());
+    EXPECT_EQ(FirstDifference(agent_.Image(0), OracleImage(plan_, buffers_)), -1);
+    agent_.Grant(0);
+  }
+  EXPECT_GT(void_count, 3);
+}
+
+TEST_F(DeviceFailureTest, EveryCallThatFailsFailsTheSaveByName) {
+  ASSERT_TRUE(Register().ok());
+  uint64_t step = 0;
+  struct Case {
+    const char* call;
+    int skipped;
+    hf_code code;
+  };
+  for (const Case& failing : std::vector<Case>{{"cuEventQuery", 0, HF_INTERNAL},
+                                               {"cuEventQuery", 3, HF_INTERNAL},
+                                               {"cuEventRecord", 1, HF_INTERNAL},
+                                               {"cuEventRecord", 5, HF_INTERNAL},
+                                               {"cuEventCreate", 0, HF_INTERNAL},
+                                               {"cuCtxPushCurrent_v2", 9, HF_INTERNAL}}) {
+    SCOPED_TRACE(failing.call);
+    ASSERT_TRUE(Register().ok());
+    fake_->Reset(static_cast<uint32_t>(step));
+    fake_->Fail(failing.call, failing.skipped, 700, true);
+    ASSERT_TRUE(Save(++step).ok());
+    const Error failed = Wait();
+    EXPECT_EQ(failed.code(), failing.code) << failed.text();
+    ExpectNames(failed, {"device 0 (fake)", "(700)"});
+    EXPECT_TRUE(State(0) == SlotState::kVoid || State(0) == SlotState::kAbandoned);
+    fake_->Reset(1);
+  }
+}
+
+TEST_F(DeviceFailureTest, ADeviceThatCannotBeSetUpRefusesTheRegistrationByName) {
+  for (const char* call : {"cuDevicePrimaryCtxRetain", "cuStreamCreateWithPriority",
+                           "cuEventCreate", "cuPointerGetAttributes", "cuDeviceGet"}) {
+    const FakeCuda::Live before = fake_->live();
+    fake_->Fail(call, 0, 2, false);
+    const Error refused = Register();
+    EXPECT_EQ(refused.code(), HF_RESOURCE_EXHAUSTED) << refused.text();
+    ExpectNames(refused, {"buffer 'b0'", "CUDA_ERROR_OUT_OF_MEMORY (2)"});
+    EXPECT_EQ(Save(1).code(), HF_FAILED_PRECONDITION);
+    EXPECT_EQ(fake_->live(), before);
+  }
+}
+
+TEST_F(DeviceFailureTest, ADeviceThatStopsIsWaitedForShortlyAndItsBlocksUntilItGoesOn) {
+  ASSERT_TRUE(Register().ok());
+  fake_->SetCopyRate(uint64_t{1} << 20);
+  const uint64_t executed = fake_->copies_executed();
+  ASSERT_TRUE(Save(1).ok());
+  ASSERT_TRUE(agent_.Await([&] { return fake_->copies_executed() > executed; }));
+  fake_->Stall(true);
+  const int64_t before_ns = MonotonicNs();
+  EXPECT_EQ(Wait(0).code(), HF_DEADLINE_EXCEEDED);
+  EXPECT_LT(MonotonicNs() - before_ns, 10 * kDrainNs);
+  EXPECT_EQ(State(0), SlotState::kAbandoned);
+  // Its copies are in flight: no other capture may begin, and training goes on.
+  const Error next = Save(2);
+  EXPECT_EQ(next.code(), HF_UNAVAILABLE) << next.text();
+  EXPECT_EQ(State(1), SlotState::kGranted);
+  fake_->SetCopyRate(0);
+  fake_->Stall(false);
+  EXPECT_TRUE(agent_.AwaitSlot(0, SlotState::kVoid));
+  // Their end is seen a moment later here.
+  Error saved = Save(2);
+  while (saved.code() == HF_UNAVAILABLE) saved = Save(2);
+  ASSERT_TRUE(saved.ok()) << saved.text();
+  ASSERT_TRUE(Wait().ok());
+  EXPECT_EQ(FirstDifference(agent_.Image(1), OracleImage(plan_, buffers_)), -1);
+}
+
+TEST_F(DeviceFailureTest, AStreamThatHangsHoldsNothing) {
+  ASSERT_TRUE(Register().ok());
+  devices_->Hold(0, nullptr);
+  const uint64_t before = fake_->copies_executed();
+  for (uint64_t step = 1; step <= 3; ++step) {
+    ASSERT_TRUE(Save(step).ok());
+    EXPECT_EQ(Wait(kNsPerMs).code(), HF_DEADLINE_EXCEEDED);
+    EXPECT_EQ(State(0), SlotState::kVoid);
+    agent_.Grant(0);
+  }
+  EXPECT_EQ(fake_->copies_executed(), before);
+  devices_->Release();
+  ASSERT_TRUE(Save(4).ok());
+  ASSERT_TRUE(Wait().ok());
+  EXPECT_EQ(FirstDifference(agent_.Image(0), OracleImage(plan_, buffers_)), -1);
+}
+
+TEST_F(DeviceFailureTest, AJobCanBeClosedWhenItsDeviceHasStopped) {
+  ASSERT_TRUE(Register().ok());
+  fake_->SetCopyRate(uint64_t{1} << 20);
+  const uint64_t executed = fake_->copies_executed();
+  ASSERT_TRUE(Save(1).ok());
+  ASSERT_TRUE(agent_.Await([&] { return fake_->copies_executed() > executed; }));
+  fake_->Stall(true);
+  EXPECT_EQ(Wait(0).code(), HF_DEADLINE_EXCEEDED);
+  EXPECT_FALSE(job_->Close());
+  EXPECT_EQ(State(0), SlotState::kAbandoned);
+  fake_->SetCopyRate(0);
+  fake_->Stall(false);
+  job_.reset();
+  EXPECT_EQ(State(0), SlotState::kVoid);
+}
+
+TEST_F(DeviceFailureTest, ChunksAreRegisteredOnceAndWhatIsRefusedStaysSo) {
+  auto driver = DeviceDriver::FindLoaded();
+  ASSERT_TRUE(driver.ok() && driver.value() != nullptr);
+  auto table = std::make_shared<DeviceTable>(driver.value());
+  ASSERT_EQ(table->Enter(placed_->data(0)).value(), 0);
+  const FakeCuda::Live before = fake_->live();
+  std::vector<std::byte> memory(100'000);
+  {
+    // Chunks of 3 blocks; the last one is shorter.
+    DevicePins pins(table, memory.data(), memory.size(), 1000, 3500);
+    fake_->Fail("cuMemHostRegister_v2", 1, 2, false);
+    EXPECT_TRUE(pins.Pin(memory.data()));
+    EXPECT_TRUE(pins.Pin(memory.data() + 2000));
+    EXPECT_EQ(fake_->live().registered - before.registered, 1);
+    EXPECT_FALSE(pins.Pin(memory.data() + 3000));
+    EXPECT_FALSE(pins.Pin(memory.data() + 5000));
+    EXPECT_EQ(pins.refused_count(), 1u);
+    for (uint64_t block = 0; block < 100; ++block) pins.Pin(memory.data() + block * 1000);
+    EXPECT_EQ(fake_->live().registered - before.registered, 33);
+  }
+  EXPECT_EQ(fake_->live(), before);
+}
+
+}  // namespace
+}  // namespace holdfast::hook

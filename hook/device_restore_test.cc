@@ -1,0 +1,225 @@
+// Restore to device memory: what the agent delivers reaches it, behind whatever the caller's stream
+// was still doing to it.
+#include <gtest/gtest.h>
+
+#include <random>
+#include <string>
+#include <vector>
+
+#include "hook/device_testing.h"
+#include "hook/device_uploads.h"
+#include "hook/test_agent.h"
+#include "hook/test_job.h"
+
+namespace holdfast::hook {
+namespace {
+
+class DeviceRestoreTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    std::string why;
+    devices_ = TestDevices::Open(&why);
+    if (devices_ == nullptr) GTEST_SKIP() << why;
+    seed_ = std::random_device()();
+    random_.seed(seed_);
+    if (devices_->fake() != nullptr) devices_->fake()->Reset(seed_);
+    stream_ = devices_->MakeStream(0);
+    Result<std::unique_ptr<Job>> job = OpenTestJob(TestSettings(agent_), &reader_);
+    ASSERT_TRUE(job.ok()) << job.error().text();
+    job_ = std::move(job.value());
+  }
+  void TearDown() override {
+    job_.reset();
+    if (stream_ != nullptr) devices_->DestroyStream(0, stream_);
+  }
+  void Register(const PlacedBuffers& buffers, uint32_t block_count = 64) {
+    TestPlan plan;
+    plan.block_count = block_count;
+    agent_.SetPlan([plan](const TestDocument&) { return plan; });
+    const Error error = job_->Register("{}", buffers.list(), {}, Deadline::After(kPatienceNs));
+    ASSERT_TRUE(error.ok()) << error.text();
+    // A stream of a device on which nothing lies would be refused.
+    streams_.clear();
+    for (size_t i = 0; i < buffers.list().size(); ++i) {
+      if (buffers.place(i) == 0) streams_ = {stream_};
+    }
+  }
+  Error Restore(int64_t patience_ns = kPatienceNs) {
+    hf_restore_options options = {};
+    options.struct_bytes = sizeof(options);
+    options.streams = streams_.data();
+    options.stream_count = streams_.size();
+    return job_->Restore(options, &result_, Deadline::After(patience_ns));
+  }
+
+  TestDevices* devices_ = nullptr;
+  uint32_t seed_ = 0;
+  std::mt19937 random_;
+  CuStream stream_ = nullptr;
+  std::vector<void*> streams_;
+  TestAgent agent_;
+  HostSourceReader reader_;
+  std::unique_ptr<Job> job_;
+  hf_restore_result result_ = {};
+};
+
+// A random strided operation from a piece of `source_bytes` to one of the buffers.
+abi::RestoreOp RandomOp(std::mt19937& random, const TestBuffers& buffers, uint64_t source_bytes) {
+  abi::RestoreOp op = {};
+  op.buffer_index = static_cast<uint32_t>(random() % buffers.count());
+  const uint64_t target_bytes = buffers.data(op.buffer_index).size();
+  const uint64_t smaller = std::min(source_bytes, target_bytes);
+  if (smaller == 0) return op;
+  op.count = 1 + random() % std::min<uint64_t>(smaller, 20);
+  op.run_bytes = 1 + random() % (smaller / op.count);
+  op.source_stride = op.run_bytes + random() % (source_bytes / op.count - op.run_bytes + 1);
+  op.buffer_stride = op.run_bytes + random() % (target_bytes / op.count - op.run_bytes + 1);
+  op.source_offset =
+      random() % (source_bytes - op.source_stride * (op.count - 1) - op.run_bytes + 1);
+  op.buffer_offset =
+      random() % (target_bytes - op.buffer_stride * (op.count - 1) - op.run_bytes + 1);
+  return op;
+}
+
+std::vector<std::byte> RandomBytes(std::mt19937& random, uint64_t count) {
+  std::vector<std::byte> bytes(count);
+  for (std::byte& byte : bytes) byte = static_cast<std::byte>(random());
+  return bytes;
+}
+
+void Apply(const TestRestore& script, TestBuffers* buffers) {
+  for (const TestRestore::Piece& piece : script.pieces) {
+    for (const abi::RestoreOp& op : piece.ops) {
+      for (uint64_t run = 0; run < op.count; ++run) {
+        for (uint64_t i = 0; i < op.run_bytes; ++i) {
+          buffers->data(op.buffer_index)[op.buffer_offset + run * op.buffer_stride + i] =
+              piece.bytes[op.source_offset + run * op.source_stride + i];
+        }
+      }
+    }
+  }
+}
+
+TEST_F(DeviceRestoreTest, RandomDeliveriesEqualTheOracleAlsoWhenTheWorkerDiesInBetween) {
+  SCOPED_TRACE("seed " + std::to_string(seed_));
+  for (int round = 0; round < 25; ++round) {
+    SCOPED_TRACE("round " + std::to_string(round));
+    TestBuffers buffers = RandomBuffers(random_, 1 + random_() % 8, 3000);
+    const PlacedBuffers placed(*devices_, buffers, [&](size_t) {
+      return static_cast<int>(random_() % static_cast<uint32_t>(devices_->count() + 1)) - 1;
+    });
+    Register(placed);
+    TestRestore script;
+    uint64_t ends[2] = {0, 0};
+    for (size_t i = random_() % 100; i > 0; --i) {
+      TestRestore::Piece piece;
+      piece.map_id = static_cast<uint32_t>(random_() % 2);
+      piece.bytes = RandomBytes(random_, random_() % 1500);
+      piece.offset = ends[piece.map_id];
+      ends[piece.map_id] += piece.bytes.size();
+      for (size_t op = random_() % 4; op > 0; --op) {
+        piece.ops.push_back(RandomOp(random_, buffers, piece.bytes.size()));
+      }
+      script.pieces.push_back(std::move(piece));
+    }
+    script.map_bytes = {ends[1] + 1};
+    if (round % 3 == 0 && !script.pieces.empty()) {
+      script.die_after = 1 + random_() % script.pieces.size();
+    }
+    agent_.SetRestore(script);
+    const Error restored = Restore();
+    ASSERT_TRUE(restored.ok()) << restored.text();
+    // Host buffers were filled in place.
+    TestBuffers expected = buffers;
+    Apply(script, &expected);
+    for (size_t i = 0; i < buffers.count(); ++i) {
+      ASSERT_EQ(FirstDifference(placed.Found(i), expected.data(i)), -1) << "buffer " << i;
+    }
+  }
+}
+
+// More than the ring holds, in one operation, with runs longer than a piece and shorter ones.
+TEST_F(DeviceRestoreTest, WhatIsLargerThanTheRingArrivesWhole) {
+  TestBuffers buffers;
+  constexpr uint64_t kBytes = kUploadPieceBytes * (kUploadPieces + 3) + 12345;
+  buffers.Add("large", kBytes, 0, random_);
+  buffers.Add("small", 300'000, 0, random_);
+  const PlacedBuffers placed(*devices_, buffers, [](size_t) { return 0; });
+  Register(placed, 20'000);
+  TestRestore script;
+  TestRestore::Piece piece;
+  piece.bytes = RandomBytes(random_, kBytes);
+  piece.ops.push_back({0, 0, kBytes, 1, kBytes, kBytes, 0, 0});
+  piece.ops.push_back({100, 7, 3, 100'000 - 3, 11, 3, 1, 0});
+  piece.map_id = 1;
+  script.map_bytes = {kBytes};
+  script.pieces.push_back(piece);
+  agent_.SetRestore(script);
+  const Error restored = Restore();
+  ASSERT_TRUE(restored.ok()) << restored.text();
+  TestBuffers expected = buffers;
+  Apply(script, &expected);
+  for (size_t i = 0; i < 2; ++i) {
+    EXPECT_EQ(FirstDifference(placed.Found(i), expected.data(i)), -1) << i;
+  }
+}
+
+TEST_F(DeviceRestoreTest, WhatTheCallersStreamDoesToATensorIsOverwritten) {
+  TestBuffers buffers;
+  buffers.Add("b", 1000, 0, random_);
+  const PlacedBuffers placed(*devices_, buffers, [](size_t) { return 0; });
+  Register(placed);
+  TestRestore script;
+  TestRestore::Piece piece;
+  piece.bytes = RandomBytes(random_, 1000);
+  piece.ops.push_back({0, 0, 1000, 1, 0, 0, 0, 0});
+  script.pieces.push_back(piece);
+  agent_.SetRestore(script);
+  // The tensor is still being initialised.
+  devices_->Hold(0, stream_);
+  devices_->Set(0, stream_, placed.data(0), std::byte{0}, 1000);
+  EXPECT_EQ(Restore(50 * kNsPerMs).code(), HF_DEADLINE_EXCEEDED);
+  devices_->Release();
+  agent_.SetRestore(script);
+  const Error restored = Restore();
+  ASSERT_TRUE(restored.ok()) << restored.text();
+  devices_->Synchronize(0, stream_);
+  EXPECT_EQ(FirstDifference(placed.Found(0), piece.bytes), -1);
+}
+
+TEST_F(DeviceRestoreTest, AFailureOfTheDeviceIsAnErrorByName) {
+  FakeCuda* const fake = devices_->fake();
+  if (fake == nullptr) GTEST_SKIP() << "a real device does not fail when it is told to";
+  TestBuffers buffers;
+  buffers.Add("weights", 1000, 0, random_);
+  auto placed = std::make_unique<PlacedBuffers>(*devices_, buffers, [](size_t) { return 0; });
+  Register(*placed);
+  TestRestore script;
+  TestRestore::Piece piece;
+  piece.bytes = RandomBytes(random_, 1000);
+  piece.ops.push_back({0, 0, 1000, 1, 0, 0, 0, 0});
+  script.pieces.push_back(piece);
+  for (const char* call : {"cuMemcpyHtoDAsync_v2", "cuEventQuery", "cuEventRecord"}) {
+    SCOPED_TRACE(call);
+    fake->Fail(call, 0, 214, true);
+    agent_.SetRestore(script);
+    const Error failed = Restore();
+    EXPECT_EQ(failed.code(), HF_INTERNAL);
+    EXPECT_NE(std::string(failed.text()).find("device 0 (fake)"), std::string::npos)
+        << failed.text();
+    fake->Reset(1);
+  }
+  // Without pinned memory the way is another one.
+  fake->Fail("cuMemAllocHost_v2", 0, 2, true);
+  agent_.SetRestore(script);
+  const Error restored = Restore();
+  ASSERT_TRUE(restored.ok()) << restored.text();
+  EXPECT_EQ(FirstDifference(placed->Found(0), piece.bytes), -1);
+  fake->Reset(1);
+  const FakeCuda::Live live = fake->live();
+  job_.reset();
+  EXPECT_EQ(live.host_allocations, fake->live().host_allocations);
+}
+
+}  // namespace
+}  // namespace holdfast::hook

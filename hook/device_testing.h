@@ -1,0 +1,262 @@
+// A device for tests: whatever libcuda.so.1 the loader finds, the fake one or a real one, and
+// tensors in its memory. The test process loads the driver, as a training process would.
+#ifndef HOLDFAST_HOOK_DEVICE_TESTING_H_
+#define HOLDFAST_HOOK_DEVICE_TESTING_H_
+
+#include <dlfcn.h>
+#include <gtest/gtest.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "hook/device_driver.h"
+#include "hook/test_job.h"
+#include "tests/support/fake_cuda/fake_cuda.h"
+
+namespace holdfast::hook {
+
+// Threads: the test's one.
+class TestDevices {
+ public:
+  // nullptr, with the reason in *why: there is no driver, or no device.
+  static TestDevices* Open(std::string* why) {
+    static std::string failure;
+    static TestDevices* const devices = Load(&failure);
+    *why = failure;
+    return devices;
+  }
+
+  FakeCuda* fake() const { return fake_; }  // nullptr: a real driver
+  int count() const { return static_cast<int>(contexts_.size()); }
+  CuContext context(int device) const { return contexts_[device]; }
+
+  // Memory of a device; freed by Free. kPool: of no context in particular.
+  enum class Kind { kPlain, kPool, kManaged };
+  void* Allocate(int device, uint64_t bytes, Kind kind = Kind::kPlain) {
+    const Current current(*this, device);
+    CuDevicePointer pointer = 0;
+    if (kind == Kind::kPlain) Check(mem_alloc_(&pointer, bytes), "cuMemAlloc");
+    if (kind == Kind::kManaged) Check(mem_alloc_managed_(&pointer, bytes, 1), "cuMemAllocManaged");
+    if (kind == Kind::kPool) {
+      Check(mem_alloc_async_(&pointer, bytes, nullptr), "cuMemAllocAsync");
+      Check(stream_synchronize_(nullptr), "cuStreamSynchronize");
+    }
+    return reinterpret_cast<void*>(pointer);
+  }
+  void Free(int device, void* pointer) {
+    const Current current(*this, device);
+    Check(mem_free_(reinterpret_cast<CuDevicePointer>(pointer)), "cuMemFree");
+  }
+  void Write(int device, void* pointer, const void* data, uint64_t bytes) {
+    if (bytes == 0) return;
+    const Current current(*this, device);
+    Check(memcpy_htod_(reinterpret_cast<CuDevicePointer>(pointer), data, bytes), "cuMemcpyHtoD");
+    // It may return when the bytes are on their way.
+    Check(stream_synchronize_(nullptr), "cuStreamSynchronize");
+  }
+  std::vector<std::byte> Read(int device, const void* pointer, uint64_t bytes) {
+    std::vector<std::byte> data(bytes);
+    const Current current(*this, device);
+    if (bytes > 0) {
+      Check(memcpy_dtoh_(data.data(), reinterpret_cast<CuDevicePointer>(pointer), bytes),
+            "cuMemcpyDtoH");
+    }
+    return data;
+  }
+
+  CuStream MakeStream(int device) {
+    const Current current(*this, device);
+    CuStream stream = nullptr;
+    Check(stream_create_(&stream, kCuStreamNonBlocking, 0), "cuStreamCreateWithPriority");
+    return stream;
+  }
+  void DestroyStream(int device, CuStream stream) {
+    const Current current(*this, device);
+    Check(stream_destroy_(stream), "cuStreamDestroy");
+  }
+  void Synchronize(int device, CuStream stream) {
+    const Current current(*this, device);
+    Check(stream_synchronize_(stream), "cuStreamSynchronize");
+  }
+  // Work on the stream: fills memory.
+  void Set(int device, CuStream stream, void* pointer, std::byte value, uint64_t bytes) {
+    const Current current(*this, device);
+    Check(memset_async_(reinterpret_cast<CuDevicePointer>(pointer),
+                        static_cast<unsigned char>(value), bytes, stream),
+          "cuMemsetD8Async");
+  }
+  // The stream goes no further until Release.
+  void Hold(int device, CuStream stream) {
+    const Current current(*this, device);
+    __atomic_store_n(gate_, 0, __ATOMIC_RELEASE);
+    Check(wait_value_(stream, reinterpret_cast<CuDevicePointer>(gate_), 1, 0), "cuStreamWaitValue");
+  }
+  void Release() { __atomic_store_n(gate_, 1, __ATOMIC_RELEASE); }
+
+  void BeginGraph(int device, CuStream stream) {
+    const Current current(*this, device);
+    Check(begin_capture_(stream, CuCaptureMode::kGlobal), "cuStreamBeginCapture");
+  }
+  // False: the capture was broken.
+  bool EndGraph(int device, CuStream stream) {
+    const Current current(*this, device);
+    void* graph = nullptr;
+    return end_capture_(stream, &graph) == CuResult::kSuccess;
+  }
+
+ private:
+  // The device's context is current for the calling thread.
+  class Current {
+   public:
+    Current(TestDevices& devices, int device) : devices_(devices) {
+      devices.Check(devices.push_(devices.contexts_[device]), "cuCtxPushCurrent");
+    }
+    ~Current() {
+      CuContext popped = nullptr;
+      devices_.pop_(&popped);
+    }
+
+   private:
+    TestDevices& devices_;
+  };
+
+  static TestDevices* Load(std::string* why) {
+    void* const library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_GLOBAL);
+    if (library == nullptr) {
+      *why = std::string("no CUDA driver: ") + dlerror();
+      return nullptr;
+    }
+    // For the rest of the process, as a driver is.
+    static TestDevices devices;
+    const auto find = [library](auto& member, const char* symbol) {
+      member = reinterpret_cast<std::remove_reference_t<decltype(member)>>(dlsym(library, symbol));
+      return member != nullptr;
+    };
+    CuResult (*init)(unsigned) = nullptr;
+    CuResult (*get_count)(int*) = nullptr;
+    CuResult (*retain)(CuContext*, int) = nullptr;
+    CuResult (*alloc_host)(void**, size_t) = nullptr;
+    FakeCuda* (*fake)() = nullptr;
+    if (!find(init, "cuInit") || !find(get_count, "cuDeviceGetCount") ||
+        !find(retain, "cuDevicePrimaryCtxRetain") || !find(alloc_host, "cuMemAllocHost_v2") ||
+        !find(devices.push_, "cuCtxPushCurrent_v2") || !find(devices.pop_, "cuCtxPopCurrent_v2") ||
+        !find(devices.mem_alloc_, "cuMemAlloc_v2") ||
+        !find(devices.mem_alloc_async_, "cuMemAllocAsync") ||
+        !find(devices.mem_alloc_managed_, "cuMemAllocManaged") ||
+        !find(devices.mem_free_, "cuMemFree_v2") ||
+        !find(devices.memcpy_htod_, "cuMemcpyHtoD_v2") ||
+        !find(devices.memcpy_dtoh_, "cuMemcpyDtoH_v2") ||
+        !find(devices.memset_async_, "cuMemsetD8Async") ||
+        !find(devices.stream_create_, "cuStreamCreateWithPriority") ||
+        !find(devices.stream_destroy_, "cuStreamDestroy_v2") ||
+        !find(devices.stream_synchronize_, "cuStreamSynchronize") ||
+        !find(devices.wait_value_, "cuStreamWaitValue32_v2") ||
+        !find(devices.begin_capture_, "cuStreamBeginCapture_v2") ||
+        !find(devices.end_capture_, "cuStreamEndCapture")) {
+      *why = std::string("the CUDA driver is too old: ") + dlerror();
+      return nullptr;
+    }
+    find(fake, "fake_cuda");
+    int count = 0;
+    const CuResult initialized = init(0);
+    if (initialized != CuResult::kSuccess || get_count(&count) != CuResult::kSuccess ||
+        count == 0) {
+      *why = "no CUDA device: cuInit gives " + std::to_string(static_cast<int>(initialized));
+      return nullptr;
+    }
+    for (int device = 0; device < count; ++device) {
+      CuContext context = nullptr;
+      devices.Check(retain(&context, device), "cuDevicePrimaryCtxRetain");
+      devices.contexts_.push_back(context);
+    }
+    {
+      const Current current(devices, 0);
+      void* word = nullptr;
+      devices.Check(alloc_host(&word, 64), "cuMemAllocHost");
+      devices.gate_ = static_cast<uint32_t*>(word);
+    }
+    if (fake != nullptr) devices.fake_ = fake();
+    return &devices;
+  }
+
+  void Check(CuResult result, const char* what) { EXPECT_EQ(static_cast<int>(result), 0) << what; }
+
+  std::vector<CuContext> contexts_;
+  FakeCuda* fake_ = nullptr;
+  uint32_t* gate_ = nullptr;
+  CuResult (*push_)(CuContext) = nullptr;
+  CuResult (*pop_)(CuContext*) = nullptr;
+  CuResult (*mem_alloc_)(CuDevicePointer*, size_t) = nullptr;
+  CuResult (*mem_alloc_async_)(CuDevicePointer*, size_t, CuStream) = nullptr;
+  CuResult (*mem_alloc_managed_)(CuDevicePointer*, size_t, unsigned) = nullptr;
+  CuResult (*mem_free_)(CuDevicePointer) = nullptr;
+  CuResult (*memcpy_htod_)(CuDevicePointer, const void*, size_t) = nullptr;
+  CuResult (*memcpy_dtoh_)(void*, CuDevicePointer, size_t) = nullptr;
+  CuResult (*memset_async_)(CuDevicePointer, unsigned char, size_t, CuStream) = nullptr;
+  CuResult (*stream_create_)(CuStream*, unsigned, int) = nullptr;
+  CuResult (*stream_destroy_)(CuStream) = nullptr;
+  CuResult (*stream_synchronize_)(CuStream) = nullptr;
+  CuResult (*wait_value_)(CuStream, CuDevicePointer, uint32_t, unsigned) = nullptr;
+  CuResult (*begin_capture_)(CuStream, CuCaptureMode) = nullptr;
+  CuResult (*end_capture_)(CuStream, void**) = nullptr;
+};
+
+// TestBuffers, some of which lie in device memory: their bytes in `host` are what the oracle reads.
+class PlacedBuffers {
+ public:
+  static constexpr int kHost = -1;
+
+  // `place_of(i)`: kHost, or a device.
+  template <typename PlaceOf>
+  PlacedBuffers(TestDevices& devices, TestBuffers& host, const PlaceOf& place_of,
+                TestDevices::Kind kind = TestDevices::Kind::kPlain)
+      : devices_(devices), host_(host), list_(host.List()) {
+    for (size_t i = 0; i < host.count(); ++i) {
+      places_.push_back(host.data(i).empty() ? kHost : place_of(i));
+      if (places_[i] == kHost) continue;
+      list_[i].data = devices.Allocate(places_[i], host.data(i).size(), kind);
+      Upload(i);
+    }
+  }
+  ~PlacedBuffers() {
+    for (size_t i = 0; i < places_.size(); ++i) {
+      if (places_[i] != kHost) devices_.Free(places_[i], list_[i].data);
+    }
+  }
+  PlacedBuffers(const PlacedBuffers&) = delete;
+  PlacedBuffers& operator=(const PlacedBuffers&) = delete;
+
+  const std::vector<hf_buffer>& list() const { return list_; }
+  int place(size_t index) const { return places_[index]; }
+  void* data(size_t index) const { return list_[index].data; }
+  std::vector<void*> pointers() const {
+    std::vector<void*> pointers;
+    for (const hf_buffer& buffer : list_) pointers.push_back(buffer.data);
+    return pointers;
+  }
+  // The oracle's bytes to the device.
+  void Upload(size_t index) {
+    if (places_[index] == kHost) return;
+    devices_.Write(places_[index], list_[index].data, host_.data(index).data(),
+                   host_.data(index).size());
+  }
+  // What lies there now.
+  std::vector<std::byte> Found(size_t index) const {
+    if (places_[index] == kHost) return host_.data(index);
+    return devices_.Read(places_[index], list_[index].data, host_.data(index).size());
+  }
+
+ private:
+  TestDevices& devices_;
+  TestBuffers& host_;
+  std::vector<hf_buffer> list_;
+  std::vector<int> places_;
+};
+
+}  // namespace holdfast::hook
+
+#endif  // HOLDFAST_HOOK_DEVICE_TESTING_H_

@@ -1,0 +1,437 @@
+#include "tests/support/fake_cuda/device.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <utility>
+
+namespace holdfast::fake {
+namespace {
+
+// CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+constexpr auto kCaptureUnsupported = static_cast<CuResult>(900);
+
+uint64_t PageBytes(uint64_t bytes) {
+  const uint64_t page = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
+  return (bytes + page - 1) / page * page;
+}
+
+}  // namespace
+
+Device& TheDevice() {
+  static Device device;
+  return device;
+}
+
+Device::Device() {
+  for (int i = 0; i < kCount; ++i) primaries_[i].device = i;
+  thread_ = std::jthread([this](const std::stop_token& stop) { Run(stop); });
+}
+
+Device::~Device() {
+  thread_.request_stop();
+  {
+    std::lock_guard lock(mutex_);
+    changed_.notify_all();
+  }
+  thread_.join();
+}
+
+// ---- Control
+
+void Device::Reset(uint32_t seed) {
+  std::lock_guard lock(mutex_);
+  random_.seed(seed);
+  calls_.clear();
+  faults_.clear();
+  copies_until_failure_ = -1;
+  stalled_ = false;
+  bytes_per_second_ = 0;
+  copies_executed_ = 0;
+  for (Context& context : primaries_) context.failure = CuResult::kSuccess;
+  changed_.notify_all();
+}
+
+std::vector<FakeCuda::Call> Device::calls() {
+  std::lock_guard lock(mutex_);
+  return calls_;
+}
+
+FakeCuda::Live Device::live() {
+  std::lock_guard lock(mutex_);
+  Live live;
+  live.streams = static_cast<int>(streams_.size());
+  live.events = static_cast<int>(events_.size());
+  live.registered = static_cast<int>(registered_.size());
+  live.host_allocations = static_cast<int>(host_allocations_.size());
+  live.device_allocations = static_cast<int>(allocations_.size());
+  for (const Context& context : primaries_) live.retained += context.retained;
+  return live;
+}
+
+void Device::Fail(const std::string& name, int skipped, int result, bool for_good) {
+  std::lock_guard lock(mutex_);
+  faults_.push_back({name, skipped, result, for_good});
+}
+
+void Device::FailCopy(int skipped, int result) {
+  std::lock_guard lock(mutex_);
+  copies_until_failure_ = skipped;
+  copy_failure_ = static_cast<CuResult>(result);
+}
+
+void Device::Stall(bool stalled) {
+  std::lock_guard lock(mutex_);
+  stalled_ = stalled;
+  changed_.notify_all();
+}
+
+void Device::SetCopyRate(uint64_t bytes_per_second) {
+  std::lock_guard lock(mutex_);
+  bytes_per_second_ = bytes_per_second;
+}
+
+uint64_t Device::copies_executed() {
+  std::lock_guard lock(mutex_);
+  return copies_executed_;
+}
+
+// ---- Entry points
+
+CuResult Device::Enter(Call call, Context* context, bool unsafe_in_capture) {
+  std::lock_guard lock(mutex_);
+  call.thread = std::this_thread::get_id();
+  CuResult result = CuResult::kSuccess;
+  for (Fault& fault : faults_) {
+    if (fault.name != call.name || (fault.used && !fault.for_good)) continue;
+    if (fault.skipped-- > 0) continue;
+    fault.skipped = 0;
+    fault.used = true;
+    result = static_cast<CuResult>(fault.result);
+  }
+  if (result == CuResult::kSuccess && context != nullptr) result = context->failure;
+  if (result == CuResult::kSuccess && unsafe_in_capture) {
+    for (const auto& [key, stream] : streams_) {
+      if (stream->capturing) result = kCaptureUnsupported;
+    }
+  }
+  call.result = static_cast<int>(result);
+  calls_.push_back(std::move(call));
+  return result;
+}
+
+CuResult Device::Retain(int device, Context** context) {
+  std::lock_guard lock(mutex_);
+  if (device < 0 || device >= kCount) return static_cast<CuResult>(101);
+  ++primaries_[device].retained;
+  *context = &primaries_[device];
+  return CuResult::kSuccess;
+}
+
+CuResult Device::Release(int device) {
+  std::lock_guard lock(mutex_);
+  if (device < 0 || device >= kCount || primaries_[device].retained == 0) {
+    return CuResult::kInvalidContext;
+  }
+  --primaries_[device].retained;
+  return CuResult::kSuccess;
+}
+
+Stream* Device::MakeStream(Context* context) {
+  std::lock_guard lock(mutex_);
+  auto stream = std::make_unique<Stream>();
+  stream->context = context;
+  Stream* const made = stream.get();
+  streams_[made] = std::move(stream);
+  return made;
+}
+
+// What is on it is executed all the same, as CUDA has it.
+CuResult Device::DestroyStream(Stream* stream) {
+  Drain(stream);
+  std::lock_guard lock(mutex_);
+  return streams_.erase(stream) == 1 ? CuResult::kSuccess : CuResult::kInvalidHandle;
+}
+
+Stream* Device::DefaultStream(Context* context) {
+  std::lock_guard lock(mutex_);
+  std::unique_ptr<Stream>& stream = defaults_[context];
+  if (stream == nullptr) {
+    stream = std::make_unique<Stream>();
+    stream->context = context;
+  }
+  return stream.get();
+}
+
+Event* Device::MakeEvent(Context* context) {
+  std::lock_guard lock(mutex_);
+  auto event = std::make_shared<Event>();
+  event->context = context;
+  Event* const made = event.get();
+  events_[made] = std::move(event);
+  return made;
+}
+
+CuResult Device::DestroyEvent(Event* event) {
+  std::lock_guard lock(mutex_);
+  return events_.erase(event) == 1 ? CuResult::kSuccess : CuResult::kInvalidHandle;
+}
+
+CuResult Device::Record(Event* event, Stream* stream) {
+  Operation operation;
+  operation.kind = Operation::Kind::kRecord;
+  {
+    std::lock_guard lock(mutex_);
+    const auto found = events_.find(event);
+    if (found == events_.end()) return CuResult::kInvalidHandle;
+    if (event->context != stream->context) return CuResult::kInvalidHandle;
+    operation.event = found->second;
+    operation.sequence = ++event->recorded;
+  }
+  return Enqueue(stream, operation);
+}
+
+CuResult Device::Query(Event* event) {
+  std::lock_guard lock(mutex_);
+  if (events_.count(event) == 0) return CuResult::kInvalidHandle;
+  return event->completed == event->recorded ? CuResult::kSuccess : CuResult::kNotReady;
+}
+
+CuResult Device::SetCapturing(Stream* stream, bool capturing) {
+  std::lock_guard lock(mutex_);
+  stream->capturing = capturing;
+  return CuResult::kSuccess;
+}
+
+bool Device::capturing(Stream* stream) {
+  std::lock_guard lock(mutex_);
+  return stream->capturing;
+}
+
+CuResult Device::Enqueue(Stream* stream, Operation operation) {
+  std::lock_guard lock(mutex_);
+  if (operation.width == 0 && operation.kind == Operation::Kind::kCopy) return CuResult::kSuccess;
+  stream->operations.push_back(std::move(operation));
+  changed_.notify_all();
+  return CuResult::kSuccess;
+}
+
+CuResult Device::Drain(Stream* stream) {
+  std::unique_lock lock(mutex_);
+  changed_.wait(lock, [&] {
+    return stream->operations.empty() || stream->context->failure != CuResult::kSuccess;
+  });
+  return stream->context->failure;
+}
+
+CuResult Device::Allocate(uint64_t bytes, Context* context, bool managed,
+                          CuDevicePointer* pointer) {
+  const uint64_t size = PageBytes(bytes);
+  const int fd = memfd_create("fake-device", MFD_CLOEXEC);
+  if (fd < 0 || ftruncate(fd, static_cast<off_t>(size)) != 0) return CuResult::kOutOfMemory;
+  const int processor = managed ? PROT_READ | PROT_WRITE : PROT_NONE;
+  void* const address = mmap(nullptr, size, processor, MAP_SHARED, fd, 0);
+  void* const view = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  close(fd);
+  if (address == MAP_FAILED || view == MAP_FAILED) return CuResult::kOutOfMemory;
+  std::lock_guard lock(mutex_);
+  allocations_[reinterpret_cast<uintptr_t>(address)] = {bytes, static_cast<std::byte*>(view),
+                                                        context, managed};
+  *pointer = reinterpret_cast<CuDevicePointer>(address);
+  return CuResult::kSuccess;
+}
+
+CuResult Device::Free(CuDevicePointer pointer) {
+  std::unique_lock lock(mutex_);
+  const auto found = allocations_.find(static_cast<uintptr_t>(pointer));
+  if (found == allocations_.end()) return CuResult::kInvalidValue;
+  // As cuMemFree: waits for what is on the streams.
+  changed_.wait(lock, [&] { return IsIdle(); });
+  const uint64_t size = PageBytes(found->second.bytes);
+  munmap(found->second.device_view, size);
+  munmap(reinterpret_cast<void*>(static_cast<uintptr_t>(pointer)), size);
+  allocations_.erase(found);
+  return CuResult::kSuccess;
+}
+
+std::optional<Allocation> Device::Find(CuDevicePointer pointer, uint64_t bytes, std::byte** view) {
+  std::lock_guard lock(mutex_);
+  auto after = allocations_.upper_bound(static_cast<uintptr_t>(pointer));
+  if (after == allocations_.begin()) return std::nullopt;
+  const auto& [begin, allocation] = *--after;
+  const uint64_t offset = pointer - begin;
+  if (offset >= allocation.bytes || bytes > allocation.bytes - offset) return std::nullopt;
+  if (view != nullptr) *view = allocation.device_view + offset;
+  return allocation;
+}
+
+CuResult Device::RegisterHost(void* data, uint64_t bytes) {
+  std::lock_guard lock(mutex_);
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
+  if (bytes == 0) return CuResult::kInvalidValue;
+  for (const auto& [other, other_bytes] : registered_) {
+    if (begin < other + other_bytes && other < begin + bytes) {
+      return CuResult::kHostMemoryAlreadyRegistered;
+    }
+  }
+  registered_[begin] = bytes;
+  return CuResult::kSuccess;
+}
+
+// Waits for copies to or from it, as CUDA does.
+CuResult Device::UnregisterHost(void* data) {
+  std::unique_lock lock(mutex_);
+  const auto found = registered_.find(reinterpret_cast<uintptr_t>(data));
+  if (found == registered_.end()) return static_cast<CuResult>(713);
+  changed_.wait(lock, [&] { return !IsUsed(data, found->second); });
+  registered_.erase(found);
+  return CuResult::kSuccess;
+}
+
+void* Device::AllocateHost(uint64_t bytes) {
+  std::lock_guard lock(mutex_);
+  auto memory = std::make_unique<std::byte[]>(bytes);
+  void* const data = memory.get();
+  host_allocations_[reinterpret_cast<uintptr_t>(data)] = std::move(memory);
+  host_bytes_[reinterpret_cast<uintptr_t>(data)] = bytes;
+  return data;
+}
+
+CuResult Device::FreeHost(void* data) {
+  std::unique_lock lock(mutex_);
+  const auto found = host_bytes_.find(reinterpret_cast<uintptr_t>(data));
+  if (found == host_bytes_.end()) return CuResult::kInvalidValue;
+  changed_.wait(lock, [&] { return !IsUsed(data, found->second); });
+  host_bytes_.erase(found);
+  host_allocations_.erase(reinterpret_cast<uintptr_t>(data));
+  return CuResult::kSuccess;
+}
+
+bool Device::IsPinned(const void* data, uint64_t bytes) {
+  std::lock_guard lock(mutex_);
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
+  for (const std::map<uintptr_t, uint64_t>* map : {&registered_, &host_bytes_}) {
+    const auto after = map->upper_bound(begin);
+    if (after == map->begin()) continue;
+    const auto& [first, size] = *std::prev(after);
+    if (begin + bytes <= first + size) return true;
+  }
+  return false;
+}
+
+// ---- The thread that executes
+
+bool Device::IsIdle() const {
+  const auto is_idle = [](const auto& entry) {
+    const Stream& stream = *entry.second;
+    return stream.operations.empty() || stream.context->failure != CuResult::kSuccess;
+  };
+  return std::all_of(streams_.begin(), streams_.end(), is_idle) &&
+         std::all_of(defaults_.begin(), defaults_.end(), is_idle);
+}
+
+bool Device::IsUsed(const void* data, uint64_t bytes) const {
+  const std::byte* const begin = static_cast<const std::byte*>(data);
+  const auto lies_in = [&](const std::byte* at) { return at >= begin && at < begin + bytes; };
+  const auto uses = [&](const Operation& operation) {
+    return operation.kind == Operation::Kind::kCopy &&
+           (lies_in(operation.target) || lies_in(operation.source));
+  };
+  return std::any_of(streams_.begin(), streams_.end(), [&](const auto& entry) {
+    const Stream& stream = *entry.second;
+    return stream.context->failure == CuResult::kSuccess &&
+           std::any_of(stream.operations.begin(), stream.operations.end(), uses);
+  });
+}
+
+bool Device::MayRun(const Operation& operation) const {
+  switch (operation.kind) {
+    case Operation::Kind::kWaitEvent:
+      return operation.event->completed >= operation.sequence;
+    case Operation::Kind::kWaitValue:
+      return __atomic_load_n(operation.word, __ATOMIC_ACQUIRE) >= operation.value;
+    default:
+      return true;
+  }
+}
+
+void Device::StepCopy(Stream& stream, Operation& operation) {
+  const uint64_t total = operation.width * operation.height;
+  if (operation.done == 0 && copies_until_failure_ >= 0 && copies_until_failure_-- == 0) {
+    stream.context->failure = copy_failure_;
+    changed_.notify_all();
+    return;
+  }
+  // A few pieces, cut anywhere.
+  uint64_t step = std::min(total - operation.done, total / (1 + random_() % 3) + 1);
+  while (step > 0) {
+    const uint64_t row = operation.done / operation.width;
+    const uint64_t column = operation.done % operation.width;
+    const uint64_t piece = std::min(step, operation.width - column);
+    std::byte* const target = operation.target + row * operation.target_pitch + column;
+    if (operation.kind == Operation::Kind::kSet) {
+      std::memset(target, operation.value8, piece);
+    } else {
+      std::memcpy(target, operation.source + row * operation.source_pitch + column, piece);
+    }
+    operation.done += piece;
+    step -= piece;
+  }
+}
+
+void Device::Step(Stream& stream, std::unique_lock<std::mutex>& lock) {
+  Operation& operation = stream.operations.front();
+  if (operation.kind == Operation::Kind::kCopy || operation.kind == Operation::Kind::kSet) {
+    const uint64_t before = operation.done;
+    StepCopy(stream, operation);
+    if (stream.context->failure != CuResult::kSuccess) return;
+    const uint64_t bytes = operation.done - before;
+    if (operation.kind == Operation::Kind::kCopy && bytes_per_second_ > 0) {
+      const auto until = std::chrono::steady_clock::now() +
+                         std::chrono::nanoseconds(bytes * 1'000'000'000 / bytes_per_second_);
+      // Other streams wait too: there is one thread.
+      changed_.wait_until(lock, until, [&] {
+        return std::chrono::steady_clock::now() >= until || bytes_per_second_ == 0;
+      });
+    }
+    if (operation.done < operation.width * operation.height) return;
+    if (operation.kind == Operation::Kind::kCopy) ++copies_executed_;
+  } else if (operation.kind == Operation::Kind::kRecord) {
+    operation.event->completed = std::max(operation.event->completed, operation.sequence);
+  }
+  stream.operations.pop_front();
+  changed_.notify_all();
+}
+
+void Device::Run(const std::stop_token& stop) {
+  std::unique_lock lock(mutex_);
+  while (!stop.stop_requested()) {
+    std::vector<Stream*> ready;
+    bool waits_for_value = false;
+    const auto look = [&](Stream& stream) {
+      if (stream.operations.empty() || stream.context->failure != CuResult::kSuccess) return;
+      if (MayRun(stream.operations.front())) {
+        ready.push_back(&stream);
+      } else {
+        waits_for_value |= stream.operations.front().kind == Operation::Kind::kWaitValue;
+      }
+    };
+    if (!stalled_) {
+      for (const auto& [key, stream] : streams_) look(*stream);
+      for (const auto& [key, stream] : defaults_) look(*stream);
+    }
+    if (!ready.empty()) {
+      Step(*ready[random_() % ready.size()], lock);
+    } else if (waits_for_value) {
+      // Nobody says when the word changes.
+      changed_.wait_for(lock, std::chrono::microseconds(50));
+    } else {
+      changed_.wait(lock);
+    }
+  }
+}
+
+}  // namespace holdfast::fake
