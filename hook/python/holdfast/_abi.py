@@ -57,7 +57,8 @@ class hf_blob(ctypes.Structure):
 class hf_save_options(ctypes.Structure):
     _fields_ = [
         ("struct_bytes", c_size_t), ("pointers", POINTER(c_void_p)), ("blobs", POINTER(hf_blob)),
-        ("blob_count", c_size_t), ("wait_ns", c_int64)]
+        ("blob_count", c_size_t), ("wait_ns", c_int64), ("streams", POINTER(c_void_p)),
+        ("stream_count", c_size_t)]
 
 
 class hf_restore_result(ctypes.Structure):
@@ -71,7 +72,8 @@ class hf_restore_result(ctypes.Structure):
 class hf_restore_options(ctypes.Structure):
     _fields_ = [
         ("struct_bytes", c_size_t), ("tensors", POINTER(c_char_p)), ("tensor_count", c_size_t),
-        ("states", POINTER(c_char_p)), ("state_count", c_size_t)]
+        ("states", POINTER(c_char_p)), ("state_count", c_size_t), ("streams", POINTER(c_void_p)),
+        ("stream_count", c_size_t)]
 
 
 class hf_info(ctypes.Structure):
@@ -87,7 +89,9 @@ class hf_save_report(ctypes.Structure):
         ("struct_bytes", c_size_t), ("step", c_uint64), ("state", c_int), ("image_bytes", c_uint64),
         ("blocks", c_uint64), ("blocks_captured", c_uint64), ("blocks_flushed", c_uint64),
         ("call_ns", c_int64), ("blocked_ns", c_int64), ("capture_ns", c_int64),
-        ("flush_ns", c_int64), ("commit_ns", c_int64), ("error", hf_error)]
+        ("flush_ns", c_int64), ("commit_ns", c_int64), ("error", hf_error),
+        ("device_bytes", c_uint64), ("unpinned_bytes", c_uint64), ("gate_ns", c_int64),
+        ("device_ns", c_int64)]
 
 
 class hf_communicator_options(ctypes.Structure):

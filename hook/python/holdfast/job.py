@@ -22,7 +22,7 @@ from typing import Any, Iterator, List, Mapping, NamedTuple, Optional, Sequence,
 
 from . import _abi, _library
 from .errors import Error, FailedPrecondition, InvalidArgument, error_of
-from .memory import Memory, memory_of
+from .memory import Memory, current_stream, memory_of
 
 ALL_GROUPS = _abi.ALL_GROUPS
 
@@ -134,7 +134,7 @@ class Info:
 @dataclasses.dataclass(frozen=True)
 class SaveReport:
     """One save of this rank. error: None, or why it failed. Times: see hf_save_report; 0: not
-    yet."""
+    yet. device_bytes, unpinned_bytes, gate_ns, device_ns: of buffers on devices."""
 
     step: int
     state: SaveState
@@ -148,6 +148,10 @@ class SaveReport:
     flush_ns: int
     commit_ns: int
     error: Optional[Error]
+    device_bytes: int = 0
+    unpinned_bytes: int = 0
+    gate_ns: int = 0
+    device_ns: int = 0
 
 
 def _nanoseconds(seconds: Optional[float], what: str) -> int:
@@ -222,6 +226,7 @@ class Job:
         self._handle: Optional[ctypes.c_void_p] = None
         self._buffers: Tuple[Tuple[str, Memory], ...] = ()
         self._captured_from: Tuple[Memory, ...] = ()  # what the last save reads, if not _buffers
+        self._devices: Tuple[int, ...] = ()  # of the registered buffers
         self._api = _library.library()
         options = _abi.hf_open_options(
             struct_bytes=ctypes.sizeof(_abi.hf_open_options),
@@ -309,7 +314,14 @@ class Job:
         self._call(self._api.hf_register, self._open, document, c_buffers, len(buffers), c_blobs,
                    len(slots), deadline)
         self._buffers, self._captured_from = tuple(memories), ()
+        self._devices = tuple(sorted({memory.device for _, memory in memories
+                                      if memory.device is not None and memory.bytes > 0}))
         del before
+
+    def _streams(self, given: Optional[Sequence[int]]) -> Tuple[Any, int]:
+        handles = [current_stream(device) for device in self._devices] if given is None else [
+            _number(handle, "streams", 0, 2**64 - 1) for handle in given]
+        return (ctypes.c_void_p * len(handles))(*handles), len(handles)
 
     def due(self, step: int) -> bool:
         """True if a save is due after this step. All ranks get one answer. False without an
@@ -317,7 +329,8 @@ class Job:
         return self._api.hf_due(self._open, _step(step)) != 0
 
     def save(self, step: int, blobs: Optional[Mapping[str, Any]] = None, *,
-             arrays: Optional[Sequence[Any]] = None, wait: float = 0.0) -> None:
+             arrays: Optional[Sequence[Any]] = None, wait: float = 0.0,
+             streams: Optional[Sequence[int]] = None) -> None:
         """Starts capturing the state after `step`; the copy runs behind the next step. The tensors
         must not change before `wait_captured` has returned.
 
@@ -325,11 +338,15 @@ class Job:
         arrays: None: those registered. Else one per buffer, in the order of `register`: for arrays
         that moved; each must have the registered dtype and shape.
         wait: seconds for free image memory; 0: fail at once with ResourceExhausted.
+        streams: for arrays on CUDA devices: handles of the streams behind whose work they are
+        captured, at most one per device (a device without one: its default stream). None: torch's
+        current streams.
         """
         handle = self._open
         memories = None if arrays is None else self._checked(arrays)
         options = _abi.hf_save_options(struct_bytes=ctypes.sizeof(_abi.hf_save_options),
                                        wait_ns=_nanoseconds(wait, "wait"))
+        options.streams, options.stream_count = self._streams(streams)
         if memories is not None:
             options.pointers = (ctypes.c_void_p * len(memories))(*[m.address for m in memories])
         if blobs:
@@ -373,7 +390,8 @@ class Job:
                    _number(faults, "faults", 0, 2**32 - 1), _nanoseconds(timeout, "timeout"))
 
     def restore(self, *, tensors: Sequence[str] = (), states: Sequence[str] = (),
-                timeout: Optional[float] = RESTORE_SECONDS) -> Restored:
+                timeout: Optional[float] = RESTORE_SECONDS,
+                streams: Optional[Sequence[int]] = None) -> Restored:
         """Fills the registered buffers from the attempt's restore point: the newest committed
         checkpoint, in whatever layout it was saved. Raises NotFound if there is none (buffers
         untouched), but never if `restore_from` was given; after any other error the buffers'
@@ -382,10 +400,12 @@ class Job:
         tensors, states: patterns of names (`*`: any characters, `{NAME}`: a whole number); only
         what fits one of each is filled, everything else stays as it is and need not be in the
         checkpoint; none: everything. InvalidArgument: a pattern that fits nothing in the layout.
+        streams: as in `save`: arrays on devices are filled behind their work.
         """
         options = _abi.hf_restore_options(struct_bytes=ctypes.sizeof(_abi.hf_restore_options))
         options.tensors, options.tensor_count = _patterns(tensors, "tensors")
         options.states, options.state_count = _patterns(states, "states")
+        options.streams, options.stream_count = self._streams(streams)
         result = _abi.hf_restore_result(struct_bytes=ctypes.sizeof(_abi.hf_restore_result))
         self._call(self._api.hf_restore_partial, self._open, ctypes.byref(options),
                    ctypes.byref(result), _nanoseconds(timeout, "timeout"))

@@ -1,12 +1,13 @@
-"""Where a tensor lies: address, bytes, dtype and shape of whatever the user calls an array.
+"""Where a tensor lies: address, bytes, dtype, shape and device of whatever the user calls an array.
 
 Neither torch nor numpy is imported; objects are recognised by what they offer, in this order:
-  1. `data_ptr()`, `dtype`, `shape`, `is_contiguous()`: torch tensors and their like,
+  1. `data_ptr()`, `dtype`, `shape`, `is_contiguous()`: torch tensors and their like, also on a CUDA
+     device,
   2. `__array_interface__`: numpy arrays (also with ml_dtypes' bfloat16 and float8),
   3. the buffer protocol: bytearray, array.array, mmap, memoryview,
   4. DLPack (`__dlpack__`) in host memory.
-What is taken must be host memory, contiguous, row-major, writable (restore writes there) and native
-in byte order. Nothing is copied, ever: an array that would need a copy is refused by name, because
+What is taken must be contiguous, row-major, writable (restore writes there), native in byte order,
+and, but for torch tensors on CUDA devices, host memory. Nothing is copied, ever: an array that would need a copy is refused by name, because
 a copy would be saved once and never change again.
 """
 
@@ -35,7 +36,9 @@ class Memory:
     """A contiguous, row-major array in this process's memory.
 
     address: of the first byte; 0 if bytes is 0. dtype: one of DTYPES. shape: () is one element.
-    owner: what keeps the memory alive; held as long as it is registered or captured.
+    owner: what keeps the memory alive; held as long as it is registered or captured. device: the
+    CUDA device in whose memory it lies; None: host memory. (What counts in the end is what the CUDA
+    driver says of the address.)
     """
 
     address: int
@@ -43,6 +46,7 @@ class Memory:
     dtype: str
     shape: Tuple[int, ...]
     owner: Any = dataclasses.field(default=None, repr=False, compare=False)
+    device: Optional[int] = None
 
 
 def memory_of(value: Any, what: str = "array") -> Memory:
@@ -77,14 +81,21 @@ def _refuse(what: str, expected: str, found: Any) -> InvalidArgument:
     return InvalidArgument(f"{what}: expected {expected}, found {found}")
 
 
-def _make(what: str, address: int, dtype: str, shape: Any, owner: Any) -> Memory:
+def current_stream(device: int) -> int:
+    """The handle of torch's current stream on a CUDA device; 0, the default stream, without torch."""
+    torch = sys.modules.get("torch")
+    return int(torch.cuda.current_stream(device).cuda_stream) if torch is not None else 0
+
+
+def _make(what: str, address: int, dtype: str, shape: Any, owner: Any,
+          device: Optional[int] = None) -> Memory:
     if dtype not in DTYPES:
         raise _refuse(what, f"a dtype of {', '.join(DTYPES)}", dtype)
     sizes = tuple(int(size) for size in shape)
     size_bytes = DTYPES[dtype]
     for size in sizes:
         size_bytes *= size
-    return Memory(address if size_bytes > 0 else 0, size_bytes, dtype, sizes, owner)
+    return Memory(address if size_bytes > 0 else 0, size_bytes, dtype, sizes, owner, device)
 
 
 def _of_torch(tensor: Any, what: str) -> Memory:
@@ -92,9 +103,7 @@ def _of_torch(tensor: Any, what: str) -> Memory:
         raise InvalidArgument(
             f"{what}: a {_type_name(tensor)} lies on many ranks: give this rank's part "
             "(to_local()) and a layout document that places it")
-    device = getattr(tensor, "device", None)
-    if device is not None and getattr(device, "type", "cpu") != "cpu":
-        raise _refuse(what, "a tensor in host memory (device cpu)", f"device {device}")
+    device = _device_of_torch(tensor, what)
     layout = str(getattr(tensor, "layout", "torch.strided"))
     if layout != "torch.strided":
         raise _refuse(what, "a dense tensor", f"layout {layout}")
@@ -108,7 +117,20 @@ def _of_torch(tensor: Any, what: str) -> Memory:
                       f"strides {strides}; give tensor.contiguous() and keep it, if that is what "
                       "you train with")
     dtype = str(tensor.dtype).rpartition(".")[2]
-    return _make(what, tensor.data_ptr(), dtype, tensor.shape, tensor)
+    return _make(what, tensor.data_ptr(), dtype, tensor.shape, tensor, device)
+
+
+def _device_of_torch(tensor: Any, what: str) -> Optional[int]:
+    device = getattr(tensor, "device", None)
+    kind = getattr(device, "type", "cpu")
+    # A torch made for ROCm calls its devices cuda, too.
+    torch_version = getattr(sys.modules.get("torch"), "version", None)
+    if kind == "cuda" and getattr(torch_version, "hip", None) is None:
+        index = getattr(device, "index", None)
+        return 0 if index is None else int(index)
+    if kind != "cpu":
+        raise _refuse(what, "a tensor in host memory or on a CUDA device", f"device {device}")
+    return None
 
 
 def _of_array_interface(array: Any, what: str) -> Memory:

@@ -10,13 +10,14 @@
             checkpointer.after_step(step)
 
 Data parallel with everything replicated (DistributedDataParallel, or one process), tensors in host
-memory. Another number of ranks can go on. Sharded models (FSDP, DTensor) need
+memory or on CUDA devices. Another number of ranks can go on. Sharded models (FSDP, DTensor) need
 `holdfast.Checkpointer` with a layout document.
 
 What is saved: every parameter, as state "param"; every persistent buffer, as state "buffer", of
 rank 0 (its batch statistics, as DistributedDataParallel holds it); every tensor of the optimizer's
 state, by its key; the optimizer's other values and param_groups, the scheduler's state_dict, and
-each rank's CPU random number generator. An optimizer that makes its state in its first step gets
+each rank's random number generators (of the CPU, and of the CUDA devices that hold parameters). An
+optimizer that makes its state in its first step gets
 that of the checkpoint before it. On another number of ranks the generators are left as they are.
 """
 
@@ -51,8 +52,8 @@ class Checkpointer(_checkpointer.Checkpointer):
         optimizer's step waits for the capture of all tensors, the model's forward for that of its
         buffers.
 
-        scheduler: anything with state_dict() and load_state_dict(). rng: save and restore the CPU
-        random number generator. options: of holdfast.Checkpointer (every, on_error, ...) and of
+        scheduler: anything with state_dict() and load_state_dict(). rng: save and restore the random
+        number generators. options: of holdfast.Checkpointer (every, on_error, ...) and of
         holdfast.Job (job, root, ...).
         """
         self._module = _unwrap(model)
@@ -92,8 +93,10 @@ class Checkpointer(_checkpointer.Checkpointer):
                 self._scheduler.load_state_dict(state["scheduler"])
             rank_state = dict(resumed.rank_state) if resumed.rank_state is not None else {}
             if self._rng and rank_state.get("torch_rng") is not None:
-                torch.set_rng_state(
-                    torch.frombuffer(bytearray(rank_state["torch_rng"]), dtype=torch.uint8))
+                torch.set_rng_state(_bytes_tensor(rank_state["torch_rng"]))
+                # A rank that has other devices now leaves those as they are.
+                for device, rng_state in zip(self._devices(), rank_state.get("cuda_rng") or ()):
+                    torch.cuda.set_rng_state(_bytes_tensor(rng_state), device)
         except (KeyError, TypeError) as error:
             raise DataLoss(f"the checkpoint of step {resumed.step} was not saved by "
                            f"holdfast.torch.Checkpointer: {error!r}") from error
@@ -115,9 +118,18 @@ class Checkpointer(_checkpointer.Checkpointer):
 
     def _with_ours(self, state: Any, rank_state: Any) -> Tuple[Dict[str, Any], Dict[str, Any]]:
         scheduler = self._scheduler.state_dict() if self._scheduler is not None else None
-        rng = bytes(torch.get_rng_state().tolist()) if self._rng else None
+        rank_values: Dict[str, Any] = {"user": rank_state, "torch_rng": None}
+        if self._rng:
+            rank_values["torch_rng"] = bytes(torch.get_rng_state().tolist())
+            rank_values["cuda_rng"] = [bytes(torch.cuda.get_rng_state(device).tolist())
+                                       for device in self._devices()]
         return ({"user": state, "optimizer": self._optimizer_values(), "scheduler": scheduler},
-                {"user": rank_state, "torch_rng": rng})
+                rank_values)
+
+    def _devices(self) -> List[torch.device]:
+        """The CUDA devices that hold parameters, in their order."""
+        return sorted({parameter.device for parameter in self._parameters.values()
+                       if parameter.device.type == "cuda"}, key=lambda device: device.index)
 
     def _optimizer_values(self) -> Any:
         if self._optimizer is None:
@@ -194,9 +206,24 @@ class Checkpointer(_checkpointer.Checkpointer):
             key, name = split_name(array)
             if key in (PARAMETER, BUFFER):
                 continue
-            state = self._optimizer.state[self._parameter(name)]
+            parameter = self._parameter(name)
+            state = self._optimizer.state[parameter]
             if key not in state:
-                state[key] = torch.zeros(shape, dtype=getattr(torch, dtype))
+                state[key] = torch.zeros(shape, dtype=getattr(torch, dtype),
+                                         device=self._state_device(key, parameter))
+
+    def _state_device(self, key: str, parameter: torch.nn.Parameter) -> Any:
+        """Where the optimizer would make it: with the parameter; its count of steps in host memory
+        unless its kernels read it (as torch.optim.Optimizer.load_state_dict has it)."""
+        group = next((group for group in self._optimizer.param_groups
+                      if any(parameter is member for member in group["params"])), {})
+        if key == "step" and not (group.get("capturable") or group.get("fused")):
+            return "cpu"
+        return parameter.device
+
+
+def _bytes_tensor(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def watch(model: torch.nn.parallel.DistributedDataParallel, *, name: str = "gradients",

@@ -141,8 +141,15 @@ class MemoryTest(unittest.TestCase):
         self.assertEqual(memory_of(value[:1].T[:6].reshape(6, 1)[:, :1]).shape, (6, 1))
         self.assertEqual(memory_of(numpy.zeros((0, 4)).T).bytes, 0)
 
+    def test_tensors_on_cuda_devices_name_their_device(self):
+        self.assertIsNone(memory_of(FakeTensor()).device)
+        for index, device in ((0, 0), (3, 3), (None, 0)):
+            tensor = FakeTensor(device=types.SimpleNamespace(type="cuda", index=index))
+            memory = memory_of(tensor)
+            self.assertEqual((memory.device, memory.address), (device, tensor.data_ptr()))
+
     def test_tensors_that_would_need_a_copy_are_refused(self):
-        self.refused(FakeTensor(device=types.SimpleNamespace(type="cuda")), "host memory")
+        self.refused(FakeTensor(device=types.SimpleNamespace(type="mps")), "on a CUDA device")
         self.refused(FakeTensor(layout="torch.sparse_coo"), "dense", "sparse_coo")
         self.refused(FakeTensor(contiguous=False), "contiguous", "(1, 2)")
         self.refused(FakeTensor(dtype="torch.complex64"), "complex64")

@@ -1,0 +1,375 @@
+#!/usr/bin/python3
+"""Capture from a GPU and restore to it, through PyTorch and a real agent: bytes per second against the
+best plain pinned copy, what a training loop loses meanwhile, and whether what comes back is what was
+saved. One command, a few minutes; needs torch and, for what it says about GPUs, one.
+
+Usage: device_capture.py --library libholdfast.so --daemon holdfastd [--package DIR] [--device cuda|cpu]
+                         [--bytes N] [--directory DIR] [--json FILE]
+On the CPU it shows only that every step runs; nothing of it is a figure about a GPU.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+
+import pairs
+
+SAVE_SECONDS = 120.0
+MIB = 1 << 20
+REPEATS = 5
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--library", required=True)
+    parser.add_argument("--daemon", required=True)
+    parser.add_argument("--package", default=str(
+        pathlib.Path(__file__).resolve().parent.parent / "hook" / "python"))
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--bytes", type=int, default=2 << 30, help="of a large image")
+    parser.add_argument("--directory", default="/dev/shm",
+                        help="for checkpoints and the agent: memory, so that no disk is measured")
+    parser.add_argument("--json", default=None)
+    return parser.parse_args()
+
+
+OPTIONS = parse()
+sys.path.insert(0, OPTIONS.package)
+os.environ["HOLDFAST_LIBRARY"] = os.path.abspath(OPTIONS.library)
+os.environ["HOLDFASTD"] = os.path.abspath(OPTIONS.daemon)
+
+import torch  # noqa: E402  (the paths come first)
+
+import holdfast  # noqa: E402
+import holdfast.torch  # noqa: E402
+
+CUDA = OPTIONS.device == "cuda"
+
+
+def synchronize():
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+class Place:
+    """A root and a private agent of its own."""
+
+    def __init__(self, directory):
+        self.path = pathlib.Path(directory)
+        (self.path / "root").mkdir()
+        os.environ.update(HOLDFAST_RUNTIME_DIR=str(self.path / "run"), HOLDFAST_LINGER="1s",
+                          HOLDFAST_HOST_MEMORY=str(int(2.5 * OPTIONS.bytes) + (4 << 30)))
+        os.environ.pop("HOLDFAST_DEVICE_COPY_MIB_PER_SECOND", None)
+
+    def clear(self):
+        """Checkpoints are not kept: memory is not for that."""
+        for job in (self.path / "root").iterdir():
+            shutil.rmtree(job, ignore_errors=True)
+
+    def job(self, name, tensors, *, mib_per_second=0, check=holdfast.CheckSource.NONE):
+        os.environ["HOLDFAST_DEVICE_COPY_MIB_PER_SECOND"] = str(mib_per_second)
+        job = holdfast.Job(name, rank=0, world_size=1, root=str(self.path / "root"),
+                           check_source=check)
+        arrays = {f"param/{key}": holdfast.memory_of(value, key) for key, value in tensors.items()}
+        job.register(holdfast.replicated(arrays, 1),
+                     [(key, memory) for key, memory in arrays.items()])
+        return job
+
+
+def save(job, step):
+    """One whole save; its report. The image is flushed before it returns, so that saves are alike."""
+    job.save(step, wait=SAVE_SECONDS)
+    job.wait_captured()
+    job.wait_committed(step, timeout=SAVE_SECONDS)
+    return job.report(step)
+
+
+def best_copy(target, source, pieces=1):
+    """Bytes per second of the plain copy that the hardware likes best: pinned, asynchronous."""
+    count = source.numel() // pieces
+    synchronize()
+    begun = time.perf_counter()
+    for piece in range(pieces):
+        part = slice(piece * count, (piece + 1) * count)
+        target[part].copy_(source[part], non_blocking=True)
+    synchronize()
+    return source.numel() / (time.perf_counter() - begun)
+
+
+def throughput(place):
+    """Whole images of a few large tensors, captured and restored, against plain pinned copies."""
+    count = 8
+    size = OPTIONS.bytes // count
+    tensors = {f"large{i}": torch.randint(0, 255, (size,), dtype=torch.uint8, device=OPTIONS.device)
+               for i in range(count)}
+    scratch = torch.empty(size, dtype=torch.uint8, device=OPTIONS.device)
+    pinned = torch.empty(size, dtype=torch.uint8, pin_memory=CUDA)
+    rows = []
+    with place.job("large", tensors) as job:
+        steps = iter(range(1, 1000))
+        first = save(job, next(steps))
+        rows.append(pairs.Row("first save", rate_of(first) / 1e9, "GB/s",
+                              note=f"unpinned {first.unpinned_bytes} bytes"))
+        best_copy(pinned, scratch)
+        rows.append(pairs.compare(
+            "capture, large tensors", "GB/s", lambda: rate_of(save(job, next(steps))) / 1e9,
+            lambda: best_copy(pinned, scratch) / 1e9, 0.95, pairs=REPEATS,
+            note="device_bytes / device_ns, against one pinned copy"))
+        last = job.report()
+        rows.append(pairs.Row("hf_save itself", last.call_ns / 1e3, "us"))
+        rows.append(pairs.Row("from hf_save to the first copy", last.gate_ns / 1e3, "us"))
+        kept = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+    for tensor in tensors.values():
+        tensor.zero_()
+    with place.job("large", tensors) as job:
+        rates = []
+        for _ in range(3):
+            restored = job.restore()
+            rates.append(restored.bytes / restored.nanoseconds)
+    best_copy(scratch, pinned)
+    plain = statistics.median(best_copy(scratch, pinned) / 1e9 for _ in range(REPEATS))
+    rows.append(pairs.Row("restore", statistics.median(rates), "GB/s", plain,
+                          statistics.median(rates) / plain,
+                          note=f"{restored.bytes_from_memory} of {restored.bytes} bytes from "
+                          "memory; verified on the way; against one pinned copy"))
+    equal = all(torch.equal(tensor.cpu(), kept[name]) for name, tensor in tensors.items())
+    rows.append(pairs.Row("what was restored is what was saved", float(equal), "", holds=equal,
+                          goal="bit for bit"))
+    return rows
+
+
+def rate_of(report):
+    """Bytes per second over the bus; on the CPU, of the whole capture."""
+    if CUDA:
+        return report.device_bytes / report.device_ns * 1e9
+    return report.image_bytes / report.capture_ns * 1e9
+
+
+def small_tensors(place):
+    """10,000 tensors: many asynchronous copies, against packing them on the device first."""
+    count, size = 10_000, 64 << 10
+    tensors = {f"small{i}": torch.ones(size, dtype=torch.uint8, device=OPTIONS.device)
+               for i in range(count)}
+    parts = list(tensors.values())
+    pinned = torch.empty(count * size, dtype=torch.uint8, pin_memory=CUDA)
+    packed = torch.empty(count * size, dtype=torch.uint8, device=OPTIONS.device)
+
+    def pack():
+        synchronize()
+        begun = time.perf_counter()
+        torch.cat(parts, out=packed)
+        pinned.copy_(packed, non_blocking=True)
+        synchronize()
+        return count * size / (time.perf_counter() - begun)
+
+    with place.job("small", tensors) as job:
+        steps = iter(range(1, 1000))
+        save(job, next(steps))
+        pack()
+        row = pairs.compare("capture, 10,000 tensors of 64 KiB", "GB/s",
+                            lambda: rate_of(save(job, next(steps))) / 1e9, lambda: pack() / 1e9,
+                            None, pairs=REPEATS, note="against torch.cat and one pinned copy")
+        calls = [job.report(step).call_ns for step in range(2, 2 + REPEATS)]
+    call_ms = statistics.median(calls) / 1e6
+    return [row, pairs.Row("hf_save of 10,000 tensors", call_ms, "ms", goal="<= 1 ms",
+                           holds=call_ms <= 1)]
+
+
+class Loop:
+    """Matrix multiplications, and how long each step of some took on the device."""
+
+    def __init__(self):
+        size = 8192 if CUDA else 512
+        dtype = torch.bfloat16 if CUDA else torch.float32
+        self.a = torch.randn(size, size, device=OPTIONS.device, dtype=dtype)
+        self.b = torch.randn(size, size, device=OPTIONS.device, dtype=dtype)
+        self.c = torch.empty_like(self.a)
+
+    def steps(self, count):
+        """Milliseconds of each of `count` steps, enqueued without waiting for any."""
+        if not CUDA:
+            times = []
+            for _ in range(count):
+                begun = time.perf_counter()
+                torch.matmul(self.a, self.b, out=self.c)
+                times.append((time.perf_counter() - begun) * 1e3)
+            return lambda: times
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+        events[0].record()
+        for event in events[1:]:
+            torch.matmul(self.a, self.b, out=self.c)
+            event.record()
+
+        def read():
+            events[-1].synchronize()
+            return [a.elapsed_time(b) for a, b in zip(events, events[1:])]
+        return read
+
+
+def beside_compute(place, mib_per_second):
+    """What the loop loses while an image is captured, and how long hf_wait_captured blocks it."""
+    tensors = {f"t{i}": torch.zeros(OPTIONS.bytes // 8, dtype=torch.uint8, device=OPTIONS.device)
+               for i in range(8)}
+    loop = Loop()
+    loop.steps(50)()
+    # As many steps as last longer than the capture.
+    step_ms = statistics.median(loop.steps(100)())
+    name = f"paced at {mib_per_second} MiB/s" if mib_per_second else "unpaced"
+    alone, beside, blocked, reports = [], [], [], []
+    with place.job("paced" if mib_per_second else "unpaced", tensors,
+                   mib_per_second=mib_per_second) as job:
+        first = save(job, 1)
+        capture_ms = max(first.capture_ns / 1e6,
+                         OPTIONS.bytes / MIB / mib_per_second * 1e3 if mib_per_second else 0)
+        count = min(2000, max(20, int(1.3 * capture_ms / step_ms)))
+        for step in range(2, 2 + REPEATS):
+            alone += loop.steps(count)()
+            synchronize()
+            job.save(step, wait=SAVE_SECONDS)
+            read = loop.steps(count)
+            begun = time.perf_counter()
+            job.wait_captured()
+            blocked.append((time.perf_counter() - begun) * 1e3)
+            report = job.report(step)
+            # Of the steps those that ran beside the copies.
+            total, during = 0.0, []
+            for time_ms in read():
+                total += time_ms
+                if total < report.capture_ns / 1e6:
+                    during.append(time_ms)
+            beside += during
+            reports.append(report)
+            job.wait_committed(step, timeout=SAVE_SECONDS)
+    if not beside:
+        return [pairs.Row(f"loop during capture, {name}", 0.0, "", note="no step ran beside it")]
+    slower = statistics.mean(beside) / statistics.mean(alone) - 1
+    row = pairs.Row(f"loop during capture, {name}", statistics.mean(beside), "ms/step",
+                    statistics.mean(alone), note=f"{100 * slower:+.2f}% over {len(beside)} steps; "
+                    f"{statistics.median(rate_of(r) for r in reports) / 1e9:.1f} GB/s")
+    if mib_per_second:
+        row.goal, row.holds = "<= 1% slower", slower <= 0.01
+    hidden = statistics.median(max(0, r.capture_ns - r.blocked_ns) / r.capture_ns for r in reports)
+    return [row, pairs.Row(f"hf_wait_captured behind {count} enqueued steps, {name}",
+                           statistics.median(blocked), "ms",
+                           note=f"the host waits, the device works; hidden {100 * hidden:.0f}%")]
+
+
+def train(place):
+    """A training step of a model with Adam, with saves and without, and going on from the last."""
+    width, layers = (4096, 12) if CUDA else (64, 2)
+
+    def make():
+        torch.manual_seed(1)
+        model = torch.nn.Sequential(*[
+            layer for _ in range(layers)
+            for layer in (torch.nn.Linear(width, width), torch.nn.GELU())]).to(OPTIONS.device)
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    model, optimizer = make()
+    data = torch.randn(8192 if CUDA else 8, width, device=OPTIONS.device)
+
+    def step(model, optimizer):
+        with torch.autocast(OPTIONS.device, dtype=torch.bfloat16):
+            loss = model(data).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def run(checkpointer, first, count):
+        synchronize()
+        begun = time.perf_counter()
+        for number in range(first, first + count):
+            step(model, optimizer)
+            if checkpointer is not None:
+                checkpointer.after_step(number)
+        synchronize()
+        return (time.perf_counter() - begun) / count * 1e3
+
+    state_bytes = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
+    os.environ["HOLDFAST_DEVICE_COPY_MIB_PER_SECOND"] = "0"
+    every, block = 8, 16
+    options = {"job": "train", "root": str(place.path / "root"), "every": every,
+               "save_wait": SAVE_SECONDS, "on_error": "raise"}
+    rows = []
+    with holdfast.torch.Checkpointer(model, optimizer, **options) as checkpointer:
+        checkpointer.restore()
+        run(checkpointer, 1, every)  # the first save registers
+        number = every + 1
+        without, with_saves, reports = [], [], []
+        for _ in range(3):
+            without.append(run(None, number, block))
+            with_saves.append(run(checkpointer, number, block))
+            number += block
+            checkpointer.before_update()
+            reports.append(checkpointer.job.report())
+            checkpointer.commit(checkpointer.job.report().step)
+        checkpointer.commit(number)
+        report = reports[-1]
+        rows.append(pairs.Row(
+            f"training step, a save of {state_bytes / 1e9:.1f} GB every {every} steps",
+            statistics.median(with_saves), "ms", statistics.median(without),
+            statistics.median(without) / statistics.median(with_saves),
+            note=f"per save: captured in {report.capture_ns / 1e6:.0f} ms, host blocked "
+                 f"{report.blocked_ns / 1e6:.0f} ms, {rate_of(report) / 1e9:.1f} GB/s, unpinned "
+                 f"{report.unpinned_bytes} bytes"))
+    saved = [tensor.detach().cpu().clone() for tensor in model.parameters()]
+    moments = [optimizer.state[p]["exp_avg"].cpu().clone() for p in model.parameters()]
+    other, other_optimizer = make()
+    with holdfast.torch.Checkpointer(other, other_optimizer, **options) as checkpointer:
+        resumed = checkpointer.restore()
+        equal = resumed is not None and all(
+            torch.equal(a.detach().cpu(), b) for a, b in zip(other.parameters(), saved)) and all(
+            torch.equal(other_optimizer.state[p]["exp_avg"].cpu(), b)
+            for p, b in zip(other.parameters(), moments))
+        step(other, other_optimizer)  # it goes on
+        rows.append(pairs.Row("the model goes on from its last save", float(equal), "", holds=equal,
+                              goal="bit for bit"))
+    return rows
+
+
+def main():
+    if CUDA and not torch.cuda.is_available():
+        print("device_capture: torch sees no CUDA device", file=sys.stderr)
+        return 77
+    about = {"torch": torch.__version__, "python": platform.python_version(),
+             "processors": os.cpu_count(), "device": OPTIONS.device, "bytes": OPTIONS.bytes}
+    if CUDA:
+        about["device"] = torch.cuda.get_device_name(0)
+        about["cuda"] = torch.version.cuda
+    rows = []
+    failures = []
+    with tempfile.TemporaryDirectory(dir=OPTIONS.directory, ignore_cleanup_errors=True) as directory:
+        place = Place(directory)
+        for part in (throughput, small_tensors, lambda p: beside_compute(p, 0),
+                     lambda p: beside_compute(p, 8000), train):
+            begun = time.monotonic()
+            try:
+                rows += part(place)
+            except (holdfast.Error, RuntimeError) as error:
+                # The other parts have something to say all the same.
+                failures.append(f"{type(error).__name__}: {error}")
+                pairs.progress(f"FAILED: {failures[-1]}")
+            place.clear()
+            if CUDA:
+                torch.cuda.empty_cache()
+            pairs.progress(f"{time.monotonic() - begun:.1f} s")
+    print(json.dumps(about))
+    pairs.show(rows)
+    for failure in failures:
+        print(f"FAILED: {failure}")
+    if OPTIONS.json:
+        result = {"about": about, "failures": failures,
+                  "rows": [vars(row) for row in rows]}
+        pathlib.Path(OPTIONS.json).write_text(json.dumps(result, indent=1, default=str) + "\n")
+    return 1 if failures or any(row.holds is False for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
