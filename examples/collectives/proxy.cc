@@ -17,15 +17,13 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 // How long a broken link waits for rank 0 to say who was lost first, a peer that has left for the
-// links that it had opened, and the end of a communicator for what it has sent.
+// links that it had opened, and the end of a communicator for what it has sent to arrive.
 constexpr std::chrono::seconds kLossGrace{2};
 // Of every segment, before another ring is worth while.
 constexpr size_t kRingBytesMin = 8;
 // Up to so much work for the device is done at once instead of handed over: about as long as two
 // changes of threads take.
 constexpr size_t kDriveBytesMax = size_t{32} << 10;
-
-bool IsOver(const FlowInProxy& flow) { return flow.done == flow.flow->chunk_count(); }
 
 }  // namespace
 
@@ -526,15 +524,15 @@ void Proxy::WaitForEvents(Deadline deadline) {
 
 void Proxy::Linger() {
   const Deadline deadline = Clock::now() + kLossGrace;
-  const auto is_on_its_way = [](const auto& entry) {
-    const SendConnection& connection = entry.second;
-    return !connection.is_silent && !connection.flows.empty() &&
-           connection.flows.front().operation->Done() && !IsOver(connection.flows.front());
-  };
-  while (broken_.ok() && !suspect_.has_value() && Clock::now() < deadline &&
-         std::any_of(sends_.begin(), sends_.end(), is_on_its_way)) {
-    WaitForEvents(deadline);
+  // An operation that is done is not over: its sends may not have arrived, its end not been told.
+  const auto is_done = [](const Running& running) { return running.operation->Done(); };
+  while (broken_.ok()) {
     broken_ = Progress();
+    if (!broken_.ok() || suspect_.has_value() || silence_.has_value() || Clock::now() > deadline ||
+        std::none_of(running_.begin(), running_.end(), is_done)) {
+      break;
+    }
+    WaitForEvents(deadline);
   }
 }
 

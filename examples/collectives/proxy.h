@@ -117,7 +117,8 @@ class Proxy {
   void FailAll(const absl::Status& status);
   Deadline NextDeadline() const;
   void WaitForEvents(Deadline deadline);
-  // Before the end: what was sent is on its way until the receivers say that it is there.
+  // Before the end: what was sent is on its way until the receivers say that it is there, and what
+  // has ended is told.
   void Linger();
   std::string Describe(uint32_t peer) const;
   std::string During(const FlowInProxy& flow) const;
