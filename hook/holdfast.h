@@ -354,7 +354,8 @@ HF_API void hf_section_end(hf_job* job);
  *
  * Events have ids. 0 is none: it is returned if the event is not watched (level off, a full table,
  * a forked child) and ignored wherever it is given, as is an id whose event is over. No call
- * blocks, allocates (but the first one, and hf_monitor_communicator), makes a system call or fails.
+ * blocks, allocates (but the first one, and hf_monitor_communicator), makes a system call (but that
+ * one, and hf_monitor_thread) or fails.
  * Any thread may call; the events of one transfer come from one thread at a time. */
 
 typedef enum hf_operation {
@@ -395,6 +396,11 @@ typedef struct hf_communicator_options {
  * listens, for 200 ms at most. */
 HF_API uint64_t hf_monitor_communicator(const hf_communicator_options* options);
 HF_API void hf_monitor_close(uint64_t communicator);
+
+/* The calling thread moves the transfers of `communicator`: the agent watches how long it is ready
+ * to run and gets no CPU, which tells a starved thread from a slow network. Call it once, from that
+ * thread. One system call. */
+HF_API void hf_monitor_thread(uint64_t communicator);
 
 /* An operation is enqueued; hf_operation_start: it runs; hf_operation_end: it is done, as far as
  * its transfers are. (Without a start, the first transfer is one.) Operations of a communicator are

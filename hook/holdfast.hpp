@@ -288,6 +288,9 @@ class Communicator {
   Communicator(const Communicator&) = delete;
   Communicator& operator=(const Communicator&) = delete;
 
+  // The calling thread moves its transfers.
+  void MovedByThisThread() const { hf_monitor_thread(id_); }
+
   // Of holdfast.h's functions; 0: not watched.
   std::uint64_t id() const { return id_; }
 

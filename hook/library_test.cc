@@ -85,6 +85,7 @@ TEST(LibraryFileTest, ExportsTheApiAndNeedsOnlyLibc) {
                                      "hf_wait_committed",
                                      "hf_monitor_communicator",
                                      "hf_monitor_close",
+                                     "hf_monitor_thread",
                                      "hf_operation_begin",
                                      "hf_operation_start",
                                      "hf_operation_end",

@@ -56,6 +56,12 @@ void hf_monitor_close(uint64_t communicator) {
   if (events != nullptr) events->CloseCommunicator(communicator);
 }
 
+void hf_monitor_thread(uint64_t communicator) {
+  MonitorEvents* const events = ProcessMonitor();
+  if (events == nullptr) return;
+  events->ProxyThreadState(events->BeginProxyThread(communicator), abi::WaitState::kProxyActive, 0);
+}
+
 uint64_t hf_operation_begin(uint64_t communicator, int32_t kind, uint64_t bytes,
                             uint32_t root_or_peer) {
   MonitorEvents* const events = ProcessMonitor();

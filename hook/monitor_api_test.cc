@@ -7,7 +7,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <initializer_list>
 #include <string>
+#include <utility>
 
 #include "hook/abi/monitor_read.h"
 #include "hook/holdfast.h"
@@ -85,6 +87,85 @@ TEST(MonitorApiTest, AnOperationIsEnqueuedStartedAndFinished) {
   EXPECT_EQ(Read(communicator).kind_count[HF_BARRIER], 1u);
   hf_monitor_close(communicator);
   EXPECT_EQ(hf_operation_begin(communicator, HF_BARRIER, 0, 0), 0u);
+}
+
+// The number that a connection shows is the one that its other end shows, whatever else its ranks
+// do in between: with other peers, or alone.
+TEST(MonitorApiTest, AConnectionNumbersOperationsAsItsOtherEndDoes) {
+  const uint64_t communicator = OpenCommunicator(14);
+  struct Case {
+    hf_operation kind;
+    uint32_t peer;
+    bool send;
+    uint64_t number;
+  };
+  for (const Case& one : std::initializer_list<Case>{{HF_ALL_REDUCE, 3, true, 1},
+                                                     {HF_SEND, 1, true, 1},
+                                                     {HF_RECEIVE, 1, false, 1},
+                                                     {HF_SEND, 3, true, 1},
+                                                     {HF_ALL_GATHER, 3, true, 2},
+                                                     {HF_SEND, 1, true, 2},
+                                                     {HF_RECEIVE, 0, false, 1},
+                                                     {HF_BARRIER, 1, false, 3}}) {
+    const uint64_t operation = hf_operation_begin(communicator, one.kind, 8, one.peer);
+    const uint64_t transfer =
+        hf_transfer_begin(communicator, operation, 0, one.peer, one.send ? 1 : 0, 1);
+    const auto direction = one.send ? abi::SlotDirection::kSend : abi::SlotDirection::kReceive;
+    EXPECT_EQ(ReadConnection(communicator, one.peer, direction).operation, one.number);
+    hf_transfer_end(transfer);
+    hf_operation_end(operation);
+  }
+  const abi::CommunicatorReading reading = Read(communicator);
+  EXPECT_EQ(reading.enqueued, 8u);
+  EXPECT_EQ(reading.collectives, 3u);
+  EXPECT_EQ(reading.last_collective_finished, 3u);
+  for (const auto& [kind, count] :
+       {std::pair{HF_ALL_REDUCE, 1u}, {HF_SEND, 3u}, {HF_RECEIVE, 2u}}) {
+    EXPECT_EQ(reading.kind_count[kind], count);
+    EXPECT_EQ(reading.kind_started[kind], count);
+    EXPECT_EQ(reading.kind_finished[kind], count);
+  }
+}
+
+// Operations overlap: the time counts once, from the first one's start to the last one's end.
+TEST(MonitorApiTest, TheTimeInWhichAnOperationRunsIsCounted) {
+  const uint64_t communicator = OpenCommunicator(15);
+  EXPECT_EQ(Read(communicator).running_since, 0u);
+  const uint64_t first = hf_operation_begin(communicator, HF_ALL_REDUCE, 8, 0);
+  EXPECT_EQ(Read(communicator).running_since, 0u);  // enqueued only
+  hf_operation_start(first);
+  const uint64_t since = Read(communicator).running_since;
+  EXPECT_EQ(since, Read(communicator).started_ticks);
+  const uint64_t second = hf_operation_begin(communicator, HF_ALL_REDUCE, 8, 0);
+  hf_operation_start(second);
+  hf_operation_end(first);
+  EXPECT_EQ(Read(communicator).running_since, since);
+  EXPECT_EQ(Read(communicator).running_ticks, 0u);
+  hf_operation_end(second);
+  EXPECT_EQ(Read(communicator).running_since, 0u);
+  EXPECT_EQ(Read(communicator).running_ticks, Read(communicator).finished_ticks - since);
+}
+
+TEST(MonitorApiTest, TheThreadThatMovesTheTransfersIsNamed) {
+  const uint64_t communicator = OpenCommunicator(16);
+  hf_monitor_thread(communicator);
+  hf_monitor_thread(0);
+  const abi::SlotReading thread =
+      ReadConnection(communicator, abi::kNoPeer, abi::SlotDirection::kProxyThread);
+  EXPECT_EQ(thread.bytes, static_cast<uint64_t>(gettid()));
+  EXPECT_EQ(thread.state, abi::WaitState::kProxyActive);
+}
+
+TEST(MonitorApiTest, ANewConnectionIsCounted) {
+  const uint64_t communicator = OpenCommunicator(17);
+  const auto taken = [] { return View().header->slots_taken.load(); };
+  const uint64_t before = taken();
+  hf_transfer_end(hf_transfer_begin(communicator, 0, 0, 1, 1, 1));
+  EXPECT_EQ(taken(), before + 1);
+  hf_transfer_end(hf_transfer_begin(communicator, 0, 0, 1, 1, 1));
+  EXPECT_EQ(taken(), before + 1);
+  hf_transfer_end(hf_transfer_begin(communicator, 0, 0, 1, 0, 1));
+  EXPECT_EQ(taken(), before + 2);
 }
 
 TEST(MonitorApiTest, EveryWaitOfATransferIsShown) {

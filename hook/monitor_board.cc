@@ -178,11 +178,14 @@ void MonitorBoard::Reset(abi::Communicator& place, const CommunicatorInfo& info,
   for (std::atomic<uint64_t>* word :
        {&place.enqueued, &place.started, &place.finished, &place.last_started, &place.last_finished,
         &place.enqueued_ticks, &place.started_ticks, &place.finished_ticks, &place.api_calls,
-        &place.kernel_launches}) {
+        &place.kernel_launches, &place.collectives, &place.last_collective_finished,
+        &place.running_ticks, &place.running_since}) {
     word->store(0, kRelease);
   }
   for (uint32_t kind = 0; kind < abi::kOperationKinds; ++kind) {
     place.kind_count[kind].store(0, kRelease);
+    place.kind_started[kind].store(0, kRelease);
+    place.kind_finished[kind].store(0, kRelease);
     place.kind_nccl_sequence[kind].store(0, kRelease);
   }
   for (abi::RecentOperation& recent : place.recent) recent.number.store(0, kRelease);
@@ -298,6 +301,8 @@ bool MonitorBoard::TakeSlot(uint32_t place, uint64_t found, uint64_t key) const 
   for (std::atomic<uint64_t>& waited : slot.waited) waited.store(0, kRelease);
   change.Commit();
   keys_[place].store(key, kRelease);
+  // Release: who sees the count sees the key.
+  header_->slots_taken.fetch_add(1, kRelease);
   return true;
 }
 

@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <cstring>
 #include <utility>
@@ -181,6 +182,7 @@ Token MonitorEvents::BeginOperation(Token communicator, const OperationInfo& inf
   entry.number.store(number, kRelaxed);
   entry.kind.store(kind, kRelaxed);
   entry.runs.store(0, kRelaxed);
+  uint64_t like_number = 0;
   uint32_t peer_slot = kNoPlace;
   if (point_to_point) {
     peer_slot =
@@ -191,10 +193,12 @@ Token MonitorEvents::BeginOperation(Token communicator, const OperationInfo& inf
   entry.peer_slot.store(peer_slot, kRelaxed);
   if (peer_slot != kNoPlace) {
     abi::Slot& slot = slots_[peer_slot];
-    slot.operation.fetch_add(1, kRelaxed);
+    like_number = slot.operation.fetch_add(1, kRelaxed) + 1;
     slot.bytes.fetch_add(info.bytes, kRelaxed);
     slot.since.store(now, kRelease);
   }
+  if (!point_to_point) like_number = place.collectives.fetch_add(1, kRelaxed) + 1;
+  entry.like_number.store(like_number, kRelaxed);
   return MakeToken(TokenKind::kOperation, at, generation);
 }
 
@@ -212,7 +216,9 @@ void MonitorEvents::Started(OperationEntry& entry, uint64_t now) {
   if (!Open(owner)) return;
   abi::Communicator& place = communicators_[owner >> 16];
   const uint64_t number = entry.number.load(kRelaxed);
-  place.started.fetch_add(1, kRelaxed);
+  const uint64_t started = place.started.fetch_add(1, kRelaxed) + 1;
+  place.kind_started[entry.kind.load(kRelaxed) % abi::kOperationKinds].fetch_add(1, kRelaxed);
+  if (started - place.finished.load(kRelaxed) == 1) place.running_since.store(now, kRelease);
   Raise(place.last_started, number);
   place.started_ticks.store(now, kRelease);
   CountPeer(entry, 1, 0, now);
@@ -225,8 +231,16 @@ void MonitorEvents::Finished(OperationEntry& entry, uint64_t now) {
   if (!Open(owner)) return;
   abi::Communicator& place = communicators_[owner >> 16];
   const uint64_t number = entry.number.load(kRelaxed);
-  place.finished.fetch_add(1, kRelaxed);
+  const uint64_t finished = place.finished.fetch_add(1, kRelaxed) + 1;
+  place.kind_finished[entry.kind.load(kRelaxed) % abi::kOperationKinds].fetch_add(1, kRelaxed);
+  if (place.started.load(kRelaxed) == finished) {
+    const uint64_t since = place.running_since.exchange(0, kRelaxed);
+    if (since != 0 && now > since) place.running_ticks.fetch_add(now - since, kRelease);
+  }
   Raise(place.last_finished, number);
+  if (entry.peer_slot.load(kRelaxed) == kNoPlace) {
+    Raise(place.last_collective_finished, entry.like_number.load(kRelaxed));
+  }
   place.finished_ticks.store(now, kRelease);
   CountPeer(entry, 0, 1, now);
   board_->Record(
@@ -238,10 +252,17 @@ void MonitorEvents::Unfinished(OperationEntry& entry) {
   if (!Open(owner)) return;
   abi::Communicator& place = communicators_[owner >> 16];
   uint64_t number = entry.number.load(kRelaxed);
-  place.finished.fetch_sub(1, kRelaxed);
+  const uint64_t now = Now();
+  const uint64_t finished = place.finished.fetch_sub(1, kRelaxed) - 1;
+  place.kind_finished[entry.kind.load(kRelaxed) % abi::kOperationKinds].fetch_sub(1, kRelaxed);
+  if (place.started.load(kRelaxed) - finished == 1) place.running_since.store(now, kRelease);
   // Operations of a communicator finish in order; if a later one has, this stays.
   place.last_finished.compare_exchange_strong(number, number - 1, kRelease, kRelaxed);
-  CountPeer(entry, 0, -1, Now());
+  number = entry.like_number.load(kRelaxed);
+  if (entry.peer_slot.load(kRelaxed) == kNoPlace && number != 0) {
+    place.last_collective_finished.compare_exchange_strong(number, number - 1, kRelease, kRelaxed);
+  }
+  CountPeer(entry, 0, -1, now);
 }
 
 bool MonitorEvents::AddPart(Token operation) {
@@ -326,6 +347,9 @@ Token MonitorEvents::BeginProxyThread(Token communicator) {
   const uint32_t place =
       board_->FindSlot(index, abi::kNoChannel, abi::kNoPeer, SlotDirection::kProxyThread);
   if (place == kNoPlace) return 0;
+  std::atomic<uint64_t>& thread = slots_[place].bytes;
+  // The one system call of the events: once per communicator.
+  if (thread.load(kRelaxed) == 0) thread.store(static_cast<uint64_t>(gettid()), kRelease);
   return MakeToken(TokenKind::kProxyThread, place, communicators_[index].generation.load(kRelaxed));
 }
 

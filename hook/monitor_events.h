@@ -14,7 +14,8 @@
 // Tables are fixed. A full one forgets an old entry (Drop::kOperations and so on): its later events
 // are stale then; what the board shows of it stays.
 //
-// No lock, no allocation, no system call; no call blocks or fails. The clock is read only where
+// No lock, no allocation, no system call (but one per communicator: BeginProxyThread); no call
+// blocks or fails. The clock is read only where
 // what the board shows changes (or while records are kept): the same wait state again, as NCCL
 // reports it at every poll, costs a look at one entry.
 #ifndef HOLDFAST_HOOK_MONITOR_EVENTS_H_
@@ -129,6 +130,7 @@ class MonitorEvents {
   bool KernelStopped(Token kernel, uint64_t gpu_ns);
   bool EndKernel(Token kernel);
 
+  // The calling thread moves the communicator's transfers.
   Token BeginProxyThread(Token communicator);
   void ProxyThreadState(Token thread, abi::WaitState state, uint32_t appended);
 

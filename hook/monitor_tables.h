@@ -33,10 +33,11 @@ inline constexpr int kSwapAttempts = 64;
 
 struct MonitorEvents::OperationEntry {
   std::atomic<uint32_t> life;
-  std::atomic<uint32_t> stamp;      // when it was given out: the table's cursor
-  std::atomic<uint32_t> owner;      // communicator: index << 16 | generation, as in the next ones
-  std::atomic<uint32_t> peer_slot;  // kNoPlace: not point to point
-  std::atomic<uint64_t> number;
+  std::atomic<uint32_t> stamp;        // when it was given out: the table's cursor
+  std::atomic<uint32_t> owner;        // communicator: index << 16 | generation, as in the next ones
+  std::atomic<uint32_t> peer_slot;    // kNoPlace: not point to point
+  std::atomic<uint64_t> number;       // in its communicator
+  std::atomic<uint64_t> like_number;  // as Slot::operation counts
   std::atomic<uint32_t> kind;
   std::atomic<uint32_t> runs;  // 1: StartOperation counts as a part of it
 };
@@ -54,9 +55,9 @@ struct MonitorEvents::TransferEntry {
   std::atomic<uint32_t> steps_done;
   std::atomic<uint32_t> steps_total;
   std::atomic<uint32_t> direction_kind;  // SlotDirection | OperationKind << 8 | begun << 16
-  std::atomic<uint64_t> number;
-  std::atomic<uint64_t> operation;  // token of this process, or 0
-  std::atomic<uint64_t> new_bytes;  // not yet added to the slot
+  std::atomic<uint64_t> number;          // as Slot::operation counts, as in the next one
+  std::atomic<uint64_t> operation;       // token of this process, or 0
+  std::atomic<uint64_t> new_bytes;       // not yet added to the slot
 };
 
 struct MonitorEvents::KernelEntry {
@@ -86,7 +87,7 @@ struct MonitorEvents::Tables {
   alignas(64) std::atomic<uint32_t> next_kernel;
   alignas(64) std::atomic<uint32_t> next_other;
 
-  static_assert(sizeof(OperationEntry) == 32 && sizeof(TransferEntry) == 64);
+  static_assert(sizeof(OperationEntry) == 40 && sizeof(TransferEntry) == 64);
   static_assert(kOperationEntries <= kTokenPlaceMask && kTransferEntries <= kTokenPlaceMask);
   static_assert(abi::kBoardSlots <= kTokenPlaceMask);
 };

@@ -46,7 +46,7 @@ Token MonitorEvents::BeginTransfer(Token communicator, Token operation, const Tr
   const OperationEntry* parent =
       Find(tables_->operations, kOperationEntries, TokenKind::kOperation, operation);
   if (parent != nullptr) {
-    number = parent->number.load(kRelaxed);
+    number = parent->like_number.load(kRelaxed);
     kind = parent->kind.load(kRelaxed);
   } else if (Ours(operation, TokenKind::kOperation)) {
     CountStale();
@@ -274,7 +274,7 @@ Token MonitorEvents::BeginKernel(Token communicator, Token operation, uint32_t c
   KernelEntry& entry = tables_->kernels[at];
   const OperationEntry* parent =
       Find(tables_->operations, kOperationEntries, TokenKind::kOperation, operation);
-  const uint64_t number = parent == nullptr ? 0 : parent->number.load(kRelaxed);
+  const uint64_t number = parent == nullptr ? 0 : parent->like_number.load(kRelaxed);
   const uint32_t kind = parent == nullptr ? 0 : parent->kind.load(kRelaxed);
   entry.owner.store(OwnerOf(index), kRelaxed);
   entry.slot.store(place, kRelaxed);

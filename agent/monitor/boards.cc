@@ -58,13 +58,6 @@ json WaitsJson(const MappedBoard& board) {
 
 }  // namespace
 
-struct MonitorBoards::Board {
-  Offer offer;
-  std::shared_ptr<MappedBoard> mapped;
-  bool alive = true;
-  absl::Duration died{};  // on the agent's clock
-};
-
 MonitorBoards::MonitorBoards(EventLoop& loop, const Clock& clock) : loop_(loop), clock_(clock) {}
 
 MonitorBoards::~MonitorBoards() {
@@ -104,11 +97,18 @@ absl::Status MonitorBoards::Adopt(Offer offer) {
   // The mapping holds the memory; the descriptor is one of a limited number.
   offer.board.Reset();
   board->offer = std::move(offer);
+  board->id = next_id_++;
   Board* const watched = board.get();
   loop_.Watch(watched->offer.process.get(), EventLoop::FdEvents::kReadable,
               [this, watched] { OnDeath(watched); });
   boards_.push_back(std::move(board));
+  Changed();
   return absl::OkStatus();
+}
+
+void MonitorBoards::Changed() {
+  ++changes_;
+  if (changed_) changed_();
 }
 
 absl::Status MonitorBoards::Window(const std::string& job, uint32_t rank, absl::Duration length,
@@ -148,6 +148,7 @@ void MonitorBoards::OnDeath(Board* board) {
   board->alive = false;
   board->died = clock_.Elapsed();
   DropOldDead();
+  Changed();
 }
 
 // Dead boards are in the order of nothing; there are few.
@@ -171,6 +172,7 @@ void MonitorBoards::DropOldDead() {
     timer_ = loop_.RunAfter(next, [this] {
       timer_ = 0;
       DropOldDead();
+      Changed();
     });
   }
 }

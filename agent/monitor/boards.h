@@ -16,6 +16,7 @@
 #include <list>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -51,6 +52,14 @@ class MonitorBoards {
     UniqueFd process;  // a pidfd
   };
 
+  struct Board {
+    uint64_t id = 0;  // from 1, in the order of their coming; never used again
+    Offer offer;      // without the board's descriptor; `process` is none when it is dead
+    std::shared_ptr<MappedBoard> mapped;
+    bool alive = true;
+    absl::Duration died{};  // on the agent's clock; meaningful when it is not alive
+  };
+
   MonitorBoards(EventLoop& loop, const Clock& clock);
   ~MonitorBoards();
   MonitorBoards(const MonitorBoards&) = delete;
@@ -69,18 +78,27 @@ class MonitorBoards {
   size_t alive_count() const;
   size_t dead_count() const;
 
+  // Valid until changes() differs.
+  const std::vector<std::unique_ptr<Board>>& boards() const { return boards_; }
+  // Counts boards that came, died and were dropped.
+  uint64_t changes() const { return changes_; }
+  // `changed` runs after each of them, inside the call that made it. One listener; empty: none.
+  void Listen(std::function<void()> changed) { changed_ = std::move(changed); }
+
   // An array with one object per board. Keys: docs/MONITOR.md.
   std::string StatusJson() const;
 
  private:
-  struct Board;
-
+  void Changed();
   void OnDeath(Board* board);
   void DropOldDead();
 
   EventLoop& loop_;
   const Clock& clock_;
   std::vector<std::unique_ptr<Board>> boards_;
+  uint64_t next_id_ = 1;
+  uint64_t changes_ = 0;
+  std::function<void()> changed_;
   std::list<std::unique_ptr<RecordWindow>> windows_;
   EventLoop::TimerId timer_ = 0;  // of the next one to be too old; 0: none
 };

@@ -207,7 +207,9 @@ struct BoardHeader {
   uint32_t reserved3;
   std::atomic<uint64_t> section_ticks;  // of the last change of the stack
   std::atomic<uint64_t> section_names[kBoardSectionDepth][kBoardSectionNameBytes / 8];
-  uint8_t reserved4[2632];
+  // Slots that were ever given to a connection: while it stands, a reader knows all of them.
+  std::atomic<uint64_t> slots_taken;
+  uint8_t reserved4[2624];
 };
 static_assert(offsetof(BoardHeader, job) == 128);
 static_assert(offsetof(BoardHeader, drops) == 1024);
@@ -266,7 +268,15 @@ struct Communicator {
 
   std::atomic<uint64_t> api_calls;        // collectives and point-to-point calls by the program
   std::atomic<uint64_t> kernel_launches;  // level full
-  uint64_t reserved1[6];
+  // Of what is not point to point: enqueued, and the greatest number among them that has finished.
+  std::atomic<uint64_t> collectives;
+  std::atomic<uint64_t> last_collective_finished;
+  // Ticks in which an operation ran (had started and not finished), without the present one; and
+  // since when one runs, 0: none does. Two threads that begin and end operations at the same moment
+  // may cost it one of them.
+  std::atomic<uint64_t> running_ticks;
+  std::atomic<uint64_t> running_since;
+  uint64_t reserved1[2];
 
   // Operations enqueued, by OperationKind; and NCCL's own number of the last one plus 1 (it counts
   // per function in the communicator, as RAS does; 0: none; replayed CUDA graphs do not advance
@@ -275,11 +285,15 @@ struct Communicator {
   std::atomic<uint64_t> kind_nccl_sequence[kOperationKinds];
 
   RecentOperation recent[kRecentOperations];  // operation n at n % kRecentOperations
-  uint8_t reserved2[512];
+  // Of kind_count, those that have started and finished.
+  std::atomic<uint64_t> kind_started[kOperationKinds];
+  std::atomic<uint64_t> kind_finished[kOperationKinds];
+  uint8_t reserved2[256];
 };
 static_assert(offsetof(Communicator, enqueued) == 128);
 static_assert(offsetof(Communicator, kind_count) == 256);
 static_assert(offsetof(Communicator, recent) == 512);
+static_assert(offsetof(Communicator, kind_started) == 1024);
 static_assert(sizeof(Communicator) == 1536);
 
 // A slot's key. 0: never used. kBusyKey: being made. The communicator must be open in this
@@ -308,13 +322,16 @@ constexpr SlotKey DecodeSlotKey(uint64_t key) {
 //
 // kKernel: operation, since; steps: total = kernels started, done = stopped; waited[0] = GPU
 //   nanoseconds between start and stop, summed; waited[1] = the GPU's clock at the last start.
-// kProxyThread: state, since; steps.total = operations appended so far.
+// kProxyThread: state, since; steps.total = operations appended so far; bytes = the thread's id as
+//   its process sees it, 0: not known.
 // kPeerSends, kPeerReceives: no sequence: operation = operations enqueued with this peer, steps:
 //   total = started, done = finished; bytes = enqueued; since = of the last change.
 struct Slot {
   // sequence (low 32 bits) | WaitState << 32 | open steps << 40 | OperationKind << 48
   std::atomic<uint64_t> head;
-  // Number of the operation in its communicator; 0: not known (of another process).
+  // Number of the operation as both ends count it: a collective among the collectives of its
+  // communicator, point to point among those with this peer in this direction; from 1. 0: not known
+  // (of another process).
   std::atomic<uint64_t> operation;
   std::atomic<uint64_t> steps;  // done (low 32 bits) | total << 32, of that operation
   std::atomic<uint64_t> since;  // ticks: no change of the oldest step or its state since then
@@ -347,7 +364,8 @@ struct Record {
   std::atomic<uint64_t> ticks;
   // RecordKind | detail << 8 | place << 16 | step << 32. Place: slot of 4 to 12, else communicator.
   std::atomic<uint64_t> what;
-  std::atomic<uint64_t> operation;  // its number, 0: not known
+  // Its number, 0: not known: kOperation... in its communicator, others as in Slot::operation.
+  std::atomic<uint64_t> operation;
   std::atomic<uint64_t> value;
 };
 static_assert(sizeof(Record) == 32);

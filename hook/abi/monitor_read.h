@@ -76,6 +76,12 @@ struct CommunicatorReading {
   uint64_t finished_ticks = 0;
   uint64_t api_calls = 0;
   uint64_t kernel_launches = 0;
+  uint64_t collectives = 0;
+  uint64_t last_collective_finished = 0;
+  uint64_t running_ticks = 0;
+  uint64_t running_since = 0;
+  uint64_t kind_started[kOperationKinds] = {};
+  uint64_t kind_finished[kOperationKinds] = {};
   uint64_t kind_count[kOperationKinds] = {};
   uint64_t kind_nccl_sequence[kOperationKinds] = {};
 };
@@ -103,6 +109,13 @@ inline bool ReadCommunicator(const Communicator& from, CommunicatorReading* to) 
     }
     to->name[kCommunicatorNameBytes - 1] = '\0';
     // In this order: what has finished had started, what has started was enqueued.
+    for (uint32_t kind = 0; kind < kOperationKinds; ++kind) {
+      to->kind_finished[kind] = from.kind_finished[kind].load(kAcquire);
+    }
+    to->last_collective_finished = from.last_collective_finished.load(kAcquire);
+    for (uint32_t kind = 0; kind < kOperationKinds; ++kind) {
+      to->kind_started[kind] = from.kind_started[kind].load(kAcquire);
+    }
     to->finished = from.finished.load(kAcquire);
     to->last_finished = from.last_finished.load(kAcquire);
     to->finished_ticks = from.finished_ticks.load(kAcquire);
@@ -113,6 +126,9 @@ inline bool ReadCommunicator(const Communicator& from, CommunicatorReading* to) 
     to->enqueued_ticks = from.enqueued_ticks.load(kAcquire);
     to->api_calls = from.api_calls.load(kAcquire);
     to->kernel_launches = from.kernel_launches.load(kAcquire);
+    to->collectives = from.collectives.load(kAcquire);
+    to->running_ticks = from.running_ticks.load(kAcquire);
+    to->running_since = from.running_since.load(kAcquire);
     for (uint32_t kind = 0; kind < kOperationKinds; ++kind) {
       to->kind_count[kind] = from.kind_count[kind].load(kAcquire);
       to->kind_nccl_sequence[kind] = from.kind_nccl_sequence[kind].load(kAcquire);

@@ -128,6 +128,7 @@ FUNCTIONS = {
     "hf_section_end": (None, (_JOB,)),
     "hf_monitor_communicator": (c_uint64, (POINTER(hf_communicator_options),)),
     "hf_monitor_close": (None, (c_uint64,)),
+    "hf_monitor_thread": (None, (c_uint64,)),
     "hf_operation_begin": (c_uint64, (c_uint64, c_int, c_uint64, c_uint32)),
     "hf_operation_start": (None, (c_uint64,)),
     "hf_operation_end": (None, (c_uint64,)),

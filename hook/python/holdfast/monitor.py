@@ -103,6 +103,10 @@ class Communicator:
     def close(self) -> None:
         self._api.hf_monitor_close(self.id)
 
+    def moved_by_this_thread(self) -> None:
+        """The calling thread moves the transfers: the agent watches whether it gets a CPU."""
+        self._api.hf_monitor_thread(self.id)
+
     def __enter__(self) -> "Communicator":
         return self
 
