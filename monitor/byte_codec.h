@@ -58,6 +58,40 @@ class ByteWriter {
   std::string& out_;
 };
 
+// How many bytes ByteWriter would write, also of what is beyond its limits.
+class ByteSizer {
+ public:
+  size_t bytes() const { return bytes_; }
+
+  template <typename T>
+  void Number(std::string_view, T& value, uint64_t = 0) {
+    for (auto left = static_cast<uint64_t>(value); left >= 0x80; left >>= 7) ++bytes_;
+    ++bytes_;
+  }
+  template <typename T>
+  void Enumerator(std::string_view, T&, size_t) {
+    ++bytes_;
+  }
+  void Signed(std::string_view what, int32_t& value) {
+    const auto wide = static_cast<int64_t>(value);
+    uint64_t number = (static_cast<uint64_t>(wide) << 1) ^ static_cast<uint64_t>(wide >> 63);
+    Number(what, number);
+  }
+  void Text(std::string_view what, std::string& text, size_t) {
+    size_t size = text.size();
+    Number(what, size);
+    bytes_ += text.size();
+  }
+  template <typename T>
+  void Length(std::string_view what, std::vector<T>& list, size_t) {
+    size_t size = list.size();
+    Number(what, size);
+  }
+
+ private:
+  size_t bytes_ = 0;
+};
+
 // Strict: the shortest form of every number, known enumerators, lengths within the limits, no byte
 // left over (Finish). After the first error every value is zero, and Finish says what was wrong.
 class ByteReader {
@@ -153,6 +187,8 @@ struct Envelope {
   uint8_t version = 0;     // below 0x80
   size_t bytes_max = 0;
 };
+
+inline constexpr size_t kEnvelopeBytes = 9;
 
 // `bytes`: empty; the fields follow.
 void OpenEnvelope(const Envelope& envelope, std::string& bytes);

@@ -151,6 +151,7 @@ void JobState::TakeCommunicators(RankTrack& track, const std::vector<Communicato
   track.communicators.reserve(reports.size());
   for (size_t i = 0; i < reports.size(); ++i) {
     const CommunicatorReport& report = reports[i];
+    if (report.size > ranks_.size()) continue;  // more than the job has: garbage, and costly
     // Nearly always in the same place as last time.
     size_t at = i;
     if (at >= before.size() || before[at].now.id != report.id) {

@@ -116,12 +116,48 @@ void MergeChannels(CommunicatorReport& communicator) {
   for (auto& [key, connection] : merged) communicator.connections.push_back(connection);
 }
 
+// Also of a summary that is too large to be encoded.
+size_t EncodedBytes(NodeSummary& summary) {
+  ByteSizer sizer;
+  Walk(sizer, summary);
+  return kEnvelopeBytes + sizer.bytes();
+}
+
 template <typename Change>
-bool FitsAfter(NodeSummary& summary, size_t bytes_max, Change change) {
+void ForEachCommunicator(NodeSummary& summary, Change change) {
   for (RankReport& rank : summary.ranks) {
     for (CommunicatorReport& communicator : rank.communicators) change(communicator);
   }
-  return EncodeSummary(summary).size() <= bytes_max;
+}
+
+// Takes away the half of the connections that has waited less; false if none are left.
+bool HalveConnections(NodeSummary& summary) {
+  std::vector<uint64_t> waits;
+  ForEachCommunicator(summary, [&](const CommunicatorReport& communicator) {
+    for (const ConnectionReport& c : communicator.connections) waits.push_back(c.waiting_us);
+  });
+  if (waits.empty()) return false;
+  const auto middle = waits.begin() + static_cast<ptrdiff_t>(waits.size() / 2);
+  std::nth_element(waits.begin(), middle, waits.end());
+  ForEachCommunicator(summary, [&](CommunicatorReport& communicator) {
+    std::erase_if(communicator.connections,
+                  [&](const ConnectionReport& c) { return c.waiting_us <= *middle; });
+  });
+  return true;
+}
+
+// Takes away the communicators in which nothing is open, then half of the others; false if none are
+// left.
+bool HalveCommunicators(NodeSummary& summary) {
+  bool had_idle = false, had_any = false;
+  for (RankReport& rank : summary.ranks) {
+    had_any |= !rank.communicators.empty();
+    had_idle |= std::erase_if(rank.communicators,
+                              [](const CommunicatorReport& c) { return c.open_us == 0; }) > 0;
+  }
+  if (had_idle) return true;
+  for (RankReport& rank : summary.ranks) rank.communicators.resize(rank.communicators.size() / 2);
+  return had_any;
 }
 
 }  // namespace
@@ -155,12 +191,18 @@ absl::StatusOr<NodeSummary> DecodeSummary(std::span<const std::byte> bytes) {
 }
 
 bool FitToBudget(NodeSummary& summary, size_t bytes_max) {
-  if (FitsAfter(summary, bytes_max, [](CommunicatorReport&) {})) return true;
-  if (FitsAfter(summary, bytes_max, MergeChannels)) return true;
-  return FitsAfter(summary, bytes_max, [](CommunicatorReport& communicator) {
+  const auto fits = [&] { return EncodedBytes(summary) <= bytes_max; };
+  if (fits()) return true;
+  ForEachCommunicator(summary, MergeChannels);
+  if (fits()) return true;
+  ForEachCommunicator(summary, [](CommunicatorReport& communicator) {
     std::erase_if(communicator.connections,
                   [](const ConnectionReport& c) { return c.state == WaitState::kNone; });
   });
+  while (!fits()) {
+    if (!HalveConnections(summary) && !HalveCommunicators(summary)) return false;
+  }
+  return true;
 }
 
 OperationCounts Total(const CommunicatorReport& report) {

@@ -154,12 +154,14 @@ struct RankReport {
   int32_t exit_value = 0;  // status or signal; 0 while it runs
   uint64_t cpu_us = 0;     // total CPU time of the process
   // Total time inside operations. From the board: the time in which a connection was in use, of the
-  // busiest connection of each communicator, summed. Of operations that are enqueued long before
-  // the GPU comes to them it begins with the kernel at level full, else too early: then lateness is
-  // not visible in it.
+  // busiest connection of each communicator, summed; of a communicator without connections, the
+  // time in which an operation of it ran; with kernels (level full), theirs. Of operations that are
+  // enqueued long before the GPU comes to them it begins with the kernel at level full, else too
+  // early: then lateness is not visible in it.
   uint64_t operation_us = 0;
-  uint64_t data_us = 0;       // total time in sections of kind data, as sampled every 100 ms
-  uint64_t run_delay_us = 0;  // total time its proxy threads were runnable and did not run
+  uint64_t data_us = 0;  // total time in sections of kind data, as sampled every 100 ms
+  // Total time its proxy threads were runnable and did not run; of those that waited the longest.
+  uint64_t run_delay_us = 0;
   TelemetryLevel level{};
   uint64_t drops = 0;             // records lost, total
   std::vector<Section> sections;  // outermost first
@@ -188,8 +190,9 @@ absl::StatusOr<NodeSummary> DecodeSummary(std::span<const std::byte> bytes);
 
 // Makes the encoded form at most `bytes_max` long, by as little as is needed: merges the channels
 // of each (communicator, peer, direction) into one connection that carries their sums and the state
-// of the channel that waits the longest; then drops connections without an open operation. Returns
-// whether it fits; if not, `summary` is merged as far as it goes.
+// of the channel that waits the longest; then drops connections without an open operation, then
+// those that wait the least, then communicators, those without an open operation first. Returns
+// whether it fits: kRanksMax ranks do in kSummaryBytesBudget, whatever was in them.
 bool FitToBudget(NodeSummary& summary, size_t bytes_max);
 
 // All operations, and those that every rank of the communicator calls.
