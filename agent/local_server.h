@@ -18,6 +18,7 @@
 
 #include "absl/status/status.h"
 #include "agent/monitor/boards.h"
+#include "agent/monitor/exits.h"
 #include "agent/monitor/service.h"
 #include "agent/packet.h"
 #include "agent/peer.h"
@@ -46,6 +47,8 @@ class LocalServer {
     MonitorBoards* monitor_boards = nullptr;
     // Who answers kMonitorQuery; outlives the server. Null: kUnimplemented.
     MonitorService* monitor_service = nullptr;
+    // Gets what launchers say of ended ranks. Empty: every kRankExit is kUnimplemented.
+    std::function<void(RankExit)> take_exit = nullptr;
   };
 
   // How many sessions a process with this RLIMIT_NOFILE can hold, with all that belongs to them.
@@ -124,6 +127,7 @@ class LocalServer {
                  const std::string& job);
   void SendWaiting(ConnectionId id);
   absl::Status AdoptBoard(const Connection& connection, Packet& packet) const;
+  void HandleRankExit(ConnectionId id, const Packet& packet);
 
   void OpenDone(ConnectionId id, uint32_t request_id, absl::StatusOr<OpenResult> result,
                 UniqueFd doorbell);

@@ -1,6 +1,8 @@
 // LocalServer: what concerns the monitor. Boards come in (kMonitor), windows are opened on them
 // (kMonitorWindow), questions are answered (kMonitorQuery), and who follows or records gets what
-// happens, as fast as it reads.
+// happens, as fast as it reads. Launchers say how ranks ended (kRankExit).
+#include <sys/wait.h>
+
 #include <utility>
 
 #include "absl/strings/str_format.h"
@@ -9,6 +11,37 @@
 #include "base/status_macros.h"
 
 namespace holdfast {
+namespace {
+
+absl::StatusOr<RankExit> ToRankExit(const abi::RankExit& message) {
+  RankExit exit;
+  ASSIGN_OR_RETURN(exit.job, TextField("job", message.job));
+  ASSIGN_OR_RETURN(exit.attempt_key, TextField("attempt_key", message.attempt_key));
+  ASSIGN_OR_RETURN(exit.node, TextField("node", message.node));
+  if (message.rank >= RankExit::kRanksMax || message.world_size > RankExit::kRanksMax) {
+    return absl::InvalidArgumentError(
+        absl::StrFormat("rank exit: expected a rank below %d and a world size up to it, found %d "
+                        "and %d",
+                        RankExit::kRanksMax, message.rank, message.world_size));
+  }
+  if (!WIFEXITED(message.wait_status) && !WIFSIGNALED(message.wait_status)) {
+    return absl::InvalidArgumentError(absl::StrFormat(
+        "rank exit: expected the wait status of a process that has ended, found %#x",
+        message.wait_status));
+  }
+  if (message.was_stopped > 1) {
+    return absl::InvalidArgumentError(
+        absl::StrFormat("rank exit: was_stopped: expected 0 or 1, found %d", message.was_stopped));
+  }
+  exit.rank = message.rank;
+  exit.world_size = message.world_size;
+  exit.process_id = message.process_id;
+  exit.wait_status = message.wait_status;
+  exit.stopped = message.was_stopped == 1;
+  return exit;
+}
+
+}  // namespace
 
 absl::Status LocalServer::AdoptBoard(const Connection& connection, Packet& packet) const {
   if (options_.monitor_boards == nullptr) {
@@ -148,6 +181,21 @@ void LocalServer::SendWaiting(ConnectionId id) {
   std::vector<UniqueFd> fds;
   fds.push_back(*std::move(memory));
   Send(id, Packet{abi::MessageType::kMonitorEvent, 0, BodyBytes(event), std::move(fds)});
+}
+
+void LocalServer::HandleRankExit(ConnectionId id, const Packet& packet) {
+  const absl::StatusOr<abi::RankExit> message = BodyAs<abi::RankExit>(packet, 0);
+  absl::StatusOr<RankExit> exit =
+      message.ok() ? ToRankExit(*message) : absl::StatusOr<RankExit>(message.status());
+  if (exit.ok() && !options_.take_exit) {
+    exit = absl::UnimplementedError("this agent runs no monitor");
+  }
+  if (!exit.ok()) {
+    AnswerError(id, packet.type, packet.request_id, exit.status());
+    return;
+  }
+  options_.take_exit(*std::move(exit));
+  Answer(id, packet.request_id, abi::MessageType::kRankExitReply, abi::RankExitReply{}, {});
 }
 
 }  // namespace holdfast

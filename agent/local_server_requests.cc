@@ -87,6 +87,8 @@ void LocalServer::AnswerError(ConnectionId id, abi::MessageType request, uint32_
       return answer(abi::QueryReply{});
     case abi::MessageType::kMonitorReply:
       return answer(abi::MonitorReply{});
+    case abi::MessageType::kRankExitReply:
+      return answer(abi::RankExitReply{});
     default:
       // No request, so there is nothing to answer with.
       Close(id);
@@ -127,6 +129,8 @@ void LocalServer::Handle(ConnectionId id, Packet packet) {
       return HandleMonitorWindow(id, packet);
     case abi::MessageType::kMonitorQuery:
       return HandleMonitorQuery(id, std::move(packet));
+    case abi::MessageType::kRankExit:
+      return HandleRankExit(id, packet);
     case abi::MessageType::kClose: {
       const bool has_session = connection.has_session;
       const SessionId session = connection.session;

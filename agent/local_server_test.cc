@@ -397,6 +397,74 @@ void SendRandom(int socket, std::minstd_rand& random) {
   [[maybe_unused]] const ssize_t sent = sendmsg(socket, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
 }
 
+// ---- Ends of ranks
+
+abi::RankExit GoodExit() {
+  abi::RankExit exit{};
+  std::strcpy(exit.job, "job");
+  std::strcpy(exit.attempt_key, "run:1");
+  std::strcpy(exit.node, "n1");
+  exit.rank = 3;
+  exit.world_size = 4;
+  exit.process_id = 77;
+  exit.wait_status = 9;
+  exit.was_stopped = 1;
+  return exit;
+}
+
+TEST_F(LocalServerTest, ALaunchersWordOfAnEndIsPassedOn) {
+  std::vector<RankExit> exits;
+  MakeServer([&](LocalServer::Options& options) {
+    options.take_exit = [&](RankExit exit) { exits.push_back(std::move(exit)); };
+  });
+  const UniqueFd socket = Connect();
+  Request(socket, abi::MessageType::kRankExit, GoodExit());
+  const auto reply =
+      HearReply<abi::RankExitReply>(socket, abi::MessageType::kRankExitReply, 0).status;
+  EXPECT_EQ(reply.code, 0) << reply.text;
+  ASSERT_EQ(exits.size(), 1u);
+  EXPECT_EQ(exits[0].job, "job");
+  EXPECT_EQ(exits[0].attempt_key, "run:1");
+  EXPECT_EQ(exits[0].node, "n1");
+  EXPECT_EQ(exits[0].rank, 3u);
+  EXPECT_EQ(exits[0].world_size, 4u);
+  EXPECT_EQ(exits[0].process_id, 77u);
+  EXPECT_EQ(exits[0].wait_status, 9);
+  EXPECT_TRUE(exits[0].stopped);
+}
+
+TEST_F(LocalServerTest, AnEndThatCannotBeIsRefusedByName) {
+  size_t taken = 0;
+  MakeServer([&](LocalServer::Options& options) {
+    options.take_exit = [&](const RankExit&) { ++taken; };
+  });
+  const UniqueFd socket = Connect();
+  const auto refusal = [&](const std::function<void(abi::RankExit&)>& spoil) {
+    abi::RankExit exit = GoodExit();
+    spoil(exit);
+    Request(socket, abi::MessageType::kRankExit, exit);
+    const auto reply =
+        HearReply<abi::RankExitReply>(socket, abi::MessageType::kRankExitReply, 0).status;
+    EXPECT_EQ(reply.code, static_cast<int32_t>(absl::StatusCode::kInvalidArgument));
+    return std::string(reply.text);
+  };
+  EXPECT_THAT(refusal([](auto& exit) { exit.rank = RankExit::kRanksMax; }), HasSubstr("262144"));
+  EXPECT_THAT(refusal([](auto& exit) { exit.world_size = RankExit::kRanksMax + 1; }),
+              HasSubstr("world size"));
+  EXPECT_THAT(refusal([](auto& exit) { exit.wait_status = 0x137f; }), HasSubstr("0x137f"));
+  EXPECT_THAT(refusal([](auto& exit) { exit.was_stopped = 2; }), HasSubstr("found 2"));
+  EXPECT_THAT(refusal([](auto& exit) { std::memset(exit.job, 'x', sizeof(exit.job)); }),
+              HasSubstr("job"));
+  EXPECT_THAT(refusal([](auto& exit) { std::memset(exit.node, 'x', sizeof(exit.node)); }),
+              HasSubstr("node"));
+  EXPECT_EQ(taken, 0u);
+  MakeServer({});
+  const UniqueFd other = Connect();
+  Request(other, abi::MessageType::kRankExit, GoodExit());
+  EXPECT_EQ(HearReply<abi::RankExitReply>(other, abi::MessageType::kRankExitReply, 0).status.code,
+            static_cast<int32_t>(absl::StatusCode::kUnimplemented));
+}
+
 TEST_F(LocalServerTest, SurvivesRandomMessagesAndLeaksNothing) {
   const unsigned seed = std::random_device{}();
   SCOPED_TRACE(absl::StrCat("seed ", seed));

@@ -115,6 +115,7 @@ class NotingEngine final : public Engine {
   size_t open_session_count() const override { return sessions_.size(); }
   size_t pending_image_count() const override { return 0; }
   std::vector<UncommittedSave> uncommitted_saves() const override { return {}; }
+  Activity ActivityOf(const std::string&, const std::string&) const override { return {}; }
   std::string StatusJson() const override { return "{}"; }
 
   bool immediate = true;

@@ -150,6 +150,8 @@ abi::MessageType ReplyType(abi::MessageType request) {
       return abi::MessageType::kQueryReply;
     case abi::MessageType::kMonitor:
       return abi::MessageType::kMonitorReply;
+    case abi::MessageType::kRankExit:
+      return abi::MessageType::kRankExitReply;
     default:
       return abi::MessageType{};
   }

@@ -140,6 +140,7 @@ void Worker::TakeOver() {
 void Worker::DropWorld() {
   DescribeAtKillPoint(nullptr);
   server_.reset();
+  node_aggregator_.reset();
   monitor_service_.reset();
   monitor_boards_.reset();
   engine_.reset();
@@ -234,6 +235,14 @@ absl::Status Worker::BuildEngine() {
   monitor_service_ =
       std::make_unique<MonitorService>(MonitorOptions(), *file_system_, *loop_, *pool_, clock_);
   server_options.monitor_service = monitor_service_.get();
+  // The time since the machine's start: greater than that of the worker before this one.
+  node_aggregator_ = std::make_unique<NodeAggregator>(
+      *monitor_boards_, *loop_, clock_,
+      [this](const std::string& job, const std::string& key) {
+        return engine_->ActivityOf(job, key);
+      },
+      static_cast<uint64_t>(absl::ToInt64Microseconds(clock_.Elapsed())), *monitor_service_);
+  server_options.take_exit = [this](RankExit exit) { node_aggregator_->TakeExit(std::move(exit)); };
   server_ = std::make_unique<LocalServer>(std::move(server_options), keeper_->Find(kListenerName),
                                           *engine_, *loop_, [this] { return StatusText(); });
   return absl::OkStatus();
@@ -378,6 +387,7 @@ std::string Worker::StatusText() const {
   nlohmann::json status = nlohmann::json::parse(engine_->StatusJson(), nullptr, false);
   if (!status.is_object()) status = {{"engine_status", "damaged"}};
   status["monitor"] = nlohmann::json::parse(monitor_boards_->StatusJson());
+  status["monitor_reports"] = nlohmann::json::parse(node_aggregator_->StatusJson());
   nlohmann::json& agent = status["agent"];
   agent = {{"version", kVersion},
            {"protocol", abi::kProtocolVersion},

@@ -17,6 +17,7 @@
 #include "agent/keeper_link.h"
 #include "agent/local_server.h"
 #include "agent/monitor/boards.h"
+#include "agent/monitor/node_aggregator.h"
 #include "agent/monitor/service.h"
 #include "base/clock.h"
 #include "checkpoint/engine.h"
@@ -83,6 +84,7 @@ class Worker {
   std::unique_ptr<Engine> engine_;
   std::unique_ptr<MonitorBoards> monitor_boards_;
   std::unique_ptr<MonitorService> monitor_service_;
+  std::unique_ptr<NodeAggregator> node_aggregator_;
   std::unique_ptr<LocalServer> server_;
 
   UniqueFd signal_fd_;

@@ -26,6 +26,7 @@ BENCHMARKS = {
     "view": ("view", "rows"),
     "monitor_detection": ("monitor", "detection"),
     "monitor_scale": ("monitor", "scale"),
+    "monitor_node": ("monitor", "node"),
     "fingerprint": ("fingerprint", "rows"),
     "diff": ("diff", "rows"),
     "reshard": ("reshard", "rows"),

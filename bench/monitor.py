@@ -49,3 +49,28 @@ def scale(place):
                               note=f"moving {row['cpu_s_per_s']:.4f}, one hangs "
                                    f"{row['cpu_s_per_s_hanging']:.4f}; the worst second is shown"))
     return rows
+
+
+def node(place):
+    """The agent's part on a node of 8 ranks in 10 communicators; with 2 and with 16 channels."""
+    rows = []
+    for channels in (2, 16):
+        def once(channels=channels):
+            return json.loads(subprocess.run(
+                [place.build / "bench" / "bench_node_aggregation", str(channels)], check=True,
+                capture_output=True, text=True).stdout)
+        runs = [once() for _ in range(3)]
+        found = {key: max(run[key] for run in runs) for key in runs[0]}
+        note = f"{channels} channels; the worst of {len(runs)} runs"
+        memory = found["board_bytes"] + found["agent_bytes_per_rank"]
+        rows += [
+            pairs.Row("node report, bytes a second", found["report_bytes"], "B", goal="<= 20,000 B",
+                      holds=found["report_bytes"] <= 20_000, note=note),
+            pairs.Row("node aggregation, CPU of one core", 100 * found["cpu_s_per_s"], "%",
+                      note=f"{note}; caches filled before every look"),
+            pairs.Row("monitor, host memory per GPU", memory / 1e6, "MB", goal="<= 1 MB",
+                      holds=memory <= 1_000_000,
+                      note=f"{note}; its board {found['board_bytes']:,} B, in the agent "
+                           f"{found['agent_bytes_per_rank']:,} B"),
+        ]
+    return rows

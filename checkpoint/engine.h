@@ -211,6 +211,16 @@ class Engine {
   };
   virtual std::vector<UncommittedSave> uncommitted_saves() const = 0;
 
+  // What is under way for the ranks of one attempt on this node, which it may hold up.
+  struct Activity {
+    Attempt attempt{};       // 0: no session was opened with these names
+    bool capturing = false;  // a save has begun, and its blocks are not all captured
+    bool flushing = false;   // images of the job are on their way to storage
+    bool restoring = false;
+  };
+  // By the names that its sessions were opened with. Cheap enough for every 100 ms.
+  virtual Activity ActivityOf(const std::string& job, const std::string& attempt_key) const = 0;
+
   // For `holdfast` and the tests: one JSON object, keys documented in docs/OPERATING.md: jobs,
   // attempts, sessions, images (state, blocks captured, checksummed, flushed, void reason), memory,
   // commits, warnings.

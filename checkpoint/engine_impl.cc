@@ -641,4 +641,20 @@ std::vector<Engine::UncommittedSave> EngineImpl::uncommitted_saves() const {
   return saves;
 }
 
+Engine::Activity EngineImpl::ActivityOf(const std::string& job,
+                                        const std::string& attempt_key) const {
+  Activity activity;
+  for (const auto& [id, entry] : sessions_) {
+    const SessionIdentity& identity = entry.session->identity();
+    if (identity.job != job || identity.attempt_key != attempt_key) continue;
+    activity.attempt = std::max(activity.attempt, identity.attempt);
+    const RankImages* const images = entry.session->current_images();
+    activity.capturing |=
+        entry.session->is_open() && images != nullptr && images->IsTrainerCapturing();
+    activity.restoring |= !entry.restores.empty() && !entry.restores.back()->is_over();
+    activity.flushing |= entry.job != nullptr && entry.job->pending_image_count() > 0;
+  }
+  return activity;
+}
+
 }  // namespace holdfast

@@ -47,6 +47,7 @@ class EngineImpl final : public Engine {
   size_t open_session_count() const override;
   size_t pending_image_count() const override;
   std::vector<UncommittedSave> uncommitted_saves() const override;
+  Activity ActivityOf(const std::string& job, const std::string& attempt_key) const override;
   std::string StatusJson() const override;
 
  private:

@@ -251,6 +251,32 @@ TEST(Engine, TwoJobsInOneRoot) {
   EXPECT_THAT(ListJobs(disk, "/root"), IsOkAndHolds(testing::ElementsAre("one", "two")));
 }
 
+TEST(Engine, SaysWhatIsUnderWayForAnAttempt) {
+  SimDisk disk;
+  EngineHarness harness(disk, {});
+  ASSERT_OK_AND_ASSIGN(const auto trainers, harness.Launch(2, "key"));
+  const auto activity = [&] { return harness.engine().ActivityOf("job", "key"); };
+  const auto nothing = [&] {
+    return !activity().capturing && !activity().flushing && !activity().restoring;
+  };
+  EXPECT_EQ(Value(activity().attempt), 1u);
+  EXPECT_TRUE(nothing());
+  EXPECT_EQ(Value(harness.engine().ActivityOf("job", "").attempt), 0u);
+  EXPECT_EQ(Value(harness.engine().ActivityOf("other", "key").attempt), 0u);
+  std::vector<uint32_t> slots;
+  for (TestTrainer* trainer : trainers) slots.push_back(harness.BeginSave(*trainer, 1).value());
+  harness.Settle();
+  EXPECT_TRUE(activity().capturing);
+  for (size_t i = 0; i < trainers.size(); ++i) harness.FinishSave(*trainers[i], slots[i]);
+  EXPECT_FALSE(activity().capturing);
+  for (const SessionId session : harness.engine().sessions()) harness.engine().Doorbell(session);
+  bool flushed = false;
+  while (harness.executor().RunOne()) flushed |= activity().flushing;
+  EXPECT_TRUE(flushed);
+  harness.Settle();
+  EXPECT_TRUE(nothing());
+}
+
 // ---- Storage that fails ----
 
 TEST(Engine, AFullDiskFailsTheSaveAndNotTheMemoryTier) {

@@ -44,9 +44,11 @@ enum class MessageType : uint16_t {
   kMonitor = 13,        // trainer -> agent, no kOpen needed; fds: [monitor board, memfd]
   kMonitorReply = 14,   // an agent that does not know kMonitor closes the connection instead
   kMonitorWindow =
-      15,              // any client of the same user (CLI); answered by kQueryReply when it is over
-  kMonitorQuery = 20,  // any client of the same user (CLI); answered by kQueryReply
-  kMonitorEvent = 21,  // agent -> client that follows or records; fds: [text, sealed memfd]
+      15,          // any client of the same user (CLI); answered by kQueryReply when it is over
+  kRankExit = 16,  // launcher -> agent, no kOpen needed: docs/MONITOR.md
+  kRankExitReply = 17,  // as kMonitorReply
+  kMonitorQuery = 20,   // any client of the same user (CLI); answered by kQueryReply
+  kMonitorEvent = 21,   // agent -> client that follows or records; fds: [text, sealed memfd]
 };
 
 struct MessageHeader {
@@ -296,6 +298,26 @@ struct MonitorWindowRequest {
   uint32_t milliseconds;  // 1 to 1000 * kWindowSecondsMax
 };
 static_assert(sizeof(MonitorWindowRequest) == 144);
+
+// Whoever started a rank says how it ended, which only a parent gets to know. Ranks that show no
+// board are known by it too.
+struct RankExit {
+  char job[136];          // HOLDFAST_JOB of the rank; empty: none
+  char attempt_key[256];  // its HOLDFAST_ATTEMPT_KEY or torchrun's; empty: none
+  char node[136];         // its HOLDFAST_NODE, else the host name
+  uint32_t rank;
+  uint32_t world_size;   // 0: not known
+  uint32_t process_id;   // of the child, as its parent sees it; 0: not known
+  int32_t wait_status;   // as waitpid(2) gives it
+  uint32_t was_stopped;  // 1: the launcher had told it to end
+  uint32_t reserved;     // 0
+};
+static_assert(sizeof(RankExit) == 552);
+
+struct RankExitReply {
+  ReplyStatus status;
+};
+static_assert(sizeof(RankExitReply) == 1024);
 
 enum class QueryKind : uint32_t {
   kStatus = 1,  // jobs, sessions, images with their counters, roots, memory: docs/OPERATING.md

@@ -13,7 +13,6 @@
 #include <set>
 
 namespace holdfast::profiler {
-namespace {
 
 std::vector<std::string> BoardPaths(pid_t pid) {
   const std::string directory = "/proc/" + std::to_string(pid) + "/fd";
@@ -34,8 +33,6 @@ std::vector<std::string> BoardPaths(pid_t pid) {
   for (const auto& [number, path] : found) paths.push_back(path);
   return paths;
 }
-
-}  // namespace
 
 int MappedBoard::Count(pid_t pid) { return static_cast<int>(BoardPaths(pid).size()); }
 

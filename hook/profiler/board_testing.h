@@ -16,6 +16,9 @@
 
 namespace holdfast::profiler {
 
+// The board descriptors of a process, as paths in /proc: the oldest first.
+std::vector<std::string> BoardPaths(pid_t pid);
+
 // A board, mapped read-only.
 class MappedBoard {
  public:

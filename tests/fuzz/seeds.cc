@@ -18,6 +18,7 @@
 #include "format/layout.h"
 #include "format/writer_assignment.h"
 #include "hook/abi/messages.h"
+#include "hook/abi/monitor.h"
 #include "monitor/recording.h"
 #include "monitor/testimony.h"
 #include "tests/fuzz/targets.h"
@@ -228,7 +229,37 @@ Seeds Packets() {
           PacketOf(abi::MessageType::kRegister, abi::RegisterRequest{100}),
           PacketOf(abi::MessageType::kRestore, abi::RestoreRequest{3, 100}),
           PacketOf(abi::MessageType::kQuery, abi::QueryRequest{}),
-          PacketOf(abi::MessageType::kMonitorQuery, abi::MonitorQuery{})};
+          PacketOf(abi::MessageType::kMonitorQuery, abi::MonitorQuery{}),
+          PacketOf(abi::MessageType::kRankExit, abi::RankExit{})};
+}
+
+// As fuzz_board.cc reads them: words of a board, and their values.
+Seeds Boards() {
+  std::string bytes;
+  const auto put = [&](uint64_t at, uint64_t value) {
+    const auto word = static_cast<uint32_t>((at - offsetof(abi::BoardHeader, drops)) / 8);
+    bytes += Text(std::as_bytes(std::span(&word, 1))) + Text(std::as_bytes(std::span(&value, 1)));
+  };
+  const uint64_t communicator = sizeof(abi::BoardHeader);
+  const uint64_t keys = communicator + sizeof(abi::Communicator) * abi::kBoardCommunicators;
+  const uint64_t slots = keys + sizeof(uint64_t) * abi::kBoardSlots;
+  put(communicator, static_cast<uint64_t>(abi::CommunicatorState::kOpen) | uint64_t{1} << 32);
+  put(communicator + offsetof(abi::Communicator, hash), 7);
+  put(communicator + offsetof(abi::Communicator, ranks), 4 | uint64_t{2} << 32);
+  put(communicator + offsetof(abi::Communicator, enqueued), 2);
+  put(communicator + offsetof(abi::Communicator, kind_count) + 8, 2);
+  put(communicator + offsetof(abi::Communicator, kind_started) + 8, 1);
+  put(offsetof(abi::BoardHeader, slots_taken), 1);
+  uint64_t slot = 0;
+  for (const abi::SlotDirection direction :
+       {abi::SlotDirection::kSend, abi::SlotDirection::kReceive, abi::SlotDirection::kKernel,
+        abi::SlotDirection::kProxyThread, abi::SlotDirection::kPeerSends}) {
+    put(keys + 8 * slot, abi::EncodeSlotKey({0, 1, 3, 1, direction}));
+    put(slots + sizeof(abi::Slot) * slot, uint64_t{5} << 32);
+    put(slots + sizeof(abi::Slot) * slot + offsetof(abi::Slot, operation), 2);
+    ++slot;
+  }
+  return {bytes};
 }
 
 std::string Selection(const Seeds& tensors, const Seeds& states) {
@@ -349,6 +380,7 @@ std::vector<std::string> SeedsOf(const Target& target) {
   if (name == "flight_record") return FlightRecords();
   if (name == "ras") return RasReports();
   if (name == "stacks") return Stacks();
+  if (name == "board") return Boards();
   CHECK(name == "packet");
   return Packets();
 }

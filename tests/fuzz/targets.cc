@@ -16,6 +16,7 @@ constexpr Target kTargets[] = {
     {"image_record", FuzzImageRecord, Form::kImageRecord, 1 * kMiB, 64, true, 4'000},
     {"registration", FuzzRegistration, Form::kRegistration, 512 * kMiB, 128, false, 3'000},
     {"packet", FuzzPacket, Form::kBinary, 1 * kMiB, 64, true, 5'000},
+    {"board", FuzzBoard, Form::kBinary, 4 * kMiB, 64, true, 5'000},
     {"selection", FuzzSelection, Form::kBinary, 1 * kMiB, 128, true, 20'000},
     {"recorded_step", FuzzRecordedStep, Form::kBinary, 16 * kMiB, 256, true, 10'000},
     {"recording", FuzzRecording, Form::kBinary, 256 * kMiB, 64, true, 5'000},

@@ -32,6 +32,7 @@ bool FuzzImage(Input input);         // format/image.h
 bool FuzzImageRecord(Input input);   // checkpoint/image_record.h
 bool FuzzRegistration(Input input);  // checkpoint/registration.h
 bool FuzzPacket(Input input);        // agent/packet.h
+bool FuzzBoard(Input input);         // agent/monitor/board_reader.h, monitor/summary.h
 bool FuzzSelection(Input input);     // checkpoint/restore_selection.h
 bool FuzzRecordedStep(Input input);  // monitor/recording.h, monitor/job_analysis.h
 bool FuzzRecording(Input input);     // monitor/recording.h, base/zstd_codec.h: a file
