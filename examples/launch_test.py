@@ -7,9 +7,13 @@ import json
 import os
 import select
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import unittest
 
 LAUNCH = sys.argv.pop(1)
@@ -140,6 +144,108 @@ class LaunchTest(unittest.TestCase):
         self.assert_ranks_end(pidfds)
         exits = [e for e in self.events() if e['event'] == 'exit']
         self.assertEqual([e['stopped'] for e in exits], [True, True])
+
+    # ---- What the agent is told (docs/MONITOR.md)
+
+    HEADER = struct.Struct('<IHHII')
+    EXIT = struct.Struct('<136s256s136sIIIiII')
+
+    def listen(self, answer=True):
+        """A listener where the agent would be: its path, and what it was told, once the launcher is over."""
+        path = os.path.join(self.directory.name, 'agent.sock')
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.addCleanup(listener.close)
+        place = os.open(self.directory.name, os.O_PATH)
+        listener.bind('/proc/self/fd/%d/agent.sock' % place)
+        os.close(place)
+        listener.listen()
+        told, open_ones = [], []
+
+        def serve():
+            while True:
+                connection, _ = listener.accept()
+                open_ones.append(connection)
+                message = connection.recv(4096)
+                if message == b'end':
+                    return
+                told.append(message)
+                if answer:
+                    connection.send(b'a reply')
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+
+        def finish():
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as end:
+                place = os.open(path, os.O_PATH)
+                end.connect('/proc/self/fd/%d' % place)
+                os.close(place)
+                end.send(b'end')
+            thread.join()
+            for connection in open_ones:
+                connection.close()
+            return told
+
+        return path, finish
+
+    def parse(self, message):
+        magic, version, kind, request, size = self.HEADER.unpack_from(message)
+        self.assertEqual((magic, version, kind, request), (0x31464c48, 3, 16, 1))
+        self.assertEqual(size, self.EXIT.size)
+        self.assertEqual(len(message), self.HEADER.size + self.EXIT.size)
+        job, key, node, rank, world, pid, status, stopped, reserved = self.EXIT.unpack_from(
+            message, self.HEADER.size)
+        self.assertEqual(reserved, 0)
+        return {'job': job.rstrip(b'\0'), 'key': key.rstrip(b'\0'), 'node': node.rstrip(b'\0'),
+                'rank': rank, 'world': world, 'pid': pid, 'status': status, 'stopped': stopped}
+
+    def run_told(self, body, path, *flags, **variables):
+        return subprocess.run(
+            self.command(body, *flags), capture_output=True, text=True, timeout=60,
+            env={**os.environ, 'HOLDFAST_SOCKET': path, **variables})
+
+    def test_the_agent_is_told_how_each_rank_ended(self):
+        path, finish = self.listen()
+        result = self.run_told(
+            'if rank == 0: sys.exit(0)\n'
+            'if rank == 1: os.kill(os.getpid(), signal.SIGSEGV)\n'
+            'signal.pause()\n', path, '--nproc', '3', '--run-id', 'run', HOLDFAST_JOB='a-job',
+            HOLDFAST_NODE='n7')
+        self.assertEqual(result.returncode, 1)
+        told = {exit['rank']: exit for exit in map(self.parse, finish())}
+        pids = {e['rank']: e['pid'] for e in self.events() if e['event'] == 'start'}
+        self.assertEqual(sorted(told), [0, 1, 2])
+        for rank, exit in told.items():
+            self.assertEqual(exit['pid'], pids[rank])
+            self.assertEqual((exit['job'], exit['key'], exit['node'], exit['world']),
+                             (b'a-job', b'run:0', b'n7', 3))
+        self.assertTrue(os.WIFEXITED(told[0]['status']))
+        self.assertEqual((os.WTERMSIG(told[1]['status']), told[1]['stopped']),
+                         (signal.SIGSEGV, 0))
+        self.assertEqual((os.WTERMSIG(told[2]['status']), told[2]['stopped']),
+                         (signal.SIGTERM, 1))
+
+    def test_an_attempt_key_of_its_own_and_a_private_agents_place_are_used(self):
+        # FNV-1a-64 of "a", as hook/settings.cc names the directory.
+        directory = os.path.join(self.directory.name, 'af63dc4c8601ec8c')
+        path, finish = self.listen()
+        os.mkdir(directory)
+        os.symlink(path, os.path.join(directory, 'agent.sock'))
+        result = self.run_told('sys.exit(3)', '', '--nproc', '1', HOLDFAST_JOB='a',
+                               HOLDFAST_RUNTIME_DIR=self.directory.name,
+                               HOLDFAST_ATTEMPT_KEY='mine')
+        self.assertEqual(result.returncode, 1)
+        told = [self.parse(message) for message in finish()]
+        self.assertEqual([(exit['key'], os.WEXITSTATUS(exit['status'])) for exit in told],
+                         [(b'mine', 3)])
+
+    def test_an_agent_that_does_not_answer_holds_up_for_two_seconds_altogether(self):
+        path, finish = self.listen(answer=False)
+        begun = time.monotonic()
+        result = self.run_told('pass', path, '--nproc', '4')
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertLess(time.monotonic() - begun, 6.0)  # not 4 times 2, and the start of Python
+        self.assertEqual(len(finish()), 1)
 
     def test_a_command_that_is_missing_is_an_error(self):
         result = subprocess.run(['/usr/bin/python3', LAUNCH, '--nproc', '1', '--', '/nowhere/cmd'],
