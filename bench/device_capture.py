@@ -73,6 +73,11 @@ class Place:
         for job in (self.path / "root").iterdir():
             shutil.rmtree(job, ignore_errors=True)
 
+    def show_logs(self):
+        for log in sorted((self.path / "run").glob("*/agent.log")):
+            for line in log.read_text(errors="replace").splitlines()[-15:]:
+                pairs.progress(f"{log.parent.name}: {line}")
+
     def job(self, name, tensors, *, mib_per_second=0, check=holdfast.CheckSource.NONE):
         os.environ["HOLDFAST_DEVICE_COPY_MIB_PER_SECOND"] = str(mib_per_second)
         job = holdfast.Job(name, rank=0, world_size=1, root=str(self.path / "root"),
@@ -356,12 +361,15 @@ def main():
                 # The other parts have something to say all the same.
                 failures.append(f"{type(error).__name__}: {error}")
                 pairs.progress(f"FAILED: {failures[-1]}")
+                place.show_logs()
             place.clear()
             if CUDA:
                 torch.cuda.empty_cache()
             pairs.progress(f"{time.monotonic() - begun:.1f} s")
-    print(json.dumps(about))
-    pairs.show(rows)
+            # All so far, each time: whoever stops it has something.
+            print(json.dumps(about))
+            pairs.show(rows)
+            sys.stdout.flush()
     for failure in failures:
         print(f"FAILED: {failure}")
     if OPTIONS.json:
