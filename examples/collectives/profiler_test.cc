@@ -119,8 +119,8 @@ TEST_F(StreamsTest, AnAllReduceIsToldAsNcclTellsIt) {
     World world(size);
     world.options.ring_count = 2;
     world.options.chunk_bytes = chunk_bytes;
-    const auto streams = Record(world, [count = count](Context&, Communicator& communicator) {
-      std::vector<float> data(count, 1);
+    const auto streams = Record(world, [elements = count](Context&, Communicator& communicator) {
+      std::vector<float> data(elements, 1);
       bool ok = true;
       for (int i = 0; i < 3; ++i) ok = ok && communicator.AllReduce(std::span(data)).Wait().ok();
       return ok;
