@@ -356,6 +356,9 @@ void NodeAggregator::ReadProcess(Process& process, absl::Duration now) {
   if (!process.alive) {
     report.process = monitor::ProcessState::kGone;
     process.is_read_dead = true;
+    // All that there is to know is known; its place in /proc is a descriptor.
+    process.sources.clear();
+    process.witness.reset();
     return;
   }
   const ProcessTestimony testimony = process.witness->Look(process.proxy_threads, now);

@@ -7,6 +7,8 @@
 #include <unistd.h>
 
 #include <cstring>
+#include <filesystem>
+#include <iterator>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <random>
@@ -49,6 +51,11 @@ class LateClock final : public Clock {
  private:
   const Clock& clock_;
 };
+
+size_t OpenDescriptors() {
+  const std::filesystem::directory_iterator all("/proc/self/fd");
+  return static_cast<size_t>(std::distance(begin(all), end(all)));
+}
 
 class NodeAggregatorTest : public ::testing::Test {
  protected:
@@ -387,6 +394,7 @@ TEST_F(NodeAggregatorTest, TheKernelsWordIsTold) {
   if (pid == 0) {
     for (;;) pause();
   }
+  const size_t descriptors = OpenDescriptors();
   UniqueFd pidfd = *OpenPidfd(pid);
   const int watched = pidfd.get();
   TrainerBoard board(Named(0), abi::BoardWriter::kHookApi, abi::MonitorLevel::kLight,
@@ -404,6 +412,7 @@ TEST_F(NodeAggregatorTest, TheKernelsWordIsTold) {
   const RankReport rank = Next().ranks.at(0);
   EXPECT_EQ(rank.process, ProcessState::kGone);
   EXPECT_EQ(rank.exit, ExitKind::kKilled);
+  EXPECT_EQ(OpenDescriptors(), descriptors + 1) << "but for the test's own board, all are closed";
 }
 
 TEST_F(NodeAggregatorTest, BeyondTheLimitsRanksAreCountedAndNotTold) {
