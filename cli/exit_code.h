@@ -10,6 +10,7 @@ enum ExitCode : int {
   kExitOk = 0,
   kExitFailure = 1,
   kExitDiffers = 1,  // of `diff`, which gives it for nothing else
+  kExitOdd = 1,      // of `preflight`, likewise
   kExitUsage = 2,
   kExitRecoverable = 3,  // damaged, but what is needed can be had from elsewhere
   kExitDamaged = 4,

@@ -30,6 +30,7 @@ int main(int argc, char** argv) {
   AddLayout(app, invocation);
   AddView(app, invocation);
   AddReshard(app, invocation);
+  AddPreflight(app, invocation);
   AddStatus(app, invocation);
   AddMonitor(app, invocation);
   try {

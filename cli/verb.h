@@ -34,6 +34,7 @@ void AddDiff(CLI::App& app, Invocation& invocation);
 void AddLayout(CLI::App& app, Invocation& invocation);
 void AddView(CLI::App& app, Invocation& invocation);
 void AddReshard(CLI::App& app, Invocation& invocation);
+void AddPreflight(CLI::App& app, Invocation& invocation);
 void AddStatus(CLI::App& app, Invocation& invocation);
 // `holdfast monitor`, and its own verbs (monitor_verbs.h).
 void AddMonitor(CLI::App& app, Invocation& invocation);

@@ -19,9 +19,11 @@ ROOMS = {
     "hook": {"hook", "hook/abi"},
     "checkpoint": {"base", "io", "format", "hook/abi", "checkpoint"},
     "monitor": {"base", "hook/abi", "monitor"},
+    "preflight": {"base", "io", "preflight"},
     "agent": {"base", "io", "format", "hook/abi", "checkpoint", "monitor", "agent"},
     "converter": {"base", "io", "format", "converter"},
-    "cli": {"base", "io", "format", "hook/abi", "checkpoint", "monitor", "agent", "converter", "cli"},
+    "cli": {"base", "io", "format", "hook/abi", "checkpoint", "monitor", "agent", "converter", "preflight",
+            "cli"},
     # The examples are users: the public hook API and their own folders.
     "examples": {"examples"},
 }
@@ -139,6 +141,7 @@ def sources():
 PLANTED = [
     ("base/x.cc", '#include "io/file_system.h"\n', "must not include"),
     ("io/x.cc", '#include "format/layout.h"\n', "must not include"),
+    ("preflight/x.cc", '#include "monitor/finding.h"\n', "must not include"),
     ("hook/x.cc", '#include "base/ids.h"\n', "must not include"),
     ("hook/abi/x.cc", '#include "hook/holdfast.h"\n', "must not include"),
     ("examples/x.cc", '#include "hook/link.h"\n', "must not include"),
