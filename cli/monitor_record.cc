@@ -35,6 +35,8 @@ using nlohmann::ordered_json;
 // A worker that was restarted is back by then; an agent that has ended is not.
 constexpr absl::Duration kAgentBackWithin = absl::Seconds(15);
 constexpr absl::Duration kAgentLook = absl::Milliseconds(200);
+// A recording ends here, while there is room for a last step.
+constexpr uint64_t kFileBytes = monitor::kRecordingBytesMax - 2 * monitor::kRecordBytesMax;
 
 struct RecordOptions {
   std::shared_ptr<MonitorOptions> agent;
@@ -68,6 +70,8 @@ class Recorder {
     end_ = options_.seconds > 0 ? RealClock().Elapsed() + absl::Seconds(options_.seconds)
                                 : absl::InfiniteDuration();
     const absl::Status outcome = Loop();
+    // After a failed write nothing more can be: what is there can be replayed all the same.
+    if (file_ == nullptr) return outcome;
     RETURN_IF_ERROR(Write(writer_.End()));
     RETURN_IF_ERROR(file_->Sync());
     std::fprintf(stderr, "holdfast: %llu steps in %s%s\n", static_cast<unsigned long long>(steps_),
@@ -120,6 +124,11 @@ class Recorder {
       if ((*event)->lost > 0) RETURN_IF_ERROR(Lose((*event)->lost));
       ++steps_;
       RETURN_IF_ERROR(Write(writer_.Append((*event)->text)));
+      if (bytes_ > kFileBytes) {
+        return absl::ResourceExhaustedError(
+            absl::StrFormat("%s: ended, as a replay reads at most %d bytes", options_.path,
+                            monitor::kRecordingBytesMax));
+      }
     }
   }
 
@@ -130,12 +139,9 @@ class Recorder {
 
   absl::Status Write(const std::string& bytes) {
     bytes_ += bytes.size();
-    if (bytes_ > monitor::kRecordingBytesMax) {
-      return absl::ResourceExhaustedError(
-          absl::StrFormat("%s: expected at most %d bytes of recording, the limit", options_.path,
-                          monitor::kRecordingBytesMax));
-    }
-    return file_->Append(std::as_bytes(std::span(bytes)));
+    absl::Status written = file_->Append(std::as_bytes(std::span(bytes)));
+    if (!written.ok()) file_.reset();
+    return written;
   }
 
   const RecordOptions& options_;

@@ -246,7 +246,19 @@ void MonitorService::StepAll() {
   if (now - forgotten_ >= kForgetEvery) {
     forgotten_ = now;
     log_.Forget(clock_.WallTime() - options_.verdicts_keep);
+    GiveUpUnheard(now);
   }
+}
+
+// Findings of an earlier worker, of jobs that nothing was heard of since.
+void MonitorService::GiveUpUnheard(absl::Duration now) {
+  std::set<std::string> unheard;
+  for (const FindingRecord* record : log_.Records()) {
+    if (record->state == FindingState::kUnwatched && !jobs_.contains(record->job)) {
+      unheard.insert(record->job);
+    }
+  }
+  for (const std::string& job : unheard) Tell(log_.GiveUpUnwatched(job, Now(now)));
 }
 
 void MonitorService::UpdateRoles(Job& job, monitor::JobStep& step) {

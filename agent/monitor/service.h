@@ -158,6 +158,7 @@ class MonitorService final : public monitor::ReportSink {
   void RunNext(const std::shared_ptr<Job>& job);
   void UpdateRoles(Job& job, monitor::JobStep& step);
   void Record(const Job& job, const monitor::JobStep& step);
+  void GiveUpUnheard(absl::Duration now);
   void EndJob(const std::shared_ptr<Job>& job, absl::Duration now);
   void Tell(const std::vector<monitor::FindingLog::Told>& told);
   void ForEachStream(MonitorStream::Kind kind, const std::string& job,

@@ -184,6 +184,17 @@ TEST_F(MonitorServiceTest, WhatHealedWhileNobodyWatchedIsWithdrawn) {
   EXPECT_EQ(service_->findings().Records()[0]->state, monitor::FindingState::kWithdrawn);
 }
 
+TEST_F(MonitorServiceTest, WhatNothingIsHeardOfAfterARestartIsWithdrawn) {
+  StartService();
+  StartWorld({FaultOf(FaultKind::kGpuHang, 3, 0)});
+  Run(60);
+  StartService();
+  executor_.AdvanceTime(absl::Minutes(9));
+  EXPECT_EQ(service_->findings().Records()[0]->state, monitor::FindingState::kUnwatched);
+  executor_.AdvanceTime(absl::Minutes(2));
+  EXPECT_EQ(service_->findings().Records()[0]->state, monitor::FindingState::kWithdrawn);
+}
+
 TEST_F(MonitorServiceTest, FindingsAreKeptAsLongAsConfigured) {
   options_.verdicts_keep = absl::Minutes(30);
   StartService();
