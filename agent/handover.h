@@ -29,12 +29,15 @@
 
 namespace holdfast {
 
-// Names of the agent's own descriptors; all others are the engine's.
+// Names of the agent's own descriptors; all that do not begin with "agent/" are the engine's.
 inline constexpr char kListenerName[] = "agent/listener";  // the listening socket
 inline constexpr char kLockName[] = "agent/lock";      // flock of the socket's name, while either
                                                        // process lives
 inline constexpr char kConfigName[] = "agent/config";  // sealed memfd: AgentConfig::Serialize()
 inline constexpr char kReadyName[] = "agent/ready";    // pipe to the process that started the agent
+
+// Monitor boards and their processes: agent/monitor/boards.h names them.
+inline constexpr char kMonitorPrefix[] = "agent/monitor/";
 
 // More are refused by the server before they are made (see LocalServer), so this is a CHECK.
 inline constexpr size_t kKeptDescriptorsMax = 65536;

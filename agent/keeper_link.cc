@@ -95,6 +95,14 @@ bool KeeperLink::holds_engine_descriptors() const {
                      [](const auto& entry) { return !IsAgents(entry.first); });
 }
 
+std::vector<KeptDescriptor> KeeperLink::FindAll(const std::string& prefix) const {
+  std::vector<KeptDescriptor> kept;
+  for (const auto& [name, fd] : descriptors_) {
+    if (name.rfind(prefix, 0) == 0) kept.push_back({name, Duplicate(fd.get())});
+  }
+  return kept;
+}
+
 void KeeperLink::Finish(int exit_code) {
   if (!keeper_pidfd_) return;
   // Dropped: a keeper that cannot hear it starts one more worker, which finds nothing to do.

@@ -48,6 +48,9 @@ class KeeperLink final : public DescriptorKeeper {
   // Whether there are any: a session of a trainer, an image.
   bool holds_engine_descriptors() const;
 
+  // Duplicates of those whose names begin with `prefix`.
+  std::vector<KeptDescriptor> FindAll(const std::string& prefix) const;
+
   // Says that the worker ends for good with this code, and the keeper shall too.
   void Finish(int exit_code);
 

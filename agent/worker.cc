@@ -230,7 +230,8 @@ absl::Status Worker::BuildEngine() {
   server_options.block_bytes = config_.block_bytes;
   server_options.sessions_max = LocalServer::SessionsFor(OpenFilesLimit());
   server_options.connections_max = LocalServer::ConnectionsFor(OpenFilesLimit());
-  monitor_boards_ = std::make_unique<MonitorBoards>(*loop_, clock_);
+  monitor_boards_ = std::make_unique<MonitorBoards>(*loop_, clock_, *keeper_);
+  monitor_boards_->Recover(keeper_->FindAll(kMonitorPrefix));
   server_options.monitor_boards = monitor_boards_.get();
   monitor_service_ =
       std::make_unique<MonitorService>(MonitorOptions(), *file_system_, *loop_, *pool_, clock_);

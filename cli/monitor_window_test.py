@@ -1,6 +1,6 @@
 #!/usr/bin/python3
 """holdfast monitor window, from a process that tells its events through the hook API, by a real agent, to the
-lines that the command prints.
+lines that the command prints; also by a worker that did not see the board being offered.
 
     monitor_window_test.py HOLDFAST HOLDFASTD LIBHOLDFAST.so HOOK_PYTHON
 """
@@ -8,6 +8,7 @@ lines that the command prints.
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -127,6 +128,22 @@ class WindowTest(unittest.TestCase):
         enqueued = [line["operation"] for line in lines if line["kind"] == "operation_enqueued"]
         self.assertGreater(enqueued[0], 10)
         self.assertEqual(enqueued, list(range(enqueued[0], enqueued[0] + len(enqueued))))
+
+    def test_the_board_survives_the_worker(self):
+        self.place.start_process("light")
+        self.place.operations(5)
+        before = self.place.status()
+        os.kill(before["agent"]["worker_pid"], signal.SIGKILL)
+
+        def replaced():
+            status = self.place.status()
+            return status is not None and status["agent"]["worker_restarts"] == 1
+        self.place.until(replaced)
+        board, = self.place.status()["monitor"]
+        self.assertEqual((board["job"], board["rank"], board["process_id"], board["alive"]),
+                         ("windowed", 3, self.place.process.pid, True))
+        self.assertEqual(board["communicators"][0]["finished"], 5)
+        self.assertGreater(self.records_of_a_window()[-1]["records"], 0)
 
     def test_a_rank_that_does_nothing_and_one_that_is_not_there(self):
         self.place.start_process("light")

@@ -1,12 +1,19 @@
 #include "agent/monitor/boards.h"
 
 #include <algorithm>
+#include <cstring>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <utility>
 
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_split.h"
+#include "absl/strings/strip.h"
+#include "agent/handover.h"
 #include "agent/monitor/names.h"
+#include "base/check.h"
 #include "base/status_macros.h"
 
 namespace holdfast {
@@ -56,9 +63,21 @@ json WaitsJson(const MappedBoard& board) {
   return result;
 }
 
+std::string BoardName(uint64_t id) { return absl::StrCat(kMonitorPrefix, id, "/board"); }
+std::string ProcessName(uint64_t id, uint32_t process_id) {
+  return absl::StrCat(kMonitorPrefix, id, "/process-", process_id);
+}
+
+// A text of the header, which the process may be changing.
+template <size_t kBytes>
+std::string TextOf(const char (&text)[kBytes]) {
+  return std::string(text, strnlen(text, kBytes));
+}
+
 }  // namespace
 
-MonitorBoards::MonitorBoards(EventLoop& loop, const Clock& clock) : loop_(loop), clock_(clock) {}
+MonitorBoards::MonitorBoards(EventLoop& loop, const Clock& clock, DescriptorKeeper& keeper)
+    : loop_(loop), clock_(clock), keeper_(keeper) {}
 
 MonitorBoards::~MonitorBoards() {
   if (timer_ != 0) loop_.CancelTimer(timer_);
@@ -92,18 +111,76 @@ absl::Status MonitorBoards::Adopt(Offer offer) {
     return absl::ResourceExhaustedError(
         absl::StrFormat("monitor board: %d living processes have one already", kAliveMax));
   }
+  const uint64_t id = next_id_++;
+  // The process first: without it a board is nobody's.
+  keeper_.Keep(ProcessName(id, offer.process_id), offer.process.get());
+  keeper_.Keep(BoardName(id), offer.board.get());
+  Add(std::move(offer), std::move(mapped), id);
+  return absl::OkStatus();
+}
+
+void MonitorBoards::Add(Offer offer, std::shared_ptr<MappedBoard> mapped, uint64_t id) {
   auto board = std::make_unique<Board>();
   board->mapped = std::move(mapped);
   // The mapping holds the memory; the descriptor is one of a limited number.
   offer.board.Reset();
   board->offer = std::move(offer);
-  board->id = next_id_++;
+  board->id = id;
   Board* const watched = board.get();
   loop_.Watch(watched->offer.process.get(), EventLoop::FdEvents::kReadable,
               [this, watched] { OnDeath(watched); });
   boards_.push_back(std::move(board));
   Changed();
-  return absl::OkStatus();
+}
+
+void MonitorBoards::Recover(std::vector<KeptDescriptor> kept) {
+  struct Pair {
+    UniqueFd board;
+    UniqueFd process;
+    uint32_t process_id = 0;
+    std::vector<std::string> names;
+  };
+  std::map<uint64_t, Pair> pairs;
+  for (KeptDescriptor& descriptor : kept) {
+    // Names are our own: agent/monitor/<id>/board, agent/monitor/<id>/process-<pid>.
+    const std::vector<std::string> parts = absl::StrSplit(descriptor.name, '/');
+    uint64_t id = 0;
+    CHECK(parts.size() == 4 && absl::SimpleAtoi(parts[2], &id));
+    Pair& pair = pairs[id];
+    pair.names.push_back(descriptor.name);
+    if (parts[3] == "board") {
+      pair.board = std::move(descriptor.fd);
+    } else {
+      CHECK(absl::SimpleAtoi(absl::StripPrefix(parts[3], "process-"), &pair.process_id));
+      pair.process = std::move(descriptor.fd);
+    }
+    next_id_ = std::max(next_id_, id + 1);
+  }
+  for (auto& [id, pair] : pairs) {
+    absl::StatusOr<std::shared_ptr<MappedBoard>> mapped =
+        pair.board && pair.process ? MappedBoard::Map(pair.board.get())
+                                   : absl::NotFoundError("half of a board");
+    if (!mapped.ok()) {
+      for (const std::string& name : pair.names) keeper_.Drop(name);
+      continue;
+    }
+    // The process has said this when it offered the board, and says it in the header.
+    const abi::BoardHeader& header = *(*mapped)->view().header;
+    Offer offer;
+    offer.job = TextOf(header.job);
+    offer.attempt_key = TextOf(header.attempt_key);
+    offer.node = TextOf(header.node);
+    offer.rank = header.rank;
+    offer.process_id = pair.process_id;
+    offer.board_bytes = abi::kBoardBytes;
+    offer.process = std::move(pair.process);
+    Add(std::move(offer), *std::move(mapped), id);
+  }
+}
+
+void MonitorBoards::Forget(const Board& board) {
+  keeper_.Drop(BoardName(board.id));
+  keeper_.Drop(ProcessName(board.id, board.offer.process_id));
 }
 
 void MonitorBoards::Changed() {
@@ -154,13 +231,18 @@ void MonitorBoards::OnDeath(Board* board) {
 // Dead boards are in the order of nothing; there are few.
 void MonitorBoards::DropOldDead() {
   const absl::Duration now = clock_.Elapsed();
-  std::erase_if(boards_,
-                [&](const auto& board) { return !board->alive && now - board->died >= kDeadAge; });
+  std::erase_if(boards_, [&](const auto& board) {
+    const bool old = !board->alive && now - board->died >= kDeadAge;
+    if (old) Forget(*board);
+    return old;
+  });
   while (dead_count() > kDeadMax) {
-    boards_.erase(
+    const auto oldest =
         std::min_element(boards_.begin(), boards_.end(), [](const auto& a, const auto& b) {
           return std::pair(a->alive, a->died) < std::pair(b->alive, b->died);
-        }));
+        });
+    Forget(**oldest);
+    boards_.erase(oldest);
   }
   if (timer_ != 0) loop_.CancelTimer(timer_);
   timer_ = 0;

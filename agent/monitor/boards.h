@@ -5,8 +5,8 @@
 // or do harms the agent. (The memfd must be sealed against shrinking, so that no read runs off its
 // end.) Analysis is not here: monitor/.
 //
-// Boards live as long as this worker: after its death hook library and plugin offer theirs again,
-// the library when its session is resumed, the plugin with its next communicator.
+// Boards survive this worker: the keeper holds their memory and the pidfds of their processes, as
+// "agent/monitor/<id>/board" and "agent/monitor/<id>/process-<pid>". Nobody has to offer them again.
 #ifndef HOLDFAST_AGENT_MONITOR_BOARDS_H_
 #define HOLDFAST_AGENT_MONITOR_BOARDS_H_
 
@@ -25,12 +25,13 @@
 #include "agent/monitor/record_window.h"
 #include "base/clock.h"
 #include "base/executor.h"
+#include "checkpoint/descriptor_keeper.h"
 #include "io/unique_fd.h"
 
 namespace holdfast {
 
 // Threads: the event loop's.
-// Lifetime: loop and clock outlive it.
+// Lifetime: loop, clock and keeper outlive it.
 class MonitorBoards {
  public:
   // Of living processes; beyond, a new one is refused.
@@ -53,17 +54,21 @@ class MonitorBoards {
   };
 
   struct Board {
-    uint64_t id = 0;  // from 1, in the order of their coming; never used again
+    uint64_t id = 0;  // from 1, in the order of their coming; never used again, by no later worker
     Offer offer;      // without the board's descriptor; `process` is none when it is dead
     std::shared_ptr<MappedBoard> mapped;
     bool alive = true;
     absl::Duration died{};  // on the agent's clock; meaningful when it is not alive
   };
 
-  MonitorBoards(EventLoop& loop, const Clock& clock);
+  MonitorBoards(EventLoop& loop, const Clock& clock, DescriptorKeeper& keeper);
   ~MonitorBoards();
   MonitorBoards(const MonitorBoards&) = delete;
   MonitorBoards& operator=(const MonitorBoards&) = delete;
+
+  // Takes what the last worker kept; before any Adopt. What is no board any more is dropped. A
+  // board of a process that is dead counts as of one that died now.
+  void Recover(std::vector<KeptDescriptor> kept);
 
   // Maps the board and watches its process. OK also for one that is here already.
   // Errors: kInvalidArgument (no board, not sealed, another version or size), kResourceExhausted.
@@ -90,11 +95,14 @@ class MonitorBoards {
 
  private:
   void Changed();
+  void Add(Offer offer, std::shared_ptr<MappedBoard> mapped, uint64_t id);
+  void Forget(const Board& board);
   void OnDeath(Board* board);
   void DropOldDead();
 
   EventLoop& loop_;
   const Clock& clock_;
+  DescriptorKeeper& keeper_;
   std::vector<std::unique_ptr<Board>> boards_;
   uint64_t next_id_ = 1;
   uint64_t changes_ = 0;

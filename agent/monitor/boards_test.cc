@@ -15,6 +15,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
+#include "agent/monitor/table_keeper_testing.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/support/sim_executor.h"
@@ -109,7 +110,8 @@ class MonitorBoardsTest : public ::testing::Test {
   json Status() { return json::parse(boards_.StatusJson()); }
 
   SimExecutor executor_;
-  MonitorBoards boards_{executor_, executor_};
+  TableKeeper keeper_;
+  MonitorBoards boards_{executor_, executor_, keeper_};
 };
 
 TEST_F(MonitorBoardsTest, ABoardIsToldWithWhatItsConnectionsWaitFor) {
@@ -173,6 +175,55 @@ TEST_F(MonitorBoardsTest, ADeadProcesssBoardIsKeptForAnHour) {
   EXPECT_NEAR(Status()[0]["dead_for_seconds"].get<double>(), 3599, 0.5);
   executor_.AdvanceTime(absl::Seconds(1));
   EXPECT_EQ(boards_.dead_count(), 0u);
+}
+
+TEST_F(MonitorBoardsTest, TheNextWorkerHasTheBoardsOfTheLast) {
+  TestBoard board;
+  board.Seal();
+  std::memcpy(board.header().job, "job", 4);
+  std::memcpy(board.header().node, "n7", 3);
+  board.header().rank = 2;
+  MonitorBoards::Offer offer = MakeOffer(board.fd(), 2);
+  ASSERT_TRUE(boards_.Adopt(std::move(offer)).ok());
+  Die(AdoptOne(1));
+  EXPECT_EQ(keeper_.size(), 4u);
+  std::vector<KeptDescriptor> kept = keeper_.HandOver();
+  int dead_process = -1;
+  for (const KeptDescriptor& descriptor : kept) {
+    if (descriptor.name.find("process-101") != std::string::npos) {
+      dead_process = descriptor.fd.get();
+    }
+  }
+  // And what nobody can use: a board without a process, and one that is none any more.
+  keeper_.Keep("agent/monitor/9/board", board.fd());
+  kept.push_back({"agent/monitor/9/board", UniqueFd(dup(board.fd()))});
+  MonitorBoards next(executor_, executor_, keeper_);
+  next.Recover(std::move(kept));
+  EXPECT_EQ(keeper_.size(), 4u);
+  EXPECT_EQ(next.alive_count(), 2u);
+  Die(dead_process);
+  EXPECT_EQ(next.alive_count(), 1u);
+  EXPECT_EQ(next.dead_count(), 1u);
+  json status = json::parse(next.StatusJson());
+  std::sort(status.begin(), status.end(),
+            [](const json& a, const json& b) { return a["process_id"] > b["process_id"]; });
+  EXPECT_EQ(status[0]["job"], "job");
+  EXPECT_EQ(status[0]["node"], "n7");
+  EXPECT_EQ(status[0]["rank"], 2);
+  EXPECT_EQ(status[0]["process_id"], 102);
+  EXPECT_EQ(status[0]["alive"], true);
+  EXPECT_EQ(status[0]["communicators"][0]["enqueued"], 7);
+  // Offered again it is known; a new one gets names that are free.
+  ASSERT_TRUE(next.Adopt(MakeOffer(board.fd(), 2)).ok());
+  EXPECT_EQ(next.alive_count(), 1u);
+  TestBoard another;
+  another.Seal();
+  ASSERT_TRUE(next.Adopt(MakeOffer(another.fd(), 3)).ok());
+  EXPECT_EQ(keeper_.size(), 6u);
+  // Kept no longer than the board itself.
+  executor_.AdvanceTime(MonitorBoards::kDeadAge);
+  EXPECT_EQ(next.dead_count(), 0u);
+  EXPECT_EQ(keeper_.size(), 4u);
 }
 
 TEST_F(MonitorBoardsTest, BeyondTheLimitsTheLivingAreRefusedAndTheOldestDeadDropped) {

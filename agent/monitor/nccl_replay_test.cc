@@ -23,6 +23,7 @@
 #include "absl/strings/str_cat.h"
 #include "agent/monitor/node_aggregator.h"
 #include "agent/monitor/report_testing.h"
+#include "agent/monitor/table_keeper_testing.h"
 #include "agent/process.h"
 #include "gtest/gtest.h"
 #include "hook/profiler/board_testing.h"
@@ -214,7 +215,8 @@ class ReplayedJob {
   std::vector<int> watched_;
   double now_us_ = 0;
   SimExecutor executor_;
-  MonitorBoards boards_{executor_, executor_};
+  TableKeeper keeper_;
+  MonitorBoards boards_{executor_, executor_, keeper_};
   ReportCollector sink_;
   NodeAggregator aggregator_{
       boards_,   executor_,

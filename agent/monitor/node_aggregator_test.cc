@@ -19,6 +19,7 @@
 #include "absl/strings/str_cat.h"
 #include "agent/monitor/board_testing.h"
 #include "agent/monitor/report_testing.h"
+#include "agent/monitor/table_keeper_testing.h"
 #include "agent/process.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
@@ -112,7 +113,8 @@ class NodeAggregatorTest : public ::testing::Test {
 
   SimExecutor executor_;
   LateClock clock_{executor_};
-  MonitorBoards boards_{executor_, executor_};
+  TableKeeper keeper_;
+  MonitorBoards boards_{executor_, executor_, keeper_};
   ReportCollector sink_;
   Engine::Activity activity_;
   NodeAggregator aggregator_{
