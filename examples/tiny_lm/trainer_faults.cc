@@ -2,6 +2,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <limits>
 #include <span>
@@ -106,8 +107,10 @@ absl::Status Trainer::ActBeforeReduction() {
   collectives::Communicator& ranks = data_ranks_ == nullptr ? *metrics_ranks_ : *data_ranks_;
   std::vector<int64_t> data(data_ranks_ == nullptr ? metrics_.size() : partition_.exchange_count());
   if (!wrong_size) return ranks.Broadcast(std::as_writable_bytes(std::span(data)), 0).Wait();
-  const std::span<int64_t> shorter = std::span(data).first(data.size() - 1);
   const bool scatters = data_ranks_ != nullptr && partition_.layout().zero != Zero::kReplicated;
+  // What is scattered is counted per rank, as NCCL does: one less for each.
+  const size_t missing = std::min<size_t>(scatters ? ranks.size() : 1, data.size());
+  const std::span<int64_t> shorter = std::span(data).first(data.size() - missing);
   return scatters ? ranks.ReduceScatter(shorter).Wait() : ranks.AllReduce(shorter).Wait();
 }
 
