@@ -34,7 +34,8 @@ RATE_BITS = 200_000_000  # what a healthy NIC does, in each direction
 # What a queue lets through at once: above the largest packet that a sender gives to its device
 # (64 KiB), or tbf would have to cut it.
 BURST_BYTES = 128 << 10
-QUEUE_BYTES = 1 << 20
+# Short: acknowledgements wait in it behind data, so that a slow direction delays the other one, too.
+QUEUE_BYTES = 256 << 10
 CLONE_NEWNET = 0x40000000
 LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -212,6 +213,8 @@ class Network:
              "htb", "rate", whole, *burst)
         tool("tc", "-n", own, "class", "add", "dev", "eth0", "parent", "1:1", "classid", "1:3",
              "htb", "rate", slow, "ceil", slow, *burst)
+        tool("tc", "-n", own, "qdisc", "add", "dev", "eth0", "parent", "1:3", "bfifo", "limit",
+             str(BURST_BYTES))
         tool("tc", "-n", own, "filter", "add", "dev", "eth0", "parent", "1:", "protocol", "ip",
              "u32", "match", "ip", "dst", f"{self.address(receiver)}/32", "flowid", "1:3")
         self._shaped[(own, "eth0")] = "htb"

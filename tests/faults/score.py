@@ -38,6 +38,19 @@ class Score:
     verdict_seconds: float | None = None  # onset to the right verdict
 
 
+def seen_in_replay(document, onset):
+    """The same of `holdfast --json monitor replay`: what was told of each finding, with what it said
+    in the end. `onset` on the clock of the recording, which is the agent's monotonic one."""
+    grades = {"suspicion": "suspicion", "verdict": "verdict"}
+    seen = []
+    for finding in document["findings"]:
+        for event in finding["history"]:
+            if event["change"] in grades:
+                told = finding | {"grade": grades[event["change"]]}
+                seen.append(Seen.of(round(event["at_seconds"] - onset, 2), told))
+    return sorted(seen, key=lambda one: one.seconds)
+
+
 class Watch:
     """Collects what is said over time, each change once."""
 

@@ -7,7 +7,7 @@ import unittest
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
 import cases
-from score import Seen, Watch, interval, judge, percentile
+from score import Seen, Watch, interval, judge, percentile, seen_in_replay
 
 EXPECTED = cases.Expected(("stopped",), ("process",), ((3, 3),))
 BOTH = cases.Expected(("link",), ("path",), ((3, 4), (4, 3)))
@@ -81,6 +81,17 @@ class JudgeTest(unittest.TestCase):
         self.assertEqual([one.seconds for one in watch.seen], [-0.5, 2])
         self.assertEqual(watch.seen[0].suspects, ((1, 2), (4, 4)))
         self.assertTrue(watch.has_verdict())
+
+    def test_a_replay_is_judged_by_its_history(self):
+        history = [{"change": "suspicion", "at_seconds": 104}, {"change": "changed", "at_seconds": 106},
+                   {"change": "verdict", "at_seconds": 108}, {"change": "withdrawn", "at_seconds": 120}]
+        document = {"findings": [{"id": "a", "grade": "verdict", "fault": "stopped", "scope": "process",
+                                  "suspects": [{"rank": 3}], "history": history}]}
+        replayed = seen_in_replay(document, 100)
+        self.assertEqual([(one.seconds, one.grade) for one in replayed],
+                         [(4, "suspicion"), (8, "verdict")])
+        self.right(EXPECTED, *replayed)
+        self.wrong("before the onset", EXPECTED, *seen_in_replay(document, 105))
 
 
 class StatisticsTest(unittest.TestCase):

@@ -1,0 +1,127 @@
+"""One run of one case: a network, an agent, a job; a fault; what the monitor says; the score."""
+import dataclasses
+import pathlib
+import shutil
+import time
+
+import faults
+import score as scoring
+from job import LOOK_SECONDS, Agent, Failed, Programs, Training, replay
+from network import Network
+
+FIRST_STEPS = 20  # before the warm-up counts
+# So little that the network, and not the few processors, decides how long traffic takes.
+NIC_BITS = 100_000_000
+SETTLE_SECONDS = 4  # behind a verdict: is it taken back?
+
+
+@dataclasses.dataclass
+class Result:
+    """What is kept of a run. `seen` is all that was said, so that it can be judged again."""
+
+    case: str
+    run: int
+    digest: str
+    victim: int
+    peer: int
+    right: bool
+    reason: str
+    suspicion_seconds: float | None
+    verdict_seconds: float | None
+    seen: list
+    # Of rank 0, medians: the proof that a slow fault slows, and what "clean" means.
+    step_seconds_before: float | None
+    step_seconds_after: float | None
+    onset: float  # on the agent's monotonic clock, which is the recording's
+    seconds: float  # of the whole run
+
+
+def run_case(table, case, run, programs: Programs, directory: pathlib.Path, slot: str,
+             recording: pathlib.Path) -> Result:
+    """Runs it in the network `slot`; nothing of it stays but `recording` and what is below
+    `directory`. Right is what the agent said only if a replay of the recording says it, too. Raises
+    Failed if the harness, not the monitor, went wrong."""
+    began = time.monotonic()
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    job = table.jobs[case.job]
+    victim, peer = case.roles(run, job.ranks)
+    watch = scoring.Watch()
+    steps = Steps()
+    with Network(slot, job.ranks, NIC_BITS) as network, Agent(programs, network, directory) as agent:
+        agent.record(recording)
+        with Training(programs, network, agent, job, directory / "job", victim) as training:
+            scene = faults.Scene(network, agent, training, victim, peer)
+            training.wait_for_step(FIRST_STEPS)
+            look(agent, training, watch, steps, time.monotonic() + case.warm_seconds)
+            steps.split()
+            begun = faults.begin(case.fault, scene, case.arguments)
+            try:
+                look(agent, training, watch, steps, begun.onset + case.watch_seconds,
+                     until_verdict=case.expected is not None)
+                agent.stop_recording()
+            finally:
+                begun.end()
+    seen = [dataclasses.replace(one, seconds=round(one.seconds - begun.onset, 2))
+            for one in watch.seen]
+    expected = case.expected and case.expected.filled_in(victim, peer)
+    score = judge(case, expected, seen)
+    if score.right:
+        replayed = judge(case, expected, scoring.seen_in_replay(
+            replay(programs, recording), begun.onset))
+        if not replayed.right:
+            score = dataclasses.replace(score, right=False,
+                                        reason=f"the replay differs: {replayed.reason}")
+    return Result(case.name, run, case.digest, victim, peer, score.right, score.reason,
+                  score.suspicion_seconds, score.verdict_seconds,
+                  [dataclasses.asdict(one) for one in seen], steps.before(), steps.after(),
+                  begun.onset, round(time.monotonic() - began, 1))
+
+
+def judge(case, expected, seen):
+    return scoring.judge(expected, seen, case.kind.verdict_seconds,
+                         case.kind.verdict_not_before_seconds)
+
+
+def look(agent, training, watch, steps, deadline, until_verdict=False):
+    """Notes what the monitor says until `deadline`, or until a while behind a verdict."""
+    settled = None
+    answered = time.monotonic()
+    while (now := time.monotonic()) < min(deadline, settled or deadline):
+        findings = agent.findings()
+        if findings is not None:
+            answered = time.monotonic()
+            watch.add(answered, findings)
+        elif now - answered > 30:
+            raise Failed("the agent has not answered for 30 s")
+        steps.add(now, training.step())
+        if until_verdict and settled is None and watch.has_verdict():
+            settled = time.monotonic() + SETTLE_SECONDS
+        time.sleep(LOOK_SECONDS)
+
+
+class Steps:
+    """How long a step takes, before and after the onset."""
+
+    def __init__(self):
+        self._seen = []  # (monotonic, step)
+        self._split = None
+
+    def add(self, now, step):
+        self._seen.append((now, step))
+
+    def split(self):
+        self._split = len(self._seen)
+
+    def before(self):
+        return self._rate(self._seen[:self._split])
+
+    def after(self):
+        return self._rate(self._seen[self._split:])
+
+    @staticmethod
+    def _rate(seen):
+        """Seconds per step; None if there was none."""
+        if len(seen) < 2 or seen[-1][1] == seen[0][1]:
+            return None
+        return round((seen[-1][0] - seen[0][0]) / (seen[-1][1] - seen[0][1]), 4)
