@@ -8,7 +8,7 @@ import traceback
 
 import score as scoring
 from job import Failed
-from run import run_case
+from run import SETTLE_SECONDS, run_case
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +16,7 @@ class Task:
     case: object
     run: int
     recording: pathlib.Path
+    settle_seconds: float = SETTLE_SECONDS
 
 
 def run_all(table, tasks, programs, directory, slots, tell):
@@ -29,7 +30,7 @@ def run_all(table, tasks, programs, directory, slots, tell):
         slot = free.get()
         try:
             return run_case(table, task.case, task.run, programs, directory / slot, slot,
-                            task.recording)
+                            task.recording, task.settle_seconds)
         finally:
             free.put(slot)
 

@@ -46,6 +46,22 @@ def process_state(pid):
     return text.rsplit(")", 1)[1].split()[0]
 
 
+def save(scene):
+    """Nothing but that the job's own saves are committed meanwhile, by all ranks."""
+    onset = time.monotonic()
+
+    def committed():
+        return [line for line in scene.training.lines(scene.victim)
+                if line["event"] == "save_ended" and line["state"] == "committed_power"]
+    before = len(committed())
+    wait_until(lambda: len(committed()) > before, "a save to be committed", 30)
+
+    def end():
+        if len(committed()) < before + 3:
+            raise Failed(f"expected 3 saves to be committed, found {len(committed()) - before}")
+    return Begun(onset, end)
+
+
 # ---- From outside: signals
 
 def nothing(_scene):
@@ -165,6 +181,7 @@ def set_clock_back(scene, seconds):
 
 MAKERS = {
     "nothing": nothing,
+    "save": save,
     "stop": stop,
     "kill": kill,
     "slow-sender": slow_sender,

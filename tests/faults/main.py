@@ -29,7 +29,7 @@ def parse_arguments(table):
     parser.add_argument("--only", action="append", metavar="CASE", help="may be repeated")
     parser.add_argument("--all", action="store_true", help="those that CI leaves out, too")
     parser.add_argument("--list", action="store_true", help="print the cases and end")
-    parser.add_argument("--slots", type=int, default=3, metavar="N", help="jobs at once (default 3)")
+    parser.add_argument("--slots", type=int, default=4, metavar="N", help="jobs at once (default 4)")
     parser.add_argument("--run", type=int, default=0, metavar="N",
                         help="the number of the run, which decides the victims (default 0)")
     parser.add_argument("--build", type=pathlib.Path, default=ROOT / "build" / "release")

@@ -37,7 +37,7 @@ class Result:
 
 
 def run_case(table, case, run, programs: Programs, directory: pathlib.Path, slot: str,
-             recording: pathlib.Path) -> Result:
+             recording: pathlib.Path, settle_seconds: float = SETTLE_SECONDS) -> Result:
     """Runs it in the network `slot`; nothing of it stays but `recording` and what is below
     `directory`. Right is what the agent said only if a replay of the recording says it, too. Raises
     Failed if the harness, not the monitor, went wrong."""
@@ -58,7 +58,7 @@ def run_case(table, case, run, programs: Programs, directory: pathlib.Path, slot
             begun = faults.begin(case.fault, scene, case.arguments)
             try:
                 look(agent, training, watch, steps, begun.onset + case.watch_seconds,
-                     until_verdict=case.expected is not None)
+                     settle_seconds if case.expected is not None else None)
                 agent.stop_recording()
             finally:
                 begun.end()
@@ -83,8 +83,9 @@ def judge(case, expected, seen):
                          case.kind.verdict_not_before_seconds)
 
 
-def look(agent, training, watch, steps, deadline, until_verdict=False):
-    """Notes what the monitor says until `deadline`, or until a while behind a verdict."""
+def look(agent, training, watch, steps, deadline, settle_seconds=None):
+    """Notes what the monitor says until `deadline`, or, if that is given, until `settle_seconds` behind
+    a verdict."""
     settled = None
     answered = time.monotonic()
     while (now := time.monotonic()) < min(deadline, settled or deadline):
@@ -95,8 +96,8 @@ def look(agent, training, watch, steps, deadline, until_verdict=False):
         elif now - answered > 30:
             raise Failed("the agent has not answered for 30 s")
         steps.add(now, training.step())
-        if until_verdict and settled is None and watch.has_verdict():
-            settled = time.monotonic() + SETTLE_SECONDS
+        if settle_seconds is not None and settled is None and watch.has_verdict():
+            settled = time.monotonic() + settle_seconds
         time.sleep(LOOK_SECONDS)
 
 
