@@ -379,12 +379,13 @@ TEST(LostPeer, InHangModeTheOperationStaysUnfinishedAndOtherLinksGoOn) {
   world.options.lost_peer = LostPeer::kHang;
   Children children;
   Fork(world, children, [&](const Options& options, int report) {
+    // Outlives the communicator, whose operation never ends.
+    std::vector<int64_t> data(100'000);
     auto fabric = *Fabric::Create(options);
     auto device = Device::Start();
     Communicator all(*Proxy::Create(*fabric, *device, nullptr, "all", {0, 1, 2}, {{0, 1, 2}}));
     Report(report, all.Barrier().Wait().ok() ? "ready" : "failed");
     if (options.rank == 2) pause();
-    std::vector<int64_t> data(100'000);
     const Handle hanging = all.AllReduce(std::span(data));
     // The loss is known ...
     while (fabric->Lost().empty()) static_cast<void>(poll(nullptr, 0, 1));

@@ -187,6 +187,34 @@ const char* FunctionOf(OperationKind kind) {
   return "";  // told as point to point
 }
 
+// A plugin's functions have its own declarations of the interface's types, which UBSan's check of
+// function types takes for a mistake.
+#if defined(__clang__)
+#define COLLECTIVES_CALLS_PLUGIN __attribute__((no_sanitize("function")))
+#else
+#define COLLECTIVES_CALLS_PLUGIN
+#endif
+COLLECTIVES_CALLS_PLUGIN int CallInit(const ProfilerV6& table, void** context,
+                                      const CommunicatorTrace::Identity& identity) {
+  return table.init(context, identity.id, reinterpret_cast<int*>(&process_mask),
+                    identity.name.c_str(), identity.nodes, identity.ranks, identity.rank, &Log);
+}
+// What the others return says nothing: NCCL goes on whatever it is.
+COLLECTIVES_CALLS_PLUGIN void CallStart(const ProfilerV6& table, void* context, void** handle,
+                                        Descriptor* descriptor) {
+  static_cast<void>(table.start(context, handle, descriptor));
+}
+COLLECTIVES_CALLS_PLUGIN void CallStop(const ProfilerV6& table, void* handle) {
+  static_cast<void>(table.stop(handle));
+}
+COLLECTIVES_CALLS_PLUGIN void CallRecord(const ProfilerV6& table, void* handle, EventState state,
+                                         StateArguments* arguments) {
+  static_cast<void>(table.record(handle, static_cast<int>(state), arguments));
+}
+COLLECTIVES_CALLS_PLUGIN void CallFinalize(const ProfilerV6& table, void* context) {
+  static_cast<void>(table.finalize(context));
+}
+
 bool IsPointToPoint(OperationKind kind) {
   return kind == OperationKind::kSend || kind == OperationKind::kAllToAll;
 }
@@ -224,26 +252,23 @@ CommunicatorTrace::CommunicatorTrace(std::shared_ptr<ProfilerPlugin> plugin,
                                      const Identity& identity)
     : plugin_(std::move(plugin)), rank_(identity.rank) {
   if (plugin_ == nullptr) return;
-  const int failed = plugin_->table().init(
-      &context_, identity.id, reinterpret_cast<int*>(&process_mask), identity.name.c_str(),
-      identity.nodes, identity.ranks, identity.rank, &Log);
-  if (failed == 0) return;
+  if (CallInit(plugin_->table(), &context_, identity) == 0) return;
   context_ = nullptr;
   plugin_ = nullptr;
 }
 
 CommunicatorTrace::~CommunicatorTrace() {
-  if (plugin_ != nullptr && context_ != nullptr) plugin_->table().finalize(context_);
+  if (plugin_ != nullptr && context_ != nullptr) CallFinalize(plugin_->table(), context_);
 }
 
 void* CommunicatorTrace::Start(void* descriptor) {
   void* handle = nullptr;
-  plugin_->table().start(context_, &handle, static_cast<Descriptor*>(descriptor));
+  CallStart(plugin_->table(), context_, &handle, static_cast<Descriptor*>(descriptor));
   return handle;
 }
 
 void CommunicatorTrace::Stop(void* handle) {
-  if (handle != nullptr) plugin_->table().stop(handle);
+  if (handle != nullptr) CallStop(plugin_->table(), handle);
 }
 
 CommunicatorTrace::Call CommunicatorTrace::Begin(const CallInfo& info, Operation& operation) {
@@ -268,7 +293,7 @@ CommunicatorTrace::Call CommunicatorTrace::BeginCollective(const CallInfo& info,
   Call call;
   call.group_api = group_api;
   if (group_api != nullptr) {
-    plugin_->table().record(group_api, static_cast<int>(EventState::kGroupStartApiStop), nullptr);
+    CallRecord(plugin_->table(), group_api, EventState::kGroupStartApiStop, nullptr);
   }
   void* api = nullptr;
   if ((mask & kWantsCollApi) != 0) {
@@ -281,7 +306,7 @@ CommunicatorTrace::Call CommunicatorTrace::BeginCollective(const CallInfo& info,
     Stop(api);
   }
   if (group_api != nullptr) {
-    plugin_->table().record(group_api, static_cast<int>(EventState::kGroupEndApiStart), nullptr);
+    CallRecord(plugin_->table(), group_api, EventState::kGroupEndApiStart, nullptr);
   }
   if ((mask & kKernelLaunch) != 0) {
     Descriptor descriptor;
@@ -327,7 +352,7 @@ CommunicatorTrace::Call CommunicatorTrace::BeginPointToPoint(const CallInfo& inf
   call.group_api = group_api;
   const auto record = [&](EventState state) {
     if (group_api != nullptr) {
-      plugin_->table().record(group_api, static_cast<int>(state), nullptr);
+      CallRecord(plugin_->table(), group_api, state, nullptr);
     }
   };
   record(EventState::kGroupStartApiStop);
@@ -414,7 +439,7 @@ void CommunicatorTrace::StopKernel(void* kernel, uint64_t stop_ns) {
   if (kernel == nullptr) return;
   StateArguments arguments = {};
   arguments.gpu_ns = stop_ns;
-  plugin_->table().record(kernel, static_cast<int>(EventState::kKernelChStop), &arguments);
+  CallRecord(plugin_->table(), kernel, EventState::kKernelChStop, &arguments);
   Stop(kernel);
 }
 
@@ -422,7 +447,7 @@ void CommunicatorTrace::Record(void* handle, EventState state, size_t bytes) {
   if (handle == nullptr) return;
   StateArguments arguments = {};
   arguments.transfer_bytes = bytes;
-  plugin_->table().record(handle, static_cast<int>(state), &arguments);
+  CallRecord(plugin_->table(), handle, state, &arguments);
 }
 
 void* CommunicatorTrace::StartProxyCtrl(EventState state) {
@@ -441,7 +466,7 @@ void CommunicatorTrace::RecordProxyCtrl(void* handle, EventState state, int appe
   if (handle == nullptr || (process_mask.load(std::memory_order_relaxed) & kProxyCtrl) == 0) return;
   StateArguments arguments = {};
   arguments.appended_proxy_ops = appended;
-  plugin_->table().record(handle, static_cast<int>(state), &arguments);
+  CallRecord(plugin_->table(), handle, state, &arguments);
 }
 
 }  // namespace collectives

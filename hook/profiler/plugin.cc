@@ -77,6 +77,8 @@ int OwnMask(abi::MonitorLevel level, int version) {
   return static_cast<int>(mask & KnownEvents(version));
 }
 
+// The logger has NCCL's own types, which UBSan's check of function types takes for a mistake.
+HOOK_ATTRIBUTE(no_sanitize("function"))
 void Log(const InitCall& call, NcclLogLevel level, const char* text) {
   if (call.logger == nullptr) return;
   call.logger(level, kNcclLogProfile, __FILE__, __LINE__, "PROFILER/Holdfast: %s", text);
