@@ -390,9 +390,16 @@ bool Capture::CopyBlock(uint32_t block, DeviceQueue& queue) {
     const double seconds =
         static_cast<double>(bytes) / static_cast<double>(options_.device_bytes_per_second_max);
     const int64_t cost_ns = static_cast<int64_t>(seconds * static_cast<double>(kNsPerSecond));
+    // A copy that came late because its thread overslept is made up for; never is the mean from the
+    // first one on above the limit.
+    const int64_t now_ns = MonotonicNs();
     int64_t next_ns = next_copy_ns_.load(std::memory_order_relaxed);
-    while (!next_copy_ns_.compare_exchange_weak(next_ns, std::max(next_ns, MonotonicNs()) + cost_ns,
-                                                std::memory_order_relaxed)) {
+    for (;;) {
+      const int64_t due_ns = next_ns == 0 ? now_ns : std::max(next_ns, now_ns - kPaceLateNs);
+      if (next_copy_ns_.compare_exchange_weak(next_ns, due_ns + cost_ns,
+                                              std::memory_order_relaxed)) {
+        break;
+      }
     }
   }
   return whole;

@@ -55,6 +55,9 @@ inline constexpr uint64_t kPopulateBytes = uint64_t{4} << 20;
 // How long a cancellation waits for copies that a device has begun.
 inline constexpr int64_t kDrainNs = kNsPerSecond;
 
+// By how much a paced copy may be late and still be made up for.
+inline constexpr int64_t kPaceLateNs = 2'000'000;
+
 enum class SealBy {
   kCopier,   // as soon as the last block is done
   kTrainer,  // Seal() is called

@@ -335,6 +335,51 @@ TEST_F(DeviceCaptureTest, AGraphIsCapturedBesideIt) {
   EXPECT_EQ(FirstDifference(agent_.Image(0), OracleImage(plan, buffers)), -1);
 }
 
+// Tensors that lie side by side in different allocations are not joined, and one that lies in
+// several (mappings of virtual memory) is cut.
+TEST_F(DeviceCaptureTest, NoCopyLeavesAnAllocation) {
+  SideBySide memory(*devices_);
+  if (memory.data() == nullptr) GTEST_SKIP() << "the driver gave no allocations side by side";
+  const uint64_t each = memory.bytes_each();
+  // Ends of the tensors, in quarters of an allocation: two in the first, of which the second ends
+  // with it; one that fills the next; one over three; the rest, every other half of a quarter.
+  const std::vector<uint64_t> ends = {2, 4, 8, 19, 24};
+  for (const uint64_t block_bytes : {8 * each, each, each / 8}) {
+    SCOPED_TRACE("block_bytes " + std::to_string(block_bytes));
+    Open(2, CheckSource::kAll);
+    TestBuffers buffers;
+    TestPlan plan;
+    plan.block_bytes = block_bytes;
+    std::vector<std::byte> all;
+    uint64_t begin = 0;
+    for (uint32_t i = 0; i < ends.size(); ++i) {
+      const uint64_t bytes = ends[i] * each / 4 - begin;
+      buffers.Add("t" + std::to_string(i), bytes, 0, random_);
+      all.insert(all.end(), buffers.data(i).begin(), buffers.data(i).end());
+      const bool is_last = i + 1 == ends.size();
+      const uint64_t run_bytes = is_last ? each / 8 : bytes;
+      plan.ops.push_back(
+          {begin, 0, run_bytes, is_last ? bytes / run_bytes / 2 : 1, 2 * run_bytes, i, 0});
+      begin += bytes;
+    }
+    plan.block_count = static_cast<uint32_t>((begin + block_bytes - 1) / block_bytes);
+    memory.Write(all.data());
+    std::vector<hf_buffer> list = buffers.List();
+    for (uint32_t i = 0; i < list.size(); ++i) {
+      list[i].data = memory.data() + plan.ops[i].image_offset;
+    }
+    agent_.SetPlan([plan](const TestDocument&) { return plan; });
+    const Error registered = job_->Register("{}", list, {}, Deadline::After(kPatienceNs));
+    ASSERT_TRUE(registered.ok()) << registered.text();
+    streams_ = {stream_};
+    ASSERT_TRUE(Save(1).ok());
+    const Error waited = Wait();
+    ASSERT_TRUE(waited.ok()) << waited.text();
+    EXPECT_EQ(FirstDifference(agent_.Image(0), OracleImage(plan, buffers)), -1);
+    job_.reset();
+  }
+}
+
 TEST_F(DeviceCaptureTest, SavesAndCancellationsInAnyOrderNeverMixImages) {
   SCOPED_TRACE("seed " + std::to_string(seed_));
   Open(3);
@@ -479,6 +524,22 @@ TEST_F(DeviceCallsTest, CopiesComeBehindTheSavesEventOnAStreamOfLowestPriority) 
     EXPECT_NE(copy.thread, trainer);
   }
   EXPECT_EQ(Calls("cuEventRecord")[0].stream, stream_);
+}
+
+TEST_F(DeviceCallsTest, WhereTheDriverDoesNotSayWhatWasAllocatedNothingIsJoined) {
+  devices_->fake()->Reset(seed_);
+  Open();
+  TestBuffers buffers;
+  TestPlan plan = StraightPlan(buffers, {0, 0, 0, 0}, 4096, 32768, random_);
+  const PlacedBuffers placed(*devices_, buffers, OnDevice);
+  ASSERT_EQ(placed.data(1), static_cast<std::byte*>(placed.data(0)) + 4096);
+  Register(placed, plan);
+  devices_->fake()->Fail("cuPointerGetAttributes", 0, 1, true);
+  ASSERT_TRUE(Save(1).ok());
+  const Error waited = Wait();
+  ASSERT_TRUE(waited.ok()) << waited.text();
+  EXPECT_EQ(Calls("cuMemcpyDtoHAsync_v2").size(), 4u);
+  EXPECT_EQ(FirstDifference(agent_.Image(0), OracleImage(plan, buffers)), -1);
 }
 
 TEST_F(DeviceCallsTest, EverythingIsGivenBack) {

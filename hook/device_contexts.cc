@@ -1,5 +1,6 @@
 #include "hook/device_contexts.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <utility>
@@ -91,40 +92,62 @@ Error DeviceContext::Failed(CuResult result, const char* call) const {
   return driver_->ToError(result, what);
 }
 
-Error DeviceContext::CopyToHost(std::byte* host, const DeviceRuns& runs) const {
-  return Copy(Direction::kToHost, host, runs);
+Error DeviceContext::CopyToHost(std::byte* host, const DeviceRuns& runs,
+                                CuAllocation* known) const {
+  return Copy(Direction::kToHost, host, runs, known);
 }
 
-Error DeviceContext::CopyToDevice(const DeviceRuns& runs, const std::byte* host) const {
+Error DeviceContext::CopyToDevice(const DeviceRuns& runs, const std::byte* host,
+                                  CuAllocation* known) const {
   // Of this direction nothing is written to the host's memory.
-  return Copy(Direction::kToDevice, const_cast<std::byte*>(host), runs);
+  return Copy(Direction::kToDevice, const_cast<std::byte*>(host), runs, known);
 }
 
-Error DeviceContext::Copy(Direction direction, std::byte* host, const DeviceRuns& runs) const {
+Error DeviceContext::CopyRun(Direction direction, std::byte* host, const std::byte* device,
+                             uint64_t bytes, CuAllocation* known) const {
+  while (bytes > 0) {
+    if (!known->Holds(device, 1)) *known = driver_->FindAllocation(device, bytes);
+    const uint64_t piece =
+        std::min<uint64_t>(bytes, known->end - reinterpret_cast<uintptr_t>(device));
+    const CuResult result =
+        direction == Direction::kToHost
+            ? driver_->MemcpyDtoHAsync(host, ToDevicePointer(device), piece, stream_)
+            : driver_->MemcpyHtoDAsync(ToDevicePointer(device), host, piece, stream_);
+    if (result != CuResult::kSuccess) {
+      return Failed(result,
+                    direction == Direction::kToHost ? "cuMemcpyDtoHAsync" : "cuMemcpyHtoDAsync");
+    }
+    host += piece;
+    device += piece;
+    bytes -= piece;
+  }
+  return Error();
+}
+
+Error DeviceContext::Copy(Direction direction, std::byte* host, const DeviceRuns& runs,
+                          CuAllocation* known) const {
   const uint64_t bytes = runs.run_bytes * runs.count;
   if (bytes == 0) return Error();
   const DeviceScope scope(*driver_, context_);
   if (scope.result() != CuResult::kSuccess) return Failed(scope.result(), "cuCtxPushCurrent");
-  const bool to_host = direction == Direction::kToHost;
-  const auto copy_run = [&](std::byte* at, const void* device, uint64_t run_bytes) -> Error {
-    const CuResult result =
-        to_host ? driver_->MemcpyDtoHAsync(at, ToDevicePointer(device), run_bytes, stream_)
-                : driver_->MemcpyHtoDAsync(ToDevicePointer(device), at, run_bytes, stream_);
-    if (result == CuResult::kSuccess) return Error();
-    return Failed(result, to_host ? "cuMemcpyDtoHAsync" : "cuMemcpyHtoDAsync");
-  };
-  if (runs.count == 1 || runs.stride == runs.run_bytes) return copy_run(host, runs.device, bytes);
-  if (runs.stride > kPitchBytesMax || runs.stride < runs.run_bytes) {
+  const std::byte* const device = static_cast<const std::byte*>(runs.device);
+  if (runs.count == 1 || runs.stride == runs.run_bytes) {
+    return CopyRun(direction, host, device, bytes, known);
+  }
+  const uint64_t span_bytes = runs.stride * (runs.count - 1) + runs.run_bytes;
+  if (!known->Holds(device, 1)) *known = driver_->FindAllocation(device, span_bytes);
+  if (runs.stride > kPitchBytesMax || runs.stride < runs.run_bytes ||
+      !known->Holds(device, span_bytes)) {
     for (uint64_t run = 0; run < runs.count; ++run) {
-      const std::byte* const device =
-          static_cast<const std::byte*>(runs.device) + run * runs.stride;
-      if (Error error = copy_run(host + run * runs.run_bytes, device, runs.run_bytes);
+      if (Error error = CopyRun(direction, host + run * runs.run_bytes, device + run * runs.stride,
+                                runs.run_bytes, known);
           !error.ok()) {
         return error;
       }
     }
     return Error();
   }
+  const bool to_host = direction == Direction::kToHost;
   CuMemcpy2D copy = {};
   copy.source_type = to_host ? CuMemoryType::kDevice : CuMemoryType::kHost;
   copy.target_type = to_host ? CuMemoryType::kHost : CuMemoryType::kDevice;
@@ -264,7 +287,7 @@ Result<bool> DeviceComparer::Equal(const std::byte* copy, const std::byte* sourc
   }
   const uint64_t bytes = run_bytes * count;
   if (piece_.size() < bytes) piece_.resize(bytes);
-  Error error = context_.CopyToHost(piece_.data(), {source, run_bytes, count, stride});
+  Error error = context_.CopyToHost(piece_.data(), {source, run_bytes, count, stride}, &known_);
   // Also if only part of it could be enqueued: the piece is ours to the end.
   if (Error failed = context_.WaitCopies(); error.ok()) error = failed;
   if (!error.ok()) return error;

@@ -66,8 +66,10 @@ class DeviceContext final {
 
   // Enqueues a copy on the side stream and returns. `host` is the image or a piece of it. Where it
   // is not registered with the driver the call returns when the copy is done.
-  Error CopyToHost(std::byte* host, const DeviceRuns& runs) const;
-  Error CopyToDevice(const DeviceRuns& runs, const std::byte* host) const;
+  // The copy is cut where allocations end. `known`: the allocation that the caller has met last,
+  // for as long as none is freed; it spares asking the driver again.
+  Error CopyToHost(std::byte* host, const DeviceRuns& runs, CuAllocation* known) const;
+  Error CopyToDevice(const DeviceRuns& runs, const std::byte* host, CuAllocation* known) const;
 
   // An event recorded behind everything that is on the side stream now. Give it back when it is not
   // kPending, or when nobody will look at it again.
@@ -102,7 +104,10 @@ class DeviceContext final {
   Error MakeStreamAndGate();
   Error Failed(CuResult result, const char* call) const;
   enum class Direction { kToHost, kToDevice };
-  Error Copy(Direction direction, std::byte* host, const DeviceRuns& runs) const;
+  Error Copy(Direction direction, std::byte* host, const DeviceRuns& runs,
+             CuAllocation* known) const;
+  Error CopyRun(Direction direction, std::byte* host, const std::byte* device, uint64_t bytes,
+                CuAllocation* known) const;
 
   const std::shared_ptr<const DeviceDriver> driver_;
   const CuDevice ordinal_;
@@ -162,6 +167,7 @@ class DeviceComparer final : public SourceComparer {
   DeviceContext& context_;
   const std::atomic<bool>& stop_;
   std::vector<std::byte> piece_;
+  CuAllocation known_;
 };
 
 }  // namespace holdfast::hook

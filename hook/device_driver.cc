@@ -55,6 +55,21 @@ Result<CuPlace> DeviceDriver::Locate(const void* pointer) const {
   return place;
 }
 
+CuAllocation DeviceDriver::FindAllocation(const void* pointer, uint64_t bytes) const {
+  CuDevicePointer begin = 0;
+  size_t size = 0;
+  CuPointerAttribute attributes[] = {CuPointerAttribute::kRangeStart,
+                                     CuPointerAttribute::kRangeSize};
+  void* values[] = {&begin, &size};
+  const CuResult result =
+      PointerGetAttributes(2, attributes, values, reinterpret_cast<CuDevicePointer>(pointer));
+  const CuAllocation found = {static_cast<uintptr_t>(begin), static_cast<uintptr_t>(begin) + size};
+  // An error of the context shows in the copy.
+  if (result == CuResult::kSuccess && found.Holds(pointer, 1)) return found;
+  const uintptr_t at = reinterpret_cast<uintptr_t>(pointer);
+  return {at, at + bytes};
+}
+
 Error DeviceDriver::ToError(CuResult result, const char* what) const {
   const char* name = nullptr;
   const char* text = nullptr;

@@ -50,7 +50,9 @@ enum class CuPointerAttribute : int {
   kContext = 1,
   kMemoryType = 2,
   kIsManaged = 8,
-  kDeviceOrdinal = 9
+  kDeviceOrdinal = 9,
+  kRangeStart = 11,
+  kRangeSize = 12,
 };
 enum class CuCaptureMode : int { kGlobal = 0, kThreadLocal = 1, kRelaxed = 2 };
 enum class CuCaptureStatus : int { kNone = 0, kActive = 1, kInvalidated = 2 };
@@ -116,6 +118,17 @@ struct CuPlace {
   CuContext context = nullptr;  // that allocated it; nullptr: none in particular (pools, mappings)
 };
 
+// What was allocated, or mapped, at once. The driver refuses a copy that leaves it, also where the
+// next allocation begins at its end (segments of caching allocators often do).
+struct CuAllocation {
+  uintptr_t begin = 0;
+  uintptr_t end = 0;
+  bool Holds(const void* pointer, uint64_t bytes) const {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(pointer);
+    return at >= begin && at < end && bytes <= end - at;
+  }
+};
+
 // Threads: any. Lifetime: the library stays loaded as long as the object lives.
 class DeviceDriver {
  public:
@@ -133,6 +146,10 @@ class DeviceDriver {
   // Errors: HF_INTERNAL (the driver refuses to say, for instance because the device is lost): the
   // pointer must not be read by anybody then.
   Result<CuPlace> Locate(const void* pointer) const;
+
+  // The allocation in which the pointer to device memory lies. Where the driver cannot say, that is
+  // [pointer, pointer + bytes): a copy of these is left to the driver as it is.
+  CuAllocation FindAllocation(const void* pointer, uint64_t bytes) const;
 
   // "CUDA_ERROR_ECC_UNCORRECTABLE (214): uncorrectable ECC error encountered", behind `what`.
   // kUnavailable is not among the codes: no retry helps a context that has failed.

@@ -146,6 +146,9 @@ TEST(DeviceDriverTest, NumbersAndStructsAreThoseOfCudaH) {
   EXPECT_EQ(static_cast<int>(CuPointerAttribute::kContext), CU_POINTER_ATTRIBUTE_CONTEXT);
   EXPECT_EQ(static_cast<int>(CuPointerAttribute::kMemoryType), CU_POINTER_ATTRIBUTE_MEMORY_TYPE);
   EXPECT_EQ(static_cast<int>(CuPointerAttribute::kIsManaged), CU_POINTER_ATTRIBUTE_IS_MANAGED);
+  EXPECT_EQ(static_cast<int>(CuPointerAttribute::kRangeStart),
+            CU_POINTER_ATTRIBUTE_RANGE_START_ADDR);
+  EXPECT_EQ(static_cast<int>(CuPointerAttribute::kRangeSize), CU_POINTER_ATTRIBUTE_RANGE_SIZE);
   EXPECT_EQ(static_cast<int>(CuPointerAttribute::kDeviceOrdinal),
             CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL);
   EXPECT_EQ(static_cast<int>(CuCaptureMode::kRelaxed), CU_STREAM_CAPTURE_MODE_RELAXED);

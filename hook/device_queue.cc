@@ -7,7 +7,7 @@ Error DeviceQueue::Flush() {
   const DeviceRuns runs = pending_.runs;
   pending_.runs = DeviceRuns();
   pending_.contexts |= uint32_t{1} << pending_.context;
-  return table_->context(pending_.context).CopyToHost(pending_.target, runs);
+  return table_->context(pending_.context).CopyToHost(pending_.target, runs, &known_);
 }
 
 Error DeviceQueue::Add(uint32_t context, std::byte* target, const DeviceRuns& runs) {
@@ -18,8 +18,13 @@ Error DeviceQueue::Add(uint32_t context, std::byte* target, const DeviceRuns& ru
   if (is_one_run && last.run_bytes > 0 && last.count == 1 && pending_.context == context &&
       static_cast<const std::byte*>(last.device) + last.run_bytes == runs.device &&
       pending_.target + last.run_bytes == target) {
-    last.run_bytes += bytes;
-    return Error();
+    if (!known_.Holds(last.device, 1)) {
+      known_ = table_->driver().FindAllocation(last.device, last.run_bytes);
+    }
+    if (known_.Holds(last.device, last.run_bytes + bytes)) {
+      last.run_bytes += bytes;
+      return Error();
+    }
   }
   Error error = Flush();
   pending_.context = context;

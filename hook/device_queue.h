@@ -1,7 +1,7 @@
 // The copies from devices that one copier thread has in flight, block by block.
 //
-// Small tensors that lie one behind the other, on the device and in the image, become one copy. A
-// block is complete when the event behind its last copy is; blocks are looked at in the order in
+// Small tensors that lie one behind the other, in one allocation and in the image, become one copy.
+// A block is complete when the event behind its last copy is; blocks are looked at in the order in
 // which they were enqueued. At most kBlocksInFlightMax blocks and, if a block is not larger by
 // itself, kBytesInFlightMax bytes are in flight: enough that the device never waits for us (half a
 // millisecond of PCIe 5), little enough that a cancellation is over soon.
@@ -76,7 +76,8 @@ class DeviceQueue {
   uint32_t first_ = 0;
   uint32_t count_ = 0;
   uint64_t bytes_ = 0;
-  Error error_;  // of a block that failed
+  CuAllocation known_;  // the one met last: none is freed under capture
+  Error error_;         // of a block that failed
 };
 
 }  // namespace holdfast::hook

@@ -164,6 +164,40 @@ TEST_F(DeviceRestoreTest, WhatIsLargerThanTheRingArrivesWhole) {
   }
 }
 
+TEST_F(DeviceRestoreTest, ATensorInSeveralAllocationsArrivesWhole) {
+  SideBySide memory(*devices_);
+  if (memory.data() == nullptr) GTEST_SKIP() << "the driver gave no allocations side by side";
+  const uint64_t bytes = memory.bytes();
+  std::vector<std::byte> expected = RandomBytes(random_, bytes);
+  memory.Write(expected.data());
+  const hf_buffer buffer = {"large", memory.data(), bytes, 0};
+  TestPlan plan;
+  plan.block_count = static_cast<uint32_t>(bytes / plan.block_bytes + 1);
+  agent_.SetPlan([plan](const TestDocument&) { return plan; });
+  ASSERT_TRUE(job_->Register("{}", {&buffer, 1}, {}, Deadline::After(kPatienceNs)).ok());
+  streams_ = {stream_};
+  TestRestore script;
+  TestRestore::Piece piece;
+  piece.map_id = 1;
+  piece.bytes = RandomBytes(random_, bytes);
+  script.map_bytes = {bytes};
+  // Over all of it, then runs with gaps, the ends of allocations among both.
+  const uint64_t run_bytes = memory.bytes_each() * 3 / 8;
+  piece.ops.push_back({0, 100, bytes - 100, 1, 0, 0, 0, 0});
+  piece.ops.push_back({50, 0, run_bytes, 12, run_bytes, run_bytes + 10, 0, 0});
+  script.pieces.push_back(piece);
+  agent_.SetRestore(script);
+  const Error restored = Restore();
+  ASSERT_TRUE(restored.ok()) << restored.text();
+  std::copy(piece.bytes.begin(), piece.bytes.end() - 100, expected.begin() + 100);
+  for (uint64_t run = 0; run < 12; ++run) {
+    const auto from = piece.bytes.begin() + static_cast<std::ptrdiff_t>(50 + run * run_bytes);
+    std::copy(from, from + static_cast<std::ptrdiff_t>(run_bytes),
+              expected.begin() + static_cast<std::ptrdiff_t>(run * (run_bytes + 10)));
+  }
+  EXPECT_EQ(FirstDifference(memory.Read(), expected), -1);
+}
+
 TEST_F(DeviceRestoreTest, WhatTheCallersStreamDoesToATensorIsOverwritten) {
   TestBuffers buffers;
   buffers.Add("b", 1000, 0, random_);

@@ -6,6 +6,7 @@
 #include <dlfcn.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -203,6 +204,58 @@ class TestDevices {
   CuResult (*wait_value_)(CuStream, CuDevicePointer, uint32_t, unsigned) = nullptr;
   CuResult (*begin_capture_)(CuStream, CuCaptureMode) = nullptr;
   CuResult (*end_capture_)(CuStream, void**) = nullptr;
+};
+
+// Allocations of device 0 of which each begins where the one before ends: what a caching
+// allocator's segments, and mappings of virtual memory, often are. A copy by the driver must not
+// leave one.
+class SideBySide {
+ public:
+  static constexpr uint64_t kCount = 6;
+
+  explicit SideBySide(TestDevices& devices)
+      : devices_(devices),
+        // The granularity of the driver's allocations.
+        bytes_each_(devices.fake() != nullptr ? 4096 : uint64_t{2} << 20) {
+    for (uint64_t i = 0; i < 8 * kCount; ++i) {
+      all_.push_back(static_cast<std::byte*>(devices.Allocate(0, bytes_each_)));
+    }
+    std::sort(all_.begin(), all_.end());
+    uint64_t run = 1;
+    for (size_t i = 1; i < all_.size() && run < kCount; ++i) {
+      run = all_[i] == all_[i - 1] + bytes_each_ ? run + 1 : 1;
+      if (run == kCount) data_ = all_[i] - (kCount - 1) * bytes_each_;
+    }
+  }
+  ~SideBySide() {
+    for (std::byte* const pointer : all_) devices_.Free(0, pointer);
+  }
+  SideBySide(const SideBySide&) = delete;
+  SideBySide& operator=(const SideBySide&) = delete;
+
+  // nullptr: the driver gave none that lie so.
+  std::byte* data() const { return data_; }
+  uint64_t bytes_each() const { return bytes_each_; }
+  uint64_t bytes() const { return kCount * bytes_each_; }
+  void Write(const std::byte* bytes) {
+    for (uint64_t at = 0; at < this->bytes(); at += bytes_each_) {
+      devices_.Write(0, data_ + at, bytes + at, bytes_each_);
+    }
+  }
+  std::vector<std::byte> Read() {
+    std::vector<std::byte> found;
+    for (uint64_t at = 0; at < bytes(); at += bytes_each_) {
+      const std::vector<std::byte> one = devices_.Read(0, data_ + at, bytes_each_);
+      found.insert(found.end(), one.begin(), one.end());
+    }
+    return found;
+  }
+
+ private:
+  TestDevices& devices_;
+  const uint64_t bytes_each_;
+  std::vector<std::byte*> all_;
+  std::byte* data_ = nullptr;
 };
 
 // TestBuffers, some of which lie in device memory: their bytes in `host` are what the oracle reads.

@@ -134,7 +134,9 @@ Error DeviceUploads::Copy(uint32_t context, const DeviceRuns& target, const std:
     }
     filled_bytes_ += part.run_bytes * part.count;
     pieces_[current_].copied |= uint32_t{1} << context;
-    if (Error error = table_.context(context).CopyToDevice(part, staged); !error.ok()) return error;
+    if (Error error = table_.context(context).CopyToDevice(part, staged, &known_); !error.ok()) {
+      return error;
+    }
   }
   return Error();
 }

@@ -59,6 +59,7 @@ class DeviceUploads {
   std::array<Piece, kUploadPieces> pieces_;
   uint32_t current_ = 0;
   uint64_t filled_bytes_ = 0;  // of the current piece
+  CuAllocation known_;         // the one met last: none is freed under restore
 };
 
 }  // namespace holdfast::hook

@@ -19,6 +19,16 @@ uint64_t PageBytes(uint64_t bytes) {
   return (bytes + page - 1) / page * page;
 }
 
+constexpr uint64_t kAddressSpaceBytes = uint64_t{64} << 30;
+
+// Addresses without memory. `at`: where; nullptr: anywhere. 0: there are none.
+uintptr_t Reserve(void* at, uint64_t bytes) {
+  const int fixed = at == nullptr ? 0 : MAP_FIXED;
+  void* const reserved =
+      mmap(at, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | fixed, -1, 0);
+  return reserved == MAP_FAILED ? 0 : reinterpret_cast<uintptr_t>(reserved);
+}
+
 }  // namespace
 
 Device& TheDevice() {
@@ -26,7 +36,7 @@ Device& TheDevice() {
   return device;
 }
 
-Device::Device() {
+Device::Device() : address_space_(Reserve(nullptr, kAddressSpaceBytes)) {
   for (int i = 0; i < kCount; ++i) primaries_[i].device = i;
   thread_ = std::jthread([this](const std::stop_token& stop) { Run(stop); });
 }
@@ -227,20 +237,32 @@ CuResult Device::Drain(Stream* stream) {
   return stream->context->failure;
 }
 
+// The lowest that is free: allocations lie side by side, as a caching allocator's often do.
+uintptr_t Device::FreeAddress(uint64_t bytes) const {
+  uintptr_t free = address_space_;
+  for (const auto& [begin, allocation] : allocations_) {
+    if (begin - free >= bytes) break;
+    free = begin + PageBytes(allocation.bytes);
+  }
+  return address_space_ + kAddressSpaceBytes - free >= bytes ? free : 0;
+}
+
 CuResult Device::Allocate(uint64_t bytes, Context* context, bool managed,
                           CuDevicePointer* pointer) {
   const uint64_t size = PageBytes(bytes);
+  std::lock_guard lock(mutex_);
+  const uintptr_t free = address_space_ == 0 ? 0 : FreeAddress(size);
+  if (free == 0) return CuResult::kOutOfMemory;
   const int fd = memfd_create("fake-device", MFD_CLOEXEC);
   if (fd < 0 || ftruncate(fd, static_cast<off_t>(size)) != 0) return CuResult::kOutOfMemory;
   const int processor = managed ? PROT_READ | PROT_WRITE : PROT_NONE;
-  void* const address = mmap(nullptr, size, processor, MAP_SHARED, fd, 0);
+  void* const address =
+      mmap(reinterpret_cast<void*>(free), size, processor, MAP_SHARED | MAP_FIXED, fd, 0);
   void* const view = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   close(fd);
   if (address == MAP_FAILED || view == MAP_FAILED) return CuResult::kOutOfMemory;
-  std::lock_guard lock(mutex_);
-  allocations_[reinterpret_cast<uintptr_t>(address)] = {bytes, static_cast<std::byte*>(view),
-                                                        context, managed};
-  *pointer = reinterpret_cast<CuDevicePointer>(address);
+  allocations_[free] = {free, bytes, static_cast<std::byte*>(view), context, managed};
+  *pointer = free;
   return CuResult::kSuccess;
 }
 
@@ -252,7 +274,7 @@ CuResult Device::Free(CuDevicePointer pointer) {
   changed_.wait(lock, [&] { return IsIdle(); });
   const uint64_t size = PageBytes(found->second.bytes);
   munmap(found->second.device_view, size);
-  munmap(reinterpret_cast<void*>(static_cast<uintptr_t>(pointer)), size);
+  Reserve(reinterpret_cast<void*>(found->first), size);
   allocations_.erase(found);
   return CuResult::kSuccess;
 }

@@ -62,6 +62,7 @@ struct Stream {
 };
 
 struct Allocation {
+  uintptr_t begin = 0;
   uint64_t bytes = 0;
   std::byte* device_view = nullptr;  // what the executing thread uses
   Context* context = nullptr;        // nullptr: of a pool
@@ -126,6 +127,7 @@ class Device final : public FakeCuda {
   };
   void Run(const std::stop_token& stop);
   bool IsIdle() const;
+  uintptr_t FreeAddress(uint64_t bytes) const;
   // A copy that is not done yet reads or writes host memory in this range.
   bool IsUsed(const void* data, uint64_t bytes) const;
   bool MayRun(const Operation& operation) const;
@@ -146,6 +148,7 @@ class Device final : public FakeCuda {
   std::map<Context*, std::unique_ptr<Stream>> defaults_;
   std::map<Stream*, std::unique_ptr<Stream>> streams_;
   std::map<Event*, std::shared_ptr<Event>> events_;
+  uintptr_t address_space_ = 0;  // of the devices' memory: kAddressSpaceBytes
   std::map<uintptr_t, Allocation> allocations_;
   std::map<uintptr_t, uint64_t> registered_;
   std::map<uintptr_t, std::unique_ptr<std::byte[]>> host_allocations_;

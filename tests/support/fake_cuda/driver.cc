@@ -365,6 +365,12 @@ CuResult cuPointerGetAttributes(unsigned count, CuPointerAttribute* attributes, 
       case CuPointerAttribute::kContext:
         *static_cast<CuContext*>(values[i]) = found ? FromContext(found->context) : nullptr;
         break;
+      case CuPointerAttribute::kRangeStart:
+        *static_cast<CuDevicePointer*>(values[i]) = found ? found->begin : 0;
+        break;
+      case CuPointerAttribute::kRangeSize:
+        *static_cast<size_t*>(values[i]) = found ? found->bytes : 0;
+        break;
       case CuPointerAttribute::kMemoryType:
         *static_cast<int*>(values[i]) = found ? 2 : 0;
         break;

@@ -7,10 +7,12 @@
 //   among those whose first operation may run: every order that stream semantics allow may come,
 //   and copies of several streams mix in the middle. Events are complete when their last record was
 //   executed. Device memory cannot be touched by the processor (PROT_NONE; the device has a mapping
-//   of its own); managed memory can. Copies to or from host memory that is not registered return
-//   when they are done. After a failed copy every call on its context fails. While a stream is
-//   being captured into a graph, calls that are unsafe then fail in threads whose mode is not
-//   RELAXED.
+//   of its own); managed memory can. Allocations
+//   lie side by side at the lowest addresses that are free, each at the beginning of a page; a copy
+//   that leaves one is refused (CUDA_ERROR_INVALID_VALUE). Copies to or from host memory that is
+//   not registered return when they are done. After a failed copy every call on its context fails.
+//   While a stream is being captured into a graph, calls that are unsafe then fail in threads whose
+//   mode is not RELAXED.
 // Not modelled: kernels, the legacy stream's synchronisation with blocking streams, peer access,
 //   priorities (they are recorded), limits on what may be registered, anything's cost.
 #ifndef HOLDFAST_TESTS_SUPPORT_FAKE_CUDA_FAKE_CUDA_H_
