@@ -24,6 +24,7 @@ import pairs
 SAVE_SECONDS = 120.0
 MIB = 1 << 20
 REPEATS = 5
+PAIRS = 8
 
 
 def parse():
@@ -159,7 +160,7 @@ def rate_of(report):
 
 def small_tensors(place):
     """10,000 tensors: many asynchronous copies, against packing them on the device first."""
-    count, size = 10_000, 64 << 10
+    count, size = 10_000, (64 << 10 if CUDA else 1 << 10)
     tensors = {f"small{i}": torch.ones(size, dtype=torch.uint8, device=OPTIONS.device)
                for i in range(count)}
     parts = list(tensors.values())
@@ -187,8 +188,10 @@ def small_tensors(place):
                            holds=call_ms <= 1)]
 
 
-class Loop:
-    """Matrix multiplications, and how long each step of some took on the device."""
+class Matmuls:
+    """A loop that keeps the device busy: matrix multiplications of a millisecond or two each."""
+
+    name = "matmul"
 
     def __init__(self):
         size = 8192 if CUDA else 512
@@ -197,73 +200,158 @@ class Loop:
         self.b = torch.randn(size, size, device=OPTIONS.device, dtype=dtype)
         self.c = torch.empty_like(self.a)
 
-    def steps(self, count):
-        """Milliseconds of each of `count` steps, enqueued without waiting for any."""
-        if not CUDA:
-            times = []
-            for _ in range(count):
-                begun = time.perf_counter()
-                torch.matmul(self.a, self.b, out=self.c)
-                times.append((time.perf_counter() - begun) * 1e3)
-            return lambda: times
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-        events[0].record()
-        for event in events[1:]:
-            torch.matmul(self.a, self.b, out=self.c)
-            event.record()
-
-        def read():
-            events[-1].synchronize()
-            return [a.elapsed_time(b) for a, b in zip(events, events[1:])]
-        return read
+    def step(self):
+        torch.matmul(self.a, self.b, out=self.c)
 
 
-def beside_compute(place, mib_per_second):
-    """What the loop loses while an image is captured, and how long hf_wait_captured blocks it."""
-    tensors = {f"t{i}": torch.zeros(OPTIONS.bytes // 8, dtype=torch.uint8, device=OPTIONS.device)
-               for i in range(8)}
-    loop = Loop()
-    loop.steps(50)()
-    # As many steps as last longer than the capture.
-    step_ms = statistics.median(loop.steps(100)())
-    name = f"paced at {mib_per_second} MiB/s" if mib_per_second else "unpaced"
-    alone, beside, blocked, reports = [], [], [], []
-    with place.job("paced" if mib_per_second else "unpaced", tensors,
+class Launches:
+    """A loop that keeps the host busy: kernels that take less than their launch."""
+
+    name = "launches"
+
+    def __init__(self):
+        self.a = torch.zeros(64, device=OPTIONS.device)
+
+    def step(self):
+        for _ in range(200):
+            self.a.add_(1)
+
+
+def timed(loop, count):
+    """Enqueues `count` steps; a function that waits for them and returns milliseconds per step, by the
+    device's clock."""
+    if not CUDA:
+        begun = time.perf_counter()
+        for _ in range(count):
+            loop.step()
+        taken = (time.perf_counter() - begun) / count * 1e3
+        return lambda: taken
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(count):
+        loop.step()
+    end.record()
+
+    def read():
+        end.synchronize()
+        return begin.elapsed_time(end) / count
+    return read
+
+
+def large_tensors(image_bytes):
+    return {f"t{i}": torch.zeros(image_bytes // 8, dtype=torch.uint8, device=OPTIONS.device)
+            for i in range(8)}
+
+
+def pace_name(mib_per_second):
+    return f"paced at {mib_per_second} MiB/s" if mib_per_second else "unpaced"
+
+
+def expected_capture_ms(first, mib_per_second=0):
+    paced_ms = first.image_bytes / MIB / mib_per_second * 1e3 if mib_per_second else 0
+    return max(first.device_ns / 1e6 if CUDA else first.capture_ns / 1e6, paced_ms)
+
+
+def slowdown(place, loop, mib_per_second, goal=None):
+    """Steps beside a capture against as many of the same without, in turn. The loop never stops in
+    between, so that clocks and power are the same for both, and both begin behind the same step."""
+    loop.step()
+    name = pace_name(mib_per_second)
+    beside, alone, rates = [], [], []
+    with place.job(f"{loop.name}-{mib_per_second}", large_tensors(OPTIONS.bytes // 2),
                    mib_per_second=mib_per_second) as job:
         first = save(job, 1)
-        capture_ms = max(first.capture_ns / 1e6,
-                         OPTIONS.bytes / MIB / mib_per_second * 1e3 if mib_per_second else 0)
-        count = min(2000, max(20, int(1.3 * capture_ms / step_ms)))
-        for step in range(2, 2 + REPEATS):
-            alone += loop.steps(count)()
-            synchronize()
-            job.save(step, wait=SAVE_SECONDS)
-            read = loop.steps(count)
-            begun = time.perf_counter()
+        save(job, 2)  # the second image's memory is registered, too
+        for _ in range(3):
+            step_ms = timed(loop, 100 if CUDA else 3)()
+        # They end before the capture does.
+        count = max(3, min(400, int(0.8 * expected_capture_ms(first, mib_per_second) / step_ms)))
+        filler = max(1, int(20 / step_ms))
+
+        def with_capture(number):
+            job.save(number, wait=SAVE_SECONDS)
+            taken = timed(loop, count)()
             job.wait_captured()
-            blocked.append((time.perf_counter() - begun) * 1e3)
-            report = job.report(step)
-            # Of the steps those that ran beside the copies.
-            total, during = 0.0, []
-            for time_ms in read():
-                total += time_ms
-                if total < report.capture_ns / 1e6:
-                    during.append(time_ms)
-            beside += during
-            reports.append(report)
-            job.wait_committed(step, timeout=SAVE_SECONDS)
-    if not beside:
-        return [pairs.Row(f"loop during capture, {name}", 0.0, "", note="no step ran beside it")]
-    slower = statistics.mean(beside) / statistics.mean(alone) - 1
-    row = pairs.Row(f"loop during capture, {name}", statistics.mean(beside), "ms/step",
-                    statistics.mean(alone), note=f"{100 * slower:+.2f}% over {len(beside)} steps; "
-                    f"{statistics.median(rate_of(r) for r in reports) / 1e9:.1f} GB/s")
-    if mib_per_second:
-        row.goal, row.holds = "<= 1% slower", slower <= 0.01
-    hidden = statistics.median(max(0, r.capture_ns - r.blocked_ns) / r.capture_ns for r in reports)
-    return [row, pairs.Row(f"hf_wait_captured behind {count} enqueued steps, {name}",
-                           statistics.median(blocked), "ms",
-                           note=f"the host waits, the device works; hidden {100 * hidden:.0f}%")]
+            rates.append(rate_of(job.report(number)))
+            # The device stays as warm as it was.
+            while job.report(number).commit_ns == 0:
+                timed(loop, filler)()
+            return taken
+
+        for number in range(3, 3 + PAIRS):
+            timed(loop, filler)()
+            if number % 2:
+                alone.append(timed(loop, count)())
+                beside.append(with_capture(number))
+            else:
+                beside.append(with_capture(number))
+                alone.append(timed(loop, count)())
+            job.wait_committed(number, timeout=SAVE_SECONDS)
+    ratio, low, high = pairs.paired_ratio(beside, alone)
+    row = pairs.Row(f"{loop.name} during capture, {name}", statistics.median(beside), "ms/step",
+                    statistics.median(alone), 1 / ratio, (1 / high, 1 / low),
+                    note=f"{100 * (ratio - 1):+.2f}% ({100 * (low - 1):+.2f} to "
+                    f"{100 * (high - 1):+.2f}), "
+                    f"{PAIRS} pairs of {count} steps; {statistics.median(rates) / 1e9:.1f} GB/s")
+    if goal is not None:
+        row.goal, row.holds = f"<= {100 * goal:g}% slower", ratio - 1 <= goal
+    return row
+
+
+def beside_compute(place):
+    """What a loop loses while an image is captured."""
+    matmuls, launches = Matmuls(), Launches()
+    rows = []
+    for pace in (0, 8000, 4000, 2000):
+        rows.append(slowdown(place, matmuls, pace, 0.01 if pace else None))
+        place.clear()
+    for pace in (0, 8000):
+        rows.append(slowdown(place, launches, pace))
+        place.clear()
+    return rows
+
+
+def waiting(place):
+    """What hf_wait_captured costs. The host that enqueues everything and then waits is held up until the
+    capture ends; what the loop loses is only the time for which the device has nothing to do."""
+    loop = Matmuls()
+    rows = []
+    with place.job("waiting", large_tensors(OPTIONS.bytes)) as job:
+        first = save(job, 1)
+        save(job, 2)
+        timed(loop, 20)()
+        step_ms = timed(loop, 50)()
+        count = max(3, int(1.5 * expected_capture_ms(first) / step_ms))
+        found = {"ahead": [], "along": []}
+        for index in range(2 * REPEATS):
+            way = ("ahead", "along")[index % 2]
+            number = 3 + index
+            timed(loop, 10)()
+            job.save(number, wait=SAVE_SECONDS)
+            read = timed(loop, count)
+            if way == "along":
+                read()  # as a loop does that looks at its loss
+            last = torch.cuda.Event(enable_timing=True) if CUDA else None
+            update = torch.cuda.Event(enable_timing=True) if CUDA else None
+            if CUDA:
+                last.record()
+            job.wait_captured()
+            if CUDA:
+                update.record()
+            timed(loop, 1)()
+            report = job.report(number)
+            idle_ms = last.elapsed_time(update) if CUDA else 0.0
+            found[way].append((report.blocked_ns / 1e6, idle_ms, report.capture_ns / 1e6))
+            job.wait_committed(number, timeout=SAVE_SECONDS)
+    what = {"ahead": f"behind {count} steps that were enqueued only",
+            "along": f"behind {count} steps that were waited for"}
+    for way, times in found.items():
+        blocked, idle, capture = (statistics.median(column) for column in zip(*times))
+        rows.append(pairs.Row(f"hf_wait_captured {what[way]}: the host is blocked", blocked, "ms",
+                              note=f"of {capture:.1f} ms of capture; {count * step_ms:.1f} ms of steps"))
+        if way == "ahead":
+            rows.append(pairs.Row(f"hf_wait_captured {what[way]}: the device is idle", idle, "ms"))
+    return rows
 
 
 def train(place):
@@ -339,6 +427,17 @@ def train(place):
     return rows
 
 
+PARTS = (throughput, small_tensors, waiting, train, beside_compute)
+
+
+def keep(about, rows, failures, done):
+    if OPTIONS.json is None:
+        return
+    result = {"about": about, "failures": failures, "done": done,
+              "rows": [{key: pairs.finite(value) for key, value in vars(row).items()} for row in rows]}
+    pathlib.Path(OPTIONS.json).write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+
 def main():
     if CUDA and not torch.cuda.is_available():
         print("device_capture: torch sees no CUDA device", file=sys.stderr)
@@ -352,8 +451,7 @@ def main():
     failures = []
     with tempfile.TemporaryDirectory(dir=OPTIONS.directory, ignore_cleanup_errors=True) as directory:
         place = Place(directory)
-        for part in (throughput, small_tensors, lambda p: beside_compute(p, 0),
-                     lambda p: beside_compute(p, 8000), train):
+        for part in PARTS:
             begun = time.monotonic()
             try:
                 rows += part(place)
@@ -367,15 +465,11 @@ def main():
                 torch.cuda.empty_cache()
             pairs.progress(f"{time.monotonic() - begun:.1f} s")
             # All so far, each time: whoever stops it has something.
-            print(json.dumps(about))
-            pairs.show(rows)
-            sys.stdout.flush()
+            keep(about, rows, failures, done=part is PARTS[-1])
+    print(json.dumps(about))
+    pairs.show(rows)
     for failure in failures:
         print(f"FAILED: {failure}")
-    if OPTIONS.json:
-        result = {"about": about, "failures": failures,
-                  "rows": [vars(row) for row in rows]}
-        pathlib.Path(OPTIONS.json).write_text(json.dumps(result, indent=1, default=str) + "\n")
     return 1 if failures or any(row.holds is False for row in rows) else 0
 
 

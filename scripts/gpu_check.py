@@ -1,4 +1,5 @@
-"""Checks the NCCL profiler plugin on a real GPU: real NCCL, the real agent, in less than four minutes.
+"""Checks on a real GPU, in less than five minutes, what cannot be checked without one: the NCCL profiler plugin
+with real NCCL and the real agent, and capture from and restore to device memory with the real driver.
 
 Runs in the folder that `scripts/gpu-check --bundle DIR` makes, which needs nothing on the machine but an
 NVIDIA driver and a python3 with PyTorch. What is checked, and what each line means: docs/gpu-results.md.
@@ -24,7 +25,8 @@ import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "bench")]  # of the bundle, or of the repository
-import pairs  # noqa: E402  (the path comes first)
+import gpu_check_capture  # noqa: E402  (the path comes first)
+import pairs  # noqa: E402
 
 NO_GPU = 77
 READY_SECONDS = 45    # from the start of a rank to its first collective: imports, CUDA, NCCL
@@ -639,6 +641,7 @@ def main():
     parser.add_argument("--out", metavar="DIR", default="gpu-check-results",
                         help="report.json and recordings.tar.gz go there (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=210, help="no new check begins after so long")
+    parser.add_argument("--only", choices=("monitor", "capture"), help="one part: the plugin, or capture and restore")
     parser.add_argument("--mps", action="store_true",
                         help="measure the cost with NVIDIA's Multi-Process Service, so that the ranks' kernels run "
                              "side by side (default: time slices); it is started for this and ended")
@@ -663,7 +666,10 @@ def main():
         except (Failure, OSError) as failure:
             print(f"gpu-check: {failure}\n{(directory / 'agent.log').read_text()}", file=sys.stderr)
             return 1
-        check.run()
+        if arguments.only != "capture":
+            check.run()
+        if arguments.only != "monitor":
+            gpu_check_capture.Capture(check, HERE, Failure).run()
     finally:
         if check is not None:
             check.agent.close()
@@ -671,7 +677,7 @@ def main():
             pack(check.files, out / "recordings.tar.gz")
             (out / "report.json").write_text(json.dumps(
                 {"schema_version": 1, "about": check.about, "seconds": time.monotonic() - begin,
-                 "checks": check.lines, "cost": check.rows}, indent=1))
+                 "checks": check.lines, "figures": check.rows}, indent=1))
         shutil.rmtree(directory, ignore_errors=True)
     failed = [line["name"] for line in check.lines if line["outcome"] == "FAILED"]
     print(f"{time.monotonic() - begin:.0f} s; " + (f"failed: {', '.join(failed)}" if failed else "all holds"))
