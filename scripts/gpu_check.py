@@ -680,7 +680,9 @@ def main():
                  "checks": check.lines, "figures": check.rows}, indent=1))
         shutil.rmtree(directory, ignore_errors=True)
     failed = [line["name"] for line in check.lines if line["outcome"] == "FAILED"]
-    print(f"{time.monotonic() - begin:.0f} s; " + (f"failed: {', '.join(failed)}" if failed else "all holds"))
+    skipped = sum(line["outcome"] == "skipped" for line in check.lines)
+    print(f"{time.monotonic() - begin:.0f} s; " + (f"failed: {', '.join(failed)}" if failed else "what was checked holds") +
+          (f"; skipped: {skipped}" if skipped else ""))
     return 1 if failed else 0
 
 
