@@ -201,7 +201,9 @@ class Network:
         self._shape(self.switch, self._port(node), rate_bits)
 
     def slow_path(self, sender, receiver, rate_bits):
-        """A point: what one node sends to one other; its other traffic keeps its rate."""
+        """A point: what one node sends to one other; its other traffic keeps its rate. So do packets
+        of less than 256 bytes: acknowledgements that wait behind data would make the other direction
+        slow as well, and rightly found so."""
         own = self.namespace(sender)
         whole, slow = f"{self.rate_bits}bit", f"{rate_bits}bit"
         burst = ("burst", str(BURST_BYTES), "cburst", str(BURST_BYTES), "quantum", "60000")
@@ -215,8 +217,11 @@ class Network:
              "htb", "rate", slow, "ceil", slow, *burst)
         tool("tc", "-n", own, "qdisc", "add", "dev", "eth0", "parent", "1:3", "bfifo", "limit",
              str(BURST_BYTES))
-        tool("tc", "-n", own, "filter", "add", "dev", "eth0", "parent", "1:", "protocol", "ip",
-             "u32", "match", "ip", "dst", f"{self.address(receiver)}/32", "flowid", "1:3")
+        to_receiver = ("u32", "match", "ip", "dst", f"{self.address(receiver)}/32")
+        small = ("match", "u16", "0", "0xff00", "at", "2")  # the total length, in IP's header
+        for priority, match, flow in (("1", small, "1:2"), ("2", (), "1:3")):
+            tool("tc", "-n", own, "filter", "add", "dev", "eth0", "parent", "1:", "protocol", "ip",
+                 "prio", priority, *to_receiver, *match, "flowid", flow)
         self._shaped[(own, "eth0")] = "htb"
 
     def cut(self, sender, receiver):
