@@ -159,8 +159,19 @@ void NodeAggregator::SyncBoards() {
     at = lost ? processes_.erase(at) : std::next(at);
   }
   std::erase_if(known_boards_, [&](uint64_t id) { return !here.contains(id); });
+  std::vector<const MonitorBoards::Board*> dead;
   for (const auto& [id, board] : here) {
-    if (known_boards_.insert(id).second) Attach(*board);
+    if (!known_boards_.insert(id).second) continue;
+    if (board->alive) {
+      Attach(*board);
+    } else {
+      dead.push_back(board);
+    }
+  }
+  // Of processes that were dead when they were first seen (a former worker's, or one that died at
+  // once) only those count whose attempt lives: nobody shall hear of an end of long ago.
+  for (const MonitorBoards::Board* const board : dead) {
+    if (HasLiving(KeyOf(board->offer))) Attach(*board);
   }
 }
 
@@ -181,7 +192,7 @@ NodeAggregator::Process* NodeAggregator::FindLiving(const MonitorBoards::Board& 
 void NodeAggregator::Attach(const MonitorBoards::Board& board) {
   const MonitorBoards::Offer& offer = board.offer;
   if (offer.rank >= kRanksOfJobMax) return;  // it names no rank
-  const GroupKey key{JobNamed(offer.job), KeyNamed(offer.attempt_key), NodeNamed(offer.node)};
+  const GroupKey key = KeyOf(offer);
   Source source{board.id, &board, BoardReader(board.mapped->view())};
   if (Process* const process = FindLiving(board); process != nullptr) {
     if (IsHooks(board)) {
@@ -222,6 +233,10 @@ void NodeAggregator::BeginAnew(const GroupKey& key, uint32_t rank) {
   ++group->second.incarnation;
   group->second.world_size = 0;
   group->second.attempt = Attempt{};
+}
+
+NodeAggregator::GroupKey NodeAggregator::KeyOf(const MonitorBoards::Offer& offer) {
+  return {JobNamed(offer.job), KeyNamed(offer.attempt_key), NodeNamed(offer.node)};
 }
 
 NodeAggregator::GroupKey NodeAggregator::KeyOf(const RankExit& exit) {

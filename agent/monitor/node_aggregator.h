@@ -13,7 +13,8 @@
 // rank the first that has communicators counts; a dead one counts until there is another.
 //
 // A dead process is reported as it was last seen, as long as a process of its attempt lives on this
-// node and for kEndedAge after. A process that takes a rank over begins a new incarnation of the
+// node and for kEndedAge after. (What its starter said of its end is lost with this worker: then
+// nobody has seen how it ended.) A process that takes a rank over begins a new incarnation of the
 // report, since its totals begin anew.
 //
 // It judges nothing (monitor/), and asks no wall clock.
@@ -136,6 +137,7 @@ class NodeAggregator {
   void SyncBoards();
   void Attach(const MonitorBoards::Board& board);
   Process* FindLiving(const MonitorBoards::Board& board);
+  static GroupKey KeyOf(const MonitorBoards::Offer& offer);
   static GroupKey KeyOf(const RankExit& exit);
   // Made if it is not there. Null: no room.
   Group* GroupOf(const GroupKey& key, absl::Duration now);

@@ -287,6 +287,30 @@ TEST_F(NodeAggregatorTest, OfTwoLivingProcessesWithOneRankTheOneThatCommunicates
   EXPECT_EQ(summary.incarnation, kIncarnation + 1);
 }
 
+// As a worker finds them that takes over from one that has died.
+TEST_F(NodeAggregatorTest, WhoWasDeadBeforeIsToldOnlyIfItsAttemptLives) {
+  Die(Join(Named(0)));
+  Die(Join(Named(1)));
+  EXPECT_EQ(boards_.dead_count(), 2u);
+  EXPECT_THAT(Reports(absl::Seconds(3)), IsEmpty());
+  Die(Join(Named(2)));
+  const Trainer living = Join(Named(3));
+  const NodeSummary summary = Next();
+  ASSERT_THAT(summary.ranks, SizeIs(2));
+  EXPECT_EQ(Value(summary.ranks[0].rank), 2u);
+  EXPECT_EQ(summary.ranks[0].process, ProcessState::kGone);
+  EXPECT_EQ(summary.ranks[1].exit, ExitKind::kNone);
+  // One that has died at once is told by its starter.
+  executor_.AdvanceTime(absl::Seconds(1));
+  Die(Join(Named(5, "n5"), 2005));
+  RankExit exit = Exit(5, 1 << 8, 2005);
+  exit.node = "n5";
+  aggregator_.TakeExit(exit);
+  const auto arrived = Reports();
+  ASSERT_THAT(arrived, SizeIs(2));
+  EXPECT_EQ(arrived[1].summary.ranks.at(0).exit, ExitKind::kError);
+}
+
 TEST_F(NodeAggregatorTest, ARankWithoutABoardIsToldByItsEnd) {
   aggregator_.TakeExit(Exit(3, 1 << 8));
   auto arrived = Reports(absl::Milliseconds(1500));
