@@ -40,7 +40,8 @@ class Arrivals {
     } else if (now_ns_ - first_ns_ >= warm_up_ns_) {
       counted_from_ns_ = now_ns_;
     }
-    return now_ns_ - first_ns_ >= leg_ns_;
+    // From when counting really began: a process that did not run in between has lost that time.
+    return counted_from_ns_ > 0 && now_ns_ - counted_from_ns_ >= leg_ns_ - warm_up_ns_;
   }
 
   // 0 if nothing came after the warm-up.
@@ -49,10 +50,12 @@ class Arrivals {
     return static_cast<double>(counted_bytes_) * kNsPerSecond / static_cast<double>(counted_ns);
   }
 
-  // Until the leg's time is over; for ever before it has begun.
+  // Until warm-up or counting is over; for ever before the first byte.
   Deadline WaitAtMost() const {
     if (first_ns_ == 0) return Deadline::After(absl::Hours(1));
-    return Deadline::After(absl::Nanoseconds(first_ns_ + leg_ns_ - now_ns_));
+    const int64_t until_ns =
+        counted_from_ns_ > 0 ? counted_from_ns_ + leg_ns_ - warm_up_ns_ : first_ns_ + warm_up_ns_;
+    return Deadline::After(absl::Nanoseconds(until_ns - now_ns_));
   }
 
  private:

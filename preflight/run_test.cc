@@ -427,5 +427,31 @@ TEST(RunPreflightTest, WithoutATokenNothingLeavesTheMachine) {
               StatusIs(StatusCode::kInvalidArgument, HasSubstr("HOLDFAST_PREFLIGHT_TOKEN")));
 }
 
+TEST(RunPreflightTest, TwoNodesOnLoopbackFindEachOther) {
+  const auto file_system = NewPosixFileSystem();
+  // Rank 0 takes the first free port from here on, whoever takes this one in between.
+  const uint16_t port = Listening({kToken, 0, 2})->endpoint().port();
+  RunOptions options;
+  options.measure_for = absl::Milliseconds(200);
+  options.join_within = kLong;
+  options.slow_ratio = 1000;
+  std::vector<absl::StatusOr<Result>> results(2, absl::UnknownError(""));
+  const auto run = [&](uint32_t rank) {
+    results[rank] = RunPreflight(
+        *file_system,
+        {.rank = rank, .node_count = 2, .master_host = "127.0.0.1", .master_port = port}, options);
+  };
+  std::thread other(run, 1);
+  run(0);
+  other.join();
+  for (const absl::StatusOr<Result>& result : results) {
+    ASSERT_THAT(result.status(), IsOk());
+    EXPECT_EQ(result->ending.outcome, Outcome::kFine) << result->ending.text;
+  }
+  EXPECT_FALSE(results[1]->report.has_value());
+  ASSERT_TRUE(results[0]->report.has_value());
+  EXPECT_EQ(results[0]->report->job.pairs.size(), 1U);
+}
+
 }  // namespace
 }  // namespace holdfast::preflight
