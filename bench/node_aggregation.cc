@@ -21,6 +21,7 @@
 
 #include "agent/monitor/board_testing.h"
 #include "agent/monitor/node_aggregator.h"
+#include "agent/monitor/table_keeper_testing.h"
 #include "agent/process.h"
 #include "base/check.h"
 #include "tests/support/allocation_meter.h"
@@ -130,7 +131,8 @@ int Run(uint32_t channels) {
   {
     const AllocationMeter meter;
     SimExecutor executor;
-    MonitorBoards boards(executor, executor);
+    TableKeeper keeper;
+    MonitorBoards boards(executor, executor, keeper);
     NodeAggregator aggregator(
         boards, executor, executor,
         [](const std::string&, const std::string&) { return Engine::Activity{}; }, 1, sizes);
