@@ -32,6 +32,7 @@ int main(int argc, char** argv) {
   AddReshard(app, invocation);
   AddPreflight(app, invocation);
   AddStatus(app, invocation);
+  AddDoctor(app, invocation);
   AddMonitor(app, invocation);
   try {
     app.parse(argc, argv);

@@ -36,6 +36,7 @@ void AddView(CLI::App& app, Invocation& invocation);
 void AddReshard(CLI::App& app, Invocation& invocation);
 void AddPreflight(CLI::App& app, Invocation& invocation);
 void AddStatus(CLI::App& app, Invocation& invocation);
+void AddDoctor(CLI::App& app, Invocation& invocation);
 // `holdfast monitor`, and its own verbs (monitor_verbs.h).
 void AddMonitor(CLI::App& app, Invocation& invocation);
 void AddMonitorWindow(CLI::App& monitor, Invocation& invocation);
