@@ -8,6 +8,7 @@ import traceback
 
 import score as scoring
 from job import Failed
+from network import remove_leftovers
 from run import SETTLE_SECONDS, run_case
 
 
@@ -50,6 +51,8 @@ def run_all(table, tasks, programs, directory, slots, tell):
         except BaseException:
             for future in running:
                 future.cancel()
+            # Those that run end with their processes, not after minutes.
+            remove_leftovers()
             raise
 
 

@@ -89,8 +89,20 @@ def namespaces(prefix=PREFIX):
     return sorted(path.name for path in NAMESPACES.iterdir() if path.name.startswith(prefix))
 
 
+@contextlib.contextmanager
+def may_be_gone(namespace):
+    """Another thread may be removing the same one."""
+    try:
+        yield
+    except RuntimeError:
+        if (NAMESPACES / namespace).exists():
+            raise
+
+
 def processes_in(namespace):
-    return [int(pid) for pid in tool("ip", "netns", "pids", namespace).split()]
+    with may_be_gone(namespace):
+        return [int(pid) for pid in tool("ip", "netns", "pids", namespace).split()]
+    return []
 
 
 def remove_leftovers(prefix=PREFIX):
@@ -106,7 +118,8 @@ def remove_leftovers(prefix=PREFIX):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
     for name in names:
-        tool("ip", "netns", "delete", name)
+        with may_be_gone(name):
+            tool("ip", "netns", "delete", name)
 
 
 @contextlib.contextmanager
