@@ -206,11 +206,16 @@ class LaunchTest(unittest.TestCase):
 
     def test_the_agent_is_told_how_each_rank_ended(self):
         path, finish = self.listen()
+        pipe = os.path.join(self.directory.name, 'pipe')
+        os.mkfifo(pipe)
         result = self.run_told(
-            'if rank == 0: sys.exit(0)\n'
-            'if rank == 1: os.kill(os.getpid(), signal.SIGSEGV)\n'
+            # The kernel closes rank 0's end of the pipe when it ends: rank 1 fails behind that.
+            'if rank == 0: os.open(os.environ["PIPE"], os.O_WRONLY); sys.exit(0)\n'
+            'if rank == 1:\n'
+            '    open(os.environ["PIPE"]).read()\n'
+            '    os.kill(os.getpid(), signal.SIGSEGV)\n'
             'signal.pause()\n', path, '--nproc', '3', '--run-id', 'run', HOLDFAST_JOB='a-job',
-            HOLDFAST_NODE='n7')
+            HOLDFAST_NODE='n7', PIPE=pipe)
         self.assertEqual(result.returncode, 1)
         told = {exit['rank']: exit for exit in map(self.parse, finish())}
         pids = {e['rank']: e['pid'] for e in self.events() if e['event'] == 'start'}

@@ -20,21 +20,11 @@ namespace {
 using abi::SlotState;
 using Kind = TestDevices::Kind;
 
-class DeviceCaptureTest : public ::testing::Test {
+class DeviceCaptureTest : public DeviceTest {
  protected:
-  void SetUp() override {
-    std::string why;
-    devices_ = TestDevices::Open(&why);
-    if (devices_ == nullptr) GTEST_SKIP() << why;
-    seed_ = std::random_device()();
-    random_.seed(seed_);
-    RecordProperty("seed", std::to_string(seed_));
-    if (devices_->fake() != nullptr) devices_->fake()->Reset(seed_);
-    stream_ = devices_->MakeStream(0);
-  }
   void TearDown() override {
     job_.reset();
-    if (stream_ != nullptr) devices_->DestroyStream(0, stream_);
+    DeviceTest::TearDown();
   }
   void Open(uint32_t threads = 1, CheckSource check = CheckSource::kNone) {
     Settings settings = TestSettings(agent_);
@@ -49,11 +39,7 @@ class DeviceCaptureTest : public ::testing::Test {
     const Error error = job_->Register("{\"holdfast_layout\": 1}", buffers.list(), {},
                                        Deadline::After(kPatienceNs));
     ASSERT_TRUE(error.ok()) << error.text();
-    // A stream of a device on which nothing lies would be refused.
-    streams_.clear();
-    for (size_t i = 0; i < buffers.list().size(); ++i) {
-      if (buffers.place(i) == 0) streams_ = {stream_};
-    }
+    UseStreamFor(buffers);
   }
   Error Save(uint64_t step, void* const* pointers = nullptr) {
     hf_save_options options = NoOptions();
@@ -79,11 +65,6 @@ class DeviceCaptureTest : public ::testing::Test {
     };
   }
 
-  TestDevices* devices_ = nullptr;
-  uint32_t seed_ = 0;
-  std::mt19937 random_;
-  CuStream stream_ = nullptr;
-  std::vector<void*> streams_;
   TestAgent agent_;
   HostSourceReader host_;
   std::unique_ptr<Job> job_;

@@ -10,27 +10,23 @@
 #include "hook/device_uploads.h"
 #include "hook/test_agent.h"
 #include "hook/test_job.h"
+#include "hook/test_restore.h"
 
 namespace holdfast::hook {
 namespace {
 
-class DeviceRestoreTest : public ::testing::Test {
+class DeviceRestoreTest : public DeviceTest {
  protected:
   void SetUp() override {
-    std::string why;
-    devices_ = TestDevices::Open(&why);
-    if (devices_ == nullptr) GTEST_SKIP() << why;
-    seed_ = std::random_device()();
-    random_.seed(seed_);
-    if (devices_->fake() != nullptr) devices_->fake()->Reset(seed_);
-    stream_ = devices_->MakeStream(0);
+    DeviceTest::SetUp();
+    if (IsSkipped()) return;
     Result<std::unique_ptr<Job>> job = OpenTestJob(TestSettings(agent_), &reader_);
     ASSERT_TRUE(job.ok()) << job.error().text();
     job_ = std::move(job.value());
   }
   void TearDown() override {
     job_.reset();
-    if (stream_ != nullptr) devices_->DestroyStream(0, stream_);
+    DeviceTest::TearDown();
   }
   void Register(const PlacedBuffers& buffers, uint32_t block_count = 64) {
     TestPlan plan;
@@ -38,11 +34,7 @@ class DeviceRestoreTest : public ::testing::Test {
     agent_.SetPlan([plan](const TestDocument&) { return plan; });
     const Error error = job_->Register("{}", buffers.list(), {}, Deadline::After(kPatienceNs));
     ASSERT_TRUE(error.ok()) << error.text();
-    // A stream of a device on which nothing lies would be refused.
-    streams_.clear();
-    for (size_t i = 0; i < buffers.list().size(); ++i) {
-      if (buffers.place(i) == 0) streams_ = {stream_};
-    }
+    UseStreamFor(buffers);
   }
   Error Restore(int64_t patience_ns = kPatienceNs) {
     hf_restore_options options = {};
@@ -52,53 +44,11 @@ class DeviceRestoreTest : public ::testing::Test {
     return job_->Restore(options, &result_, Deadline::After(patience_ns));
   }
 
-  TestDevices* devices_ = nullptr;
-  uint32_t seed_ = 0;
-  std::mt19937 random_;
-  CuStream stream_ = nullptr;
-  std::vector<void*> streams_;
   TestAgent agent_;
   HostSourceReader reader_;
   std::unique_ptr<Job> job_;
   hf_restore_result result_ = {};
 };
-
-// A random strided operation from a piece of `source_bytes` to one of the buffers.
-abi::RestoreOp RandomOp(std::mt19937& random, const TestBuffers& buffers, uint64_t source_bytes) {
-  abi::RestoreOp op = {};
-  op.buffer_index = static_cast<uint32_t>(random() % buffers.count());
-  const uint64_t target_bytes = buffers.data(op.buffer_index).size();
-  const uint64_t smaller = std::min(source_bytes, target_bytes);
-  if (smaller == 0) return op;
-  op.count = 1 + random() % std::min<uint64_t>(smaller, 20);
-  op.run_bytes = 1 + random() % (smaller / op.count);
-  op.source_stride = op.run_bytes + random() % (source_bytes / op.count - op.run_bytes + 1);
-  op.buffer_stride = op.run_bytes + random() % (target_bytes / op.count - op.run_bytes + 1);
-  op.source_offset =
-      random() % (source_bytes - op.source_stride * (op.count - 1) - op.run_bytes + 1);
-  op.buffer_offset =
-      random() % (target_bytes - op.buffer_stride * (op.count - 1) - op.run_bytes + 1);
-  return op;
-}
-
-std::vector<std::byte> RandomBytes(std::mt19937& random, uint64_t count) {
-  std::vector<std::byte> bytes(count);
-  for (std::byte& byte : bytes) byte = static_cast<std::byte>(random());
-  return bytes;
-}
-
-void Apply(const TestRestore& script, TestBuffers* buffers) {
-  for (const TestRestore::Piece& piece : script.pieces) {
-    for (const abi::RestoreOp& op : piece.ops) {
-      for (uint64_t run = 0; run < op.count; ++run) {
-        for (uint64_t i = 0; i < op.run_bytes; ++i) {
-          buffers->data(op.buffer_index)[op.buffer_offset + run * op.buffer_stride + i] =
-              piece.bytes[op.source_offset + run * op.source_stride + i];
-        }
-      }
-    }
-  }
-}
 
 TEST_F(DeviceRestoreTest, RandomDeliveriesEqualTheOracleAlsoWhenTheWorkerDiesInBetween) {
   SCOPED_TRACE("seed " + std::to_string(seed_));
@@ -109,20 +59,7 @@ TEST_F(DeviceRestoreTest, RandomDeliveriesEqualTheOracleAlsoWhenTheWorkerDiesInB
       return static_cast<int>(random_() % static_cast<uint32_t>(devices_->count() + 1)) - 1;
     });
     Register(placed);
-    TestRestore script;
-    uint64_t ends[2] = {0, 0};
-    for (size_t i = random_() % 100; i > 0; --i) {
-      TestRestore::Piece piece;
-      piece.map_id = static_cast<uint32_t>(random_() % 2);
-      piece.bytes = RandomBytes(random_, random_() % 1500);
-      piece.offset = ends[piece.map_id];
-      ends[piece.map_id] += piece.bytes.size();
-      for (size_t op = random_() % 4; op > 0; --op) {
-        piece.ops.push_back(RandomOp(random_, buffers, piece.bytes.size()));
-      }
-      script.pieces.push_back(std::move(piece));
-    }
-    script.map_bytes = {ends[1] + 1};
+    TestRestore script = RandomRestore(random_, buffers, random_() % 100, 2);
     if (round % 3 == 0 && !script.pieces.empty()) {
       script.die_after = 1 + random_() % script.pieces.size();
     }

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -308,6 +309,38 @@ class PlacedBuffers {
   TestBuffers& host_;
   std::vector<hf_buffer> list_;
   std::vector<int> places_;
+};
+
+// A test with a device, a stream of it and a seed; skipped where there is none.
+class DeviceTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    std::string why;
+    devices_ = TestDevices::Open(&why);
+    if (devices_ == nullptr) GTEST_SKIP() << why;
+    seed_ = std::random_device()();
+    random_.seed(seed_);
+    RecordProperty("seed", std::to_string(seed_));
+    if (devices_->fake() != nullptr) devices_->fake()->Reset(seed_);
+    stream_ = devices_->MakeStream(0);
+  }
+  void TearDown() override {
+    if (stream_ != nullptr) devices_->DestroyStream(0, stream_);
+  }
+  // What a call with these buffers says its streams are: one of a device on which nothing lies
+  // would be refused.
+  void UseStreamFor(const PlacedBuffers& buffers) {
+    streams_.clear();
+    for (size_t i = 0; i < buffers.list().size(); ++i) {
+      if (buffers.place(i) == 0) streams_ = {stream_};
+    }
+  }
+
+  TestDevices* devices_ = nullptr;
+  uint32_t seed_ = 0;
+  std::mt19937 random_;
+  CuStream stream_ = nullptr;
+  std::vector<void*> streams_;
 };
 
 }  // namespace holdfast::hook

@@ -11,6 +11,7 @@
 
 #include "hook/test_agent.h"
 #include "hook/test_job.h"
+#include "hook/test_restore.h"
 
 namespace holdfast::hook {
 namespace {
@@ -36,65 +37,6 @@ class RestoreTest : public ::testing::Test {
   hf_restore_result result_ = {};
 };
 
-std::vector<std::byte> RandomBytes(std::mt19937& random, uint64_t count) {
-  std::vector<std::byte> bytes(count);
-  for (std::byte& byte : bytes) byte = static_cast<std::byte>(random());
-  return bytes;
-}
-
-// A random strided operation from a piece of `source_bytes` to one of the buffers.
-abi::RestoreOp RandomOp(std::mt19937& random, const TestBuffers& buffers, uint64_t source_bytes) {
-  abi::RestoreOp op = {};
-  op.buffer_index = static_cast<uint32_t>(random() % buffers.count());
-  const uint64_t target_bytes = buffers.data(op.buffer_index).size();
-  const uint64_t smaller = std::min(source_bytes, target_bytes);
-  if (smaller == 0) return op;
-  op.count = 1 + random() % std::min<uint64_t>(smaller, 20);
-  op.run_bytes = 1 + random() % (smaller / op.count);
-  op.source_stride = op.run_bytes + random() % (source_bytes / op.count - op.run_bytes + 1);
-  op.buffer_stride = op.run_bytes + random() % (target_bytes / op.count - op.run_bytes + 1);
-  op.source_offset =
-      random() % (source_bytes - op.source_stride * (op.count - 1) - op.run_bytes + 1);
-  op.buffer_offset =
-      random() % (target_bytes - op.buffer_stride * (op.count - 1) - op.run_bytes + 1);
-  return op;
-}
-
-// Pieces at places of their own in the rank's memory (map 0) and two others.
-TestRestore RandomRestore(std::mt19937& random, const TestBuffers& buffers, size_t pieces) {
-  TestRestore script;
-  script.step = 77;
-  script.attempt = 3;
-  script.world_size = 4;
-  uint64_t ends[3] = {0, 0, 0};
-  for (size_t i = 0; i < pieces; ++i) {
-    TestRestore::Piece piece;
-    piece.map_id = static_cast<uint32_t>(random() % 3);
-    piece.bytes = RandomBytes(random, random() % 1500);
-    piece.offset = ends[piece.map_id];
-    ends[piece.map_id] += piece.bytes.size();
-    for (size_t op = random() % 4; op > 0; --op) {
-      piece.ops.push_back(RandomOp(random, buffers, piece.bytes.size()));
-    }
-    script.pieces.push_back(std::move(piece));
-  }
-  script.map_bytes = {ends[1] + 1, ends[2] + 1};
-  return script;
-}
-
-void Apply(const TestRestore& script, TestBuffers* buffers) {
-  for (const TestRestore::Piece& piece : script.pieces) {
-    for (const abi::RestoreOp& op : piece.ops) {
-      for (uint64_t run = 0; run < op.count; ++run) {
-        for (uint64_t i = 0; i < op.run_bytes; ++i) {
-          buffers->data(op.buffer_index)[op.buffer_offset + run * op.buffer_stride + i] =
-              piece.bytes[op.source_offset + run * op.source_stride + i];
-        }
-      }
-    }
-  }
-}
-
 void ExpectEqual(const TestBuffers& found, const TestBuffers& expected) {
   for (size_t i = 0; i < found.count(); ++i) {
     EXPECT_EQ(FirstDifference(found.data(i), expected.data(i)), -1) << "buffer " << i;
@@ -110,7 +52,7 @@ TEST_F(RestoreTest, RandomDeliveriesEqualTheOracleAlsoWhenTheWorkerDiesInBetween
     SCOPED_TRACE("round " + std::to_string(round));
     TestBuffers buffers = RandomBuffers(random, 1 + random() % 8, 3000);
     Register(buffers);
-    TestRestore script = RandomRestore(random, buffers, random() % 150);
+    TestRestore script = RandomRestore(random, buffers, random() % 150, 3);
     // The rank's memory is 64 blocks of two slots.
     if (round % 3 == 0 && !script.pieces.empty()) {
       script.die_after = 1 + random() % script.pieces.size();

@@ -62,18 +62,6 @@ absl::StatusOr<UniqueFd> NewSocket(int family) {
   return fd;
 }
 
-absl::Status WaitFor(int fd, short events, Deadline deadline) {
-  while (true) {
-    pollfd entry{fd, events, 0};
-    const int ready = poll(&entry, 1, deadline.PollMilliseconds());
-    if (ready > 0) return absl::OkStatus();
-    if (ready < 0 && errno != EINTR) return SocketError(errno, "poll", "");
-    if (ready == 0 && deadline.passed()) {
-      return absl::DeadlineExceededError("no answer within the deadline");
-    }
-  }
-}
-
 const sockaddr_in& AsV4(const sockaddr_storage& address) {
   return reinterpret_cast<const sockaddr_in&>(address);
 }
@@ -260,6 +248,18 @@ absl::StatusOr<UniqueFd> AcceptTcp(int listener) {
       // Nothing waits, or what did is gone: accept(2) also reports the trouble of a connection that
       // failed before it was taken, which is its peer's.
       return UniqueFd();
+  }
+}
+
+absl::Status WaitFor(int fd, short events, Deadline deadline) {
+  while (true) {
+    pollfd entry{fd, events, 0};
+    const int ready = poll(&entry, 1, deadline.PollMilliseconds());
+    if (ready > 0) return absl::OkStatus();
+    if (ready < 0 && errno != EINTR) return SocketError(errno, "poll", "");
+    if (ready == 0 && deadline.passed()) {
+      return absl::DeadlineExceededError("no answer within the deadline");
+    }
   }
 }
 

@@ -87,6 +87,9 @@ absl::StatusOr<UniqueFd> ConnectTcp(const Endpoint& to, Deadline deadline);
 absl::StatusOr<size_t> SendSome(int fd, std::span<const std::byte> bytes);
 absl::StatusOr<size_t> ReceiveSome(int fd, std::span<std::byte> bytes);
 
+// Until `fd` is ready for `events` of poll(2). Errors: kDeadlineExceeded, kUnavailable.
+absl::Status WaitFor(int fd, short events, Deadline deadline);
+
 // Everything, waiting. Errors besides: kDeadlineExceeded.
 absl::Status SendAll(int fd, std::span<const std::byte> bytes, Deadline deadline);
 absl::Status ReceiveAll(int fd, std::span<std::byte> bytes, Deadline deadline);

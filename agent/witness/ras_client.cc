@@ -6,16 +6,16 @@
 #include <poll.h>
 #include <string.h>
 #include <sys/socket.h>
-#include <unistd.h>
 
 #include <algorithm>
+#include <span>
 
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "base/clock.h"
 #include "base/status_macros.h"
+#include "io/tcp.h"
 #include "io/unique_fd.h"
 #include "monitor/witness/ras.h"
 
@@ -29,7 +29,7 @@ constexpr size_t kReadBytes = 64 << 10;
 class Conversation {
  public:
   Conversation(const RasAddress& address, absl::Duration deadline)
-      : address_(address), end_(RealClock().Elapsed() + deadline) {}
+      : address_(address), deadline_(Deadline::After(deadline)) {}
 
   absl::Status Connect() {
     sockaddr_storage storage{};
@@ -63,18 +63,7 @@ class Conversation {
 
   absl::Status Say(std::string line) {
     line += '\n';
-    for (size_t sent = 0; sent < line.size();) {
-      const ssize_t count =
-          send(socket_.get(), line.data() + sent, line.size() - sent, MSG_NOSIGNAL);
-      if (count > 0) {
-        sent += static_cast<size_t>(count);
-      } else if (errno == EAGAIN || errno == EINTR) {
-        RETURN_IF_ERROR(Wait(POLLOUT));
-      } else {
-        return absl::UnavailableError(absl::StrCat("RAS: ", strerror(errno)));
-      }
-    }
-    return absl::OkStatus();
+    return Named(SendAll(socket_.get(), std::as_bytes(std::span(line)), deadline_));
   }
 
   absl::StatusOr<std::string> HearLine() {
@@ -111,17 +100,14 @@ class Conversation {
     return error == ECONNREFUSED ? absl::NotFoundError(text) : absl::UnavailableError(text);
   }
 
-  absl::Status Wait(short events) {
-    for (;;) {
-      const absl::Duration left = end_ - RealClock().Elapsed();
-      if (left <= absl::ZeroDuration()) {
-        return absl::DeadlineExceededError("RAS: no answer in time");
-      }
-      pollfd entry{socket_.get(), events, 0};
-      const timespec timeout = absl::ToTimespec(left);
-      if (ppoll(&entry, 1, &timeout, nullptr) > 0) return absl::OkStatus();
+  static absl::Status Named(const absl::Status& status) {
+    if (status.ok()) return status;
+    if (absl::IsDeadlineExceeded(status)) {
+      return absl::DeadlineExceededError("RAS: no answer in time");
     }
+    return absl::Status(status.code(), absl::StrCat("RAS: ", status.message()));
   }
+  absl::Status Wait(short events) { return Named(WaitFor(socket_.get(), events, deadline_)); }
 
   // False at the end of the connection.
   absl::StatusOr<bool> ReadSome() {
@@ -141,7 +127,7 @@ class Conversation {
   }
 
   const RasAddress address_;
-  const absl::Duration end_;  // on the monotonic clock
+  const Deadline deadline_;
   UniqueFd socket_;
   std::string buffer_;
 };

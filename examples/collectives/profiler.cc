@@ -288,13 +288,35 @@ CommunicatorTrace::Call CommunicatorTrace::Begin(const CallInfo& info, Operation
              : BeginCollective(info, mask, group_api, operation);
 }
 
-CommunicatorTrace::Call CommunicatorTrace::BeginCollective(const CallInfo& info, int mask,
-                                                           void* group_api, Operation& operation) {
+CommunicatorTrace::Call CommunicatorTrace::BeginApiCalls(void* group_api) {
   Call call;
   call.group_api = group_api;
   if (group_api != nullptr) {
     CallRecord(plugin_->table(), group_api, EventState::kGroupStartApiStop, nullptr);
   }
+  return call;
+}
+
+void CommunicatorTrace::EndApiCalls(Call& call, int mask) {
+  if (call.group_api != nullptr) {
+    CallRecord(plugin_->table(), call.group_api, EventState::kGroupEndApiStart, nullptr);
+  }
+  if ((mask & kKernelLaunch) != 0) {
+    Descriptor descriptor;
+    descriptor.type = kKernelLaunch;
+    descriptor.parent = call.group_api;
+    Stop(Start(&descriptor));
+  }
+  if ((mask & kWantsGroup) != 0) {
+    Descriptor descriptor;
+    descriptor.type = kGroup;
+    call.group = Start(&descriptor);
+  }
+}
+
+CommunicatorTrace::Call CommunicatorTrace::BeginCollective(const CallInfo& info, int mask,
+                                                           void* group_api, Operation& operation) {
+  Call call = BeginApiCalls(group_api);
   void* api = nullptr;
   if ((mask & kWantsCollApi) != 0) {
     Descriptor descriptor;
@@ -305,20 +327,7 @@ CommunicatorTrace::Call CommunicatorTrace::BeginCollective(const CallInfo& info,
     api = Start(&descriptor);
     Stop(api);
   }
-  if (group_api != nullptr) {
-    CallRecord(plugin_->table(), group_api, EventState::kGroupEndApiStart, nullptr);
-  }
-  if ((mask & kKernelLaunch) != 0) {
-    Descriptor descriptor;
-    descriptor.type = kKernelLaunch;
-    descriptor.parent = group_api;
-    Stop(Start(&descriptor));
-  }
-  if ((mask & kWantsGroup) != 0) {
-    Descriptor descriptor;
-    descriptor.type = kGroup;
-    call.group = Start(&descriptor);
-  }
+  EndApiCalls(call, mask);
   const auto function = static_cast<size_t>(
       info.kind == OperationKind::kBarrier ? OperationKind::kAllReduce : info.kind);
   const uint64_t sequence = sequences_[function].fetch_add(1, std::memory_order_relaxed);
@@ -348,14 +357,7 @@ CommunicatorTrace::Call CommunicatorTrace::BeginCollective(const CallInfo& info,
 CommunicatorTrace::Call CommunicatorTrace::BeginPointToPoint(const CallInfo& info, int mask,
                                                              void* group_api,
                                                              Operation& operation) {
-  Call call;
-  call.group_api = group_api;
-  const auto record = [&](EventState state) {
-    if (group_api != nullptr) {
-      CallRecord(plugin_->table(), group_api, state, nullptr);
-    }
-  };
-  record(EventState::kGroupStartApiStop);
+  Call call = BeginApiCalls(group_api);
   // NCCL has one call for each, and a group around those of an all-to-all.
   std::vector<void*> apis(operation.flows.size(), nullptr);
   for (size_t i = 0; i < apis.size() && (mask & kWantsP2pApi) != 0; ++i) {
@@ -367,18 +369,7 @@ CommunicatorTrace::Call CommunicatorTrace::BeginPointToPoint(const CallInfo& inf
     apis[i] = Start(&descriptor);
     Stop(apis[i]);
   }
-  record(EventState::kGroupEndApiStart);
-  if ((mask & kKernelLaunch) != 0) {
-    Descriptor descriptor;
-    descriptor.type = kKernelLaunch;
-    descriptor.parent = group_api;
-    Stop(Start(&descriptor));
-  }
-  if ((mask & kWantsGroup) != 0) {
-    Descriptor descriptor;
-    descriptor.type = kGroup;
-    call.group = Start(&descriptor);
-  }
+  EndApiCalls(call, mask);
   for (size_t i = 0; i < apis.size() && (mask & kWantsP2p) != 0; ++i) {
     Flow& flow = *operation.flows[i];
     Descriptor descriptor;

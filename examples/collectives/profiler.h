@@ -120,6 +120,9 @@ class CommunicatorTrace {
 
  private:
   void* Start(void* descriptor);
+  // Around the API calls of the program: what every kind of them tells besides.
+  Call BeginApiCalls(void* group_api);
+  void EndApiCalls(Call& call, int mask);
   Call BeginCollective(const CallInfo& info, int mask, void* group_api, Operation& operation);
   Call BeginPointToPoint(const CallInfo& info, int mask, void* group_api, Operation& operation);
 
