@@ -154,7 +154,8 @@ bool Capture::Cancel() {
   // one that does so after it finds nothing left to claim.
   for (;;) {
     const uint32_t progress = progress_.load();
-    if (participants_.load() == 0 || deadline.passed()) break;
+    drained_ = participants_.load() == 0;
+    if (drained_ || deadline.passed()) break;
     FutexWait(progress_, progress, deadline, FutexScope::kPrivate);
   }
   return !finished();
@@ -176,11 +177,10 @@ void Capture::Void(const Error& reason) {
       Utf8PrefixBytes(reason.text(), std::strlen(reason.text()), sizeof(slot.void_text) - 1);
   std::memcpy(slot.void_text, reason.text(), kept);
   slot.void_text[kept] = '\0';
-  const bool in_flight = participants_.load() != 0;
-  const bool abandoned = in_flight || device_may_write_.load();
+  const bool abandoned = !drained_ || device_may_write_.load();
   slot.state.store(abandoned ? SlotState::kAbandoned : SlotState::kVoid, std::memory_order_release);
   RingEventFd(options_.doorbell_fd);
-  if (!in_flight) return;
+  if (drained_) return;
   abandoned_.store(&slot);
   // Sequentially consistent with Leave: one of the two sees that the other has been there.
   if (participants_.load() == 0) Settle();

@@ -171,6 +171,9 @@ class Capture {
 
   // The trainer's thread only.
   bool running_ = false;
+  // Cancel saw nobody who holds a claim. (Who comes later finds nothing to claim, but is a
+  // participant for a moment.)
+  bool drained_ = true;
 
   // The capture: written by the trainer's thread while nothing can be claimed, read by it and by
   // who holds a claim.
