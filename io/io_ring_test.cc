@@ -304,15 +304,15 @@ TEST_P(IoRingContract, CompletionsMaySubmitMore) {
 }
 
 TEST_P(IoRingContract, AnErrorIsOfItsOwnOperationOnly) {
-  const Pages memory(1);
+  const Pages memory(3);
   const auto file = Create("a", kPage);
   std::vector<absl::StatusCode> codes(3, StatusCode::kUnknown);
   const auto record = [&codes](size_t index) {
     return [&codes, index](const absl::Status& status) { codes[index] = status.code(); };
   };
   ring_.Read(*file, 0, memory.page(0), record(0));
-  ring_.Read(*file, 100 * kPage, memory.page(0), record(1));
-  ring_.Read(*file, 0, memory.page(0), record(2));
+  ring_.Read(*file, 100 * kPage, memory.page(1), record(1));
+  ring_.Read(*file, 0, memory.page(2), record(2));
   Drain();
   EXPECT_THAT(codes, testing::ElementsAre(StatusCode::kOk, StatusCode::kDataLoss, StatusCode::kOk));
 }
