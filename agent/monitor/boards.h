@@ -6,7 +6,8 @@
 // end.) Analysis is not here: monitor/.
 //
 // Boards survive this worker: the keeper holds their memory and the pidfds of their processes, as
-// "agent/monitor/<id>/board" and "agent/monitor/<id>/process-<pid>". Nobody has to offer them again.
+// "agent/monitor/<id>/board" and "agent/monitor/<id>/process-<pid>". Nobody has to offer them
+// again.
 #ifndef HOLDFAST_AGENT_MONITOR_BOARDS_H_
 #define HOLDFAST_AGENT_MONITOR_BOARDS_H_
 

@@ -156,7 +156,7 @@ TEST(TestimonyInAnalysisTest, TheDriversWordSaysWhy) {
   }
   // One that a program causes says nothing by itself.
   const Told program = Only(Hear(With(FaultKind::kGpuHang, 3),
-                                {Say(Source::kKernelLog, Claim::kGpuFault, {Rank{3}}, 0.6)}));
+                                 {Say(Source::kKernelLog, Claim::kGpuFault, {Rank{3}}, 0.6)}));
   EXPECT_EQ(program.finding.fault, FaultClass::kGpuHang);
 }
 
