@@ -25,8 +25,9 @@ namespace {
 
 // Between looks at a lock that another rank holds, and at a child without a pidfd.
 constexpr int64_t kLookNs = 5 * kNsPerMs;
-// A process that was killed has ended after this long, unless a device holds it.
-constexpr int64_t kReapNs = 100 * kNsPerMs;
+// A process that was killed has ended after this long, on a machine under load too, unless a device
+// holds it.
+constexpr int64_t kReapNs = 1000 * kNsPerMs;
 constexpr size_t kStderrBytesMax = 700;
 
 Error CheckDirectory(const std::string& directory, mode_t forbidden) {

@@ -149,11 +149,12 @@ class CleanupTest(unittest.TestCase):
         os.kill(orphan, 0)  # still there
         with net.Exclusive():
             self.assertEqual(net.namespaces(), [])
-            with self.assertRaises(ProcessLookupError):
+            try:
                 while True:  # until whoever adopted it has waited for it
-                    os.kill(orphan, 0)
                     state = pathlib.Path(f"/proc/{orphan}/stat").read_text().rsplit(")")[1].split()[0]
-                    self.assertEqual(state, "Z")
+                    self.assertIn(state, ("Z", "X"))
+            except (FileNotFoundError, ProcessLookupError):  # the second if it goes while it is read
+                pass
 
     def test_the_machine_s_own_namespace_is_left_alone(self):
         before = net.tool("ip", "-o", "link")
