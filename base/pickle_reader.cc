@@ -1,93 +1,148 @@
+// Decodes the byte code of a pickle; what the opcodes do is base/pickle_builder.h.
 #include "base/pickle_reader.h"
 
-#include <array>
+#include <algorithm>
 #include <bit>
-#include <unordered_map>
+#include <charconv>
+#include <optional>
+#include <span>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_format.h"
-#include "base/check.h"
+#include "base/pickle_builder.h"
 #include "base/utf8.h"
 
 namespace holdfast {
 namespace {
 
-constexpr std::array<std::string_view, 8> kTypeNames = {
-    "None", "a boolean", "an integer", "a float", "a string", "bytes", "a list or tuple", "a dict"};
+struct NamedOpcode {
+  uint8_t opcode;
+  std::string_view name;
+};
 
-// Opcodes that find or call something, by name (Lib/pickletools.py).
-std::string_view DangerousName(uint8_t opcode) {
-  switch (opcode) {
-    case 'c':
-      return "GLOBAL";
-    case 0x93:
-      return "STACK_GLOBAL";
-    case 'R':
-      return "REDUCE";
-    case 'b':
-      return "BUILD";
-    case 'i':
-      return "INST";
-    case 'o':
-      return "OBJ";
-    case 0x81:
-      return "NEWOBJ";
-    case 0x92:
-      return "NEWOBJ_EX";
-    case 'P':
-      return "PERSID";
-    case 'Q':
-      return "BINPERSID";
-    case 0x82:
-      return "EXT1";
-    case 0x83:
-      return "EXT2";
-    case 0x84:
-      return "EXT4";
-    case 0x97:
-      return "NEXT_BUFFER";
-    default:
-      return "";
+// Opcodes that find or call something (Lib/pickletools.py).
+constexpr NamedOpcode kClassOpcodes[] = {
+    {'c', "GLOBAL"},  {0x93, "STACK_GLOBAL"}, {'R', "REDUCE"},    {'b', "BUILD"},
+    {0x81, "NEWOBJ"}, {0x92, "NEWOBJ_EX"},    {'Q', "BINPERSID"},
+};
+// Those that are refused in every case.
+constexpr NamedOpcode kRefusedOpcodes[] = {
+    {'i', "INST"},  {'o', "OBJ"},    {0x82, "EXT1"},        {0x83, "EXT2"},
+    {0x84, "EXT4"}, {'P', "PERSID"}, {0x97, "NEXT_BUFFER"}, {0x98, "READONLY_BUFFER"},
+};
+
+std::string_view NameIn(std::span<const NamedOpcode> opcodes, uint8_t opcode) {
+  for (const NamedOpcode& named : opcodes) {
+    if (named.opcode == opcode) return named.name;
   }
+  return "";
+}
+
+// UTF-8 in which surrogates may stand alone, as Python's "surrogatepass" writes them.
+bool IsUtf8OrSurrogates(std::string_view text) {
+  while (!text.empty()) {
+    size_t bytes = Utf8SequenceBytes(text);
+    const auto byte = [text](size_t i) { return static_cast<uint8_t>(text[i]); };
+    if (bytes == 0 && text.size() >= 3 && byte(0) == 0xED && byte(1) >= 0xA0 && byte(1) <= 0xBF &&
+        (byte(2) & 0xC0) == 0x80) {
+      bytes = 3;
+    }
+    if (bytes == 0) return false;
+    text.remove_prefix(bytes);
+  }
+  return true;
+}
+
+// How many bytes of a two's complement are needed: those at the end may only repeat the sign.
+size_t NeededBytes(std::string_view integer) {
+  size_t needed = integer.size();
+  for (; needed > 1; --needed) {
+    const bool negative = (static_cast<uint8_t>(integer[needed - 2]) & 0x80) != 0;
+    if (static_cast<uint8_t>(integer[needed - 1]) != (negative ? 0xFF : 0x00)) break;
+  }
+  return needed;
+}
+
+// Two's complement, little-endian, of decimal digits. Quadratic, in at most
+// kPickleIntegerDigitsMax digits.
+std::string BytesOfDecimal(std::string_view digits, bool negative) {
+  std::string bytes;
+  for (const char digit : digits) {
+    unsigned carry = static_cast<unsigned>(digit - '0');
+    for (char& byte : bytes) {
+      const unsigned sum = static_cast<uint8_t>(byte) * 10u + carry;
+      byte = static_cast<char>(sum);
+      carry = sum >> 8;
+    }
+    if (carry != 0) bytes.push_back(static_cast<char>(carry));
+  }
+  bytes.push_back('\0');  // the sign
+  if (negative) {
+    unsigned carry = 1;
+    for (char& byte : bytes) {
+      const unsigned sum = (static_cast<uint8_t>(byte) ^ 0xFFu) + carry;
+      byte = static_cast<char>(sum);
+      carry = sum >> 8;
+    }
+  }
+  return bytes;
 }
 
 }  // namespace
 
-// Runs the opcodes. The stack holds indices of nodes; kMark marks the beginning of what a container
-// takes.
+// Decodes the opcodes, one after the other.
 class PickleMachine {
  public:
-  PickleMachine(PickleDocument& document, const PickleLimits& limits)
-      : document_(document), limits_(limits), text_(document.text_) {}
+  PickleMachine(PickleDocument& document, const PickleOptions& options)
+      : document_(document),
+        options_(options),
+        opaque_(options.classes == PickleOptions::Classes::kOpaque),
+        text_(document.text_),
+        end_(document.text_.size()),
+        build_(document, options) {}
 
   absl::Status Run() {
-    if (text_.size() < 2 || Byte(0) != 0x80 || Byte(1) < 2 || Byte(1) > 5) {
-      Refuse("expected a pickle of protocol 2 to 5");
+    if (end_ == 1 && Byte(0) == 0x80) {
+      Truncated();
+    } else if (end_ != 0 && Byte(0) == 0x80) {
+      if (Byte(1) < 1 || Byte(1) > 5) {
+        build_.Refuse(
+            absl::StrFormat("expected a pickle of protocol 1 to 5, found protocol %d", Byte(1)));
+      }
+      at_ = 2;
+    } else {
+      has_header_ = false;
     }
-    at_ = 2;
-    while (status_.ok() && !stopped_) Step();
-    if (status_.ok() && at_ != text_.size()) {
-      Refuse(absl::StrFormat("expected the end, found %d bytes more", text_.size() - at_));
+    while (build_.ok() && !build_.stopped()) Step();
+    document_.consumed_bytes_ = at_;
+    if (build_.ok() && at_ != end_ && options_.following == PickleOptions::Following::kRefused) {
+      build_.Refuse(absl::StrFormat("expected the end, found %d bytes more", end_ - at_));
     }
-    return status_;
+    if (!build_.ok()) return build_.status();
+    document_.MakeDictsUnique();
+    return absl::OkStatus();
   }
 
  private:
-  static constexpr uint32_t kMark = UINT32_MAX;
   using Type = PickleValue::Type;
-  using Node = PickleDocument::Node;
+  using Making = PickleValue::Making;
+  using Place = PickleBuilder::Place;
+  using Kwargs = PickleBuilder::Kwargs;
 
   uint8_t Byte(size_t at) const { return static_cast<uint8_t>(text_[at]); }
-
-  void Refuse(std::string_view what) {
-    if (status_.ok()) {
-      status_ = absl::InvalidArgumentError(absl::StrFormat("pickle: byte %d: %s", begun_, what));
-    }
+  std::string_view Text(Place place) const {
+    return std::string_view(text_).substr(place.offset, place.length);
+  }
+  void Truncated() {
+    const bool is_error = options_.following == PickleOptions::Following::kRefused;
+    build_.Fail(is_error ? absl::StatusCode::kInvalidArgument : absl::StatusCode::kOutOfRange,
+                "truncated");
   }
 
   // `count` bytes from here, as a little-endian number; 0 after an error.
   uint64_t Number(size_t count) {
-    if (text_.size() - at_ < count) {
-      Refuse("truncated");
+    if (end_ - at_ < count) {
+      Truncated();
       return 0;
     }
     uint64_t value = 0;
@@ -95,330 +150,384 @@ class PickleMachine {
     at_ += count;
     return value;
   }
-
-  void Push(Node node) {
-    if (document_.nodes_.size() >= limits_.values_max) {
-      Refuse(absl::StrFormat("expected at most %d values", limits_.values_max));
-      return;
-    }
-    stack_.push_back(static_cast<uint32_t>(document_.nodes_.size()));
-    document_.nodes_.push_back(std::move(node));
+  // A length in four bytes that have a sign.
+  uint64_t SignedLength() {
+    const uint64_t length = Number(4);
+    if (length > INT32_MAX) build_.Refuse("expected a length that is not negative");
+    return length;
   }
-  void PushInteger(int64_t value) { Push({.type = Type::kInteger, .integer = value}); }
-  void PushBool(bool value) { Push({.type = Type::kBool, .integer = value ? 1 : 0}); }
-  void PushText(Type type, uint64_t length) {
-    if (length > text_.size() - at_) {
-      Refuse("truncated");
-      return;
+  // The next `length` bytes; nothing and an error if there are fewer, or after an error.
+  std::optional<Place> Take(uint64_t length) {
+    if (!build_.ok()) return std::nullopt;
+    if (length > end_ - at_) {
+      Truncated();
+      return std::nullopt;
     }
-    const std::string_view text = std::string_view(text_).substr(at_, length);
-    if (type == Type::kString && !IsUtf8(text)) {
-      Refuse("expected UTF-8");
-      return;
-    }
-    Push({.type = type, .integer = static_cast<int64_t>(at_), .length = length});
-    at_ += length;
+    const Place place{at_, static_cast<size_t>(length)};
+    at_ += place.length;
+    return place;
   }
-
-  // A value on top of the stack, not a mark; null after an error.
-  Node* Top() {
-    if (stack_.empty() || stack_.back() == kMark) {
-      Refuse("expected a value on the stack");
-      return nullptr;
-    }
-    return &document_.nodes_[stack_.back()];
-  }
-
-  // Takes `count` values from the top into `children`, or nothing and an error.
-  bool Take(size_t count, std::vector<uint32_t>& children) {
-    if (stack_.size() < count) {
-      Refuse("expected more values on the stack");
-      return false;
-    }
-    for (size_t i = stack_.size() - count; i < stack_.size(); ++i) {
-      if (stack_[i] == kMark) {
-        Refuse("expected a value, found a mark");
-        return false;
+  // The text up to the next newline, at most `bytes_max`; takes the newline too.
+  std::optional<Place> TakeLine(size_t bytes_max) {
+    const size_t searched = std::min(end_ - at_, bytes_max + 1);
+    const size_t newline = std::string_view(text_).substr(at_, searched).find('\n');
+    if (newline == std::string_view::npos) {
+      if (searched <= bytes_max) {
+        Truncated();
+      } else {
+        build_.Refuse(absl::StrFormat("expected a line of at most %d bytes", bytes_max));
       }
-      children.push_back(stack_[i]);
+      return std::nullopt;
     }
-    stack_.resize(stack_.size() - count);
-    return true;
-  }
-  // The same down to the topmost mark, and takes the mark.
-  bool TakeToMark(std::vector<uint32_t>& children) {
-    size_t count = 0;
-    while (count < stack_.size() && stack_[stack_.size() - 1 - count] != kMark) ++count;
-    if (count == stack_.size()) {
-      Refuse("expected a mark on the stack");
-      return false;
-    }
-    Take(count, children);
-    stack_.pop_back();
-    --marks_;
-    return true;
+    const Place line{at_, newline};
+    at_ += newline + 1;
+    return line;
   }
 
-  void MakeList(size_t count) {
-    Node node{.type = Type::kList};
-    if (Take(count, node.children)) Push(std::move(node));
-  }
-  void MakeFromMark(Type type) {
-    Node node{.type = type};
-    if (!TakeToMark(node.children)) return;
-    if (type == Type::kDict && node.children.size() % 2 != 0) {
-      Refuse("expected keys and values in pairs");
-      return;
-    }
-    Push(std::move(node));
-  }
-  // Adds `items` to the container on top.
-  void Extend(Type type, const std::vector<uint32_t>& items) {
-    Node* const container = Top();
-    if (container == nullptr) return;
-    if (container->type != type || (type == Type::kDict && items.size() % 2 != 0)) {
-      Refuse(absl::StrFormat("expected %s to add to, found %s",
-                             kTypeNames[static_cast<size_t>(type)],
-                             kTypeNames[static_cast<size_t>(container->type)]));
-      return;
-    }
-    container->children.insert(container->children.end(), items.begin(), items.end());
-  }
-
-  void Remember(uint64_t key) {
-    if (Top() != nullptr) memo_[key] = stack_.back();
-  }
-  void Recall(uint64_t key) {
-    const auto found = memo_.find(key);
-    if (found == memo_.end()) {
-      Refuse(absl::StrFormat("nothing was remembered as %d", key));
-    } else if (stack_.size() >= limits_.values_max) {
-      Refuse("the stack is too high");
+  void String(uint64_t length) {
+    const std::optional<Place> place = Take(length);
+    if (!place.has_value()) return;
+    if (opaque_ ? IsUtf8OrSurrogates(Text(*place)) : IsUtf8(Text(*place))) {
+      build_.PushPlace(Type::kString, place->offset, place->length);
     } else {
-      stack_.push_back(found->second);
+      build_.Refuse("expected UTF-8");
     }
   }
-
-  void Long(uint64_t bytes) {
-    if (bytes > 8) {
-      Refuse(absl::StrFormat("expected an integer of at most 8 bytes, found %d", bytes));
-      return;
-    }
-    const uint64_t value = Number(bytes);
-    if (!status_.ok()) return;
-    // Two's complement of `bytes` bytes.
-    const unsigned unused = static_cast<unsigned>(64 - 8 * bytes);
-    PushInteger(bytes == 0 ? 0 : static_cast<int64_t>(value << unused) >> unused);
+  void Bytes(Type type, uint64_t length) {
+    const std::optional<Place> place = Take(length);
+    if (place.has_value()) build_.PushPlace(type, place->offset, place->length);
+  }
+  // Python 2's str: a string if it can be one.
+  void OldString(uint64_t length) {
+    const std::optional<Place> place = Take(length);
+    if (!place.has_value()) return;
+    build_.PushPlace(IsUtf8(Text(*place)) ? Type::kString : Type::kBytes, place->offset,
+                     place->length);
   }
 
-  void Double() {
+  // Two's complement of `length` bytes.
+  void Long(uint64_t length) {
+    const std::optional<Place> place = Take(length);
+    if (!place.has_value()) return;
+    const std::string_view bytes = Text(*place);
+    const size_t used = NeededBytes(bytes);
+    if (used > 8) return BigInteger({place->offset, used});
+    uint64_t value = 0;
+    for (size_t i = used; i-- > 0;) value = value << 8 | static_cast<uint8_t>(bytes[i]);
+    const unsigned unused = static_cast<unsigned>(64 - 8 * used);
+    build_.PushInteger(used == 0 ? 0 : static_cast<int64_t>(value << unused) >> unused);
+  }
+  void BigInteger(Place place) {
+    if (opaque_) return build_.PushPlace(Type::kBigInteger, place.offset, place.length);
+    build_.Refuse(
+        absl::StrFormat("expected an integer of at most 8 bytes, found %d", place.length));
+  }
+  // INT (in which 00 and 01 are booleans) and LONG: decimal text.
+  void DecimalInteger(bool is_long) {
+    const std::optional<Place> line = TakeLine(kPickleIntegerDigitsMax + 2);
+    if (!line.has_value()) return;
+    std::string_view text = Text(*line);
+    if (!is_long && (text == "00" || text == "01")) {
+      return build_.PushInteger(text == "01" ? 1 : 0, Type::kBool);
+    }
+    if (is_long && text.ends_with('L')) text.remove_suffix(1);
+    const bool negative = text.starts_with('-');
+    const std::string_view digits = negative ? text.substr(1) : text;
+    if (digits.empty() || digits.size() > kPickleIntegerDigitsMax ||
+        digits.find_first_not_of("0123456789") != std::string_view::npos) {
+      return build_.Refuse(
+          absl::StrFormat("expected an integer of at most %d digits", kPickleIntegerDigitsMax));
+    }
+    int64_t value = 0;
+    if (std::from_chars(text.data(), text.data() + text.size(), value).ec == std::errc()) {
+      return build_.PushInteger(value);
+    }
+    std::string bytes = BytesOfDecimal(digits, negative);
+    bytes.resize(NeededBytes(bytes));
+    const size_t offset = document_.text_.size();
+    document_.text_ += bytes;
+    BigInteger({offset, bytes.size()});
+  }
+  void DecimalFloat() {
+    const std::optional<Place> line = TakeLine(kPickleIntegerDigitsMax);
+    if (!line.has_value()) return;
+    const std::string_view text = Text(*line);
+    double value = 0;
+    if (!absl::SimpleAtod(absl::string_view(text.data(), text.size()), &value)) {
+      return build_.Refuse("expected a number");
+    }
+    build_.PushDouble(value);
+  }
+  void BinFloat() {
     uint64_t bits = 0;  // big-endian, as nothing else is
     for (int i = 0; i < 8; ++i) bits = bits << 8 | Number(1);
-    Push({.type = Type::kFloat, .real = std::bit_cast<double>(bits)});
+    build_.PushDouble(std::bit_cast<double>(bits));
   }
 
-  void Mark() {
-    if (++marks_ > limits_.depth_max) {
-      Refuse(absl::StrFormat("expected at most %d containers in one another", limits_.depth_max));
-      return;
+  // PUT and GET: the key in decimal.
+  void DecimalMemo(bool is_put) {
+    if (!has_header_) return RefuseProtocol0();
+    const std::optional<Place> line = TakeLine(20);
+    if (!line.has_value()) return;
+    const std::string_view text = Text(*line);
+    uint64_t key = 0;
+    const auto parsed = std::from_chars(text.data(), text.data() + text.size(), key);
+    if (parsed.ec != std::errc() || parsed.ptr != text.data() + text.size()) {
+      return build_.Refuse("expected a number to remember by");
     }
-    stack_.push_back(kMark);
+    is_put ? build_.Remember(key) : build_.Recall(key);
+  }
+  void RefuseProtocol0() {
+    build_.Refuse("expected a pickle of protocol 1 to 5, found protocol 0");
+  }
+
+  void Global() {
+    const std::optional<Place> module = TakeLine(kPickleNameBytesMax);
+    const std::optional<Place> name =
+        module.has_value() ? TakeLine(kPickleNameBytesMax) : std::nullopt;
+    if (name.has_value()) PushGlobal(*module, *name);
+  }
+  void StackGlobal() {
+    const auto names = build_.TakeNames();
+    if (names.has_value()) PushGlobal(names->first, names->second);
+  }
+  void PushGlobal(Place module, Place name) {
+    if (!IsUtf8(Text(module)) || !IsUtf8(Text(name))) return build_.Refuse("expected UTF-8");
+    build_.PushGlobal(module, name);
   }
 
   void Step() {
-    begun_ = at_;
-    if (at_ == text_.size()) {
-      Refuse("truncated");
-      return;
-    }
+    build_.Begin(at_);
+    if (at_ == end_) return Truncated();
     const uint8_t opcode = Byte(at_++);
-    std::vector<uint32_t> items;
+    if (ConstantStep(opcode) || ContainerStep(opcode) || MemoStep(opcode)) return;
+    if (opaque_ && ClassStep(opcode)) return;
+    if (opcode == 'S' || opcode == 'V' || (opcode == 'P' && !has_header_)) return RefuseProtocol0();
+    if (const std::string_view name = NameIn(kRefusedOpcodes, opcode); !name.empty()) {
+      return build_.Forbid(absl::StrFormat(
+          "%s is not read: what it stands for is not in the pickle, or could run code", name));
+    }
+    if (const std::string_view name = NameIn(kClassOpcodes, opcode); !name.empty()) {
+      return build_.Forbid(absl::StrFormat("%s could run code: only plain values are read", name));
+    }
+    build_.Refuse(absl::StrFormat("opcode %02x is none that is read", opcode));
+  }
+
+  // Each of these returns whether the opcode was one of its own.
+  bool ConstantStep(uint8_t opcode) {
     switch (opcode) {
       case 'N':
-        return Push({.type = Type::kNone});
+        build_.PushEmpty(Type::kNone);
+        break;
       case 0x88:
       case 0x89:
-        return PushBool(opcode == 0x88);
+        build_.PushInteger(opcode == 0x88 ? 1 : 0, Type::kBool);
+        break;
       case 'J':  // BININT: the only signed one
-        return PushInteger(static_cast<int32_t>(Number(4)));
+        build_.PushInteger(static_cast<int32_t>(Number(4)));
+        break;
       case 'K':
-        return PushInteger(static_cast<int64_t>(Number(1)));
+        build_.PushInteger(static_cast<int64_t>(Number(1)));
+        break;
       case 'M':
-        return PushInteger(static_cast<int64_t>(Number(2)));
+        build_.PushInteger(static_cast<int64_t>(Number(2)));
+        break;
       case 0x8a:
-        return Long(Number(1));
+        Long(Number(1));
+        break;
+      case 0x8b:
+        Long(SignedLength());
+        break;
+      case 'I':
+      case 'L':
+        DecimalInteger(opcode == 'L');
+        break;
+      case 'F':
+        DecimalFloat();
+        break;
       case 'G':
-        return Double();
+        BinFloat();
+        break;
       case 'X':
-        return PushText(Type::kString, Number(4));
+        String(Number(4));
+        break;
       case 0x8c:
-        return PushText(Type::kString, Number(1));
+        String(Number(1));
+        break;
       case 0x8d:
-        return PushText(Type::kString, Number(8));
+        String(Number(8));
+        break;
+      case 'T':
+        OldString(SignedLength());
+        break;
+      case 'U':
+        OldString(Number(1));
+        break;
       case 'B':
-        return PushText(Type::kBytes, Number(4));
+        Bytes(Type::kBytes, Number(4));
+        break;
       case 'C':
-        return PushText(Type::kBytes, Number(1));
+        Bytes(Type::kBytes, Number(1));
+        break;
       case 0x8e:
-        return PushText(Type::kBytes, Number(8));
+        Bytes(Type::kBytes, Number(8));
+        break;
+      case 0x96:
+        Bytes(Type::kByteArray, Number(8));
+        break;
+      default:
+        return false;
+    }
+    return true;
+  }
+
+  bool ContainerStep(uint8_t opcode) {
+    switch (opcode) {
       case '(':
-        return Mark();
+        build_.Mark();
+        break;
+      case '0':
+        build_.PopAny();
+        break;
+      case '1':
+        build_.PopToMark();
+        break;
+      case '2':
+        build_.Duplicate();
+        break;
       case ']':
+        build_.PushEmpty(Type::kList);
+        break;
       case ')':
-        return Push({.type = Type::kList});
+        build_.PushEmpty(Type::kTuple);
+        break;
       case '}':
-        return Push({.type = Type::kDict});
+        build_.PushEmpty(Type::kDict);
+        break;
+      case 0x8f:
+        build_.PushEmpty(Type::kSet);
+        break;
       case 'l':
+        build_.MakeFromMark(Type::kList);
+        break;
       case 't':
-        return MakeFromMark(Type::kList);
+        build_.MakeFromMark(Type::kTuple);
+        break;
       case 'd':
-        return MakeFromMark(Type::kDict);
+        build_.MakeFromMark(Type::kDict);
+        break;
+      case 0x91:
+        build_.MakeFromMark(Type::kFrozenSet);
+        break;
       case 0x85:
       case 0x86:
       case 0x87:
-        return MakeList(opcode - 0x84u);
-      case 'a':
-        if (Take(1, items)) Extend(Type::kList, items);
-        return;
-      case 'e':
-        if (TakeToMark(items)) Extend(Type::kList, items);
-        return;
-      case 's':
-        if (Take(2, items)) Extend(Type::kDict, items);
-        return;
-      case 'u':
-        if (TakeToMark(items)) Extend(Type::kDict, items);
-        return;
-      case 'q':
-        return Remember(Number(1));
-      case 'r':
-        return Remember(Number(4));
-      case 0x94:
-        return Remember(memo_.size());
-      case 'h':
-        return Recall(Number(1));
-      case 'j':
-        return Recall(Number(4));
-      case 0x95:  // FRAME: how much to read ahead
-        Number(8);
-        return;
-      case '.':
-        if (Top() == nullptr) return;
-        if (stack_.size() != 1) {
-          Refuse(absl::StrFormat("expected one value at the end, found %d", stack_.size()));
-          return;
-        }
-        document_.root_ = stack_.back();
-        stopped_ = true;
-        return;
-      default:
+        build_.MakeTuple(opcode - 0x84u);
         break;
+      case 'a':
+        build_.AddTop(Type::kList, 1);
+        break;
+      case 'e':
+        build_.AddMarked(Type::kList);
+        break;
+      case 's':
+        build_.AddTop(Type::kDict, 2);
+        break;
+      case 'u':
+        build_.AddMarked(Type::kDict);
+        break;
+      case 0x90:
+        build_.AddToSet();
+        break;
+      default:
+        return false;
     }
-    if (const std::string_view name = DangerousName(opcode); !name.empty()) {
-      status_ = absl::PermissionDeniedError(absl::StrFormat(
-          "pickle: byte %d: %s could run code: only plain values are read", begun_, name));
-      return;
+    return true;
+  }
+
+  bool MemoStep(uint8_t opcode) {
+    switch (opcode) {
+      case 'q':
+        build_.Remember(Number(1));
+        break;
+      case 'r':
+        build_.Remember(Number(4));
+        break;
+      case 0x94:
+        build_.RememberNext();
+        break;
+      case 'h':
+        build_.Recall(Number(1));
+        break;
+      case 'j':
+        build_.Recall(Number(4));
+        break;
+      case 'p':
+      case 'g':
+        DecimalMemo(opcode == 'p');
+        break;
+      case 0x95:  // FRAME: how much to read ahead
+        if (Number(8) > end_ - at_) Truncated();
+        break;
+      case '.':
+        build_.Stop();
+        break;
+      default:
+        return false;
     }
-    Refuse(absl::StrFormat("opcode %02x is not one of a plain value", opcode));
+    return true;
+  }
+
+  bool ClassStep(uint8_t opcode) {
+    switch (opcode) {
+      case 'c':
+        Global();
+        break;
+      case 0x93:
+        StackGlobal();
+        break;
+      case 'R':
+        build_.MakeObject(Making::kReduce, Kwargs::kNone);
+        break;
+      case 0x81:
+        build_.MakeObject(Making::kNew, Kwargs::kNone);
+        break;
+      case 0x92:
+        build_.MakeObject(Making::kNew, Kwargs::kTopmost);
+        break;
+      case 'b':
+        build_.Build();
+        break;
+      case 'Q':
+        build_.BinPersid();
+        break;
+      default:
+        return false;
+    }
+    return true;
   }
 
   PickleDocument& document_;
-  const PickleLimits limits_;
-  const std::string& text_;
+  const PickleOptions options_;
+  const bool opaque_;
+  const std::string& text_;  // grows: see DecimalInteger
+  const size_t end_;         // of the bytes that were given
   size_t at_ = 0;
-  size_t begun_ = 0;  // of the opcode that runs
-  size_t marks_ = 0;
-  bool stopped_ = false;
-  std::vector<uint32_t> stack_;
-  std::unordered_map<uint64_t, uint32_t> memo_;
-  absl::Status status_;
+  bool has_header_ = true;
+  PickleBuilder build_;
 };
 
-absl::StatusOr<std::unique_ptr<PickleDocument>> PickleDocument::Parse(std::string bytes,
-                                                                      const PickleLimits& limits) {
-  if (bytes.size() > limits.bytes_max) {
-    return absl::InvalidArgumentError(absl::StrFormat("pickle: expected at most %d bytes, found %d",
-                                                      limits.bytes_max, bytes.size()));
+absl::StatusOr<std::unique_ptr<PickleDocument>> PickleDocument::Parse(
+    std::string bytes, const PickleOptions& options) {
+  const size_t bytes_max = std::min(options.bytes_max, size_t{1} << 30);
+  if (bytes.size() > bytes_max) {
+    return absl::InvalidArgumentError(
+        absl::StrFormat("pickle: expected at most %d bytes, found %d", bytes_max, bytes.size()));
   }
   std::unique_ptr<PickleDocument> document(new PickleDocument);
   document->text_ = std::move(bytes);
-  if (absl::Status status = PickleMachine(*document, limits).Run(); !status.ok()) return status;
+  if (absl::Status status = PickleMachine(*document, options).Run(); !status.ok()) return status;
   return document;
-}
-
-PickleValue::Type PickleValue::type() const {
-  CHECK(present());
-  return document_->nodes_[node_].type;
-}
-
-absl::Status PickleValue::Mismatch(std::string_view expected) const {
-  return absl::InvalidArgumentError(
-      absl::StrFormat("pickle: expected %s, found %s", expected,
-                      present() ? kTypeNames[static_cast<size_t>(type())] : "nothing"));
-}
-
-absl::StatusOr<bool> PickleValue::Bool() const {
-  if (!present() || type() != Type::kBool) return Mismatch("a boolean");
-  return document_->nodes_[node_].integer != 0;
-}
-
-absl::StatusOr<int64_t> PickleValue::Int64() const {
-  if (!present() || type() != Type::kInteger) return Mismatch("an integer");
-  return document_->nodes_[node_].integer;
-}
-
-absl::StatusOr<uint64_t> PickleValue::Uint64() const {
-  if (!present() || type() != Type::kInteger || document_->nodes_[node_].integer < 0) {
-    return Mismatch("an integer that is not negative");
-  }
-  return static_cast<uint64_t>(document_->nodes_[node_].integer);
-}
-
-absl::StatusOr<double> PickleValue::Double() const {
-  if (present() && type() == Type::kFloat) return document_->nodes_[node_].real;
-  if (present() && type() == Type::kInteger) {
-    return static_cast<double>(document_->nodes_[node_].integer);
-  }
-  return Mismatch("a number");
-}
-
-absl::StatusOr<std::string_view> PickleValue::String() const {
-  if (!present() || type() != Type::kString) return Mismatch("a string");
-  const PickleDocument::Node& node = document_->nodes_[node_];
-  return std::string_view(document_->text_).substr(static_cast<size_t>(node.integer), node.length);
-}
-
-absl::StatusOr<size_t> PickleValue::ArraySize() const {
-  if (!present() || type() != Type::kList) return Mismatch("a list or tuple");
-  return document_->nodes_[node_].children.size();
-}
-
-PickleValue PickleValue::operator[](size_t index) const {
-  CHECK(type() == Type::kList);
-  const std::vector<uint32_t>& children = document_->nodes_[node_].children;
-  CHECK(index < children.size());
-  return PickleValue(document_, children[index]);
-}
-
-PickleValue PickleValue::Find(std::string_view key) const {
-  if (!present() || type() != Type::kDict) return {};
-  const std::vector<uint32_t>& children = document_->nodes_[node_].children;
-  for (size_t i = children.size(); i >= 2; i -= 2) {
-    const absl::StatusOr<std::string_view> found = PickleValue(document_, children[i - 2]).String();
-    if (found.ok() && *found == key) return PickleValue(document_, children[i - 1]);
-  }
-  return {};
-}
-
-absl::StatusOr<std::vector<std::string_view>> PickleValue::Keys() const {
-  if (!present() || type() != Type::kDict) return Mismatch("a dict");
-  const std::vector<uint32_t>& children = document_->nodes_[node_].children;
-  std::vector<std::string_view> keys;
-  for (size_t i = 0; i + 1 < children.size(); i += 2) {
-    const absl::StatusOr<std::string_view> key = PickleValue(document_, children[i]).String();
-    if (key.ok()) keys.push_back(*key);
-  }
-  return keys;
 }
 
 }  // namespace holdfast
