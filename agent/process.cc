@@ -52,6 +52,9 @@ class SpawnOptions {
   void InheritAs(int fd, int number) {
     CHECK(posix_spawn_file_actions_adddup2(&actions_, fd, number) == 0);
   }
+  void OpenAs(const char* path, int flags, int number) {
+    CHECK(posix_spawn_file_actions_addopen(&actions_, number, path, flags, 0) == 0);
+  }
   // `blocked` are blocked in it, all have their default actions.
   void SetSignals(std::initializer_list<int> blocked, short further_flags = 0) {
     sigset_t all;
@@ -71,6 +74,23 @@ class SpawnOptions {
   posix_spawn_file_actions_t actions_;
   posix_spawnattr_t attributes_;
 };
+
+absl::StatusOr<Child> Spawn(const std::string& program, const std::vector<std::string>& arguments,
+                            const SpawnOptions& options) {
+  CHECK(!arguments.empty());
+  std::vector<char*> pointers;
+  for (const std::string& argument : arguments) {
+    pointers.push_back(const_cast<char*>(argument.c_str()));  // posix_spawn does not write there
+  }
+  pointers.push_back(nullptr);
+  Child child;
+  const int error = posix_spawnp(&child.pid, program.c_str(), options.actions(),
+                                 options.attributes(), pointers.data(), environ);
+  if (error != 0) return ErrnoStatus(error, "start", arguments[0]);
+  // Nobody else reaps our child, so its number is still its own here.
+  ASSIGN_OR_RETURN(child.pidfd, OpenPidfd(child.pid));
+  return child;
+}
 
 }  // namespace
 
@@ -177,22 +197,22 @@ absl::StatusOr<std::string> ReadAll(int fd, size_t bytes_max) {
 
 absl::StatusOr<Child> SpawnSelf(const std::vector<std::string>& arguments,
                                 std::span<const int> inherited) {
-  CHECK(!arguments.empty());
   SpawnOptions options;
   options.SetSignals({SIGTERM, SIGINT});
   for (const int fd : inherited) options.Inherit(fd);
-  std::vector<char*> pointers;
-  for (const std::string& argument : arguments) {
-    pointers.push_back(const_cast<char*>(argument.c_str()));  // posix_spawn does not write there
-  }
-  pointers.push_back(nullptr);
-  Child child;
-  const int error = posix_spawn(&child.pid, "/proc/self/exe", options.actions(),
-                                options.attributes(), pointers.data(), environ);
-  if (error != 0) return ErrnoStatus(error, "start", arguments[0]);
-  // Nobody else reaps our child, so its number is still its own here.
-  ASSIGN_OR_RETURN(child.pidfd, OpenPidfd(child.pid));
-  return child;
+  return Spawn("/proc/self/exe", arguments, options);
+}
+
+absl::StatusOr<Child> SpawnDetached(const std::string& program,
+                                    const std::vector<std::string>& arguments,
+                                    std::span<const int> inherited) {
+  SpawnOptions options;
+  options.SetSignals({}, POSIX_SPAWN_SETSID);
+  options.OpenAs("/dev/null", O_RDONLY, STDIN_FILENO);
+  options.OpenAs("/dev/null", O_WRONLY, STDOUT_FILENO);
+  options.OpenAs("/dev/null", O_WRONLY, STDERR_FILENO);
+  for (const int fd : inherited) options.Inherit(fd);
+  return Spawn(program, arguments, options);
 }
 
 absl::StatusOr<Child> SpawnShell(const std::string& command,

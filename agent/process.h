@@ -59,6 +59,12 @@ struct Child {
 absl::StatusOr<Child> SpawnSelf(const std::vector<std::string>& arguments,
                                 std::span<const int> inherited);
 
+// Starts `program` (a path, or a name to be found in PATH) in a session of its own, with standard
+// streams from and to nowhere and no signal blocked or ignored. `inherited` as above.
+absl::StatusOr<Child> SpawnDetached(const std::string& program,
+                                    const std::vector<std::string>& arguments,
+                                    std::span<const int> inherited);
+
 // Starts `/bin/sh -c command` in a process group of its own, whose number is Child::pid, with no
 // signal blocked or ignored. `variables` ("NAME=value") replace those of this process; standard
 // output and error are this process's.

@@ -99,12 +99,24 @@ absl::StatusOr<UniqueFd> Listen(const std::string& socket) {
   return listener;
 }
 
+absl::StatusOr<UniqueFd> ConnectTo(const std::string& socket) {
+  UniqueFd connection(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  if (!connection) return ErrnoStatus(errno, "socket", socket);
+  ASSIGN_OR_RETURN(const Address address, AddressOf(socket));
+  if (connect(connection.get(), address.get(), sizeof(address.name)) == 0) return connection;
+  if (errno == ECONNREFUSED) {
+    return absl::UnavailableError(absl::StrCat("nobody listens on ", socket));
+  }
+  if (errno == EAGAIN) {
+    return absl::ResourceExhaustedError(absl::StrCat(socket, ": too many wait to be accepted"));
+  }
+  return ErrnoStatus(errno, "connect", socket);
+}
+
 bool SomebodyListens(const std::string& socket) {
-  const UniqueFd probe(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-  const absl::StatusOr<Address> address = AddressOf(socket);
-  if (!probe || !address.ok()) return false;
-  // EAGAIN: its queue is full, so it is there.
-  return connect(probe.get(), address->get(), sizeof(address->name)) == 0 || errno == EAGAIN;
+  const absl::Status connected = ConnectTo(socket).status();
+  // A full queue is somebody's.
+  return connected.ok() || absl::IsResourceExhausted(connected);
 }
 
 }  // namespace holdfast

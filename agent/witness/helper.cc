@@ -2,7 +2,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <limits.h>
 #include <poll.h>
 #include <signal.h>
 #include <spawn.h>
@@ -18,6 +17,7 @@
 #include "base/check.h"
 #include "base/clock.h"
 #include "io/errno_status.h"
+#include "io/program_path.h"
 #include "io/unique_fd.h"
 
 extern char** environ;
@@ -143,15 +143,7 @@ absl::StatusOr<std::string> Outcome(Running& running) {
 
 }  // namespace
 
-std::string HelperPath() {
-  char self[PATH_MAX] = {};
-  const ssize_t length = readlink("/proc/self/exe", self, sizeof(self) - 1);
-  const std::string path(self, length > 0 ? static_cast<size_t>(length) : 0);
-  const size_t slash = path.rfind('/');
-  if (slash == std::string::npos) return kName;
-  const std::string beside = absl::StrCat(path.substr(0, slash + 1), kName);
-  return access(beside.c_str(), X_OK) == 0 ? beside : kName;
-}
+std::string HelperPath() { return ProgramBeside(kName); }
 
 std::vector<absl::StatusOr<std::string>> RunHelpers(
     const std::string& path, const std::vector<std::vector<std::string>>& runs,
