@@ -205,7 +205,9 @@ class JsonParser {
     const auto key = [this](uint32_t index) { return document_.KeyOf(document_.nodes_[index]); };
     const uint32_t begin = object.begin;
     const uint32_t end = object.begin + object.length;
+    const bool keep = limits_.duplicates == JsonDuplicates::kKeep;
     if (object.length <= kLinearMembersMax) {
+      if (keep) return absl::OkStatus();
       for (uint32_t i = begin + 1; i < end; ++i) {
         for (uint32_t k = begin; k < i; ++k) {
           if (key(i) == key(k)) return DuplicateKey(key(i));
@@ -215,9 +217,12 @@ class JsonParser {
     }
     std::vector<uint32_t> sorted(object.length);
     for (uint32_t i = 0; i < object.length; ++i) sorted[i] = begin + i;
-    std::sort(sorted.begin(), sorted.end(),
-              [&key](uint32_t a, uint32_t b) { return key(a) < key(b); });
-    for (size_t i = 1; i < sorted.size(); ++i) {
+    // Of equal keys the last one comes first: FindMember takes the first that it meets.
+    std::sort(sorted.begin(), sorted.end(), [&key](uint32_t a, uint32_t b) {
+      const int order = key(a).compare(key(b));
+      return order != 0 ? order < 0 : a > b;
+    });
+    for (size_t i = 1; !keep && i < sorted.size(); ++i) {
       if (key(sorted[i - 1]) == key(sorted[i])) return DuplicateKey(key(sorted[i]));
     }
     document_.sorted_members_.emplace(begin, std::move(sorted));
@@ -400,7 +405,7 @@ uint32_t JsonDocument::FindMember(const Node& object, std::string_view key) cons
     if (found == sorted.end() || KeyOf(nodes_[*found]) != key) return kNoNode;
     return *found;
   }
-  for (uint32_t i = object.begin; i < object.begin + object.length; ++i) {
+  for (uint32_t i = object.begin + object.length; i-- > object.begin;) {
     if (KeyOf(nodes_[i]) == key) return i;
   }
   return kNoNode;
@@ -521,6 +526,13 @@ absl::StatusOr<std::vector<std::string_view>> JsonValue::Keys() const {
     keys.push_back(document_->KeyOf(document_->nodes_[i]));
   }
   return keys;
+}
+
+JsonValue JsonValue::Member(size_t index) const {
+  CHECK(type() == Type::kObject);
+  const JsonDocument::Node& node = document_->nodes_[node_];
+  CHECK(index < node.length);
+  return JsonValue(document_, node.begin + static_cast<uint32_t>(index));
 }
 
 absl::Status JsonValue::ExpectKeys(std::initializer_list<std::string_view> known) const {

@@ -25,10 +25,15 @@ namespace holdfast {
 
 class JsonDocument;
 
+// What a key that an object has twice means. kKeep is for foreign formats that say more precisely
+// which of them may be: Keys and Member have all, Find the last.
+enum class JsonDuplicates { kRefuse, kKeep };
+
 struct JsonLimits {
   size_t bytes_max = size_t{64} << 20;  // above 512 MiB counts as 512 MiB
   size_t values_max = 20'000'000;       // of the whole document
   int depth_max = 32;                   // of nested arrays and objects
+  JsonDuplicates duplicates = JsonDuplicates::kRefuse;
 };
 
 // A value of a parsed document, immutable. Accessors return kInvalidArgument that names the path
@@ -59,6 +64,7 @@ class JsonValue {
   JsonValue Find(std::string_view key) const;
   bool present() const;
   absl::StatusOr<std::vector<std::string_view>> Keys() const;
+  JsonValue Member(size_t index) const;  // of the key Keys()[index]; CHECKs that there is one
 
   // OK if this is an object whose keys are all in `known`; else names the first unknown key and the
   // nearest known one ("did you mean").

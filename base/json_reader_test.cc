@@ -371,6 +371,25 @@ TEST(JsonReader, RandomDocumentsReadBackAndNeverCrashWhenDamaged) {
   }
 }
 
+TEST(JsonReader, KeepsDuplicatesForWhoAsksForThem) {
+  for (const int others : {0, 1000}) {  // found one by one, and by the sorted index
+    std::string text = R"({"a": 1, "b": 2, "a": 3)";
+    for (int i = 0; i < others; ++i) absl::StrAppend(&text, ", \"k", i, "\": 0");
+    text += R"(, "a": 4})";
+    EXPECT_FALSE(JsonDocument::Parse(text).ok());
+    const auto document = JsonDocument::Parse(text, {.duplicates = JsonDuplicates::kKeep});
+    ASSERT_TRUE(document.ok());
+    const JsonValue root = (*document)->root();
+    EXPECT_EQ(*root.Find("a").Uint64(), 4u);
+    EXPECT_EQ(*root.Find("b").Uint64(), 2u);
+    const auto keys = *root.Keys();
+    ASSERT_EQ(keys.size(), 4u + static_cast<size_t>(others));
+    EXPECT_EQ(keys[2], "a");
+    EXPECT_EQ(*root.Member(0).Uint64(), 1u);
+    EXPECT_EQ(*root.Member(2).Uint64(), 3u);
+  }
+}
+
 TEST(JsonReader, ReadsALayoutOfAHundredThousandTensors) {
   std::string text = R"({"holdfast_layout":1,"mesh":[{"axis":"dp","size":8}],"tensors":[)";
   for (int i = 0; i < 100'000; ++i) {

@@ -25,6 +25,42 @@ Sha256Digest HmacSha256(std::span<const std::byte> key, std::span<const std::byt
   return digest;
 }
 
+struct Sha256::State {
+  EVP_MD_CTX* context = EVP_MD_CTX_new();
+  ~State() { EVP_MD_CTX_free(context); }
+};
+
+// These fail only where libcrypto has no SHA-256 or no memory.
+Sha256::Sha256() : state_(std::make_unique<State>()) {
+  CHECK(state_->context != nullptr);
+  CHECK(EVP_DigestInit_ex(state_->context, EVP_sha256(), nullptr) == 1);
+}
+
+Sha256::~Sha256() = default;
+
+void Sha256::Add(std::span<const std::byte> part) {
+  CHECK(EVP_DigestUpdate(state_->context, part.data(), part.size()) == 1);
+}
+
+Sha256Digest Sha256::Finish() {
+  Sha256Digest digest;
+  unsigned int bytes = 0;
+  CHECK(EVP_DigestFinal_ex(state_->context, reinterpret_cast<unsigned char*>(digest.data()),
+                           &bytes) == 1);
+  CHECK(bytes == digest.size());
+  return digest;
+}
+
+std::string Hex(const Sha256Digest& digest) {
+  constexpr char kDigits[] = "0123456789abcdef";
+  std::string text;
+  for (const std::byte byte : digest) {
+    text += kDigits[std::to_integer<unsigned>(byte) >> 4];
+    text += kDigits[std::to_integer<unsigned>(byte) & 15];
+  }
+  return text;
+}
+
 bool EqualInConstantTime(const Sha256Digest& a, const Sha256Digest& b) {
   return CRYPTO_memcmp(a.data(), b.data(), a.size()) == 0;
 }

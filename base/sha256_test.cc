@@ -1,25 +1,34 @@
-// HMAC-SHA256 against the published answers of RFC 4231.
+// SHA-256 against the published answers of FIPS 180-4, HMAC-SHA256 against those of RFC 4231.
 #include "base/sha256.h"
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <span>
 #include <string>
 #include <string_view>
 
-#include "absl/strings/escaping.h"
-
 namespace holdfast {
 namespace {
 
-std::string Hex(const Sha256Digest& digest) {
-  return absl::BytesToHexString(
-      std::string(reinterpret_cast<const char*>(digest.data()), digest.size()));
-}
-
 std::string Hmac(std::string_view key, std::string_view message) {
   return Hex(HmacSha256(std::as_bytes(std::span(key)), std::as_bytes(std::span(message))));
+}
+
+TEST(Sha256Test, GivesTheAnswersOfFips180HoweverTheMessageIsCut) {
+  const std::string_view message = "abcdbcdecdefdefgefghfghighijhijkijkljklmklmnlmnomnopnopq";
+  for (const size_t each : {size_t{1}, size_t{17}, message.size()}) {
+    Sha256 sha256;
+    for (std::string_view left = message; !left.empty();) {
+      sha256.Add(std::as_bytes(std::span(left.substr(0, each))));
+      left.remove_prefix(std::min(each, left.size()));
+    }
+    EXPECT_EQ(Hex(sha256.Finish()),
+              "248d6a61d20638b8e5c026930c3e6039a33ce45964ff2167f6ecedd419db06c1");
+  }
+  EXPECT_EQ(Hex(Sha256().Finish()),
+            "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
 }
 
 TEST(Sha256Test, GivesTheAnswersOfRfc4231) {

@@ -3,9 +3,11 @@
 #include <zstd.h>
 
 #include <array>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
+#include "base/status_macros.h"
 
 namespace holdfast {
 namespace {
@@ -50,19 +52,28 @@ void ZstdCompressor::Compress(std::string_view data, std::string& out) {
 void ZstdCompressor::Finish(std::string& out) { state_->Run({}, ZSTD_e_end, out); }
 
 struct ZstdDecompressor::State {
-  explicit State(std::string_view bytes) : input{bytes.data(), bytes.size(), 0} {}
+  explicit State(std::string_view bytes) : input{bytes.data(), bytes.size(), 0} { Begin(); }
+  explicit State(std::function<absl::StatusOr<std::string_view>()> function)
+      : more(std::move(function)) {
+    Begin();
+  }
   ~State() { ZSTD_freeDCtx(context); }
+  void Begin() {
+    CHECK(context != nullptr);
+    CHECK(ZSTD_isError(ZSTD_DCtx_setParameter(context, ZSTD_d_windowLogMax, kWindowLog)) == 0);
+  }
+
+  std::function<absl::StatusOr<std::string_view>()> more;  // may be empty
   ZSTD_DCtx* context = ZSTD_createDCtx();
-  ZSTD_inBuffer input;
+  ZSTD_inBuffer input{nullptr, 0, 0};
   bool frame_ended = false;
 };
 
 ZstdDecompressor::ZstdDecompressor(std::string_view bytes)
-    : state_(std::make_unique<State>(bytes)) {
-  CHECK(state_->context != nullptr);
-  CHECK(ZSTD_isError(ZSTD_DCtx_setParameter(state_->context, ZSTD_d_windowLogMax, kWindowLog)) ==
-        0);
-}
+    : state_(std::make_unique<State>(bytes)) {}
+
+ZstdDecompressor::ZstdDecompressor(std::function<absl::StatusOr<std::string_view>()> more)
+    : state_(std::make_unique<State>(std::move(more))) {}
 
 ZstdDecompressor::~ZstdDecompressor() = default;
 
@@ -70,6 +81,10 @@ absl::Status ZstdDecompressor::Read(std::span<char> out, size_t* count) {
   ZSTD_outBuffer output{out.data(), out.size(), 0};
   *count = 0;
   while (output.pos < output.size && !state_->frame_ended) {
+    if (state_->input.pos == state_->input.size && state_->more) {
+      ASSIGN_OR_RETURN(const std::string_view input, state_->more());
+      state_->input = {input.data(), input.size(), 0};
+    }
     const size_t read_before = state_->input.pos;
     const size_t written_before = output.pos;
     const size_t left = ZSTD_decompressStream(state_->context, &output, &state_->input);

@@ -3,12 +3,14 @@
 #define HOLDFAST_BASE_ZSTD_CODEC_H_
 
 #include <cstddef>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
 #include <string_view>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 
 namespace holdfast {
 
@@ -37,6 +39,9 @@ class ZstdCompressor {
 class ZstdDecompressor {
  public:
   explicit ZstdDecompressor(std::string_view bytes);
+  // `more` gives the next bytes, none at their end. They stay until it is called again. Its errors
+  // are Read's.
+  explicit ZstdDecompressor(std::function<absl::StatusOr<std::string_view>()> more);
   ~ZstdDecompressor();
   ZstdDecompressor(const ZstdDecompressor&) = delete;
   ZstdDecompressor& operator=(const ZstdDecompressor&) = delete;

@@ -57,6 +57,31 @@ TEST(ZstdCodecTest, WhatWasFlushedCanBeReadWhateverComesAfter) {
   EXPECT_FALSE(longer.ended());
 }
 
+TEST(ZstdCodecTest, BytesMayComeInPieces) {
+  std::string text;
+  for (int i = 0; i < 100'000; ++i) text += std::to_string(i % 977);
+  ZstdCompressor compressor;
+  std::string bytes;
+  compressor.Compress(text, bytes);
+  compressor.Finish(bytes);
+  for (const size_t each : {size_t{1}, size_t{1000}, bytes.size()}) {
+    std::string_view left = bytes;
+    ZstdDecompressor decompressor([&]() -> absl::StatusOr<std::string_view> {
+      const std::string_view next = left.substr(0, each);
+      left.remove_prefix(next.size());
+      return next;
+    });
+    std::string read;
+    ASSERT_TRUE(ReadAll(decompressor, 4096, &read).ok());
+    EXPECT_EQ(read, text);
+    EXPECT_TRUE(decompressor.ended());
+  }
+  ZstdDecompressor broken(
+      []() -> absl::StatusOr<std::string_view> { return absl::UnavailableError("no more"); });
+  std::string read;
+  EXPECT_EQ(ReadAll(broken, 10, &read).code(), absl::StatusCode::kUnavailable);
+}
+
 TEST(ZstdCodecTest, OtherBytesAreRefused) {
   std::string read;
   ZstdDecompressor decompressor("these are no bytes of zstd");

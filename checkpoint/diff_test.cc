@@ -223,7 +223,8 @@ TEST(DiffBytes, TheDifferencesOfAnyTwoLayoutsAreThoseThatWereMade) {
     std::vector<oracle::Tensor> tensors = oracle::RandomTensors(random);
     for (oracle::Tensor& tensor : tensors) {
       for (oracle::State& state : tensor.states) {
-        const std::string_view name = DtypeNames()[random() % DtypeNames().size()];
+        // Those of which FiniteValue knows the form; element_difference_test has all.
+        const std::string_view name = DtypeNames()[random() % 15];
         state.dtype = name;
         state.element_bytes = ElementBytes(*DtypeFromName(name));
       }

@@ -61,6 +61,27 @@ struct Float8E4m3fn {
     return Rebias(rest << 20, (uint32_t{bits} & 0x80) << 24, 0x1p120F);
   }
 };
+// NaN is what would be the negative zero, and nothing is infinite. Their biases are one above those
+// of their namesakes.
+template <unsigned kMantissaShift>
+struct Float8Fnuz {
+  using Bits = uint8_t;
+  static constexpr float kPower = kMantissaShift == 20 ? 0x1p119F : 0x1p111F;
+  static float Decode(Bits bits) {
+    if (bits == 0x80) return std::numeric_limits<float>::quiet_NaN();
+    return Rebias((uint32_t{bits} & 0x7F) << kMantissaShift, (uint32_t{bits} & 0x80) << 24, kPower);
+  }
+};
+using Float8E4m3fnuz = Float8Fnuz<20>;
+using Float8E5m2fnuz = Float8Fnuz<21>;
+// A power of two from 2^-127 on; all ones are NaN.
+struct Float8E8m0fnu {
+  using Bits = uint8_t;
+  static float Decode(Bits bits) {
+    if (bits == 0xFF) return std::numeric_limits<float>::quiet_NaN();
+    return std::bit_cast<float>(bits == 0 ? uint32_t{1} << 22 : uint32_t{bits} << 23);
+  }
+};
 template <typename Integer>
 struct IntegerOf {
   using Bits = std::make_unsigned_t<Integer>;
@@ -109,6 +130,24 @@ ElementDifferences Compare(std::span<const std::byte> a, std::span<const std::by
   return found;
 }
 
+// Two components of `Kind` are an element; the maxima are over components.
+template <typename Kind>
+ElementDifferences CompareComplex(std::span<const std::byte> a, std::span<const std::byte> b,
+                                  uint64_t first_element) {
+  constexpr size_t kElement = 2 * sizeof(typename Kind::Bits);
+  ElementDifferences found;
+  for (size_t at = 0; at < a.size(); at += kElement) {
+    const ElementDifferences parts =
+        Compare<Kind>(a.subspan(at, kElement), b.subspan(at, kElement), 0);
+    if (parts.count == 0) continue;
+    if (found.count++ == 0) found.first = first_element + at / kElement;
+    found.non_finite_count += parts.non_finite_count > 0 ? 1 : 0;
+    found.max_absolute = std::max(found.max_absolute, parts.max_absolute);
+    found.max_relative = std::max(found.max_relative, parts.max_relative);
+  }
+  return found;
+}
+
 }  // namespace
 
 ElementDifferences& ElementDifferences::operator+=(const ElementDifferences& other) {
@@ -126,10 +165,16 @@ ElementDifferences CompareElements(Dtype dtype, std::span<const std::byte> a,
   switch (dtype) {
     case Dtype::kBool:
     case Dtype::kUint8:
+    case Dtype::kFloat4E2m1fnX2:  // two numbers in one byte: only whether they differ means much
+    case Dtype::kBits8:
+    case Dtype::kBits1x8:
+    case Dtype::kBits2x4:
+    case Dtype::kBits4x2:
       return Compare<IntegerOf<uint8_t>>(a, b, first_element);
     case Dtype::kInt8:
       return Compare<IntegerOf<int8_t>>(a, b, first_element);
     case Dtype::kUint16:
+    case Dtype::kBits16:
       return Compare<IntegerOf<uint16_t>>(a, b, first_element);
     case Dtype::kInt16:
       return Compare<IntegerOf<int16_t>>(a, b, first_element);
@@ -153,6 +198,18 @@ ElementDifferences CompareElements(Dtype dtype, std::span<const std::byte> a,
       return Compare<Float8E4m3fn>(a, b, first_element);
     case Dtype::kFloat8E5m2:
       return Compare<Float8E5m2>(a, b, first_element);
+    case Dtype::kFloat8E4m3fnuz:
+      return Compare<Float8E4m3fnuz>(a, b, first_element);
+    case Dtype::kFloat8E5m2fnuz:
+      return Compare<Float8E5m2fnuz>(a, b, first_element);
+    case Dtype::kFloat8E8m0fnu:
+      return Compare<Float8E8m0fnu>(a, b, first_element);
+    case Dtype::kComplex32:
+      return CompareComplex<Float16>(a, b, first_element);
+    case Dtype::kComplex64:
+      return CompareComplex<Float32>(a, b, first_element);
+    case Dtype::kComplex128:
+      return CompareComplex<Float64>(a, b, first_element);
   }
   CHECK(false);  // every dtype is above
   return {};

@@ -20,7 +20,8 @@ struct ElementDifferences {
   // Those of them that are NaN or infinite on at least one side: they count in no maximum.
   uint64_t non_finite_count = 0;
   // Of the others: the largest |a - b| (an integer is rounded to a double; at most the largest
-  // finite double), and for floating types the largest |a - b| / max(|a|, |b|), 0 to 2.
+  // finite double), and for floating types the largest |a - b| / max(|a|, |b|), 0 to 2. Of complex
+  // numbers real and imaginary parts are compared each for itself.
   double max_absolute = 0;
   double max_relative = 0;
 

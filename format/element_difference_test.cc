@@ -27,6 +27,7 @@ struct Form {
   int exponent_bits;
   int mantissa_bits;
   bool has_infinity;
+  bool is_fnuz = false;  // bias one above; NaN is the negative zero
 };
 
 // Sign, exponent and mantissa; empty: NaN or infinite.
@@ -35,9 +36,13 @@ std::optional<double> ValueOf(const Form& form, uint32_t bits) {
   const uint32_t mantissa_max = (1u << form.mantissa_bits) - 1;
   const uint32_t exponent = (bits >> form.mantissa_bits) & exponent_max;
   const uint32_t mantissa = bits & mantissa_max;
-  if (exponent == exponent_max && (form.has_infinity || mantissa == mantissa_max)) return {};
+  if (form.is_fnuz) {
+    if (bits == 1u << (form.mantissa_bits + form.exponent_bits)) return {};
+  } else if (exponent == exponent_max && (form.has_infinity || mantissa == mantissa_max)) {
+    return {};
+  }
   const double whole = mantissa + (exponent > 0 ? mantissa_max + 1.0 : 0.0);
-  const int bias = (1 << (form.exponent_bits - 1)) - 1;
+  const int bias = (1 << (form.exponent_bits - 1)) - (form.is_fnuz ? 0 : 1);
   const double value = std::ldexp(
       whole, (exponent > 0 ? static_cast<int>(exponent) : 1) - bias - form.mantissa_bits);
   return (bits >> (form.mantissa_bits + form.exponent_bits)) & 1 ? -value : value;
@@ -65,7 +70,7 @@ void CheckAllValues(const Form& form) {
     }
   }
   const uint32_t each = form.has_infinity ? 1u << form.mantissa_bits : 1;
-  EXPECT_EQ(non_finite, 2 * each);
+  EXPECT_EQ(non_finite, form.is_fnuz ? 1 : 2 * each);
 }
 
 TEST(ElementDifference, EveryValueOfTheSmallFloatingTypesIsDecoded) {
@@ -73,6 +78,32 @@ TEST(ElementDifference, EveryValueOfTheSmallFloatingTypesIsDecoded) {
   CheckAllValues<uint16_t>({Dtype::kBfloat16, 8, 7, true});
   CheckAllValues<uint8_t>({Dtype::kFloat8E5m2, 5, 2, true});
   CheckAllValues<uint8_t>({Dtype::kFloat8E4m3fn, 4, 3, false});
+  CheckAllValues<uint8_t>({Dtype::kFloat8E4m3fnuz, 4, 3, false, true});
+  CheckAllValues<uint8_t>({Dtype::kFloat8E5m2fnuz, 5, 2, false, true});
+}
+
+TEST(ElementDifference, EveryScaleIsAPowerOfTwo) {
+  for (uint32_t bits = 0; bits < 255; ++bits) {
+    const auto found = Compare<uint8_t>(Dtype::kFloat8E8m0fnu, {static_cast<uint8_t>(bits)},
+                                        {static_cast<uint8_t>(bits == 127 ? 126 : 127)});
+    const double other = bits == 127 ? 0.5 : 1.0;
+    EXPECT_EQ(found.max_absolute, std::fabs(std::ldexp(1.0, static_cast<int>(bits) - 127) - other));
+  }
+  EXPECT_EQ(Compare<uint8_t>(Dtype::kFloat8E8m0fnu, {255}, {0}).non_finite_count, 1u);
+}
+
+TEST(ElementDifference, AComplexNumberIsOneElement) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const ElementDifferences found =
+      Compare<float>(Dtype::kComplex64, {1, 2, 3, 4, 5, nan, 7, 8}, {1, 2, 5, 8, 6, 1, 7, 8.5}, 10);
+  EXPECT_EQ(found.count, 3u);
+  EXPECT_EQ(found.first, 11u);
+  EXPECT_EQ(found.non_finite_count, 1u);
+  EXPECT_EQ(found.max_absolute, 4);
+  EXPECT_EQ(found.max_relative, 0.5);
+  EXPECT_EQ(Compare<double>(Dtype::kComplex128, {1, 2}, {1, -2}).max_absolute, 4);
+  // 1.0 and 2.0 as float16, beside zeros.
+  EXPECT_EQ(Compare<uint16_t>(Dtype::kComplex32, {0x3C00, 0}, {0x4000, 0}).max_absolute, 1);
 }
 
 TEST(ElementDifference, NanInfinityAndTheTwoZerosAreCountedAsTheContractSays) {
@@ -121,8 +152,8 @@ TEST(ElementDifference, IntegersAreComparedWithTheirSign) {
 }
 
 TEST(ElementDifference, PartsAddUpAndLieAtAnyAddress) {
-  std::vector<std::byte> a(1 + 64 * 8);
-  std::vector<std::byte> b(1 + 64 * 8);
+  std::vector<std::byte> a(1 + 64 * 16);
+  std::vector<std::byte> b(1 + 64 * 16);
   for (size_t i = 0; i < a.size(); ++i) {
     a[i] = static_cast<std::byte>(i * 7);
     b[i] = i % 24 == 9 ? static_cast<std::byte>(i) : a[i];
@@ -133,7 +164,7 @@ TEST(ElementDifference, PartsAddUpAndLieAtAnyAddress) {
     const Dtype dtype = *DtypeFromName(name);
     const ElementDifferences whole = CompareElements(dtype, x, y, 0);
     EXPECT_GT(whole.count, 0u);
-    for (size_t cut = 0; cut <= x.size(); cut += 8) {
+    for (size_t cut = 0; cut <= x.size(); cut += 16) {
       ElementDifferences sum =
           CompareElements(dtype, x.subspan(cut), y.subspan(cut), cut / ElementBytes(dtype));
       sum += CompareElements(dtype, x.first(cut), y.first(cut), 0);

@@ -60,9 +60,12 @@ Fingerprint OracleSum(Dtype dtype, uint64_t first_element, std::span<const std::
     const uint64_t i = first_element + n;
     uint128 x = 0;
     for (uint64_t at = s; at-- > 0;) x = x * 256 + std::to_integer<uint8_t>(bytes[n * s + at]);
-    if (s == 8) {
-      sum = (sum + TimesModP(x & 0xFFFFFFFF, Coefficient(2 * i))) % kP;
-      sum = (sum + TimesModP(x >> 32, Coefficient(2 * i + 1))) % kP;
+    if (s >= 4) {
+      for (uint64_t word = 0; word < s / 4; ++word) {
+        sum = (sum + TimesModP((x >> static_cast<int>(32 * word)) & 0xFFFFFFFF,
+                               Coefficient(s / 4 * i + word))) %
+              kP;
+      }
     } else {
       const uint128 shifted = x << static_cast<int>(8 * (s * i % 4));
       sum = (sum + TimesModP(shifted, Coefficient(s * i / 4))) % kP;

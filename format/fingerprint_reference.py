@@ -12,6 +12,9 @@ DTYPES = {
     "bool": (1, 1), "uint8": (2, 1), "int8": (3, 1), "uint16": (4, 2), "int16": (5, 2), "uint32": (6, 4),
     "int32": (7, 4), "uint64": (8, 8), "int64": (9, 8), "float16": (10, 2), "bfloat16": (11, 2),
     "float32": (12, 4), "float64": (13, 8), "float8_e4m3fn": (14, 1), "float8_e5m2": (15, 1),
+    "float8_e4m3fnuz": (16, 1), "float8_e5m2fnuz": (17, 1), "float8_e8m0fnu": (18, 1), "float4_e2m1fn_x2": (19, 1),
+    "complex32": (20, 4), "complex64": (21, 8), "complex128": (22, 16), "bits8": (23, 1), "bits16": (24, 2),
+    "bits1x8": (25, 1), "bits2x4": (26, 1), "bits4x2": (27, 1),
 }
 
 

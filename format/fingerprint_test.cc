@@ -178,7 +178,8 @@ TEST(FingerprintTest, IsWhatTheFormulaSays) {
 
 TEST(FingerprintTest, IsDefinedFarBeyondFourBillionElements) {
   Random random(3);
-  for (const Dtype dtype : {Dtype::kInt8, Dtype::kBfloat16, Dtype::kFloat32, Dtype::kFloat64}) {
+  for (const Dtype dtype :
+       {Dtype::kInt8, Dtype::kBfloat16, Dtype::kFloat32, Dtype::kFloat64, Dtype::kComplex128}) {
     const uint64_t elements = kTensorBytesMax / ElementBytes(dtype);
     const TensorState state{"t", "param", dtype, {elements >> 20, uint64_t{1} << 20}};
     const Bytes bytes = RandomBytes(random, 3000 * ElementBytes(dtype));
@@ -373,14 +374,14 @@ TEST(FingerprintTest, RearrangedTensorsDiffer) {
 }
 
 TEST(FingerprintTest, EqualBytesOfAnotherDtypeOrShapeDiffer) {
-  const Bytes zeros(64);
+  const Bytes zeros(128);
   Random random(9);
-  for (const Bytes& bytes : {zeros, RandomBytes(random, 64)}) {
+  for (const Bytes& bytes : {zeros, RandomBytes(random, 128)}) {
     std::set<std::string> seen;
     size_t made = 0;
     for (uint8_t number = 1; number <= DtypeNames().size(); ++number) {
       const Dtype dtype = *DtypeFromNumber(number);
-      const uint64_t n = 64 / ElementBytes(dtype);
+      const uint64_t n = 128 / ElementBytes(dtype);
       for (const std::vector<uint64_t>& shape : std::vector<std::vector<uint64_t>>{
                {n}, {1, n}, {n, 1}, {2, n / 2}, {n / 2, 2}, {1, 1, n}}) {
         ++made;

@@ -46,8 +46,9 @@ absl::Status Error(const std::string& what) {
 
 // bool is h5py's enumeration, read as numpy bool. bfloat16 and float8_e5m2 are IEEE-like, so HDF5
 // can be told and converts them. float8_e4m3fn is not (no infinity, one NaN): as a custom float 448
-// would read as NaN, so it is opaque bytes (with an empty tag: h5py
-// cannot read others).
+// would read as NaN, so it is opaque bytes (with an empty tag: h5py cannot read others). So are all
+// others of which HDF5 has no idea. Complex numbers are h5py's compound of `r` and `i`, which it
+// does not read of two float16.
 Handle MakeType(Dtype dtype) {
   const auto copy = [](hid_t type) { return Handle(H5Tcopy(type), H5Tclose); };
   switch (dtype) {
@@ -102,8 +103,29 @@ Handle MakeType(Dtype dtype) {
       }
       return type;
     }
-    case Dtype::kFloat8E4m3fn: {
-      Handle type(H5Tcreate(H5T_OPAQUE, 1), H5Tclose);
+    case Dtype::kComplex64:
+    case Dtype::kComplex128: {
+      const Handle part = MakeType(dtype == Dtype::kComplex64 ? Dtype::kFloat32 : Dtype::kFloat64);
+      const size_t bytes = ElementBytes(dtype);
+      Handle type(H5Tcreate(H5T_COMPOUND, bytes), H5Tclose);
+      if (!part.ok() || !type.ok() || H5Tinsert(type.get(), "r", 0, part.get()) < 0 ||
+          H5Tinsert(type.get(), "i", bytes / 2, part.get()) < 0) {
+        return {};
+      }
+      return type;
+    }
+    case Dtype::kFloat8E4m3fn:
+    case Dtype::kFloat8E4m3fnuz:
+    case Dtype::kFloat8E5m2fnuz:
+    case Dtype::kFloat8E8m0fnu:
+    case Dtype::kFloat4E2m1fnX2:
+    case Dtype::kComplex32:
+    case Dtype::kBits8:
+    case Dtype::kBits16:
+    case Dtype::kBits1x8:
+    case Dtype::kBits2x4:
+    case Dtype::kBits4x2: {
+      Handle type(H5Tcreate(H5T_OPAQUE, ElementBytes(dtype)), H5Tclose);
       if (!type.ok() || H5Tset_tag(type.get(), "") < 0) return {};
       return type;
     }

@@ -60,6 +60,30 @@ std::vector<unsigned char> FillOf(Dtype dtype) {
     case Dtype::kFloat8E5m2:
       top({0x7E});
       break;
+    case Dtype::kFloat8E4m3fnuz:
+    case Dtype::kFloat8E5m2fnuz:
+      top({0x80});
+      break;
+    case Dtype::kComplex32:
+      fill = {0x00, 0x7E, 0x00, 0x7E};
+      break;
+    case Dtype::kComplex64:
+      fill = {0x00, 0x00, 0xC0, 0x7F, 0x00, 0x00, 0xC0, 0x7F};
+      break;
+    case Dtype::kComplex128:
+      top({0xF8, 0x7F});
+      fill[6] = 0xF8;
+      fill[7] = 0x7F;
+      break;
+    case Dtype::kFloat8E8m0fnu:
+    case Dtype::kFloat4E2m1fnX2:
+    case Dtype::kBits8:
+    case Dtype::kBits16:
+    case Dtype::kBits1x8:
+    case Dtype::kBits2x4:
+    case Dtype::kBits4x2:
+      std::fill(fill.begin(), fill.end(), static_cast<unsigned char>(0xFF));
+      break;
   }
   return fill;
 }

@@ -14,7 +14,12 @@ import numpy as np
 NATIVE = {
     "bool": "?", "uint8": "u1", "int8": "i1", "uint16": "<u2", "int16": "<i2", "uint32": "<u4",
     "int32": "<i4", "uint64": "<u8", "int64": "<i8", "float16": "<f2", "float32": "<f4",
-    "float64": "<f8",
+    "float64": "<f8", "complex64": "<c8", "complex128": "<c16",
+}
+OPAQUE = {
+    "float8_e4m3fn": 1, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1, "float8_e8m0fnu": 1,
+    "float4_e2m1fn_x2": 1, "bits8": 1, "bits16": 2, "bits1x8": 1, "bits2x4": 1, "bits4x2": 1,
+    "complex32": 4,
 }
 
 
@@ -25,8 +30,8 @@ def decode(dtype, raw):
         return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
     if dtype == "float8_e5m2":
         return (np.frombuffer(raw, "u1").astype("<u2") << 8).view("<f2")
-    if dtype == "float8_e4m3fn":
-        return np.frombuffer(raw, "V1")
+    if dtype in OPAQUE:
+        return np.frombuffer(raw, f"V{OPAQUE[dtype]}")
     raise SystemExit(f"unknown dtype {dtype}")
 
 
@@ -62,12 +67,12 @@ def check_dataset(image, raw_file, want):
         found = dataset[()]
     expected = expected.reshape(np.shape(found))
     found = np.asarray(found)
-    if want["dtype"] == "float8_e4m3fn":
+    if want["dtype"] in OPAQUE:
         check(path + " class", h5py.h5t.OPAQUE, dataset.id.get_type().get_class())
         check(path + " values", expected.tobytes(), found.tobytes())
         return
     check(path + " numpy dtype", expected.dtype.str, found.dtype.str)
-    equal_nan = expected.dtype.kind == "f"
+    equal_nan = expected.dtype.kind in "fc"
     if not np.array_equal(expected, found, equal_nan=equal_nan):
         raise SystemExit(f"{path}: values differ: {expected.ravel()[:8]} {found.ravel()[:8]}")
 

@@ -6,10 +6,10 @@
 #include <utility>
 
 #include "absl/strings/str_format.h"
+#include "base/byte_codec.h"
 #include "base/check.h"
 #include "base/crc32c.h"
 #include "base/status_macros.h"
-#include "monitor/byte_codec.h"
 #include "monitor/summary.h"
 #include "monitor/testimony.h"
 

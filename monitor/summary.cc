@@ -7,8 +7,8 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_format.h"
+#include "base/byte_codec.h"
 #include "base/status_macros.h"
-#include "monitor/byte_codec.h"
 
 namespace holdfast::monitor {
 namespace {

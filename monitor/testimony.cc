@@ -5,8 +5,8 @@
 #include <cmath>
 #include <utility>
 
+#include "base/byte_codec.h"
 #include "base/status_macros.h"
-#include "monitor/byte_codec.h"
 
 namespace holdfast::monitor {
 namespace {

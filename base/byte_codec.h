@@ -1,8 +1,8 @@
-// The bytes of what the monitor sends and records: LEB128 varints in the order of the fields,
+// Bytes that pass between processes and files of ours: LEB128 varints in the order of the fields,
 // between a magic with a version and a CRC32C. Encoder and decoder walk the same description of the
 // fields (a template over ByteWriter and ByteReader), so they cannot disagree.
-#ifndef HOLDFAST_MONITOR_BYTE_CODEC_H_
-#define HOLDFAST_MONITOR_BYTE_CODEC_H_
+#ifndef HOLDFAST_BASE_BYTE_CODEC_H_
+#define HOLDFAST_BASE_BYTE_CODEC_H_
 
 #include <algorithm>
 #include <cstddef>
@@ -18,7 +18,7 @@
 #include "absl/strings/str_format.h"
 #include "base/check.h"
 
-namespace holdfast::monitor {
+namespace holdfast {
 
 // CHECKs that every value is within its limit: what does not fit was to be cut before.
 class ByteWriter {
@@ -138,6 +138,7 @@ class ByteReader {
     if (size > bytes_.size()) return Truncated(what);
     list.resize(size);
   }
+  bool ok() const { return status_.ok(); }
   absl::Status Finish() {
     if (status_.ok() && !bytes_.empty()) {
       return absl::InvalidArgumentError(absl::StrFormat(
@@ -199,6 +200,6 @@ void SealEnvelope(const Envelope& envelope, std::string& bytes);
 absl::StatusOr<std::span<const std::byte>> FieldsIn(const Envelope& envelope,
                                                     std::span<const std::byte> bytes);
 
-}  // namespace holdfast::monitor
+}  // namespace holdfast
 
-#endif  // HOLDFAST_MONITOR_BYTE_CODEC_H_
+#endif  // HOLDFAST_BASE_BYTE_CODEC_H_

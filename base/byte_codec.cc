@@ -1,8 +1,8 @@
-#include "monitor/byte_codec.h"
+#include "base/byte_codec.h"
 
 #include "base/crc32c.h"
 
-namespace holdfast::monitor {
+namespace holdfast {
 namespace {
 
 constexpr size_t kChecksumBytes = 4;
@@ -61,4 +61,4 @@ absl::StatusOr<std::span<const std::byte>> FieldsIn(const Envelope& envelope,
   return body.subspan(envelope.magic.size() + 1);
 }
 
-}  // namespace holdfast::monitor
+}  // namespace holdfast

@@ -1,0 +1,51 @@
+#include "converter/foreign_source.h"
+
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
+#include "base/status_macros.h"
+
+namespace holdfast::converter {
+namespace {
+
+absl::StatusOr<std::string> ReadAndEncode(const ForeignFolder& folder, const ReadOptions& options) {
+  ASSIGN_OR_RETURN(const FormatReader* const reader, RecognizeFormat(folder));
+  if (reader == nullptr) {
+    std::vector<std::string> names;
+    for (const FormatReader& each : FormatReaders()) names.emplace_back(each.name);
+    return absl::NotFoundError(absl::StrFormat(
+        "%s: expected a checkpoint of one of the formats %s; found %d files of none "
+        "of them",
+        folder.root(), absl::StrJoin(names, ", "), folder.files().size()));
+  }
+  ASSIGN_OR_RETURN(ForeignIndex index, ReadFormat(*reader, folder, options));
+  return EncodeForeignIndex(index);
+}
+
+absl::Status Named(const std::string& path, const absl::Status& status) {
+  return absl::Status(status.code(), absl::StrCat(path, ": ", status.message()));
+}
+
+}  // namespace
+
+absl::StatusOr<ForeignSource> OpenForeignSource(FileSystem& file_system, const std::string& path,
+                                                const ReadOptions& options) {
+  ForeignSource source;
+  ASSIGN_OR_RETURN(source.folder, ForeignFolder::Open(file_system, path));
+  const ForeignFolder& folder = *source.folder;
+  const absl::StatusOr<std::string> encoded = RunSandboxed(
+      folder.root(), {}, [&] { return ReadAndEncode(folder, options); }, &source.sandbox);
+  if (!encoded.ok()) return Named(path, encoded.status());
+  absl::StatusOr<ForeignIndex> index =
+      DecodeForeignIndex(std::as_bytes(std::span(encoded->data(), encoded->size())));
+  if (!index.ok()) return Named(path, absl::DataLossError(index.status().message()));
+  source.index = *std::move(index);
+  if (absl::Status files = CheckFiles(source.index, folder); !files.ok()) {
+    return Named(path, files);
+  }
+  return source;
+}
+
+}  // namespace holdfast::converter

@@ -1,0 +1,32 @@
+// A foreign checkpoint, read: the folder and the index that a sandboxed child made of it.
+#ifndef HOLDFAST_CONVERTER_FOREIGN_SOURCE_H_
+#define HOLDFAST_CONVERTER_FOREIGN_SOURCE_H_
+
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "converter/foreign_folder.h"
+#include "converter/foreign_index.h"
+#include "converter/format_reader.h"
+#include "converter/sandbox.h"
+#include "io/file_system.h"
+
+namespace holdfast::converter {
+
+struct ForeignSource {
+  std::unique_ptr<ForeignFolder> folder;
+  ForeignIndex index;  // of these files: CheckFiles held
+  SandboxReport sandbox;
+};
+
+// Recognizes and reads what lies at `path`. Errors: kNotFound (no such path; or no reader knows it,
+// though each file of a folder may be one on its own), kPermissionDenied (unsafe content, refused),
+// others of the reader, those of the sandbox, kDataLoss (files changed meanwhile). All name the
+// path.
+absl::StatusOr<ForeignSource> OpenForeignSource(FileSystem& file_system, const std::string& path,
+                                                const ReadOptions& options);
+
+}  // namespace holdfast::converter
+
+#endif  // HOLDFAST_CONVERTER_FOREIGN_SOURCE_H_

@@ -1,0 +1,39 @@
+// The table of formats. A reader that stands before another has looked at more: whatever comes
+// first and says yes, reads.
+#include <algorithm>
+#include <array>
+
+#include "base/status_macros.h"
+#include "converter/format_reader.h"
+#include "converter/safetensors.h"
+
+namespace holdfast::converter {
+namespace {
+
+constexpr std::array<FormatReader, 1> kReaders = {{
+    {"safetensors", RecognizesSafetensors, ReadSafetensors},
+}};
+
+}  // namespace
+
+std::span<const FormatReader> FormatReaders() { return kReaders; }
+
+absl::StatusOr<const FormatReader*> RecognizeFormat(const ForeignFolder& folder) {
+  for (const FormatReader& reader : kReaders) {
+    ASSIGN_OR_RETURN(const bool recognized, reader.recognizes(folder));
+    if (recognized) return &reader;
+  }
+  return nullptr;
+}
+
+absl::StatusOr<ForeignIndex> ReadFormat(const FormatReader& reader, const ForeignFolder& folder,
+                                        const ReadOptions& options) {
+  ASSIGN_OR_RETURN(ForeignIndex index, reader.read(folder, options));
+  index.format = reader.name;
+  index.files.assign(folder.files().begin(), folder.files().end());
+  for (const std::string& refused : folder.refused()) index.notes.push_back(refused);
+  RETURN_IF_ERROR(holdfast::converter::Finish(index));
+  return index;
+}
+
+}  // namespace holdfast::converter
