@@ -11,6 +11,7 @@
 #include "base/json_reader.h"
 #include "base/status_macros.h"
 #include "base/utf8.h"
+#include "converter/rounding.h"
 
 namespace holdfast::converter {
 namespace {
@@ -132,6 +133,11 @@ absl::Status CheckForeignPiece(const ForeignIndex& index, const ForeignPiece& pi
     return Wrong(absl::StrFormat("%s: %s is neither conjugated nor negated", Describe(state),
                                  DtypeName(state.dtype)));
   }
+  if (piece.rounded && (piece.strides != kContiguous || state.dtype == Dtype::kFloat32 ||
+                        !CanRound(Dtype::kFloat32, state.dtype))) {
+    return Wrong(absl::StrFormat("%s: %s is not rounded from float32", Describe(state),
+                                 DtypeName(state.dtype)));
+  }
   if (piece.extent >= index.extents.size()) {
     return Wrong(absl::StrFormat("%s: a piece is in extent %d of %d", Describe(state), piece.extent,
                                  index.extents.size()));
@@ -224,7 +230,7 @@ std::span<const uint64_t> SizesOf(const ForeignPiece& piece, const ForeignIndex&
 
 absl::StatusOr<uint64_t> EndOf(const ForeignPiece& piece, const ForeignIndex& index) {
   const TensorState& state = index.tensor_states[piece.piece.tensor_state];
-  const uint64_t element_bytes = ElementBytes(state.dtype);
+  const uint64_t element_bytes = ElementBytes(StoredDtype(piece, state));
   const auto too_far = [&] {
     return Wrong(absl::StrFormat("%s: its elements end beyond 2^62 bytes", Describe(state)));
   };

@@ -73,7 +73,15 @@ struct ForeignPiece {
   // dtypes, negate for floating and complex ones.
   bool conjugate = false;
   bool negate = false;
+  // Stored as float32: the state's elements are these, rounded to its dtype (bfloat16 or float16)
+  // as converter/rounding.h does it: a model's weights, where only their masters are stored.
+  bool rounded = false;
 };
+
+// The dtype of a piece's stored elements.
+inline Dtype StoredDtype(const ForeignPiece& piece, const TensorState& state) {
+  return piece.rounded ? Dtype::kFloat32 : state.dtype;
+}
 
 // A name and a value as JSON text: what is shown, or kept beside the tensors. Numbers that JSON
 // does not have are the strings "NaN", "Infinity" and "-Infinity".

@@ -62,6 +62,7 @@ void Walk(Walker& walker, ForeignPiece& piece) {
   walker.Enumerator("byte order", piece.byte_order, 2);
   walker.Number("conjugate", piece.conjugate, 1);
   walker.Number("negate", piece.negate, 1);
+  walker.Number("rounded", piece.rounded, 1);
 }
 
 template <typename Walker>

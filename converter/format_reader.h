@@ -27,6 +27,7 @@ struct ReadOptions {
   std::string model_config;     // config.json
   std::string model_arguments;  // ds_config.json or training arguments as JSON
   std::string names;
+  std::string preset;  // converter/parallel_rules.h: how a model family's parameters are cut
 };
 
 struct FormatReader {

@@ -14,6 +14,7 @@
 #include "absl/strings/str_format.h"
 #include "base/check.h"
 #include "base/status_macros.h"
+#include "converter/rounding.h"
 
 namespace holdfast::converter {
 namespace {
@@ -180,6 +181,7 @@ absl::Status WholeTensorReader::ReadPiece(const ForeignPiece& piece, uint64_t be
   const uint64_t element_bytes = ElementBytes(state.dtype);
   CHECK(begin <= end && end <= piece.piece.ElementCount());
   CHECK(out.size() == (end - begin) * element_bytes);
+  if (piece.rounded) return ReadRounded(piece, begin, end, out);
   if (piece.strides == kContiguous) {
     RETURN_IF_ERROR(extents_.Read(piece.extent, piece.offset_bytes + begin * element_bytes, out));
     Normalize(state.dtype, piece, out);
@@ -194,10 +196,27 @@ absl::Status WholeTensorReader::ReadPiece(const ForeignPiece& piece, uint64_t be
   return absl::OkStatus();
 }
 
+absl::Status WholeTensorReader::ReadRounded(const ForeignPiece& piece, uint64_t begin, uint64_t end,
+                                            std::span<std::byte> out) {
+  const Dtype dtype = index_.tensor_states[piece.piece.tensor_state].dtype;
+  const uint64_t element_bytes = ElementBytes(dtype);
+  const uint64_t stored_bytes = ElementBytes(Dtype::kFloat32);
+  const uint64_t step = kSpanBytes / stored_bytes;
+  for (uint64_t at = begin; at < end; at += step) {
+    const uint64_t count = std::min(step, end - at);
+    span_.resize(count * stored_bytes);
+    RETURN_IF_ERROR(extents_.Read(piece.extent, piece.offset_bytes + at * stored_bytes, span_));
+    Normalize(Dtype::kFloat32, piece, span_);
+    RoundElements(Dtype::kFloat32, dtype, span_,
+                  out.subspan((at - begin) * element_bytes, count * element_bytes));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status WholeTensorReader::CopyBox(const ForeignPiece& piece, const ElementBox& box,
                                         const Affine& target, std::span<std::byte> out) {
   const TensorState& state = index_.tensor_states[piece.piece.tensor_state];
-  const uint64_t element_bytes = ElementBytes(state.dtype);
+  const uint64_t element_bytes = ElementBytes(StoredDtype(piece, state));
   const ElementBox whole = WholeBox(state.shape);
   const Affine source = SourceOf(piece, index_, whole, element_bytes);
   std::vector<size_t> order(box.dims);
@@ -239,24 +258,34 @@ absl::Status WholeTensorReader::CopyBox(const ForeignPiece& piece, const Element
 absl::Status WholeTensorReader::CopySpan(const ForeignPiece& piece, std::span<const size_t> order,
                                          const ElementBox& box, const Affine& source,
                                          const Affine& target, std::span<std::byte> out) {
-  const Dtype dtype = index_.tensor_states[piece.piece.tensor_state].dtype;
-  const uint64_t element_bytes = ElementBytes(dtype);
+  const TensorState& state = index_.tensor_states[piece.piece.tensor_state];
+  const Dtype dtype = StoredDtype(piece, state);
+  const uint64_t stored_bytes = ElementBytes(dtype);
+  const uint64_t element_bytes = ElementBytes(state.dtype);
   const std::span<const uint64_t> corner(box.lo.data(), box.dims);
   const uint64_t source_begin = source.At(corner);
-  uint64_t span_bytes = element_bytes;
+  uint64_t span_bytes = stored_bytes;
   for (size_t d = 0; d < box.dims; ++d) span_bytes += (box.size[d] - 1) * source.strides[d];
   span_.resize(span_bytes);
   RETURN_IF_ERROR(extents_.Read(piece.extent, source_begin, span_));
   // What lies between the elements is normalized too, where the strides are whole elements; they
   // always are.
   Normalize(dtype, piece, span_);
+  std::span<const std::byte> elements = span_;
+  if (piece.rounded) {
+    rounded_.resize(span_.size() / stored_bytes * element_bytes);
+    RoundElements(dtype, state.dtype, span_, rounded_);
+    elements = rounded_;
+  }
+  // From one element to the next in `elements`.
+  const auto step = [&](size_t d) { return source.strides[d] / stored_bytes * element_bytes; };
 
   // Elements that lie one behind the other on both sides go in one copy.
   uint64_t run_bytes = element_bytes;
   std::vector<size_t> loops;
   for (size_t d : order) {
     if (box.size[d] == 1) continue;
-    if (loops.empty() && source.strides[d] == run_bytes && target.strides[d] == run_bytes) {
+    if (loops.empty() && step(d) == run_bytes && target.strides[d] == run_bytes) {
       run_bytes *= box.size[d];
     } else {
       loops.push_back(d);
@@ -266,14 +295,14 @@ absl::Status WholeTensorReader::CopySpan(const ForeignPiece& piece, std::span<co
   uint64_t from = 0;
   uint64_t to = target.At(corner);
   for (;;) {
-    std::memcpy(out.data() + to, span_.data() + from, run_bytes);
+    std::memcpy(out.data() + to, elements.data() + from, run_bytes);
     size_t next = 0;
     for (; next < loops.size(); ++next) {
       const size_t d = loops[next];
-      from += source.strides[d];
+      from += step(d);
       to += target.strides[d];
       if (++at[d] < box.size[d]) break;
-      from -= box.size[d] * source.strides[d];
+      from -= box.size[d] * step(d);
       to -= box.size[d] * target.strides[d];
       at[d] = 0;
     }

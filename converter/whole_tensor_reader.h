@@ -49,6 +49,8 @@ class WholeTensorReader {
   struct Prepared;
 
   absl::Status Prepare(uint32_t tensor_state);
+  absl::Status ReadRounded(const ForeignPiece& piece, uint64_t begin, uint64_t end,
+                           std::span<std::byte> out);
   absl::Status CopyBox(const ForeignPiece& piece, const ElementBox& box, const Affine& target,
                        std::span<std::byte> out);
   absl::Status CopySpan(const ForeignPiece& piece, std::span<const size_t> order,
@@ -60,6 +62,7 @@ class WholeTensorReader {
   std::unique_ptr<Prepared> prepared_;  // of the state that was asked for last
   std::vector<std::byte> window_;
   std::vector<std::byte> span_;
+  std::vector<std::byte> rounded_;
 };
 
 // Makes stored elements what they are on a little-endian machine with nothing left to conjugate or

@@ -1,0 +1,361 @@
+#include "converter/parallel_rules.h"
+
+#include <re2/re2.h>
+#include <re2/set.h>
+
+#include <algorithm>
+#include <array>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
+#include "base/check.h"
+#include "base/status_macros.h"
+#include "base/suggestion.h"
+
+namespace holdfast::converter {
+namespace {
+
+std::string Show(std::span<const uint64_t> sizes) {
+  return "[" + absl::StrJoin(sizes.begin(), sizes.end(), ", ") + "]";
+}
+
+// The shape in which `rule` sees the whole parameter of so many elements.
+absl::StatusOr<Shape> LogicalShape(const SubParameters& rule, uint64_t dimension_size,
+                                   uint64_t elements) {
+  Shape shape;
+  std::optional<size_t> left_over;
+  uint64_t known = 1;
+  for (size_t d = 0; d < rule.shape.size(); ++d) {
+    if (d == rule.dimension) {
+      shape.push_back(dimension_size);
+    } else if (rule.shape[d] < 0) {
+      if (left_over.has_value()) {
+        return absl::InvalidArgumentError("sub-parameters: expected at most one size -1");
+      }
+      left_over = d;
+      shape.push_back(1);
+    } else {
+      shape.push_back(static_cast<uint64_t>(rule.shape[d]));
+    }
+  }
+  ASSIGN_OR_RETURN(known, ElementCount(shape, "shape of sub-parameters"));
+  if (left_over.has_value()) {
+    if (known == 0 || elements % known != 0) {
+      return absl::InvalidArgumentError(absl::StrFormat(
+          "sub-parameters: expected a multiple of %d elements, found %d", known, elements));
+    }
+    shape[*left_over] = elements / known;
+    known = elements;
+  }
+  if (known != elements) {
+    return absl::InvalidArgumentError(absl::StrFormat(
+        "sub-parameters: expected shape %s, found %d elements", Show(shape), elements));
+  }
+  return shape;
+}
+
+absl::StatusOr<uint64_t> TotalElements(std::span<const Shape> shard_shapes) {
+  uint64_t total = 0;
+  for (const Shape& shape : shard_shapes) {
+    ASSIGN_OR_RETURN(const uint64_t count, ElementCount(shape, "shard"));
+    total += count;
+    if (total > kTensorBytesMax / 8) {
+      return absl::InvalidArgumentError("shards: more elements than a tensor can have");
+    }
+  }
+  return total;
+}
+
+}  // namespace
+
+// Matches at the beginning of a name, as re.match does.
+class ParallelRules::Matcher {
+ public:
+  static absl::StatusOr<std::unique_ptr<Matcher>> Create(const std::string& what,
+                                                         const std::vector<std::string>& patterns) {
+    RE2::Options options(RE2::Quiet);
+    options.set_max_mem(int64_t{64} << 20);
+    auto matcher = std::make_unique<Matcher>(options);
+    for (const std::string& pattern : patterns) {
+      std::string error;
+      if (matcher->set_.Add(pattern, &error) < 0) {
+        return absl::UnimplementedError(
+            absl::StrFormat("%s: pattern \"%s\" is not understood: %s", what, pattern, error));
+      }
+    }
+    if (!patterns.empty() && !matcher->set_.Compile()) {
+      return absl::ResourceExhaustedError(
+          absl::StrFormat("%s: %d patterns take too much memory", what, patterns.size()));
+    }
+    matcher->empty_ = patterns.empty();
+    return matcher;
+  }
+
+  explicit Matcher(const RE2::Options& options) : set_(options, RE2::ANCHOR_START) {}
+
+  // Numbers of the patterns that match, ascending.
+  std::vector<int> Match(std::string_view name) const {
+    std::vector<int> found;
+    if (!empty_ && set_.Match(re2::StringPiece(name.data(), name.size()), &found)) {
+      std::sort(found.begin(), found.end());
+    }
+    return found;
+  }
+  bool Matches(std::string_view name) const { return !Match(name).empty(); }
+
+ private:
+  RE2::Set set_;
+  bool empty_ = true;
+};
+
+bool ParallelInfo::NamesShards() const {
+  return !vocabulary.empty() || !replicated.empty() || !averaged.empty() || !row.empty() ||
+         !two_sub_parameters.empty() || !sub_parameters.empty() || !affine.empty();
+}
+
+ParallelRules::ParallelRules() = default;
+ParallelRules::~ParallelRules() = default;
+ParallelRules::ParallelRules(ParallelRules&&) noexcept = default;
+ParallelRules& ParallelRules::operator=(ParallelRules&&) noexcept = default;
+
+absl::StatusOr<ParallelRules> ParallelRules::Create(ParallelInfo info) {
+  ParallelRules rules;
+  std::vector<std::string> sub, unsupported, affine;
+  for (const SubParameters& rule : info.sub_parameters) {
+    sub.insert(sub.end(), rule.patterns.begin(), rule.patterns.end());
+  }
+  for (const auto& [pattern, reason] : info.unsupported) unsupported.push_back(pattern);
+  for (const AffineParameter& parameter : info.affine) affine.push_back(parameter.pattern);
+  struct Class {
+    const char* name;
+    const std::vector<std::string>* patterns;
+    std::unique_ptr<Matcher>* matcher;
+  };
+  const std::array<Class, 9> classes = {{
+      {"vocabulary_parameter_patterns", &info.vocabulary, &rules.vocabulary_},
+      {"tp_replicated_parameter_patterns", &info.replicated, &rules.replicated_},
+      {"parameter_to_average_patterns", &info.averaged, &rules.averaged_},
+      {"parameter_with_row_parallelism_patterns", &info.row, &rules.row_},
+      {"parameter_with_2_sub_params_cat_dim_0", &info.two_sub_parameters, &rules.two_},
+      {"pipeline_replicated_parameter_patterns", &info.pipeline_replicated, &rules.pipeline_},
+      {"parameter_with_sub_params", &sub, &rules.sub_},
+      {"autotp_unsupported_parameter_patterns", &unsupported, &rules.unsupported_},
+      {"affine_map", &affine, &rules.affine_},
+  }};
+  size_t count = 0;
+  for (const Class& of : classes) {
+    count += of.patterns->size();
+    if (count > kParallelPatternsMax) {
+      return absl::ResourceExhaustedError(
+          absl::StrFormat("universal_checkpoint_info: expected at most %d patterns, found more",
+                          kParallelPatternsMax));
+    }
+    ASSIGN_OR_RETURN(*of.matcher, Matcher::Create(of.name, *of.patterns));
+  }
+  rules.info_ = std::move(info);
+  return rules;
+}
+
+bool ParallelRules::PipelineReplicated(std::string_view parameter) const {
+  return pipeline_->Matches(parameter);
+}
+
+absl::StatusOr<std::vector<ShardMap>> ParallelRules::Resolve(
+    const std::string& parameter, std::span<const Shape> shard_shapes) const {
+  CHECK(!shard_shapes.empty());
+  const auto named = [&parameter](const absl::Status& status) {
+    return absl::Status(status.code(),
+                        absl::StrCat("parameter \"", parameter, "\": ", status.message()));
+  };
+  std::vector<ShardMap> maps;
+  for (size_t rank = 0; rank < shard_shapes.size(); ++rank) {
+    absl::StatusOr<ShardMap> map = Shard(parameter, shard_shapes, rank);
+    if (!map.ok()) return named(map.status());
+    if (vocabulary_->Matches(parameter) && info_.original_vocabulary.has_value()) {
+      const absl::Status kept = KeepRows(*info_.original_vocabulary, *map);
+      if (!kept.ok()) return named(kept);
+    }
+    if (!maps.empty() && map->shape != maps.front().shape) {
+      return named(absl::InvalidArgumentError(
+          absl::StrFormat("expected one shape by all ranks, found %s and %s",
+                          Show(maps.front().shape), Show(map->shape))));
+    }
+    maps.push_back(*std::move(map));
+  }
+  return maps;
+}
+
+absl::StatusOr<ShardMap> ParallelRules::Shard(const std::string& parameter,
+                                              std::span<const Shape> shard_shapes,
+                                              size_t rank) const {
+  const Shape& mine = shard_shapes[rank];
+  if (const std::vector<int> found = affine_->Match(parameter); !found.empty()) {
+    if (found.size() > 1) {
+      return absl::InvalidArgumentError("affine_map: expected one pattern that matches, found two");
+    }
+    const AffineParameter& rule = info_.affine[static_cast<size_t>(found[0])];
+    for (const AffineParameter::OfRank& of : rule.ranks) {
+      if (of.rank != rank) continue;
+      ASSIGN_OR_RETURN(const uint64_t said, ElementCount(of.shard_shape, "shard"));
+      ASSIGN_OR_RETURN(const uint64_t is, ElementCount(mine, "shard"));
+      if (said != is) {
+        return absl::InvalidArgumentError(
+            absl::StrFormat("affine_map: expected a shard of shape %s on tensor-parallel rank %d, "
+                            "found %s",
+                            Show(of.shard_shape), rank, Show(mine)));
+      }
+      return AffineShard(rule.logical_shape, of.shard_shape, of.pieces);
+    }
+    return absl::InvalidArgumentError(
+        absl::StrFormat("affine_map: found nothing of tensor-parallel rank %d", rank));
+  }
+  if (shard_shapes.size() == 1) return WholeShard(mine);
+  if (const std::vector<int> found = unsupported_->Match(parameter); !found.empty()) {
+    return absl::UnimplementedError(
+        absl::StrCat("its producer says that its shards cannot be joined: ",
+                     info_.unsupported[static_cast<size_t>(found[0])].second));
+  }
+  if (replicated_->Matches(parameter) || averaged_->Matches(parameter)) {
+    for (const Shape& shape : shard_shapes) {
+      if (shape != shard_shapes[0]) {
+        return absl::InvalidArgumentError(
+            absl::StrFormat("expected equal replicas on all tensor-parallel ranks, found %s and %s",
+                            Show(shard_shapes[0]), Show(shape)));
+      }
+    }
+    return WholeShard(mine);
+  }
+  if (two_->Matches(parameter)) {
+    Shape first, second;  // torch.chunk: the first half is the larger one
+    Shape whole = mine;
+    uint64_t rows = 0;
+    for (const Shape& shape : shard_shapes) {
+      if (shape.empty()) return absl::InvalidArgumentError("expected a dimension, found none");
+      first.push_back((shape[0] + 1) / 2);
+      second.push_back(shape[0] / 2);
+      rows += std::min(shape[0], kTensorBytesMax);
+    }
+    whole[0] = rows;
+    return SubTensorShard(whole, 0, {first, second}, rank);
+  }
+  if (const std::vector<int> found = sub_->Match(parameter); !found.empty()) {
+    auto left = static_cast<size_t>(found[0]);
+    for (const SubParameters& rule : info_.sub_parameters) {
+      if (left < rule.patterns.size()) {
+        return SubParameterShard(rule, rule.patterns[left], shard_shapes, rank);
+      }
+      left -= rule.patterns.size();
+    }
+  }
+  if (row_->Matches(parameter)) return JoinedShard(shard_shapes, rank, 1);
+  if (!info_.NamesShards()) {
+    return absl::FailedPreconditionError(
+        absl::StrFormat("found on %d tensor-parallel ranks, and the checkpoint does not say how it "
+                        "was cut: expected universal_checkpoint_info, a preset (gpt2, llama, "
+                        "mixtral) or a layout file",
+                        shard_shapes.size()));
+  }
+  return JoinedShard(shard_shapes, rank, 0);
+}
+
+absl::StatusOr<ShardMap> ParallelRules::SubParameterShard(const SubParameters& rule,
+                                                          const std::string& pattern,
+                                                          std::span<const Shape> shard_shapes,
+                                                          size_t rank) const {
+  if (rule.dimension >= rule.shape.size()) {
+    return absl::InvalidArgumentError(
+        absl::StrFormat("sub-parameters: expected partition_dim below %d, found %d",
+                        rule.shape.size(), rule.dimension));
+  }
+  ASSIGN_OR_RETURN(const uint64_t total, TotalElements(shard_shapes));
+  const uint64_t ranks = shard_shapes.size();
+  std::vector<uint64_t> sizes = rule.sizes;
+  if (sizes.empty()) {  // before 0.4: a number of equal ones
+    if (rule.shape[rule.dimension] <= 0) {
+      return absl::InvalidArgumentError("sub-parameters: expected their number, found none");
+    }
+    const auto count = static_cast<uint64_t>(rule.shape[rule.dimension]);
+    uint64_t size = 0;
+    for (const Shape& shape : shard_shapes) {
+      if (shape.size() <= rule.dimension) {
+        return absl::InvalidArgumentError(absl::StrFormat(
+            "sub-parameters along dimension %d: found shape %s", rule.dimension, Show(shape)));
+      }
+      size += std::min(shape[rule.dimension], kTensorBytesMax);
+    }
+    if (size % count != 0 || count > size) {
+      return absl::InvalidArgumentError(absl::StrFormat(
+          "sub-parameters: expected a size that %d divides, found %d", count, size));
+    }
+    sizes.assign(count, size / count);
+  }
+  std::vector<Shape> widths;
+  for (const auto& [of, listed] : info_.widths) {
+    if (of == pattern) widths = listed;
+  }
+  if (widths.empty()) {
+    for (uint64_t size : sizes) {
+      if (size % ranks != 0) {
+        return absl::UnimplementedError(
+            absl::StrFormat("sub-parameters of size %d on %d ranks: expected a size that %d "
+                            "divides, because nothing says how an uneven one was cut",
+                            size, ranks, ranks));
+      }
+      widths.emplace_back(ranks, size / ranks);
+    }
+  }
+  uint64_t dimension_size = 0;
+  for (size_t i = 0; i < widths.size(); ++i) {
+    uint64_t sum = 0;
+    for (uint64_t width : widths[i]) sum += std::min(width, kTensorBytesMax / kTensorDimsMax);
+    if (widths.size() != sizes.size() || widths[i].size() != ranks || sum != sizes[i]) {
+      return absl::InvalidArgumentError(
+          absl::StrFormat("sub_param_shard_widths: expected for each sub-parameter of sizes %s the "
+                          "widths on %d ranks, found %s",
+                          Show(sizes), ranks, Show(widths[i])));
+    }
+    dimension_size += sum;
+  }
+  ASSIGN_OR_RETURN(const Shape logical, LogicalShape(rule, dimension_size, total));
+  ASSIGN_OR_RETURN(ShardMap map, SubTensorShard(logical, rule.dimension, widths, rank));
+  ASSIGN_OR_RETURN(const uint64_t mine, ElementCount(shard_shapes[rank], "shard"));
+  if (map.shard_elements != mine) {
+    return absl::InvalidArgumentError(
+        absl::StrFormat("sub-parameters: expected %d elements on tensor-parallel rank %d, found %d",
+                        map.shard_elements, rank, mine));
+  }
+  return map;
+}
+
+absl::StatusOr<ParallelInfo> ParallelPreset(std::string_view name) {
+  // The classes of Megatron-style tensor parallelism: input projections are cut by rows of the
+  // weight (dimension 0, with their bias), output projections by columns, norms are replicated.
+  ParallelInfo info;
+  if (name == "gpt2") {
+    // transformers' Conv1D holds weights transposed: [in, out].
+    info.replicated = {R"((.*\.)?(ln_1|ln_2|ln_f)\.(weight|bias)$)", R"((.*\.)?wpe\.weight$)",
+                       R"((.*\.)?c_proj\.bias$)"};
+    info.sub_parameters = {
+        {.patterns = {R"((.*\.)?c_attn\.weight$)"}, .shape = {-1, 3}, .sizes = {}, .dimension = 1},
+        {.patterns = {R"((.*\.)?c_attn\.bias$)"}, .shape = {3}, .sizes = {}, .dimension = 0}};
+    info.row = {R"((.*\.)?c_fc\.weight$)"};
+    return info;
+  }
+  if (name == "llama" || name == "mixtral") {
+    info.replicated = {R"((.*\.)?(input_layernorm|post_attention_layernorm|norm)\.weight$)",
+                       R"((.*\.)?(q_norm|k_norm)\.weight$)", R"((.*\.)?(o_proj|down_proj)\.bias$)"};
+    info.row = {R"((.*\.)?(o_proj|down_proj)\.weight$)"};
+    if (name == "mixtral") {
+      info.replicated.push_back(R"((.*\.)?block_sparse_moe\.gate\.weight$)");
+      info.row.push_back(R"((.*\.)?experts\.\d+\.w2\.weight$)");
+    }
+    return info;
+  }
+  constexpr std::array<std::string_view, 3> kKnown = {"gpt2", "llama", "mixtral"};
+  return absl::InvalidArgumentError(
+      absl::StrFormat("preset \"%s\": expected gpt2, llama or mixtral%s", std::string(name),
+                      DidYouMean(name, kKnown)));
+}
+
+}  // namespace holdfast::converter

@@ -1,0 +1,119 @@
+// How the tensor-parallel shards of each parameter make the whole one, in DeepSpeed's language
+// (`universal_checkpoint_info`): classes of name patterns, sub-parameters, affine maps. Built-in
+// presets say the same for model families whose producer wrote nothing.
+//
+// Nothing is guessed: a parameter on several ranks of which nobody says how it was cut is refused.
+// DeepSpeed takes an unnamed parameter for one that is cut along dimension 0; so does this, but
+// only beside rules that name others, because `--inject_missing_state` leaves none at all
+// (DeepSpeed#5430: that "will silently produce an incorrect checkpoint").
+//
+// Patterns are Python's `re`, run by RE2: linear time whatever the pattern. What RE2 does not have
+// (look-around, back references) is refused by name.
+#ifndef HOLDFAST_CONVERTER_PARALLEL_RULES_H_
+#define HOLDFAST_CONVERTER_PARALLEL_RULES_H_
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "converter/shard_map.h"
+
+namespace re2 {
+class RE2;
+}
+
+namespace holdfast::converter {
+
+inline constexpr size_t kParallelPatternsMax = size_t{1} << 20;
+
+// `parameter_with_sub_params`: sub-tensors behind each other along one dimension.
+struct SubParameters {
+  std::vector<std::string> patterns;
+  // The view of the whole parameter; -1: what is left. At `dimension` of rules from 0.4 on the
+  // sizes of the sub-tensors stand in `sizes`, before that the size is their number.
+  std::vector<int64_t> shape;
+  std::vector<uint64_t> sizes;
+  size_t dimension = 0;
+};
+
+// `affine_map`: of one pattern.
+struct AffineParameter {
+  std::string pattern;
+  Shape logical_shape;
+  struct OfRank {
+    uint64_t rank = 0;
+    Shape shard_shape;
+    std::vector<AffinePiece> pieces;
+  };
+  std::vector<OfRank> ranks;
+};
+
+// `universal_checkpoint_info`, without what is not about tensor or pipeline parallelism.
+struct ParallelInfo {
+  double version = 0;
+  std::vector<std::string> vocabulary;
+  std::vector<std::string> replicated;
+  std::vector<std::string> averaged;
+  std::vector<std::string> row;
+  std::vector<std::string> two_sub_parameters;
+  std::vector<std::string> pipeline_replicated;
+  std::vector<SubParameters> sub_parameters;
+  // `sub_param_shard_widths`: by pattern, widths[sub][rank].
+  std::vector<std::pair<std::string, std::vector<Shape>>> widths;
+  std::optional<uint64_t> original_vocabulary;
+  std::vector<std::pair<std::string, std::string>> unsupported;  // pattern, reason
+  std::vector<AffineParameter> affine;
+
+  // Whether anything is said of tensor parallelism.
+  bool NamesShards() const;
+};
+
+// "gpt2", "llama", "mixtral". kInvalidArgument with a suggestion for another word.
+absl::StatusOr<ParallelInfo> ParallelPreset(std::string_view name);
+
+// Threads: any; immutable. Lifetime: owns all.
+class ParallelRules {
+ public:
+  // Errors: kInvalidArgument (a pattern that is none), kUnimplemented (one that RE2 has not),
+  // kResourceExhausted (kParallelPatternsMax).
+  static absl::StatusOr<ParallelRules> Create(ParallelInfo info);
+  ~ParallelRules();
+  ParallelRules(ParallelRules&&) noexcept;
+  ParallelRules& operator=(ParallelRules&&) noexcept;
+
+  // The maps of all tensor-parallel ranks, by the shapes of their shards; one shape: not parallel.
+  // Errors, all naming the parameter: kFailedPrecondition (nobody says how it was cut),
+  // kUnimplemented (the producer says that it cannot be told), kInvalidArgument (the shapes
+  // contradict the rules: expected and found), kResourceExhausted.
+  absl::StatusOr<std::vector<ShardMap>> Resolve(const std::string& parameter,
+                                                std::span<const Shape> shard_shapes) const;
+  // Whether several pipeline stages hold it (tied embeddings).
+  bool PipelineReplicated(std::string_view parameter) const;
+  const ParallelInfo& info() const { return info_; }
+
+ private:
+  // The patterns of one class, compiled.
+  class Matcher;
+  ParallelRules();
+
+  absl::StatusOr<ShardMap> Shard(const std::string& parameter, std::span<const Shape> shard_shapes,
+                                 size_t rank) const;
+  absl::StatusOr<ShardMap> SubParameterShard(const SubParameters& rule, const std::string& pattern,
+                                             std::span<const Shape> shard_shapes,
+                                             size_t rank) const;
+
+  ParallelInfo info_;
+  std::unique_ptr<Matcher> vocabulary_, replicated_, averaged_, row_, two_, pipeline_, sub_,
+      unsupported_, affine_;
+};
+
+}  // namespace holdfast::converter
+
+#endif  // HOLDFAST_CONVERTER_PARALLEL_RULES_H_
