@@ -1,18 +1,19 @@
 // The table of formats. A reader that stands before another has looked at more: whatever comes
 // first and says yes, reads.
 #include <algorithm>
-#include <array>
 
 #include "base/status_macros.h"
 #include "converter/format_reader.h"
 #include "converter/safetensors.h"
+#include "converter/torch_reader.h"
 
 namespace holdfast::converter {
 namespace {
 
-constexpr std::array<FormatReader, 1> kReaders = {{
+constexpr FormatReader kReaders[] = {
     {"safetensors", RecognizesSafetensors, ReadSafetensors},
-}};
+    {"torch", RecognizesTorch, ReadTorch},  // one file: whatever nobody else knows
+};
 
 }  // namespace
 

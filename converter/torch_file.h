@@ -19,11 +19,12 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
-#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
+#include <unordered_map>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -70,8 +71,8 @@ struct TorchTensor {
   bool IsContiguous() const;  // row-major, one element behind the other
 };
 
-// A value of the tree. Accessors return kInvalidArgument (`x.pt: model.wte: expected a dict, found
-// ...`) or kPermissionDenied (the same of a node that is not understood).
+// A value of the tree. Accessors return kDataLoss (`x.pt: expected a dict, found ...`), or
+// kPermissionDenied, with the same words, of a node that is not understood.
 //
 // Threads: any. Lifetime: refers to its TorchFile.
 class TorchValue {
@@ -131,6 +132,9 @@ class TorchValue {
   // What the object's __dict__ would hold (argparse.Namespace, dataclasses, ...), or its slots; a
   // dict, or absent.
   TorchValue attributes() const;
+  // torch.nn.Parameter: a dense tensor, or one around a wrapper subclass (which is then looked
+  // through: all other accessors see the wrapper).
+  bool IsParameter() const;
   // A member of an enum, in both forms that Python's versions write: Class(value) gives the value,
   // getattr(Class, 'NAME') the name. Absent if this is neither.
   TorchValue EnumMember() const;
@@ -153,6 +157,11 @@ class TorchValue {
   friend class TorchFile;
   TorchValue(const TorchFile* file, PickleValue value) : file_(file), value_(value) {}
 
+  PickleValue Opaque() const;  // what an opaque node's accessors look at
+  PickleValue Contents() const;
+  TorchValue FindInDict(std::string_view key) const;
+  TorchValue Same(PickleValue value) const;  // of the same file
+
   const TorchFile* file_ = nullptr;
   PickleValue value_;
 };
@@ -162,17 +171,15 @@ class TorchFile {
  public:
   TorchFile(const TorchFile&) = delete;
   TorchFile& operator=(const TorchFile&) = delete;
-  ~TorchFile();
 
   enum class Container : uint8_t { kZip, kLegacy, kPickle };
 
   // Whether a file that begins like this could be one of torch.save: cheap, for detection. A zip is
   // one only if its directory has <prefix>/data.pkl.
   static bool BeginsLikeTorch(std::string_view head);
-  // Errors: kInvalidArgument (no such file, or a broken one), kUnimplemented (TorchScript, .pt2,
-  // the tar of torch 0.1), kPermissionDenied (an opcode that could run code),
-  // kDataLoss (CRC32 of data.pkl), kResourceExhausted (beyond a limit); those of the source. All
-  // name the source, and the path of the value where there is one.
+  // Errors: kDataLoss (no such file, or a broken one), kUnimplemented (TorchScript, .pt2, the tar
+  // of torch 0.1, a tensor of torch 0.1 to 0.3 that is a view), kPermissionDenied (an opcode that
+  // could run code), kResourceExhausted (beyond a limit); those of the source. All name the source.
   static absl::StatusOr<std::unique_ptr<TorchFile>> Open(const ByteSource& source);
   // A bare pickle without storages (DCP's .metadata): the same tree. `name`: for errors.
   static absl::StatusOr<std::unique_ptr<TorchFile>> OpenPickle(std::string name, std::string bytes);
@@ -187,23 +194,31 @@ class TorchFile {
   bool big_endian() const { return big_endian_; }
   // One sentence each, for people: data that was never written, views of much larger storages.
   std::span<const std::string> warnings() const { return warnings_; }
-  // Classes of opaque nodes, each once, sorted: "argparse.Namespace".
-  std::vector<std::string> OpaqueClasses() const;
+  // Classes of opaque objects and how many there are of each, by name: "argparse.Namespace".
+  std::map<std::string, uint64_t> OpaqueClasses() const;
 
  private:
   friend class TorchValue;
   friend class TorchFileBuilder;
-  TorchFile();
+  TorchFile() = default;
 
-  // What an object stands for, if it is understood: by its number.
-  struct Meaning;
-  const Meaning* MeaningOf(PickleValue value) const;
+  // What an object stands for.
+  struct Meaning {
+    TorchValue::Kind kind = TorchValue::Kind::kOpaque;
+    bool parameter = false;
+    uint32_t tensor = 0;     // kTensor: index into tensors_
+    PickleValue value;       // containers: what they hold; kOpaque: what a parameter is around
+    PickleValue attributes;  // kTensor
+    int64_t integer = 0;     // kBool, kInteger
+    double real = 0;         // kFloat
+    std::string bytes = {};  // kBytes
+  };
+  const Meaning* MeaningOf(PickleValue value) const;  // null: what its type says
 
   Container container_ = Container::kPickle;
   std::string name_;
   std::unique_ptr<PickleDocument> document_;
-  std::vector<Meaning> meanings_;
-  std::vector<uint32_t> meaning_of_;  // by number of the value; UINT32_MAX: none
+  std::unordered_map<uint32_t, Meaning> meanings_;  // by number of the value
   std::vector<TorchStorage> storages_;
   std::vector<TorchTensor> tensors_;
   bool big_endian_ = false;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "converter/foreign_index.h"
 #include "converter/torch_file.h"
 #include "format/tensor_piece.h"
@@ -31,11 +32,12 @@ class TorchPieces {
   absl::Status Add(const Piece& piece, const TorchTensor& tensor);
   // The elements of the piece, a range, are those from `first_element` on of a contiguous tensor.
   absl::Status AddRange(const Piece& piece, const TorchTensor& tensor, uint64_t first_element);
-  // A new tensor state of the tensor's shape and dtype, all of it from the tensor.
-  absl::Status AddWhole(std::string name, std::string state, const TorchTensor& tensor);
+  // A new tensor state of the tensor's shape and dtype, all of it from the tensor: its number.
+  absl::StatusOr<uint32_t> AddWhole(std::string name, std::string state, const TorchTensor& tensor);
 
  private:
-  absl::StatusOr<uint32_t> ExtentOf(const TorchTensor& tensor);
+  uint32_t ExtentOf(const TorchTensor& tensor);
+  ForeignPiece PieceOf(const Piece& piece, const TorchTensor& tensor);
 
   ForeignIndex& index_;
   const uint32_t file_;
@@ -43,6 +45,10 @@ class TorchPieces {
   const TorchFile& torch_file_;
   std::vector<uint32_t> extents_;  // by storage; UINT32_MAX: none yet
 };
+
+// A key of a dict as part of a name: text as it is, and what Python would print of the others (`7`,
+// `True`, `(1, 't')`).
+std::string TorchKeyText(const TorchValue& key);
 
 // The value as JSON text of at most about bytes_max: what is deeper than eight levels or longer is
 // cut ("..."); tensors, opaque objects and what holds itself are strings that describe them.

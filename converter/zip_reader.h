@@ -16,7 +16,6 @@
 #include <span>
 #include <string>
 #include <string_view>
-#include <unordered_map>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -45,12 +44,9 @@ struct ZipEntry {
 // Threads: any, once read. Lifetime: does not refer to the source.
 class ZipDirectory {
  public:
-  ZipDirectory(ZipDirectory&&) = default;  // names stay where they are
-  ZipDirectory& operator=(ZipDirectory&&) = default;
-
   // Whether these first bytes (4 are enough) can begin an archive; none says that one ends here.
   static bool BeginsLikeZip(std::string_view head);
-  // Errors: kInvalidArgument (no zip, or one that could be read in two ways), kUnimplemented
+  // Errors: kDataLoss (no zip, or one that could be read in two ways), kUnimplemented
   // (encrypted, several disks, another method), kResourceExhausted (beyond a limit); those of the
   // source. All name the source, and the entry where there is one.
   static absl::StatusOr<ZipDirectory> Read(const ByteSource& source);
@@ -66,7 +62,7 @@ class ZipDirectory {
   ZipDirectory() = default;
 
   std::vector<ZipEntry> entries_;
-  std::unordered_map<std::string_view, uint32_t> by_name_;
+  std::vector<uint32_t> by_name_;  // numbers of entries, sorted by name
   uint64_t begin_ = 0;
 };
 

@@ -35,7 +35,7 @@ CONFINED = [
     ("HDF5", r"hdf5(_hl)?\.h|H5[A-Z]+public\.h", r"^format/hdf5_"),
     ("zstd", r"zstd\.h", r"^base/zstd_codec\.cc$"),
     ("libcrypto", r"openssl/.*", r"^base/sha256\.cc$"),
-    ("ISA-L", r"isa-l\.h|isa-l/.*|crc\.h", r"^(base/(crc32c|inflate)\.cc|checkpoint/redundancy/)"),
+    ("ISA-L", r"isa-l\.h|isa-l/.*|crc\.h", r"^(base/(crc32c|inflate|zip_crc32)\.cc|checkpoint/redundancy/)"),
     ("CUDA", r"cuda\.h|cuda_runtime.*\.h", r"^hook/device_"),
     ("NCCL", r"nccl.*\.h", r"^hook/"),
     ("RE2", r"re2/.*", r"^converter/parallel_rules\.cc$"),
