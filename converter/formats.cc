@@ -3,7 +3,9 @@
 #include <algorithm>
 
 #include "base/status_macros.h"
+#include "converter/dcp_reader.h"
 #include "converter/format_reader.h"
+#include "converter/fsdp_reader.h"
 #include "converter/safetensors.h"
 #include "converter/torch_reader.h"
 
@@ -11,6 +13,8 @@ namespace holdfast::converter {
 namespace {
 
 constexpr FormatReader kReaders[] = {
+    {"dcp", RecognizesDcp, ReadDcp},
+    {"fsdp", RecognizesFsdp, ReadFsdp},
     {"safetensors", RecognizesSafetensors, ReadSafetensors},
     {"torch", RecognizesTorch, ReadTorch},  // one file: whatever nobody else knows
 };
