@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <limits>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -15,13 +16,6 @@ constexpr uint64_t kOperationsPerWindowMin = 4;
 constexpr int kWindowStretchMax = 12;
 constexpr double kImbalanceRatio = 1.15;
 constexpr double kMib = 1 << 20;
-
-// Above the peers by ratio, by robust deviations, and by what it costs.
-bool IsAbnormal(double value, const Spread& peers, double cost, const Thresholds& t) {
-  const double deviation = std::max(peers.deviation, t.deviation_floor * peers.median);
-  return value > peers.median * t.slow_ratio &&
-         value > peers.median + t.slow_deviations * deviation && cost > t.slow_cost;
-}
 
 const CommunicatorReport* FindReport(const std::vector<CommunicatorReport>& reports, size_t hint,
                                      uint64_t id) {
@@ -96,6 +90,11 @@ uint32_t Persistence::abnormal_windows() const {
   return static_cast<uint32_t>(std::popcount(history_));
 }
 
+bool SlowSearch::RankSlowness::IsByData(const Thresholds& thresholds) const {
+  const uint32_t remembered = (uint32_t{1} << thresholds.window_memory) - 1;
+  return 2 * static_cast<uint32_t>(std::popcount(by_data & remembered)) > late.abnormal_windows();
+}
+
 SlowSearch::SlowSearch(const JobState& state)
     : windows_(state.ranks().size()), ranks_(state.ranks().size()) {}
 
@@ -153,8 +152,8 @@ bool SlowSearch::IsWhole(const JobState& state, Rank rank) const {
 }
 
 void SlowSearch::Close(const JobState& state) {
-  MeasureRanks(state);
   MeasureCells(state);
+  MeasureRanks(state);
   Report(state);
 }
 
@@ -168,12 +167,14 @@ void SlowSearch::JudgeRanks(const Thresholds& t, const std::vector<Shares>& grou
     RankSlowness& slowness = ranks_[Value(one.rank)];
     peers.push_back(&slowness.late);
     const double excess = one.outside - spread.median;
-    const bool late = IsAbnormal(one.outside, spread, excess, t);
+    // Who is late because all that it sends or receives is slow is told by that.
+    const bool late = IsAbnormal(one.outside, spread, excess, t) && !slow_now_.contains(one.rank);
     slowness.late.Add(late, t);
+    const bool by_data = late && one.data > excess / 2;
+    slowness.by_data = slowness.by_data << 1 | (by_data ? 1 : 0);
     if (!late) continue;
     slowness.share = one.outside;
     slowness.peers_share = spread.median;
-    slowness.by_data = one.data > excess / 2;
   }
   Persistence::Judge(peers, t);
 }
@@ -221,10 +222,22 @@ void SlowSearch::MeasureRanks(const JobState& state) {
   }
 }
 
-void SlowSearch::MeasureCells(const JobState& state) {
-  std::erase_if(cells_, [&](const auto& entry) {
+// What is left of the matrix once communicators are gone.
+void SlowSearch::ForgetCells(const JobState& state) {
+  const size_t gone = std::erase_if(cells_, [&](const auto& entry) {
     return !state.communicators().contains(entry.second.communicator);
   });
+  if (gone == 0) return;
+  std::map<std::pair<Rank, End>, std::set<Rank>> peers;
+  for (const auto& [key, cell] : cells_) {
+    peers[{cell.from, End::kSender}].insert(cell.to);
+    peers[{cell.to, End::kReceiver}].insert(cell.from);
+  }
+  std::erase_if(ends_, [&](const auto& entry) { return peers[entry.first].size() < 2; });
+}
+
+void SlowSearch::MeasureCells(const JobState& state) {
+  ForgetCells(state);
   const Thresholds& t = state.thresholds();
   struct Sum {
     uint64_t bytes = 0;
@@ -303,43 +316,49 @@ std::map<uint64_t, int> SlowSearch::SizeClasses(const JobState& state) const {
 
 void SlowSearch::JudgeCells(const JobState& state, const std::vector<Measured>& measured) {
   const Thresholds& t = state.thresholds();
-  // Only cells that are equal in all of this are compared.
-  std::map<std::tuple<uint32_t, int, bool, uint32_t, uint32_t, uint32_t>, std::vector<Measured>>
-      classes;
+  std::map<Kind, uint32_t> kinds;
+  std::vector<CellDelay> delays;
   for (const Measured& one : measured) {
     const RankPlace& from = state.shape().ranks[Value(one.cell->from)];
     const RankPlace& to = state.shape().ranks[Value(one.cell->to)];
-    classes[{state.communicators().at(one.cell->communicator).size, one.size_class,
-             from.leaf == to.leaf, from.rail, std::min(from.nic_class, to.nic_class),
-             std::max(from.nic_class, to.nic_class)}]
-        .push_back(one);
+    const Kind kind{state.communicators().at(one.cell->communicator).size,
+                    one.size_class,
+                    from.leaf == to.leaf,
+                    from.rail,
+                    std::min(from.nic_class, to.nic_class),
+                    std::max(from.nic_class, to.nic_class)};
+    // Who is always slow may have a slower kind of NIC, if nobody told us the kinds.
+    const double normal = state.shape().topology_known ? 0
+                          : one.cell->windows < t.baseline_windows
+                              ? std::numeric_limits<double>::infinity()
+                              : one.cell->baseline_us_per_mib;
+    delays.push_back({one.cell->from, one.cell->to,
+                      kinds.try_emplace(kind, static_cast<uint32_t>(kinds.size())).first->second,
+                      one.cell->us_per_mib, one.mib_per_us, normal, one.cell->cost});
   }
-  for (const auto& [key, cells] : classes) {
-    std::vector<double> delays;
-    for (const Measured& one : cells) delays.push_back(one.cell->us_per_mib);
-    const Spread spread = SpreadOf(std::move(delays));
-    std::vector<Persistence*> peers;
-    for (const Measured& one : cells) {
-      DelayCell* cell = one.cell;
-      peers.push_back(&cell->persistence);
-      cell->peers_us_per_mib = spread.median;
-      const double cost = (cell->us_per_mib - spread.median) * one.mib_per_us;
-      bool abnormal = cells.size() > t.peers_min && IsAbnormal(cell->us_per_mib, spread, cost, t);
-      // Who is always slow may have a slower kind of NIC, if nobody told us the kinds.
-      const bool has_baseline = cell->windows >= t.baseline_windows;
-      if (!state.shape().topology_known) {
-        abnormal =
-            abnormal && has_baseline && cell->us_per_mib > cell->baseline_us_per_mib * t.slow_ratio;
-      }
-      if (!has_baseline) {
-        cell->baseline_us_per_mib =
-            (cell->baseline_us_per_mib * cell->windows + cell->us_per_mib) / (cell->windows + 1);
-      }
-      ++cell->windows;
-      cell->persistence.Add(abnormal, t);
+  const WindowJudgement judged = JudgeWindow(delays, t);
+  std::map<uint32_t, std::vector<Persistence*>> peers;
+  for (size_t i = 0; i < measured.size(); ++i) {
+    DelayCell& cell = *measured[i].cell;
+    cell.peers_us_per_mib = judged.peers_us_per_mib[i];
+    cell.cost = judged.cost[i];
+    if (cell.windows < t.baseline_windows) {
+      cell.baseline_us_per_mib =
+          (cell.baseline_us_per_mib * cell.windows + cell.us_per_mib) / (cell.windows + 1);
     }
-    Persistence::Judge(peers, t);
+    ++cell.windows;
+    cell.persistence.Add(judged.slow[i], t);
+    peers[delays[i].kind].push_back(&cell.persistence);
   }
+  for (const auto& [kind, all] : peers) Persistence::Judge(all, t);
+  slow_now_.clear();
+  std::vector<Persistence*> end_peers;
+  for (const auto& [end, slow] : judged.ends) {
+    ends_[end].Add(slow, t);
+    end_peers.push_back(&ends_[end]);
+    if (slow) slow_now_.insert(end.first);
+  }
+  Persistence::Judge(end_peers, t);
 }
 
 void SlowSearch::Report(const JobState& state) {
@@ -351,6 +370,7 @@ void SlowSearch::Report(const JobState& state) {
 void SlowSearch::ReportRanks(const JobState& state) {
   for (uint32_t r = 0; r < ranks_.size(); ++r) {
     const RankSlowness& slowness = ranks_[r];
+    const bool by_data = slowness.IsByData(state.thresholds());
     const bool starved = slowness.starved.raised();
     if (!starved && !slowness.late.raised()) continue;
     const Persistence& persistence = starved ? slowness.starved : slowness.late;
@@ -369,13 +389,13 @@ void SlowSearch::ReportRanks(const JobState& state) {
       finding.changes_mind = "The same delay on all nodes: then it is how the job is set up.";
     } else {
       finding.syndrome = Syndrome::kNonCommunicationSlow;
-      finding.fault = slowness.by_data ? FaultClass::kLateData : FaultClass::kLateCompute;
+      finding.fault = by_data ? FaultClass::kLateData : FaultClass::kLateCompute;
       finding.scope = Scope::kRankLate;
       finding.sentence = absl::StrFormat(
           "%s comes late to its collectives: it spends %d%% of the time outside of them, its peers "
           "%d%%%s.",
           name, Percent(slowness.share), Percent(slowness.peers_share),
-          slowness.by_data ? ", and waits for its data" : "");
+          by_data ? ", and waits for its data" : "");
       finding.changes_mind =
           "Clocks, throttling or an Xid would make it the GPU; more work given to it, the program.";
     }
@@ -386,14 +406,16 @@ void SlowSearch::ReportRanks(const JobState& state) {
   }
 }
 
-void SlowSearch::ReportCells(const JobState& state) {
-  // By communicator kind does not matter here: an end is slow for all that goes through it.
+const Persistence* SlowSearch::RaisedEnd(Rank rank, End end) const {
+  const auto found = ends_.find({rank, end});
+  return found != ends_.end() && found->second.raised() ? &found->second : nullptr;
+}
+
+// Each pair once, and of each the cell that was abnormal most often. By communicator kind does not
+// matter here: an end is slow for all that goes through it.
+std::vector<MatrixCell> SlowSearch::Matrix(std::vector<const DelayCell*>& worst) const {
   std::vector<MatrixCell> matrix;
-  std::vector<const DelayCell*> worst;
   std::map<std::pair<Rank, Rank>, size_t> places;
-  bool any = false;
-  for (const auto& [key, cell] : cells_) any |= cell.persistence.raised();
-  if (!any) return;
   for (const auto& [key, cell] : cells_) {
     const auto [at, first] = places.try_emplace({cell.from, cell.to}, matrix.size());
     if (first) {
@@ -401,19 +423,40 @@ void SlowSearch::ReportCells(const JobState& state) {
       worst.push_back(&cell);
     }
     // Once one is raised, its neighbours need less: else a row would begin as a point.
-    matrix[at->second].slow |=
-        cell.persistence.raised() || cell.persistence.abnormal_windows() >= 2;
+    matrix[at->second].slow |= cell.persistence.raised() ||
+                               cell.persistence.abnormal_windows() >= 2 ||
+                               RaisedEnd(cell.from, End::kSender) != nullptr ||
+                               RaisedEnd(cell.to, End::kReceiver) != nullptr;
     if (cell.persistence.abnormal_windows() > worst[at->second]->persistence.abnormal_windows()) {
       worst[at->second] = &cell;
     }
   }
+  return matrix;
+}
+
+void SlowSearch::ReportCells(const JobState& state) {
+  bool any = false;
+  for (const auto& [key, cell] : cells_) any |= cell.persistence.raised();
+  for (const auto& [key, end] : ends_) any |= end.raised();
+  if (!any) return;
+  std::vector<const DelayCell*> worst;
+  const std::vector<MatrixCell> matrix = Matrix(worst);
   for (const SlowEnd& end : LocateSlowEnds(matrix)) {
     const DelayCell* cell = worst[end.cells.front()];
     bool lasting = false, raised = false;
+    uint32_t windows = 0;
+    const auto take = [&](const Persistence& persistence) {
+      lasting |= persistence.lasting();
+      raised |= persistence.raised();
+      windows = std::max(windows, persistence.abnormal_windows());
+    };
     for (const uint32_t i : end.cells) {
-      lasting |= worst[i]->persistence.lasting();
-      raised |= worst[i]->persistence.raised();
+      take(worst[i]->persistence);
       if (worst[i]->us_per_mib > cell->us_per_mib) cell = worst[i];
+    }
+    if (end.fault != FaultClass::kLink) {
+      const End which = end.fault == FaultClass::kSenderEnd ? End::kSender : End::kReceiver;
+      if (const Persistence* whole = RaisedEnd(end.suspect.rank, which)) take(*whole);
     }
     // Who gets no CPU is late at both ends of all its connections: that is told already.
     const bool starved = ranks_[Value(end.suspect.rank)].starved.raised() ||
@@ -437,7 +480,7 @@ void SlowSearch::ReportCells(const JobState& state) {
             : absl::StrCat("The connection from ", from, " to ", to, " is slow: ");
     finding.sentence = absl::StrFormat("%s%s (%s; NIC unknown).", who, figures, Name(end.scope));
     finding.evidence = {absl::StrFormat("%d slow cells of the delay matrix; abnormal in %d windows",
-                                        end.cells.size(), cell->persistence.abnormal_windows())};
+                                        end.cells.size(), windows)};
     finding.changes_mind = "A second ring of another order, or all-to-all: it fills more cells.";
     const std::string key =
         end.fault == FaultClass::kLink

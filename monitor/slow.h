@@ -12,7 +12,9 @@
 
 #include <cstdint>
 #include <map>
+#include <set>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "absl/time/time.h"
@@ -52,6 +54,7 @@ struct DelayCell {
   Rank to{};
   double us_per_mib = 0;  // in the last window in which it was measured
   double peers_us_per_mib = 0;
+  double cost = 0;  // WindowJudgement::cost
   Persistence persistence;
   double baseline_us_per_mib = 0;  // its own normal, once `baseline_windows` were measured
   uint32_t windows = 0;            // measured
@@ -82,10 +85,13 @@ class SlowSearch {
     Persistence late;
     Persistence starved;
     // Of the last window in which it was late: the share outside of operations, its own and the
-    // median of its peers, and whether loading data explains the difference.
+    // median of its peers.
     double share = 0;
     double peers_share = 0;
-    bool by_data = false;
+    // Whether loading data explains the difference, window by window, the newest in bit 0. Sections
+    // are sampled, so that one window says little.
+    uint32_t by_data = 0;
+    bool IsByData(const Thresholds& thresholds) const;
     double run_delay_share = 0;
   };
   // Of a rank in a whole window.
@@ -100,7 +106,11 @@ class SlowSearch {
   bool IsWhole(const JobState& state, Rank rank) const;
   void Close(const JobState& state);
   void MeasureRanks(const JobState& state);
+  void ForgetCells(const JobState& state);
   void MeasureCells(const JobState& state);
+  // Only cells that are equal in all of this are compared: size of the communicator and of its
+  // operations, same leaf, rail, the kinds of the two NICs.
+  using Kind = std::tuple<uint32_t, int, bool, uint32_t, uint32_t, uint32_t>;
   struct Measured {
     DelayCell* cell = nullptr;
     double mib_per_us = 0;
@@ -111,13 +121,17 @@ class SlowSearch {
   std::map<uint64_t, int> SizeClasses(const JobState& state) const;
   void Report(const JobState& state);
   void ReportRanks(const JobState& state);
+  const Persistence* RaisedEnd(Rank rank, End end) const;  // null: it is not
+  std::vector<MatrixCell> Matrix(std::vector<const DelayCell*>& worst) const;
   void ReportCells(const JobState& state);
 
   absl::Duration window_begun_;
   std::vector<RankWindow> windows_;
   std::vector<RankSlowness> ranks_;
   std::map<std::tuple<uint64_t, Rank, Rank>, DelayCell> cells_;
-  Candidates current_;  // as of the last closed window
+  std::map<std::pair<Rank, End>, Persistence> ends_;  // rows and columns of several cells
+  std::set<Rank> slow_now_;  // whose row or column was slow in the last closed window
+  Candidates current_;       // as of the last closed window
 };
 
 }  // namespace holdfast::monitor

@@ -4,6 +4,7 @@
 #ifndef HOLDFAST_MONITOR_THRESHOLDS_H_
 #define HOLDFAST_MONITOR_THRESHOLDS_H_
 
+#include <cstddef>
 #include <cstdint>
 
 #include "absl/time/time.h"
@@ -60,6 +61,11 @@ struct Thresholds {
   // median of its peers, and this many robust deviations.
   double slow_ratio = 1.25;
   double slow_deviations = 5;
+  // Of so many peers the deviation is known well, and fewer of them do: a healthy connection of an
+  // all-to-all exceeds 3.5 in 0.07% of its windows (of eight rows, whose deviation is a guess, one
+  // exceeds 5 in 0.25%), and one window says nothing.
+  double slow_deviations_of_many = 3.5;
+  size_t many_peers = 30;
   // Deviations are never taken as smaller than this share of the median.
   double deviation_floor = 0.04;
   // The excess must also cost this share of the window, or nobody would want to know.

@@ -3,6 +3,9 @@
 
 Results are lines of JSON (--results), one per run, written as soon as it has ended; a run whose case
 has been changed since counts as missing. With them the recordings of the runs, which can be replayed.
+
+With --smallest instead: of each case that has severities the mildest one that is found, by bisection; a
+severity counts as found if all of its runs (3, if --runs does not say otherwise) are right.
 """
 import argparse
 import dataclasses
@@ -26,6 +29,7 @@ import score as scoring  # noqa: E402
 from job import Programs  # noqa: E402
 
 CLEAN_MINUTES = 60
+SMALLEST_RUNS = 3
 # Behind our verdict: the baselines, which see the recordings, need more time to say something.
 SETTLE_SECONDS = 25
 
@@ -34,6 +38,8 @@ def parse_arguments(table):
     parser = argparse.ArgumentParser(prog="bench/detection/run", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", action="store_true", help="print what is there and end")
+    parser.add_argument("--smallest", action="store_true",
+                        help="the smallest fault that is found, of each class")
     parser.add_argument("--only", action="append", metavar="CASE", help="may be repeated")
     parser.add_argument("--runs", type=int, metavar="N", help="of each case (default: its kind's)")
     parser.add_argument("--minutes", type=float, default=CLEAN_MINUTES, metavar="N",
@@ -48,6 +54,12 @@ def parse_arguments(table):
                            with_long_clean(table.cases, arguments.minutes))
     except cases.WrongTable as error:
         parser.error(f"--only: {error}")
+    if arguments.smallest:
+        arguments.runs = arguments.runs or SMALLEST_RUNS
+        for case in arguments.cases:
+            if arguments.only and case.severity is None:
+                parser.error(f"--only: case '{case.name}' has no severities")
+        arguments.cases = [case for case in arguments.cases if case.severity is not None]
     return arguments
 
 
@@ -81,6 +93,7 @@ def revision():
 
 
 def run_missing(table, arguments, results):
+    """What is missing of `arguments.cases`."""
     programs = Programs(arguments.build)
     chosen = faults_main.without_torch(table, arguments.cases, programs)
     directory = arguments.results.parent
@@ -114,6 +127,74 @@ def run_missing(table, arguments, results):
         campaign.run_all(table, tasks, programs, directory / "work", arguments.slots, tell)
 
 
+@dataclasses.dataclass(frozen=True)
+class Bisection:
+    """How far the search for the mildest severity of a case has come."""
+
+    undecided: object  # the severity whose runs are missing; None: done
+    missed: object  # the hardest that is not found; None: none
+    found: object  # the mildest that is found; None: none
+
+
+def bisect(case, runs, results):
+    """Assumes that what is harder is found, too."""
+    values = case.severity.values
+    missed, found = -1, len(values)
+    undecided = None
+    while found - missed > 1 and undecided is None:
+        middle = (missed + found) // 2
+        rows = of_case(results, case.at(values[middle]))[:runs]
+        if not all(row["right"] for row in rows):
+            missed = middle
+        elif len(rows) < runs:
+            undecided = values[middle]
+        else:
+            found = middle
+    return Bisection(undecided, values[missed] if missed >= 0 else None,
+                     values[found] if found < len(values) else None)
+
+
+def find_smallest(table, arguments, results):
+    before = None
+    while True:
+        undecided = [case.at(value) for case in arguments.cases
+                     if (value := bisect(case, arguments.runs, results).undecided) is not None]
+        # A run that could not be made is missing still; whoever wants it calls again.
+        if not undecided or undecided == before:
+            return
+        before = undecided
+        run_missing(table, argparse.Namespace(**(vars(arguments) | {"cases": undecided})), results)
+
+
+def report_smallest(arguments, results):
+    print("| fault | smallest that is found | step ms | right | load | not found |\n|---|---|---|---|---|---|")
+    for case in arguments.cases:
+        state = bisect(case, arguments.runs, results)
+        name = case.severity.argument
+        found, step, right, load = "", "", "", ""
+        if state.found is not None:
+            rows = of_case(results, case.at(state.found))
+            found = f"{name} {state.found:g}"
+            step, load = step_ms(rows), load_of(rows)
+            right = f"{sum(row['right'] for row in rows)} of {len(rows)}"
+        missed = "" if state.missed is None else f"{name} {state.missed:g}"
+        print(f"| {case.name} | {found} | {step} | {right} | {load} | {missed} |"
+              f"{'' if state.undecided is None else ' not finished'}")
+    print("\n\"Not found\" is the next milder one: not all of its runs were right.")
+
+
+def step_ms(rows):
+    """Medians before and after the onset."""
+    steps = [statistics.median(values) * 1000 if values else None for values in (
+        [row[key] for row in rows if row[key]] for key in ("step_seconds_before", "step_seconds_after"))]
+    return " -> ".join("-" if ms is None else f"{ms:.0f}" for ms in steps)
+
+
+def load_of(rows):
+    loads = [row["load"] for row in rows if "load" in row]
+    return f"{min(loads):.0f} to {max(loads):.0f}" if loads else ""
+
+
 def baselines(arguments, case, rows):
     """Of each baseline (bench/monitor_baselines.h) on the recordings of these runs: in how many its
     first alarm behind the onset names the right one first, and in how many somebody else. Of a
@@ -143,9 +224,9 @@ def baselines(arguments, case, rows):
 
 def report(arguments, results):
     names = ("watchdog 600 s", "counts (RAS)", "largest z", "C4 rules")
-    print("| fault | right | at least (95%) | suspicion s | verdict s | step ms | " +
+    print("| fault | right | at least (95%) | suspicion s | verdict s | step ms | load | " +
           " | ".join(names) + " |")
-    print("|---|---|---|---|---|---|" + "---|" * len(names))
+    print("|---|---|---|---|---|---|---|" + "---|" * len(names))
     wrong = []
     for case in arguments.cases:
         rows = of_case(results, case)
@@ -155,12 +236,9 @@ def report(arguments, results):
         low, _ = scoring.interval(right, len(rows))
         times = [campaign.span([row[key] for row in rows if row[key] is not None])
                  for key in ("suspicion_seconds", "verdict_seconds")]
-        steps = [statistics.median(values) * 1000 if values else None for values in (
-            [row[key] for row in rows if row[key]]
-            for key in ("step_seconds_before", "step_seconds_after"))]
         counts = baselines(arguments, case, rows)
         print(f"| {case.name} | {right} of {len(rows)} | {100 * low:.0f}% | {times[0]} | {times[1]} | "
-              f"{' -> '.join('-' if ms is None else f'{ms:.0f}' for ms in steps)} | " +
+              f"{step_ms(rows)} | {load_of(rows)} | " +
               " | ".join(alarms(counts.get(name)) for name in names) + " |")
         wrong += [f"- {row['case']}, run {row['run']} ({row['revision']}): {row['reason']}"
                   for row in rows if not row["right"]]
@@ -182,18 +260,19 @@ def main():
     arguments.results = arguments.results.resolve()
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     results = read_results(arguments.results)
+    run, tell = (find_smallest, report_smallest) if arguments.smallest else (run_missing, report)
     if arguments.report:
-        report(arguments, results)
+        tell(arguments, results)
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     began = time.monotonic()
     try:
         network.check_possible()
-        run_missing(table, arguments, results)
+        run(table, arguments, results)
     except network.CannotRun as reason:
         print(f"bench/detection: {reason}", file=sys.stderr)
         return 1
-    report(arguments, results)
+    tell(arguments, results)
     print(f"\n{(time.monotonic() - began) / 60:.0f} minutes")
     return 0
 

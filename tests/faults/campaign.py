@@ -66,7 +66,7 @@ def line(task, result):
     steps = (f"{1000 * result.step_seconds_before:.0f}" if result.step_seconds_before else "-",
              f"{1000 * result.step_seconds_after:.0f}" if result.step_seconds_after else "-")
     return (f"{'right' if result.right else 'WRONG'}  {task.case.name} (run {task.run}, rank "
-            f"{result.victim}, step {steps[0]} -> {steps[1]} ms{times}, {result.seconds:.0f} s)"
+            f"{result.victim}, step {steps[0]} -> {steps[1]} ms{times}, {result.seconds:.0f} s, load {result.load:.0f})"
             f"{'' if result.right else ': ' + result.reason}")
 
 

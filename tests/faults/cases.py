@@ -4,6 +4,7 @@ import hashlib
 import json
 import pathlib
 import random
+import re
 import tomllib
 
 TABLE = pathlib.Path(__file__).resolve().with_name("cases.toml")
@@ -44,6 +45,15 @@ class Kind:
 
 
 @dataclasses.dataclass(frozen=True)
+class Severity:
+    """How hard the fault is: values from mild to hard of one number in the case's arguments, or of
+    NAME=NUMBER in their lines."""
+
+    argument: str
+    values: tuple
+
+
+@dataclasses.dataclass(frozen=True)
 class Case:
     name: str
     kind: Kind
@@ -55,6 +65,20 @@ class Case:
     warm_seconds: float  # of undisturbed training before the onset
     in_ci: bool
     digest: str  # of the case as it is written: a result is of one table
+    severity: Severity | None = None
+
+    def at(self, value):
+        """The same with this value in place of its own severity."""
+        name = self.severity.argument
+        arguments = dict(self.arguments)
+        if name in arguments:
+            arguments[name] = value
+        else:
+            arguments["lines"] = [_number_of(name).sub(rf"\g<1>{value:g}", line)
+                                  for line in arguments["lines"]]
+        digest = hashlib.sha256(json.dumps([self.digest, value]).encode()).hexdigest()[:16]
+        return dataclasses.replace(self, name=f"{self.name}, {name} {value:g}", arguments=arguments,
+                                   severity=None, in_ci=False, digest=digest)
 
     def roles(self, run, ranks):
         """Who is the victim and who its peer (the next one in the ring) in run `run`."""
@@ -114,9 +138,11 @@ def _case(row, kinds, jobs):
     where = f"case {row.get('name', '?')}"
     told = _typed(where, row, {
         "name": str, "kind": str, "job": str, "fault": str, "arguments": dict, "expected": (dict, str),
-        "watch_seconds": (int, float), "warm_seconds": (int, float), "ci": bool},
-        optional={"arguments": {}, "warm_seconds": 6.0, "ci": False})
-    digest = hashlib.sha256(json.dumps([row, dataclasses.asdict(jobs[row["job"]])
+        "watch_seconds": (int, float), "warm_seconds": (int, float), "ci": bool, "severity": dict},
+        optional={"arguments": {}, "warm_seconds": 6.0, "ci": False, "severity": {}})
+    # Of what decides a result.
+    deciding = {key: value for key, value in row.items() if key not in ("ci", "severity")}
+    digest = hashlib.sha256(json.dumps([deciding, dataclasses.asdict(jobs[row["job"]])
                                         if row["job"] in jobs else None],
                                        sort_keys=True).encode()).hexdigest()[:16]
     for what, known in (("kind", kinds), ("job", jobs)):
@@ -126,7 +152,28 @@ def _case(row, kinds, jobs):
     return Case(name=told["name"], kind=kinds[told["kind"]], job=told["job"], fault=told["fault"],
                 arguments=told["arguments"], expected=_expected(where, told["expected"]),
                 watch_seconds=told["watch_seconds"], warm_seconds=told["warm_seconds"],
-                in_ci=told["ci"], digest=digest)
+                in_ci=told["ci"], digest=digest,
+                severity=_severity(where, told["severity"], told["arguments"]))
+
+
+def _number_of(name):
+    return re.compile(rf"(\b{re.escape(name)}=)[0-9.]+")
+
+
+def _severity(where, row, arguments):
+    if not row:
+        return None
+    told = _typed(f"{where}: severity", row, {"argument": str, "values": list})
+    name, values = told["argument"], told["values"]
+    places = (name in arguments) + sum(len(_number_of(name).findall(line))
+                                       for line in arguments.get("lines", ()))
+    if places != 1:
+        raise WrongTable(f"{where}: severity: argument: expected one '{name}' in the arguments, "
+                         f"found {places}")
+    if (not values or any(isinstance(value, bool) or not isinstance(value, (int, float))
+                          for value in values)):
+        raise WrongTable(f"{where}: severity: values: expected numbers, found {values!r}")
+    return Severity(name, tuple(values))
 
 
 def _expected(where, row):

@@ -1,7 +1,9 @@
 """One run of one case: a network, an agent, a job; a fault; what the monitor says; the score."""
 import dataclasses
+import os
 import pathlib
 import shutil
+import statistics
 import time
 
 import faults
@@ -34,6 +36,7 @@ class Result:
     step_seconds_after: float | None
     onset: float  # on the agent's monotonic clock, which is the recording's
     seconds: float  # of the whole run
+    load: float  # of the machine, runnable threads, the mean over the run: how loaded it was
 
 
 def run_case(table, case, run, programs: Programs, directory: pathlib.Path, slot: str,
@@ -75,7 +78,7 @@ def run_case(table, case, run, programs: Programs, directory: pathlib.Path, slot
     return Result(case.name, run, case.digest, victim, peer, score.right, score.reason,
                   score.suspicion_seconds, score.verdict_seconds,
                   [dataclasses.asdict(one) for one in seen], steps.before(), steps.after(),
-                  begun.onset, round(time.monotonic() - began, 1))
+                  begun.onset, round(time.monotonic() - began, 1), steps.load())
 
 
 def judge(case, expected, seen):
@@ -102,17 +105,22 @@ def look(agent, training, watch, steps, deadline, settle_seconds=None):
 
 
 class Steps:
-    """How long a step takes, before and after the onset."""
+    """How long a step takes, before and after the onset; and the machine's load."""
 
     def __init__(self):
         self._seen = []  # (monotonic, step)
+        self._loads = []
         self._split = None
 
     def add(self, now, step):
         self._seen.append((now, step))
+        self._loads.append(os.getloadavg()[0])
 
     def split(self):
         self._split = len(self._seen)
+
+    def load(self):
+        return round(statistics.mean(self._loads), 1)
 
     def before(self):
         return self._rate(self._seen[:self._split])

@@ -1,12 +1,15 @@
 #!/usr/bin/python3
-"""The scorer and the table: what counts as right, and what the table refuses."""
+"""The scorer, the table and the search for the smallest fault: what counts as right, what the table
+refuses, and what is found."""
 import pathlib
 import sys
 import unittest
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent.parent / "bench" / "detection")]
 
 import cases
+import series
 from score import Seen, Watch, interval, judge, percentile, seen_in_replay
 
 EXPECTED = cases.Expected(("stopped",), ("process",), ((3, 3),))
@@ -134,6 +137,18 @@ watch_seconds = 20
 expected = { class = "stopped", scope = "process", suspects = ["victim"] }
 """
 
+SLOW = """
+[[case]]
+name = "slow"
+kind = "hang"
+job = "ring"
+fault = "file"
+arguments = { lines = ["slow-compute rank=VICTIM factor=3 steps=3"] }
+watch_seconds = 20
+severity = { argument = "factor", values = [1.25, 3] }
+expected = { class = "late-compute", scope = "rank-late", suspects = ["victim"] }
+"""
+
 
 class TableTest(unittest.TestCase):
     def test_the_table_is_read(self):
@@ -142,6 +157,18 @@ class TableTest(unittest.TestCase):
         self.assertTrue(any(case.expected is None for case in table.cases))
         with self.assertRaisesRegex(cases.WrongTable, "no case 'x'"):
             table.case("x")
+
+    def test_a_severity_takes_the_place_of_the_case_s_own(self):
+        case = cases.parse(SMALL + SLOW).case("slow")
+        milder = case.at(1.25)
+        self.assertEqual(milder.arguments, {"lines": ["slow-compute rank=VICTIM factor=1.25 steps=3"]})
+        self.assertEqual(milder.name, "slow, factor 1.25")
+        self.assertEqual(len({case.digest, milder.digest, case.at(1.5).digest}), 3)
+        text = (SMALL + SLOW).replace("severity", 'ci = true\nseverity')
+        self.assertEqual(cases.parse(text).case("slow").digest, case.digest)
+        by_argument = cases.parse((SMALL + SLOW).replace('lines = ["slow-compute rank=VICTIM factor=3 '
+                                                         'steps=3"]', 'factor = 2')).case("slow")
+        self.assertEqual(by_argument.at(0.5).arguments, {"factor": 0.5})
 
     def test_roles_are_drawn_and_stay(self):
         case = cases.parse(SMALL).case("stopped")
@@ -167,6 +194,12 @@ class TableTest(unittest.TestCase):
                 self.assertIn(old, SMALL)
                 with self.assertRaisesRegex(cases.WrongTable, reason):
                     cases.parse(SMALL.replace(old, new))
+        for old, new, reason in (
+                ('argument = "factor"', 'argument = "factr"', "expected one 'factr' .* found 0"),
+                ("factor=3", "factor=3 factor=4", "found 2"),
+                ("[1.25, 3]", "[]", "expected numbers"), ("[1.25, 3]", '["x"]', "expected numbers")):
+            with self.subTest(new=new), self.assertRaisesRegex(cases.WrongTable, reason):
+                cases.parse(SMALL + SLOW.replace(old, new))
         with self.assertRaisesRegex(cases.WrongTable, "found 2"):
             cases.parse(SMALL + SMALL[SMALL.index("[[case]]"):])
 
@@ -177,6 +210,35 @@ class TableTest(unittest.TestCase):
         self.assertEqual(len(digests), 3)
         self.assertEqual(cases.parse(SMALL).case("stopped").digest,
                          cases.parse("# a remark\n" + SMALL).case("stopped").digest)
+
+
+class SmallestTest(unittest.TestCase):
+    def test_the_mildest_that_is_found_is_found_wherever_it_is(self):
+        values = [1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7]
+        text = SMALL + SLOW.replace("[1.25, 3]", str(values))
+        case = cases.parse(text).case("slow")
+        for first in range(len(values) + 1):  # the first value whose runs are all right
+            results, tried = {}, []
+            while (value := series.bisect(case, 2, results).undecided) is not None:
+                tried.append(value)
+                at = case.at(value)
+                for run in range(2):
+                    # Of one that is not found a run may be right by chance.
+                    right = value >= (values + [9])[first] or run == 0
+                    results[(at.name, run, at.digest)] = {"right": right}
+            with self.subTest(first=first):
+                state = series.bisect(case, 2, results)
+                self.assertEqual(state.found, values[first] if first < len(values) else None)
+                self.assertEqual(state.missed, values[first - 1] if first > 0 else None)
+                self.assertLessEqual(len(tried), 3)
+
+    def test_one_wrong_run_is_enough_and_a_missing_one_is_not_right(self):
+        case = cases.parse(SMALL + SLOW.replace("[1.25, 3]", "[3]")).case("slow")
+        only = case.at(3)
+        one = {(only.name, 0, only.digest): {"right": True}}
+        self.assertEqual(series.bisect(case, 2, one).undecided, 3)
+        self.assertEqual(series.bisect(case, 2, one | {
+            (only.name, 1, only.digest): {"right": False}}), series.Bisection(None, 3, None))
 
 
 if __name__ == "__main__":
