@@ -4,8 +4,8 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "base/byte_codec.h"
 #include "base/status_macros.h"
-#include "monitor/byte_codec.h"
 
 namespace holdfast::recovery {
 namespace {
