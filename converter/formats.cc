@@ -4,6 +4,7 @@
 
 #include "base/status_macros.h"
 #include "converter/dcp_reader.h"
+#include "converter/deepspeed_model.h"
 #include "converter/format_reader.h"
 #include "converter/fsdp_reader.h"
 #include "converter/safetensors.h"
@@ -13,6 +14,8 @@ namespace holdfast::converter {
 namespace {
 
 constexpr FormatReader kReaders[] = {
+    {"ucp", RecognizesUniversal, ReadUniversal},
+    {"deepspeed", RecognizesDeepSpeed, ReadDeepSpeed},
     {"dcp", RecognizesDcp, ReadDcp},
     {"fsdp", RecognizesFsdp, ReadFsdp},
     {"safetensors", RecognizesSafetensors, ReadSafetensors},
@@ -34,7 +37,7 @@ absl::StatusOr<const FormatReader*> RecognizeFormat(const ForeignFolder& folder)
 absl::StatusOr<ForeignIndex> ReadFormat(const FormatReader& reader, const ForeignFolder& folder,
                                         const ReadOptions& options) {
   ASSIGN_OR_RETURN(ForeignIndex index, reader.read(folder, options));
-  index.format = reader.name;
+  if (index.format.empty()) index.format = reader.name;
   index.files.assign(folder.files().begin(), folder.files().end());
   for (const std::string& refused : folder.refused()) index.notes.push_back(refused);
   RETURN_IF_ERROR(holdfast::converter::Finish(index));

@@ -1,0 +1,450 @@
+#include "converter/deepspeed_model.h"
+
+#include <algorithm>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
+#include "base/check.h"
+#include "base/status_macros.h"
+#include "converter/zero_layout.h"
+
+namespace holdfast::converter {
+namespace {
+
+constexpr std::string_view kExperts = "deepspeed_experts.";
+constexpr std::string_view kTied = "tied_modules.";
+
+absl::Status NotEverywhere(const std::string& name, uint32_t tensor_ranks) {
+  return absl::DataLossError(absl::StrFormat(
+      "\"%s\": expected it on all %d tensor-parallel ranks, found it on some", name, tensor_ranks));
+}
+
+// The tied modules of a pipeline (`tied_modules.<key>.`), in the order in which they were built:
+// names below the key, and shapes.
+struct TiedModule {
+  std::string key;
+  std::map<std::string, Shape> shapes;
+};
+
+}  // namespace
+
+std::optional<ExpertName> ParseExpertName(std::string_view name) {
+  const size_t at = name.find(kExperts);
+  if (at == std::string_view::npos || (at > 0 && name[at - 1] != '.')) return std::nullopt;
+  const size_t begin = at + kExperts.size();
+  size_t end = begin;
+  while (end < name.size() && absl::ascii_isdigit(static_cast<unsigned char>(name[end]))) ++end;
+  ExpertName expert{.prefix = name.substr(0, begin), .number = 0, .suffix = name.substr(end)};
+  if (end == begin || end - begin > 7 || expert.suffix.empty() || expert.suffix[0] != '.') {
+    return std::nullopt;
+  }
+  for (char digit : name.substr(begin, end - begin)) {
+    expert.number = expert.number * 10 + static_cast<uint64_t>(digit - '0');
+  }
+  return expert;
+}
+
+absl::StatusOr<DeepSpeedModel> DeepSpeedModel::Read(const ForeignFolder& folder,
+                                                    const DeepSpeedFiles& files,
+                                                    const ReadOptions& options, PieceTable& table) {
+  DeepSpeedModel model(folder, files, table);
+  std::vector<uint32_t> numbers;
+  if (!files.partitioned_models.empty()) {
+    model.partitioned_ = true;
+    ASSIGN_OR_RETURN(const RankKey counts,
+                     DeepSpeedFiles::Counts(files.partitioned_models, "model states"));
+    for (uint32_t mp = 0; mp < counts.mp; ++mp) {
+      numbers.push_back(files.partitioned_models.at({.mp = mp, .dp = 0}));
+    }
+  } else {
+    for (const auto& [mp, file] : files.models) {
+      if (mp != numbers.size()) {
+        return absl::DataLossError(
+            absl::StrFormat("model states: found none of model-parallel rank %d", numbers.size()));
+      }
+      numbers.push_back(file);
+    }
+  }
+  if (numbers.empty()) {
+    return absl::DataLossError(
+        "expected mp_rank_00_model_states.pt or "
+        "zero_pp_rank_0_mp_rank_00_model_states.pt, found neither");
+  }
+  for (size_t mp = 0; mp < numbers.size(); ++mp) {
+    ASSIGN_OR_RETURN(
+        ModelStates states,
+        ReadModelStates(folder, numbers[mp], mp == 0 ? ShowFacts::kYes : ShowFacts::kNo, table));
+    model.states_.push_back(std::move(states));
+  }
+  const ModelStates& first = model.states_.front();
+  if (first.mp_world_size > model.states_.size()) {
+    return absl::DataLossError(
+        absl::StrFormat("model states: expected files of %d model-parallel ranks, found %d",
+                        first.mp_world_size, model.states_.size()));
+  }
+  if (first.global_steps.has_value()) {
+    table.index().has_step = true;
+    table.index().step = *first.global_steps;
+  }
+  RETURN_IF_ERROR(model.FindDegrees());
+  ParallelInfo info;
+  if (first.parallel.has_value()) info = *first.parallel;
+  if (!info.NamesShards() && model.tensor_ranks_ > 1 && !files.optimizers.empty()) {
+    // AutoTP writes it into the optimizer's files too.
+    ASSIGN_OR_RETURN(
+        const OptimizerStates states,
+        ReadOptimizerStates(folder, files.optimizers.begin()->second, ShowFacts::kNo, table));
+    if (states.parallel.has_value()) info = *states.parallel;
+  }
+  if (!info.NamesShards() && !options.preset.empty()) {
+    const std::vector<std::string> pipeline = info.pipeline_replicated;
+    ASSIGN_OR_RETURN(info, ParallelPreset(options.preset));
+    info.pipeline_replicated = pipeline;
+  }
+  ASSIGN_OR_RETURN(model.rules_, ParallelRules::Create(std::move(info)));
+  RETURN_IF_ERROR(model.CollectShapes());
+  return model;
+}
+
+absl::Status DeepSpeedModel::FindDegrees() {
+  const auto ranks = static_cast<uint32_t>(states_.size());
+  const auto& said = states_.front().parallel_degrees;
+  if (said.has_value() && said->second != 0 && said->second <= ranks &&
+      said->first == ranks / said->second && ranks % said->second == 0) {
+    tensor_ranks_ = static_cast<uint32_t>(said->second);
+  } else if (said.has_value() && (said->first != 1 || said->second != 1)) {
+    return absl::DataLossError(absl::StrFormat(
+        "checkpoint_parallel_dimensions: pipeline %d, tensor %d, found model states of %d ranks",
+        said->first, said->second, ranks));
+  } else if (files_.layers.empty()) {
+    tensor_ranks_ = ranks;
+  } else {
+    // As many files of a layer as there are tensor-parallel ranks.
+    const uint32_t layer = files_.layers.begin()->first.layer;
+    tensor_ranks_ = 0;
+    for (const auto& [key, file] : files_.layers) tensor_ranks_ += key.layer == layer ? 1 : 0;
+    if (tensor_ranks_ > ranks || ranks % tensor_ranks_ != 0) {
+      return absl::DataLossError(absl::StrFormat(
+          "layer %d has %d files, found model states of %d ranks", layer, tensor_ranks_, ranks));
+    }
+  }
+  pipeline_ranks_ = ranks / tensor_ranks_;
+  return absl::OkStatus();
+}
+
+absl::Status DeepSpeedModel::CollectShapes() {
+  local_experts_.resize(states_.size());
+  modules_.resize(states_.size());
+  for (uint32_t mp = 0; mp < ranks(); ++mp) {
+    const uint32_t stage = mp / tensor_ranks_;
+    const auto add = [&](const std::string& name, const Shape& shape) {
+      auto& by_rank = shapes_[name][stage];
+      by_rank.resize(tensor_ranks_);
+      by_rank[TensorRank(mp)] = shape;
+    };
+    const ModelStates& states = states_[mp];
+    buffers_.insert(states.buffer_names.begin(), states.buffer_names.end());
+    for (const auto& [alias, owner] : states.shared) {
+      if (owners_.emplace(alias, owner).second) aliases_[owner].push_back(alias);
+    }
+    for (const NamedTensor& entry : states.module) {
+      modules_[mp].emplace(entry.name, &entry.tensor);
+      dtypes_.emplace(entry.name, entry.tensor.dtype);
+      if (!partitioned_ && !buffers_.contains(entry.name)) add(entry.name, entry.tensor.shape);
+    }
+    for (const NamedShape& entry : states.frozen_shapes) add(entry.name, entry.shape);
+    for (const std::vector<NamedShape>& group : states.param_shapes) {
+      for (const NamedShape& entry : group) {
+        const auto expert = ParseExpertName(entry.name);
+        if (expert.has_value()) {
+          uint64_t& count = local_experts_[mp][std::string(expert->prefix)];
+          count = std::max(count, expert->number + 1);
+        }
+        add(entry.name, entry.shape);
+        optimized_.insert(entry.name);
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<const ShardMap*> DeepSpeedModel::Shard(const std::string& parameter, uint32_t mp) {
+  return ExpertShard(parameter, parameter, mp);
+}
+
+absl::StatusOr<const ShardMap*> DeepSpeedModel::ExpertShard(const std::string& local,
+                                                            const std::string& global,
+                                                            uint32_t mp) {
+  const uint32_t stage = mp / tensor_ranks_;
+  const auto known = shards_.find({global, stage});
+  if (known != shards_.end()) return &known->second[TensorRank(mp)];
+  const auto found = shapes_.find(local);
+  if (found == shapes_.end() || !found->second.contains(stage)) {
+    return absl::DataLossError(
+        absl::StrFormat("\"%s\": found no shape of it on model-parallel rank %d", local, mp));
+  }
+  if (found->second.size() > 1 && !local.starts_with(kTied) && !rules_->PipelineReplicated(local)) {
+    return absl::DataLossError(
+        absl::StrFormat("\"%s\": found on %d pipeline stages; expected one, or a pattern in "
+                        "pipeline_replicated_parameter_patterns that says that they share it",
+                        local, found->second.size()));
+  }
+  std::vector<Shape> shapes;
+  for (const std::optional<Shape>& shape : found->second.at(stage)) {
+    if (!shape.has_value()) return NotEverywhere(local, tensor_ranks_);
+    shapes.push_back(*shape);
+  }
+  ASSIGN_OR_RETURN(std::vector<ShardMap> maps, rules_->Resolve(OwnerOf(local), shapes));
+  const auto [made, inserted] = shards_.emplace(std::pair(global, stage), std::move(maps));
+  return &made->second[TensorRank(mp)];
+}
+
+std::string DeepSpeedModel::GlobalExpertName(const std::string& local, uint32_t mp,
+                                             uint32_t expert_rank) const {
+  const auto expert = ParseExpertName(local);
+  if (!expert.has_value()) return local;
+  const auto count = local_experts_[mp].find(expert->prefix);
+  CHECK(count != local_experts_[mp].end());
+  return absl::StrCat(std::string(expert->prefix), expert->number + expert_rank * count->second,
+                      std::string(expert->suffix));
+}
+
+std::string DeepSpeedModel::OwnerOf(const std::string& name) const {
+  const auto owner = owners_.find(name);
+  return owner == owners_.end() ? name : owner->second;
+}
+
+std::vector<std::string> DeepSpeedModel::NamesOf(const std::string& owner) const {
+  std::vector<std::string> names = {owner};
+  if (const auto found = aliases_.find(owner); found != aliases_.end()) {
+    names.insert(names.end(), found->second.begin(), found->second.end());
+  }
+  return names;
+}
+
+absl::Status DeepSpeedModel::AddRoundedWeights(const std::string& parameter) {
+  const auto master = table_.Find(parameter, "fp32");
+  const std::optional<Dtype> dtype = WeightDtype(parameter);
+  if (!master.has_value() || !dtype.has_value()) return absl::OkStatus();
+  for (const std::string& name : NamesOf(parameter)) {
+    if (table_.Find(name, "param").has_value()) continue;
+    RETURN_IF_ERROR(table_.AddRounded(name, "param", *dtype, *master));
+  }
+  return absl::OkStatus();
+}
+
+std::optional<Dtype> DeepSpeedModel::WeightDtype(const std::string& parameter) const {
+  if (const auto found = dtypes_.find(parameter); found != dtypes_.end()) return found->second;
+  if (const auto state = table_.Find(parameter, "param"); state.has_value()) {
+    return table_.index().tensor_states[*state].dtype;
+  }
+  return DtypeFromName(states_.front().weight_dtype);
+}
+
+bool DeepSpeedModel::IsPlaceholder(const std::string& name) const {
+  return partitioned_ && !buffers_.contains(name);
+}
+
+absl::Status DeepSpeedModel::AddModule(uint32_t mp) {
+  for (const NamedTensor& entry : states_[mp].module) {
+    if (IsPlaceholder(entry.name)) continue;
+    if (buffers_.contains(entry.name)) {
+      // Ranks may count differently; the model has those of the first one.
+      if (table_.Find(entry.name, "buffer").has_value()) continue;
+      ASSIGN_OR_RETURN(const uint32_t state,
+                       table_.State(entry.name, "buffer", entry.tensor.dtype, entry.tensor.shape));
+      RETURN_IF_ERROR(table_.AddWhole(state, entry.tensor));
+      continue;
+    }
+    ASSIGN_OR_RETURN(const ShardMap* shard, Shard(entry.name, mp));
+    ASSIGN_OR_RETURN(const uint32_t state,
+                     table_.State(entry.name, "param", entry.tensor.dtype, shard->shape));
+    RETURN_IF_ERROR(table_.AddShard(state, *shard, entry.tensor));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status DeepSpeedModel::AddLayers() {
+  if (files_.layers.empty()) return absl::OkStatus();
+  // Layer files have the names of their layer: `norm.weight` is `4.norm.weight` elsewhere, and what
+  // is tied `tied_modules.<key>.weight`. Which layer is which key is told by their order.
+  std::vector<TiedModule> tied;
+  for (const ModelStates& states : states_) {
+    for (const std::vector<NamedShape>& group : states.param_shapes) {
+      for (const NamedShape& entry : group) {
+        if (!entry.name.starts_with(kTied)) continue;
+        const size_t dot = entry.name.find('.', kTied.size());
+        if (dot == std::string::npos) continue;
+        const std::string key = entry.name.substr(kTied.size(), dot - kTied.size());
+        auto module = std::find_if(tied.begin(), tied.end(),
+                                   [&key](const TiedModule& t) { return t.key == key; });
+        if (module == tied.end()) module = tied.insert(tied.end(), {.key = key, .shapes = {}});
+        module->shapes[entry.name.substr(dot + 1)] = entry.shape;
+      }
+    }
+  }
+  std::map<uint32_t, std::string> prefixes;  // by layer
+  std::set<std::string> used;
+  for (auto at = files_.layers.begin(); at != files_.layers.end();) {
+    const uint32_t layer = at->first.layer;
+    std::vector<std::vector<NamedTensor>> on_ranks(tensor_ranks_);
+    for (; at != files_.layers.end() && at->first.layer == layer; ++at) {
+      if (at->first.tp >= tensor_ranks_) {
+        return absl::DataLossError(absl::StrFormat("%s: expected files of %d tensor-parallel ranks",
+                                                   folder_.files()[at->second].path,
+                                                   tensor_ranks_));
+      }
+      ASSIGN_OR_RETURN(on_ranks[at->first.tp], ReadStateDict(folder_, at->second, table_));
+    }
+    std::string prefix = absl::StrCat(layer, ".");
+    const bool plain = std::any_of(
+        on_ranks[0].begin(), on_ranks[0].end(),
+        [&](const NamedTensor& entry) { return shapes_.contains(prefix + entry.name); });
+    if (!plain) {
+      const auto fits = [&on_ranks](const TiedModule& module) {
+        return !module.shapes.empty() &&
+               std::all_of(module.shapes.begin(), module.shapes.end(), [&](const auto& entry) {
+                 return std::any_of(
+                     on_ranks[0].begin(), on_ranks[0].end(), [&](const NamedTensor& tensor) {
+                       return tensor.name == entry.first && tensor.tensor.shape == entry.second;
+                     });
+               });
+      };
+      const TiedModule* match = nullptr;
+      for (const TiedModule& module : tied) {
+        if (fits(module) &&
+            (match == nullptr || (used.contains(match->key) && !used.contains(module.key)))) {
+          match = &module;
+        }
+      }
+      if (match != nullptr) {
+        prefix = absl::StrCat(std::string(kTied), match->key, ".");
+        used.insert(match->key);
+      }
+    }
+    for (const NamedTensor& entry : on_ranks[0]) {
+      const std::string name = prefix + entry.name;
+      std::vector<Shape> shapes;
+      std::vector<const StoredTensor*> tensors;
+      for (const std::vector<NamedTensor>& of_rank : on_ranks) {
+        for (const NamedTensor& other : of_rank) {
+          if (other.name == entry.name) {
+            shapes.push_back(other.tensor.shape);
+            tensors.push_back(&other.tensor);
+          }
+        }
+      }
+      if (tensors.size() != tensor_ranks_) return NotEverywhere(name, tensor_ranks_);
+      ASSIGN_OR_RETURN(const std::vector<ShardMap> maps, rules_->Resolve(name, shapes));
+      ASSIGN_OR_RETURN(const uint32_t state,
+                       table_.State(name, "param", entry.tensor.dtype, maps[0].shape));
+      for (uint32_t tp = 0; tp < tensor_ranks_; ++tp) {
+        RETURN_IF_ERROR(table_.AddShard(state, maps[tp], *tensors[tp]));
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status DeepSpeedModel::AddExperts() {
+  struct Found {
+    std::vector<std::optional<StoredTensor>> tensors;  // by tensor-parallel rank
+  };
+  for (auto at = files_.experts.begin(); at != files_.experts.end();) {
+    const auto [layer, expert, unused] = at->first;
+    std::map<std::pair<std::string, uint32_t>, Found> by_name;  // and pipeline stage
+    for (; at != files_.experts.end() && at->first.layer == layer && at->first.expert == expert;
+         ++at) {
+      if (at->first.mp >= ranks()) {
+        return absl::DataLossError(absl::StrFormat("%s: expected files of %d model-parallel ranks",
+                                                   folder_.files()[at->second].path, ranks()));
+      }
+      ASSIGN_OR_RETURN(std::vector<NamedTensor> tensors,
+                       ReadStateDict(folder_, at->second, table_));
+      for (NamedTensor& entry : tensors) {
+        Found& found = by_name[{entry.name, at->first.mp / tensor_ranks_}];
+        found.tensors.resize(tensor_ranks_);
+        found.tensors[TensorRank(at->first.mp)] = std::move(entry.tensor);
+      }
+    }
+    for (const auto& [key, found] : by_name) {
+      const std::string& name = key.first;
+      std::vector<Shape> shapes;
+      for (const std::optional<StoredTensor>& tensor : found.tensors) {
+        if (!tensor.has_value()) return NotEverywhere(name, tensor_ranks_);
+        shapes.push_back(tensor->shape);
+      }
+      ASSIGN_OR_RETURN(const std::vector<ShardMap> maps, rules_->Resolve(name, shapes));
+      ASSIGN_OR_RETURN(const uint32_t state,
+                       table_.State(name, "param", found.tensors[0]->dtype, maps[0].shape));
+      for (uint32_t tp = 0; tp < tensor_ranks_; ++tp) {
+        RETURN_IF_ERROR(table_.AddShard(state, maps[tp], *found.tensors[tp]));
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status DeepSpeedModel::AddFrozenFragments() {
+  if (!partitioned_) return absl::OkStatus();
+  ASSIGN_OR_RETURN(const RankKey counts,
+                   DeepSpeedFiles::Counts(files_.partitioned_models, "model states"));
+  for (uint32_t mp = 0; mp < ranks(); ++mp) {
+    if (states_[mp].frozen_shapes.empty()) continue;
+    std::map<std::string, uint64_t> elements;
+    for (const NamedShape& entry : states_[mp].frozen_shapes) {
+      ASSIGN_OR_RETURN(elements[entry.name], ElementCount(entry.shape, entry.name));
+    }
+    for (uint32_t dp = 0; dp < counts.dp; ++dp) {
+      std::optional<ModelStates> other;
+      if (dp > 0) {
+        ASSIGN_OR_RETURN(
+            other, ReadModelStates(folder_, files_.partitioned_models.at({.mp = mp, .dp = dp}),
+                                   ShowFacts::kNo, table_));
+      }
+      for (const NamedTensor& entry : (dp > 0 ? *other : states_[mp]).frozen_fragments) {
+        const auto size = elements.find(entry.name);
+        if (size == elements.end()) {
+          return absl::DataLossError(absl::StrFormat(
+              "\"%s\": a fragment of it, and no shape in frozen_param_shapes", entry.name));
+        }
+        ASSIGN_OR_RETURN(const ShardMap* shard, Shard(entry.name, mp));
+        ASSIGN_OR_RETURN(const uint32_t state,
+                         table_.State(entry.name, "param", entry.tensor.dtype, shard->shape));
+        ASSIGN_OR_RETURN(const PartitionedParameters parts,
+                         PartitionedParameters::Create({size->second}, counts.dp));
+        for (const FlatRun& run : parts.Partition(dp)) {
+          RETURN_IF_ERROR(
+              table_.AddShardRange(state, *shard, run.parameter_begin, entry.tensor, 0, run.count));
+        }
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status DeepSpeedModel::AddWeights() {
+  for (uint32_t mp = 0; mp < ranks(); ++mp) RETURN_IF_ERROR(AddModule(mp));
+  RETURN_IF_ERROR(AddLayers());
+  RETURN_IF_ERROR(AddExperts());
+  return AddFrozenFragments();
+}
+
+void DeepSpeedModel::AddAliases() {
+  for (const auto& [alias, owner] : owners_) {
+    const auto state = table_.Find(alias, "param");
+    const auto of = table_.Find(owner, "param");
+    if (state.has_value() && of.has_value()) {
+      table_.AddAlias(*state, *of);
+    } else if (!of.has_value()) {
+      table_.index().notes.push_back(absl::StrFormat(
+          "\"%s\" is tied to \"%s\", which the checkpoint does not hold%s", alias, owner,
+          state.has_value() ? "; its weights are here under the other name only" : ""));
+    }
+  }
+}
+
+}  // namespace holdfast::converter
