@@ -55,6 +55,9 @@ class Analyzer {
   // For `holdfast monitor status` and `top`.
   const JobState& state() const { return state_; }
 
+  // For `holdfast monitor status`: which other witnesses were heard.
+  std::vector<WitnessState> witnesses() const { return testimonies_.states(); }
+
   // For `holdfast monitor matrix`.
   const std::map<std::tuple<uint64_t, Rank, Rank>, DelayCell>& delay_cells() const {
     return slow_.cells();

@@ -19,8 +19,8 @@ constexpr uint64_t kMicrosecondsMax = uint64_t{366} * 86'400 * 1'000'000;
 constexpr std::array<std::string_view, kSources> kSourceNames = {
     "flight-recorder", "stacks", "ras", "kernel-log", "nvml", "exit"};
 constexpr std::array<std::string_view, kClaims> kClaimNames = {
-    "entered", "never-entered", "completed", "differs",      "odd-stack",
-    "missing", "behind",        "gpu-fault", "gpu-impaired", "ended"};
+    "entered", "never-entered", "completed",    "differs", "odd-stack", "missing",
+    "behind",  "gpu-fault",     "gpu-impaired", "ended",   "heard",     "unheard"};
 
 template <typename Codec>
 void WalkDuration(Codec& codec, std::string_view what, absl::Duration& duration) {
@@ -69,6 +69,16 @@ void WalkBatch(Codec& codec, std::vector<Testimony>& batch) {
 
 std::string_view Name(Source source) { return kSourceNames[static_cast<size_t>(source)]; }
 std::string_view Name(Claim claim) { return kClaimNames[static_cast<size_t>(claim)]; }
+
+Testimony ToTestimony(const WitnessState& state) {
+  Testimony testimony;
+  testimony.source = state.source;
+  testimony.claim = state.heard ? Claim::kHeard : Claim::kUnheard;
+  testimony.node = CutText(state.node);
+  testimony.certainty = 1;
+  testimony.sentence = CutText(state.why);
+  return testimony;
+}
 
 std::string EncodeTestimonies(std::span<const Testimony> batch) {
   std::string bytes;

@@ -37,14 +37,18 @@ enum class Claim : uint8_t {
   kGpuFault,      // the driver reported a fault of the GPU; `code` is the Xid
   kGpuImpaired,   // the GPU is held back: errors corrected, throttled, a narrow link
   kEnded,         // the process has ended; `code` is the status or signal
+  // Of the source itself, not of ranks (WitnessState):
+  kHeard,    // was asked and has answered
+  kUnheard,  // could not be heard
 };
-inline constexpr size_t kClaims = 10;
+inline constexpr size_t kClaims = 12;
 
 // Limits. Decode refuses what is above them; Encode CHECKs them. Makers cut before.
-inline constexpr size_t kTestimoniesMax = 1024;                // of one batch
-inline constexpr size_t kTestimonyRanksMax = 64;               // of one testimony
-inline constexpr size_t kTestimonyTextBytesMax = 512;          // of each of its texts
-inline constexpr size_t kTestimonyBytesMax = size_t{1} << 20;  // of one encoded batch
+inline constexpr size_t kTestimoniesMax = 1024;        // of one batch
+inline constexpr size_t kTestimonyRanksMax = 64;       // of one testimony
+inline constexpr size_t kTestimonyTextBytesMax = 512;  // of each of its texts
+// Of one encoded batch: all that the limits above can make.
+inline constexpr size_t kTestimonyBytesMax = size_t{2} << 20;
 
 struct Testimony {
   Source source{};
@@ -76,6 +80,10 @@ struct WitnessState {
 
 std::string_view Name(Source source);
 std::string_view Name(Claim claim);
+
+// As a testimony, which is how the analysis and recordings get it: kHeard or kUnheard, no ranks,
+// `why` (cut) as its sentence.
+Testimony ToTestimony(const WitnessState& state);
 
 // The bytes of a batch, which keeps the limits, for recordings and for the wire. Durations are kept
 // in microseconds, certainties in thousandths.

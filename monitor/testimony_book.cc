@@ -21,6 +21,8 @@ bool IsOfAMoment(Claim claim) {
   return claim != Claim::kGpuFault && claim != Claim::kGpuImpaired && claim != Claim::kEnded;
 }
 
+bool IsOfTheSource(Claim claim) { return claim == Claim::kHeard || claim == Claim::kUnheard; }
+
 // Whom it names is the one to look at; kEntered and kCompleted say where somebody is, no more.
 bool Accuses(Claim claim) { return claim != Claim::kEntered && claim != Claim::kCompleted; }
 
@@ -61,6 +63,8 @@ bool Fits(Claim claim, FaultClass fault) {
              fault == FaultClass::kReceiverEnd || fault == FaultClass::kGpuHang;
     case Claim::kEntered:
     case Claim::kCompleted:
+    case Claim::kHeard:
+    case Claim::kUnheard:
       return false;
   }
   return false;
@@ -89,6 +93,8 @@ Meaning MeaningOf(Claim claim) {
     case Claim::kCompleted:
     case Claim::kOddStack:
     case Claim::kGpuImpaired:
+    case Claim::kHeard:
+    case Claim::kUnheard:
       break;
   }
   return {Syndrome::kCommunicationHang, FaultClass::kUnknown, Scope::kCommunicator};
@@ -106,7 +112,9 @@ std::vector<Suspect> SuspectsOf(const std::vector<Rank>& ranks) {
   return suspects;
 }
 
-auto KeyOf(const Testimony& t) { return std::tie(t.source, t.group, t.claim, t.ranks, t.code); }
+auto KeyOf(const Testimony& t) {
+  return std::tie(t.source, t.group, t.claim, t.ranks, t.code, t.node);
+}
 
 // The greater says more about why.
 int WeightOf(Claim claim) {
@@ -221,12 +229,16 @@ void TestimonyBook::Take(absl::Duration now, std::span<const Testimony> arrived,
                          const Thresholds& thresholds) {
   ++batch_;
   for (const Testimony& testimony : arrived) {
+    if (IsOfTheSource(testimony.claim)) {
+      TakeState(now, testimony);
+      continue;
+    }
     // What a source says of a moment replaces what it said of an earlier one.
     if (IsOfAMoment(testimony.claim)) {
       std::erase_if(entries_, [&](const Entry& entry) {
         return entry.batch < batch_ && IsOfAMoment(entry.testimony.claim) &&
                entry.testimony.source == testimony.source &&
-               entry.testimony.group == testimony.group;
+               entry.testimony.node == testimony.node && entry.testimony.group == testimony.group;
       });
     }
     Entry entry{testimony, now - testimony.age, batch_};
@@ -253,6 +265,58 @@ void TestimonyBook::Take(absl::Duration now, std::span<const Testimony> arrived,
   }
 }
 
+void TestimonyBook::TakeState(absl::Duration now, const Testimony& testimony) {
+  const auto key = std::pair(testimony.source, testimony.node);
+  auto found = states_.find(key);
+  if (found == states_.end()) {
+    if (states_.size() >= kWitnessStatesMax) return;
+    found = states_.emplace(key, State{.heard = false, .why = "", .observed = now - testimony.age})
+                .first;
+  }
+  State& state = found->second;
+  const bool heard = testimony.claim == Claim::kHeard;
+  const absl::Duration observed = now - testimony.age;
+  // As with testimonies: of the same moment always the same one.
+  if (std::tie(observed, heard, testimony.sentence) <
+      std::tie(state.observed, state.heard, state.why)) {
+    return;
+  }
+  state = {heard, testimony.sentence, observed};
+}
+
+std::vector<WitnessState> TestimonyBook::states() const {
+  std::vector<WitnessState> all;
+  for (const auto& [key, state] : states_) {
+    all.push_back({key.first, key.second, state.heard, state.why});
+  }
+  return all;
+}
+
+std::vector<std::string> TestimonyBook::Unheard() const {
+  struct Absence {
+    size_t nodes = 0;
+    std::string node, why;  // of the first of them
+  };
+  std::map<Source, Absence> absences;
+  for (const auto& [key, state] : states_) {
+    if (state.heard) continue;
+    Absence& absence = absences[key.first];
+    if (absence.nodes++ == 0) {
+      absence.node = key.second;
+      absence.why = state.why;
+    }
+  }
+  std::vector<std::string> lines;
+  for (const auto& [source, absence] : absences) {
+    lines.push_back(absl::StrFormat(
+        "%s was not heard%s%s: %s", Name(source),
+        absence.node.empty() ? "" : absl::StrCat(" on ", absence.node),
+        absence.nodes == 1 ? "" : absl::StrFormat(" and %d more nodes", absence.nodes - 1),
+        absence.why));
+  }
+  return lines;
+}
+
 bool TestimonyBook::IsAbout(const JobState& state, const Entry& entry,
                             const Candidate& candidate) const {
   if (!IsOfAMoment(entry.testimony.claim)) return true;  // Take has forgotten what is too old
@@ -263,9 +327,16 @@ bool TestimonyBook::IsAbout(const JobState& state, const Entry& entry,
 }
 
 void TestimonyBook::Speak(const JobState& state, Candidates& candidates) const {
-  if (entries_.empty()) return;
-  for (Candidate& candidate : candidates.found) SpeakOf(state, candidate);
-  SpeakAlone(state, candidates);
+  if (!entries_.empty()) {
+    for (Candidate& candidate : candidates.found) SpeakOf(state, candidate);
+    SpeakAlone(state, candidates);
+  }
+  if (candidates.found.empty()) return;
+  const std::vector<std::string> unheard = Unheard();
+  for (Candidate& candidate : candidates.found) {
+    std::vector<std::string>& evidence = candidate.finding.evidence;
+    evidence.insert(evidence.end(), unheard.begin(), unheard.end());
+  }
 }
 
 void TestimonyBook::SpeakOf(const JobState& state, Candidate& candidate) const {

@@ -44,6 +44,32 @@ TEST(TestimonyTest, WhatIsWrittenReadsTheSame) {
   EXPECT_EQ(*read, batch);
 }
 
+// Whoever keeps the other limits keeps that of the whole.
+TEST(TestimonyTest, TheFullestBatchFits) {
+  Testimony full = Full();
+  full.ranks.assign(kTestimonyRanksMax, Rank{UINT32_MAX});
+  full.node = full.group = full.sentence = std::string(kTestimonyTextBytesMax, 'x');
+  full.communicator = full.operation = UINT64_MAX;
+  full.code = INT32_MIN;
+  full.age = full.standing = absl::Hours(24 * 366);
+  full.normal = full.age;
+  const std::vector<Testimony> batch(kTestimoniesMax, full);
+  const std::string bytes = EncodeTestimonies(batch);
+  EXPECT_LE(bytes.size(), kTestimonyBytesMax);
+  const auto read = DecodeTestimonies(Bytes(bytes));
+  ASSERT_TRUE(read.ok()) << read.status().ToString();
+  EXPECT_EQ(*read, batch);
+}
+
+TEST(TestimonyTest, AStateKeepsTheLimits) {
+  const std::string endless(2 * kTestimonyTextBytesMax, 'x');
+  const Testimony said = ToTestimony({Source::kRas, endless, /*heard=*/false, endless});
+  EXPECT_EQ(said.claim, Claim::kUnheard);
+  const auto read = DecodeTestimonies(Bytes(EncodeTestimonies(std::vector<Testimony>{said})));
+  ASSERT_TRUE(read.ok()) << read.status().ToString();
+  EXPECT_EQ(read->front(), said);
+}
+
 TEST(TestimonyTest, EveryCutAndEveryFlippedBitIsRefused) {
   const std::string bytes = EncodeTestimonies(std::vector<Testimony>{Full()});
   for (size_t size = 0; size < bytes.size(); ++size) {

@@ -80,7 +80,7 @@ std::optional<ProcessTestimony> ParseStat(std::string_view line, uint64_t ticks_
     return std::nullopt;
   }
   return ProcessTestimony{StateOf(fields[0][0]), (user + system) * (1'000'000 / ticks_per_second),
-                          0};
+                          0, fields[0][0] == 't'};
 }
 
 std::optional<uint64_t> ParseRunDelayNs(std::string_view line) {
@@ -112,11 +112,13 @@ std::string ProcessWitness::Read(const std::string& name) const {
 ProcessTestimony ProcessWitness::Look(std::span<const uint32_t> proxy_threads, absl::Duration now) {
   if (!directory_) return {};
   const std::string line = Read("stat");
-  if (line.empty()) return {ProcessState::kGone, 0, run_delay_ns_ / 1000};
+  if (line.empty()) return {ProcessState::kGone, 0, run_delay_ns_ / 1000, false};
   const long ticks_per_second = sysconf(_SC_CLK_TCK);
   std::optional<ProcessTestimony> testimony =
       ParseStat(line, static_cast<uint64_t>(std::max(ticks_per_second, 1L)));
   if (!testimony.has_value()) return {};
+  if (testimony->is_traced && !was_traced_) testimony->state = ProcessState::kSleeping;
+  was_traced_ = testimony->is_traced;
   std::erase_if(threads_, [&](const auto& thread) {
     return std::find(proxy_threads.begin(), proxy_threads.end(), thread.first) ==
            proxy_threads.end();

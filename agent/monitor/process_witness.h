@@ -27,6 +27,7 @@ struct ProcessTestimony {
   uint64_t cpu_us = 0;            // of all its threads, in the kernel's ticks (10 ms)
   // Since the threads were first looked at; of those that waited the longest between two looks.
   uint64_t run_delay_us = 0;
+  bool is_traced = false;  // stopped by a tracer (t), not by a signal (T)
 };
 
 // The line of /proc/PID/stat (proc(5)): state and CPU time. Nothing if it is none.
@@ -46,7 +47,9 @@ class ProcessWitness {
   // `pidfd` is read during the call only. `own_number`: the process's number as it sees it.
   ProcessWitness(int pidfd, uint32_t own_number);
 
-  // `proxy_threads`: numbers as the process sees them. `now` only spaces searches.
+  // `proxy_threads`: numbers as the process sees them. `now` only spaces searches. Whoever is held
+  // by a tracer counts as stopped from the second look in a row on: for a moment somebody has
+  // looked at its stack, as the agent itself does (agent/witness/).
   ProcessTestimony Look(std::span<const uint32_t> proxy_threads, absl::Duration now);
 
  private:
@@ -64,6 +67,7 @@ class ProcessWitness {
   std::map<uint32_t, Thread> threads_;  // by their own numbers
   absl::Duration next_search_ = -absl::InfiniteDuration();
   uint64_t run_delay_ns_ = 0;
+  bool was_traced_ = false;  // at the last look
 };
 
 }  // namespace holdfast

@@ -4,6 +4,7 @@
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
+#include <sys/ptrace.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -120,6 +121,30 @@ TEST(ProcessWitnessTest, StatesOfAProcessAreSeen) {
   EXPECT_TRUE(WaitUntil([&] { return state() == ProcessState::kGone; }));
   waitpid(child.pid(), nullptr, 0);
   EXPECT_EQ(state(), ProcessState::kGone) << "its number is free now";
+}
+
+// Whoever takes its stack holds it for less than the time between two looks; a debugger for longer.
+TEST(ProcessWitnessTest, WhoIsHeldByATracerIsStoppedFromTheSecondLookOn) {
+  Child child([] {
+    for (;;) pause();
+  });
+  ProcessWitness witness(child.pidfd(), static_cast<uint32_t>(child.pid()));
+  const auto look = [&] { return witness.Look({}, absl::ZeroDuration()); };
+  EXPECT_TRUE(WaitUntil([&] { return look().state == ProcessState::kSleeping; }));
+  if (ptrace(PTRACE_SEIZE, child.pid(), nullptr, nullptr) != 0) {
+    GTEST_SKIP() << "ptrace is not permitted here";
+  }
+  for (int i = 0; i < 2; ++i) {
+    ASSERT_EQ(ptrace(PTRACE_INTERRUPT, child.pid(), nullptr, nullptr), 0);
+    ASSERT_EQ(waitpid(child.pid(), nullptr, __WALL), child.pid());
+    const ProcessTestimony first = look();
+    EXPECT_TRUE(first.is_traced);
+    EXPECT_EQ(first.state, ProcessState::kSleeping);
+    EXPECT_EQ(look().state, ProcessState::kStopped);
+    EXPECT_EQ(look().state, ProcessState::kStopped);
+    ASSERT_EQ(ptrace(PTRACE_CONT, child.pid(), nullptr, nullptr), 0);
+    EXPECT_TRUE(WaitUntil([&] { return !look().is_traced; }));
+  }
 }
 
 TEST(ProcessWitnessTest, WhoIsDeadBeforeHasNoWitness) {

@@ -162,6 +162,19 @@ ordered_json StatusOf(const JobAnalysis& job, const monitor::Analysis& last, abs
     status["notes"].push_back(
         {{"reason", NameOf(note.reason)}, {"rank", Value(note.rank)}, {"sentence", note.sentence}});
   }
+  status["witnesses"] = ordered_json::array();
+  status["witnesses_left_out"] = 0;
+  if (job.analyzer() != nullptr) {
+    const std::vector<monitor::WitnessState> witnesses = job.analyzer()->witnesses();
+    for (const monitor::WitnessState& witness : witnesses) {
+      if (status["witnesses"].size() == kListedNodesMax) break;
+      status["witnesses"].push_back({{"source", Name(witness.source)},
+                                     {"node", witness.node},
+                                     {"heard", witness.heard},
+                                     {"why", witness.why}});
+    }
+    status["witnesses_left_out"] = witnesses.size() - status["witnesses"].size();
+  }
   status["reports_late"] = job.refused().late;
   status["reports_refused"] = job.refused().unreadable;
   status["refused_because"] = job.refused().why;

@@ -121,7 +121,7 @@ struct MonitorService::Job {
   bool stepping = false;
   std::vector<monitor::NodeReport> pending;
   size_t pending_bytes = 0;
-  std::vector<std::string> testimonies;
+  std::vector<monitor::Testimony> testimonies;
   absl::Duration heard;                   // when something came
   std::optional<absl::Duration> stepped;  // when the newest step was taken
   absl::Duration first_stepped;
@@ -210,12 +210,13 @@ void MonitorService::Deliver(const std::string& job,
                              std::span<const monitor::Testimony> testimonies) {
   const auto found = jobs_.find(job);
   if (found == jobs_.end()) return;
-  // Bytes at once: a recording must hold exactly what the analysis was told.
-  if (found->second->testimonies.size() >= monitor::kTestimoniesPerStepMax) {
+  constexpr size_t kPerStepMax = monitor::kTestimoniesPerStepMax * monitor::kTestimoniesMax;
+  std::vector<monitor::Testimony>& waiting = found->second->testimonies;
+  if (waiting.size() + testimonies.size() > kPerStepMax) {
     ++reports_dropped_;
     return;
   }
-  found->second->testimonies.push_back(monitor::EncodeTestimonies(testimonies));
+  waiting.insert(waiting.end(), testimonies.begin(), testimonies.end());
 }
 
 // Of those that are silent; empty if none is.
@@ -284,7 +285,12 @@ void MonitorService::StepJob(const std::shared_ptr<Job>& job, absl::Duration now
   job->stepped = now;
   step.reports = std::exchange(job->pending, {});
   job->pending_bytes = 0;
-  step.testimonies = std::exchange(job->testimonies, {});
+  // As bytes: a recording must hold exactly what the analysis was told.
+  const std::vector<monitor::Testimony> said = std::exchange(job->testimonies, {});
+  for (size_t at = 0; at < said.size(); at += monitor::kTestimoniesMax) {
+    step.testimonies.push_back(monitor::EncodeTestimonies(
+        std::span(said).subspan(at, std::min(monitor::kTestimoniesMax, said.size() - at))));
+  }
   // Whether a question is on the pool or not, nothing changes what a rank is called meanwhile.
   if (!job->busy) UpdateRoles(*job, step);
   Record(*job, step);
@@ -362,7 +368,8 @@ void MonitorService::Tell(const std::vector<FindingLog::Told>& told) {
       command_->Run(record, one.event);
     }
     if (options_.on_finding &&
-        (change == FindingChange::kSuspicion || change == FindingChange::kVerdict)) {
+        (change == FindingChange::kSuspicion || change == FindingChange::kVerdict ||
+         change == FindingChange::kReopened)) {
       options_.on_finding(record);
     }
   }

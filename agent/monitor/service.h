@@ -102,8 +102,8 @@ class MonitorService final : public monitor::ReportSink {
     // One line per suspicion, verdict and withdrawal.
     std::function<void(const std::string&)> log;
     std::function<void(const std::string&)> warn;
-    // A finding was opened or became a verdict: witnesses that cost nothing may be asked now. May
-    // be null.
+    // A finding was opened, is open again, or became a verdict: witnesses that cost nothing may be
+    // asked now. May be null.
     std::function<void(const monitor::FindingRecord&)> on_finding;
   };
 
@@ -118,9 +118,9 @@ class MonitorService final : public monitor::ReportSink {
 
   // Analysed with the next step of its job.
   void Deliver(monitor::NodeReport report) override;
-  // What a witness other than the reports says about the job (at most kTestimoniesMax). Ignored if
-  // no node has reported the job; beyond kTestimoniesPerStepMax batches a second dropped and
-  // counted.
+  // What a witness other than the reports says about the job. Ignored if no node has reported the
+  // job; beyond what one step can have (kTestimoniesPerStepMax batches of kTestimoniesMax) dropped
+  // and counted.
   void Deliver(const std::string& job, std::span<const monitor::Testimony> testimonies);
 
   // Of kStatus, kWaits, kMatrix, kFindings and kExplain. `job` empty: all. The answer is JSON, and

@@ -163,6 +163,7 @@ TEST_F(MonitorServiceTest, AWorkersDeathInAHangChangesNeitherIdNorGradeAndTellsN
   const std::string id = service_->findings().Records()[0]->finding.id;
   ASSERT_EQ(service_->findings().Find(id)->finding.grade, monitor::Grade::kVerdict);
   log_.clear();
+  told_.clear();
   StartService();
   ASSERT_NE(service_->findings().Find(id), nullptr);
   EXPECT_EQ(service_->findings().Find(id)->state, monitor::FindingState::kUnwatched);
@@ -171,6 +172,7 @@ TEST_F(MonitorServiceTest, AWorkersDeathInAHangChangesNeitherIdNorGradeAndTellsN
   EXPECT_EQ(service_->findings().Find(id)->state, monitor::FindingState::kOpen);
   EXPECT_EQ(service_->findings().Find(id)->finding.grade, monitor::Grade::kVerdict);
   EXPECT_THAT(Heads(), ElementsAre("monitor: reopened " + id + " (job llama)"));
+  EXPECT_THAT(told_, ElementsAre("verdict " + id)) << "witnesses are asked again";
 }
 
 TEST_F(MonitorServiceTest, WhatHealedWhileNobodyWatchedIsWithdrawn) {
@@ -222,6 +224,19 @@ TEST_F(MonitorServiceTest, WhatIsRecordedReplaysToTheSameFindings) {
   StartWorld({FaultOf(FaultKind::kStopped, 3, 0)});
   for (int i = 0; i < 70; ++i) {
     for (monitor::NodeReport& report : Reports("other")) service_->Deliver(std::move(report));
+    // More deliveries than a step can have batches, each of one source: all of them count.
+    for (size_t source = 0; i == 65 && source < monitor::kSources; ++source) {
+      monitor::Testimony said;
+      said.source = static_cast<monitor::Source>(source);
+      said.claim = monitor::Claim::kOddStack;
+      said.ranks = {Rank{3}};
+      said.certainty = 0.5;
+      said.sentence = "rank 3 is odd";
+      service_->Deliver("llama", std::span(&said, 1));
+      const monitor::Testimony state =
+          monitor::ToTestimony({said.source, "n1", source > 0, "asleep"});
+      service_->Deliver("llama", std::span(&state, 1));
+    }
     Run(1);
   }
   EXPECT_EQ(waked, 70);
@@ -248,6 +263,17 @@ TEST_F(MonitorServiceTest, WhatIsRecordedReplaysToTheSameFindings) {
   ASSERT_EQ(replayed.size(), live.size());
   ASSERT_THAT(live, SizeIs(1));
   EXPECT_EQ(FindingJson(replayed.Records()[0]->finding), FindingJson(live[0]->finding));
+  const std::vector<std::string>& evidence = live[0]->finding.evidence;
+  EXPECT_EQ(std::count_if(evidence.begin(), evidence.end(),
+                          [](const std::string& line) { return line.ends_with("rank 3 is odd"); }),
+            static_cast<ptrdiff_t>(monitor::kSources));
+  EXPECT_THAT(evidence, Contains("flight-recorder was not heard on n1: asleep"));
+  const json status = AskWell(abi::MonitorQueryKind::kStatus, "llama");
+  EXPECT_THAT(status["jobs"][0]["witnesses"], SizeIs(monitor::kSources));
+  EXPECT_EQ(
+      status["jobs"][0]["witnesses"][0],
+      (json{{"source", "flight-recorder"}, {"node", "n1"}, {"heard", false}, {"why", "asleep"}}));
+  EXPECT_EQ(status["agent"]["reports_dropped"], 0);
   EXPECT_EQ(replayed.Records()[0]->history.size(), live[0]->history.size());
 }
 
@@ -450,6 +476,15 @@ TEST_F(MonitorServiceTest, JobsAndReportsAreBounded) {
   EXPECT_EQ(status["agent"]["reports_dropped"].get<int>(), 2 + 60 - 47 + 3);
   EXPECT_EQ(status["jobs"][0]["reports_refused"], 47);
   EXPECT_THAT(status["jobs"][0]["refused_because"].get<std::string>(), HasSubstr("magic"));
+
+  // As many testimonies as a step can have, and a delivery beyond it.
+  const std::vector<monitor::Testimony> many(monitor::kTestimoniesMax);
+  for (size_t i = 0; i <= monitor::kTestimoniesPerStepMax; ++i) service_->Deliver("one-more", many);
+  service_->Deliver("nobody's", many);
+  Run(1);
+  const json after = AskWell(abi::MonitorQueryKind::kStatus, "one-more");
+  EXPECT_EQ(after["agent"]["reports_dropped"].get<int>(),
+            status["agent"]["reports_dropped"].get<int>() + 1);
 }
 
 TEST_F(MonitorServiceTest, ANameCannotWriteLinesIntoTheLog) {

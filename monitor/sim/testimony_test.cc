@@ -12,6 +12,7 @@
 #include "monitor/sim/catalogue.h"
 #include "monitor/sim/run.h"
 #include "monitor/sim/world.h"
+#include "monitor/testimony_book.h"
 
 namespace holdfast::monitor::sim {
 namespace {
@@ -98,6 +99,47 @@ TEST(TestimonyInAnalysisTest, WhoContradictsLowersConfidenceAndNothingElse) {
       }
     }
   }
+}
+
+// A line of evidence for each source, however many nodes have not heard it; heard again, it is
+// gone.
+TEST(TestimonyInAnalysisTest, WhoWasNotHeardIsSaidInTheEvidence) {
+  const WorldOptions options = With(FaultKind::kGpuHang, 3);
+  const Told without = Only(Hear(options, {}));
+  const auto state = [](Source source, const std::string& node, bool heard) {
+    return ToTestimony({source, node, heard, "of " + node});
+  };
+  const Told with =
+      Only(Hear(options, {state(Source::kRas, "n1", false), state(Source::kRas, "n2", true),
+                          state(Source::kRas, "n3", false), state(Source::kNvml, "n1", true),
+                          state(Source::kKernelLog, "n2", false)}));
+  EXPECT_EQ(Describe(with.finding), Describe(without.finding));
+  EXPECT_EQ(with.finding.confidence, without.finding.confidence);
+  EXPECT_EQ(with.verdict, without.verdict);
+  std::vector<std::string> evidence = without.finding.evidence;
+  evidence.push_back("ras was not heard on n1 and 1 more nodes: of n1");
+  evidence.push_back("kernel-log was not heard on n2: of n2");
+  EXPECT_EQ(with.finding.evidence, evidence);
+}
+
+TEST(TestimonyBookTest, TheLastWordAboutASourceCounts) {
+  const auto state = [](bool heard, absl::Duration age) {
+    Testimony testimony = ToTestimony({Source::kRas, "n1", heard, heard ? "yes" : "no"});
+    testimony.age = age;
+    return testimony;
+  };
+  const Thresholds thresholds;
+  TestimonyBook book;
+  book.Take(absl::Seconds(10), std::vector<Testimony>{state(false, absl::ZeroDuration())},
+            thresholds);
+  EXPECT_EQ(book.states(), (std::vector<WitnessState>{{Source::kRas, "n1", false, "no"}}));
+  book.Take(absl::Seconds(15), std::vector<Testimony>{state(true, absl::ZeroDuration())},
+            thresholds);
+  EXPECT_EQ(book.states(), (std::vector<WitnessState>{{Source::kRas, "n1", true, "yes"}}));
+  // What comes late is not the last word.
+  book.Take(absl::Seconds(16), std::vector<Testimony>{state(false, absl::Seconds(5))}, thresholds);
+  EXPECT_EQ(book.states(), (std::vector<WitnessState>{{Source::kRas, "n1", true, "yes"}}));
+  EXPECT_EQ(book.size(), 0u);  // none of them is about ranks
 }
 
 TEST(TestimonyInAnalysisTest, SomebodyWhoDidComeIsLessLikelyOneWhoNeverCame) {

@@ -82,14 +82,18 @@ std::string RanksText(const std::vector<Rank>& ranks) {
   return absl::StrCat(ranks.size() == 1 ? "rank " : "ranks ", absl::StrJoin(numbers, ", "));
 }
 
-// The innermost frame that is compared.
-std::string PlaceOf(const std::string& signature) {
-  const size_t line = signature.rfind('\n');
-  const std::string last = line == std::string::npos ? signature : signature.substr(line + 1);
-  if (last != kInCollective || line == std::string::npos) return last;
-  const size_t before = signature.rfind('\n', line - 1);
-  const size_t begin = before == std::string::npos ? 0 : before + 1;
-  return absl::StrCat(signature.substr(begin, line - begin), " ", kInCollective);
+// Where a stack leaves the other one: the outermost frame that differs, and the innermost one.
+std::string PlaceOf(const std::string& signature, const std::string& other) {
+  const std::vector<std::string> own = absl::StrSplit(signature, '\n');
+  const std::vector<std::string> others = absl::StrSplit(other, '\n');
+  const auto differs = static_cast<size_t>(
+      std::mismatch(own.begin(), own.end(), others.begin(), others.end()).first - own.begin());
+  size_t at = std::min(differs, own.size() - 1);
+  // That somebody is in a collective says less than who called it.
+  if (own[at] == kInCollective && at > 0) --at;
+  if (at + 1 == own.size()) return own[at];
+  if (own.back() == kInCollective) return absl::StrCat(own[at], " ", kInCollective);
+  return absl::StrCat(own[at], ", at ", own.back());
 }
 
 }  // namespace
@@ -199,10 +203,10 @@ std::vector<Testimony> TestifyStacks(std::span<const RankStacks> stacks) {
     if (testimony.ranks.size() > kTestimonyRanksMax) testimony.ranks.resize(kTestimonyRanksMax);
     testimony.certainty =
         clusters.size() == 2 ? 0.7 : 0.4;  // among many odd ones each is hardly special
-    testimony.sentence =
-        CutText(absl::StrFormat("%s stands in %s, the %d others in %s", RanksText(testimony.ranks),
-                                PlaceOf(clusters[i].signature), clusters.front().ranks.size(),
-                                PlaceOf(clusters.front().signature)));
+    testimony.sentence = CutText(absl::StrFormat(
+        "%s stands in %s, the %d others in %s", RanksText(testimony.ranks),
+        PlaceOf(clusters[i].signature, clusters.front().signature), clusters.front().ranks.size(),
+        PlaceOf(clusters.front().signature, clusters[i].signature)));
     said.push_back(std::move(testimony));
   }
   return said;

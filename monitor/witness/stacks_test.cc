@@ -74,9 +74,14 @@ TEST(StacksTest, TheOddOneIsNamed) {
       {"step (app)", "main (app)"},
       {"poll (libc.so.6)", "ncclAllReduce (libnccl.so.2)", "other_step (app)", "main (app)"},
       {"nanosleep (libc.so.6)", "step (app)", "main (app)"}};
+  // Where it leaves the others, and what it does there.
+  const std::vector<std::string> places = {"load_batch (app), at read (libc.so.6)", "step (app)",
+                                           "other_step (app) (in a collective)",
+                                           "nanosleep (libc.so.6)"};
   for (uint32_t count = 3; count <= 8; ++count) {
     for (uint32_t odd = 0; odd < count; ++odd) {
-      for (const auto& frames : elsewhere) {
+      for (size_t i = 0; i < elsewhere.size(); ++i) {
+        const std::vector<std::string>& frames = elsewhere[i];
         std::vector<RankStacks> stacks;
         for (uint32_t rank = 0; rank < count; ++rank) {
           stacks.push_back(Native(rank, rank == odd ? frames : waiting));
@@ -85,7 +90,9 @@ TEST(StacksTest, TheOddOneIsNamed) {
         ASSERT_EQ(said.size(), 1u);
         EXPECT_EQ(said[0].claim, Claim::kOddStack);
         EXPECT_THAT(said[0].ranks, ElementsAre(Rank{odd}));
-        EXPECT_THAT(said[0].sentence, HasSubstr(absl::StrCat("the ", count - 1, " others in ")));
+        EXPECT_EQ(said[0].sentence,
+                  absl::StrCat("rank ", odd, " stands in ", places[i], ", the ", count - 1,
+                               " others in step (app) (in a collective)"));
       }
     }
   }
