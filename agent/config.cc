@@ -17,6 +17,7 @@
 #include "agent/config_values.h"
 #include "agent/default_socket.h"
 #include "agent/process.h"
+#include "agent/witness/ras_client.h"
 #include "base/status_macros.h"
 #include "base/suggestion.h"
 #include "io/errno_status.h"
@@ -212,6 +213,13 @@ absl::Status SetField(const std::string& key, const std::string& text, AgentConf
     config.on_verdict = text;
   } else if (key == "verdicts_keep") {
     ASSIGN_OR_RETURN(config.verdicts_keep, ParseDuration(text));
+  } else if (key == "ras_address") {
+    if (text == "off") return absl::OkStatus();
+    RETURN_IF_ERROR(ParseRasAddress(text).status());
+    config.ras_address = text;
+  } else if (key == "kernel_log") {
+    if (text == "off") return absl::OkStatus();
+    ASSIGN_OR_RETURN(config.kernel_log, ParsePath(text));
   } else {
     return absl::InternalError(absl::StrCat("no field for the key ", key));
   }

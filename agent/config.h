@@ -75,6 +75,8 @@ struct AgentConfig {
   absl::Duration drain_deadline{};
   std::string on_verdict;  // empty: none
   absl::Duration verdicts_keep{};
+  std::string ras_address;  // a RasAddress; empty: none
+  std::string kernel_log;   // absolute; empty: none
   RingOptions::Kind ring{};
   DirectIo direct{};
 

@@ -44,6 +44,11 @@ constexpr ConfigKey kKeys[] = {
      "standard input. Empty: none."},
     {"verdicts_keep", "--verdicts-keep", "HOLDFAST_VERDICTS_KEEP", "720h",
      "How long findings of the monitor are kept after their last change; at most 1024 of them."},
+    {"ras_address", "--ras-address", "HOLDFAST_RAS_ADDRESS", "127.0.0.1:28028",
+     "Where NCCL's RAS answers on this node (NCCL_RAS_ADDR of the job), asked when something is "
+     "suspected: host:port, or off."},
+    {"kernel_log", "--kernel-log", "HOLDFAST_KERNEL_LOG", "/dev/kmsg",
+     "Where the driver's Xid lines appear: /dev/kmsg, a file that lines are appended to, or off."},
     {"log_file", "--log-file", "HOLDFAST_LOG_FILE", "",
      "The log; at 8 MiB it becomes FILE.1. Empty: standard error; a private agent writes agent.log "
      "beside its socket."},

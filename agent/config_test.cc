@@ -68,6 +68,8 @@ const std::map<std::string, std::vector<std::string>>& GoodValues() {
       {"drain_deadline", {"1s", "2", "3m"}},
       {"on_verdict", {"true", "false", "page --now"}},
       {"verdicts_keep", {"1h", "60", "720h"}},
+      {"ras_address", {"off", "10.0.0.1:1", "[::1]:2"}},
+      {"kernel_log", {"off", "/k1", "/k2"}},
       {"log_file", {"/l1", "/l2", "/l3"}},
       {"log_level", {"debug", "warning", "error"}},
   };

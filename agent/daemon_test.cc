@@ -303,6 +303,18 @@ TEST_F(DaemonTest, EndsByItselfAfterItsLastClientAndRemovesItsSocket) {
   EXPECT_NE(access(socket_.c_str(), F_OK), 0);
 }
 
+// A process that only waits to be asked needs no agent, and keeps none alive.
+TEST_F(DaemonTest, EndsByItselfThoughAProcessWaitsToBeAsked) {
+  ASSERT_EQ(Run(PrivateArguments()).exit_code, 0);
+  const UniqueFd client = Connect();
+  ASSERT_TRUE(client);
+  abi::WitnessWait wait{};
+  wait.world_size = 1;
+  ASSERT_EQ(SendPacket(client.get(), Packet{abi::MessageType::kWitness, 1, BodyBytes(wait), {}}),
+            Sent::kYes);
+  EXPECT_TRUE(WaitUntil([this] { return !AgentLives(); }));
+}
+
 // Somebody has removed the directory, and another agent listens under the same name.
 TEST_F(DaemonTest, AnAgentThatEndsLeavesTheSocketOfItsSuccessor) {
   const std::filesystem::path directory = std::filesystem::path(directory_) / "replaced";

@@ -209,6 +209,7 @@ void LocalServer::Close(ConnectionId id) {
   Connection* const connection = Find(id);
   if (connection == nullptr) return;
   if (connection->watched) loop_.Unwatch(connection->socket.get());
+  if (connection->waits) options_.waiting_processes->Leave(id);
   if (connection->has_session) {
     const auto session = sessions_.find(connection->session);
     if (session != sessions_.end() && session->second.connection == id) {

@@ -22,6 +22,7 @@
 #include "agent/monitor/service.h"
 #include "agent/packet.h"
 #include "agent/peer.h"
+#include "agent/witness/waiting_processes.h"
 #include "base/executor.h"
 #include "checkpoint/engine.h"
 #include "io/unique_fd.h"
@@ -49,6 +50,11 @@ class LocalServer {
     MonitorService* monitor_service = nullptr;
     // Gets what launchers say of ended ranks. Empty: every kRankExit is kUnimplemented.
     std::function<void(RankExit)> take_exit = nullptr;
+    // Processes that wait to be asked; outlives the server. Null: every kWitness is kUnimplemented.
+    WaitingProcesses* waiting_processes = nullptr;
+    // Asks all witnesses now, for QueryKind::kWitnesses: gives the answer, JSON, when they have
+    // spoken. Null: kUnimplemented.
+    std::function<void(std::function<void(std::string)> done)> ask_witnesses = nullptr;
   };
 
   // How many sessions a process with this RLIMIT_NOFILE can hold, with all that belongs to them.
@@ -69,6 +75,8 @@ class LocalServer {
   void RefuseOpens(std::string reason);
 
   size_t connection_count() const { return connections_.size(); }
+  // Of those, processes that only wait to be asked: they need no agent.
+  size_t waiting_count() const;
   // Connections ever served.
   uint64_t accepted_count() const { return next_connection_ - 1; }
   size_t session_count() const { return sessions_.size(); }
@@ -88,6 +96,7 @@ class LocalServer {
     bool has_session = false;  // kOpen succeeded
     SessionId session{};
     bool busy = false;     // a request is pending: nothing is read
+    bool waits = false;    // to be asked (kWitness): read on, so that its end is seen
     bool closing = false;  // to be closed when `outgoing` is sent
     std::deque<Packet> outgoing;
     std::shared_ptr<MonitorStream> stream;  // of a client that follows or records
@@ -128,6 +137,8 @@ class LocalServer {
   void SendWaiting(ConnectionId id);
   absl::Status AdoptBoard(const Connection& connection, Packet& packet) const;
   void HandleRankExit(ConnectionId id, const Packet& packet);
+  void HandleWitness(ConnectionId id, Packet packet);
+  void HandleWitnessQuery(ConnectionId id, uint32_t request_id);
 
   void OpenDone(ConnectionId id, uint32_t request_id, absl::StatusOr<OpenResult> result,
                 UniqueFd doorbell);

@@ -89,6 +89,8 @@ void LocalServer::AnswerError(ConnectionId id, abi::MessageType request, uint32_
       return answer(abi::MonitorReply{});
     case abi::MessageType::kRankExitReply:
       return answer(abi::RankExitReply{});
+    case abi::MessageType::kWitnessReply:
+      return answer(abi::WitnessAsk{});
     default:
       // No request, so there is nothing to answer with.
       Close(id);
@@ -131,6 +133,8 @@ void LocalServer::Handle(ConnectionId id, Packet packet) {
       return HandleMonitorQuery(id, std::move(packet));
     case abi::MessageType::kRankExit:
       return HandleRankExit(id, packet);
+    case abi::MessageType::kWitness:
+      return HandleWitness(id, std::move(packet));
     case abi::MessageType::kClose: {
       const bool has_session = connection.has_session;
       const SessionId session = connection.session;
@@ -385,9 +389,13 @@ void LocalServer::AnswerText(ConnectionId id, abi::MessageType request, uint32_t
 void LocalServer::HandleQuery(ConnectionId id, Packet packet) {
   const absl::StatusOr<abi::QueryRequest> request = BodyAs<abi::QueryRequest>(packet, 0);
   absl::Status problem = request.status();
+  if (request.ok() && request->kind == abi::QueryKind::kWitnesses) {
+    return HandleWitnessQuery(id, packet.request_id);
+  }
   if (request.ok() && request->kind != abi::QueryKind::kStatus) {
-    problem = absl::InvalidArgumentError(absl::StrFormat("query of kind %d: expected 1 (status)",
-                                                         static_cast<uint32_t>(request->kind)));
+    problem = absl::InvalidArgumentError(
+        absl::StrFormat("query of kind %d: expected 1 (status) or 16 (witnesses)",
+                        static_cast<uint32_t>(request->kind)));
   }
   if (!problem.ok()) {
     AnswerError(id, packet.type, packet.request_id, problem);

@@ -152,6 +152,8 @@ abi::MessageType ReplyType(abi::MessageType request) {
       return abi::MessageType::kMonitorReply;
     case abi::MessageType::kRankExit:
       return abi::MessageType::kRankExitReply;
+    case abi::MessageType::kWitness:
+      return abi::MessageType::kWitnessReply;
     default:
       return abi::MessageType{};
   }

@@ -140,6 +140,8 @@ void Worker::TakeOver() {
 void Worker::DropWorld() {
   DescribeAtKillPoint(nullptr);
   server_.reset();
+  witness_service_.reset();
+  witness_pool_.reset();
   node_aggregator_.reset();
   monitor_service_.reset();
   monitor_boards_.reset();
@@ -244,8 +246,31 @@ absl::Status Worker::BuildEngine() {
       },
       static_cast<uint64_t>(absl::ToInt64Microseconds(clock_.Elapsed())), *monitor_service_);
   server_options.take_exit = [this](RankExit exit) { node_aggregator_->TakeExit(std::move(exit)); };
+  RETURN_IF_ERROR(AddWitnesses(server_options));
   server_ = std::make_unique<LocalServer>(std::move(server_options), keeper_->Find(kListenerName),
                                           *engine_, *loop_, [this] { return StatusText(); });
+  return absl::OkStatus();
+}
+
+absl::Status Worker::AddWitnesses(LocalServer::Options& server_options) {
+  WitnessService::Options options;
+  options.kernel_log = config_.kernel_log;
+  options.warn = LogWarning;
+  if (!config_.ras_address.empty()) {
+    ASSIGN_OR_RETURN(options.ras, ParseRasAddress(config_.ras_address));
+  }
+  ASSIGN_OR_RETURN(witness_pool_, ThreadPool::Create(*loop_, Witnesses::kPoolThreads));
+  witness_service_ = std::make_unique<WitnessService>(std::move(options), *loop_, *witness_pool_,
+                                                      clock_, *monitor_boards_);
+  witness_service_->Listen([this](const Witnesses::Hearing& hearing) {
+    std::vector<monitor::Testimony> said = hearing.testimonies;
+    said.push_back(ToTestimony(hearing.witness));
+    monitor_service_->Deliver(hearing.job, said);
+  });
+  server_options.waiting_processes = &witness_service_->waiting();
+  server_options.ask_witnesses = [this](std::function<void(std::string)> done) {
+    witness_service_->AskAll(std::move(done));
+  };
   return absl::OkStatus();
 }
 
@@ -259,6 +284,9 @@ MonitorService::Options Worker::MonitorOptions() const {
   options.mesh_of = [this](const std::string& job) { return engine_->MeshOf(job); };
   options.log = LogInfo;
   options.warn = LogWarning;
+  options.on_finding = [this](const monitor::FindingRecord& record) {
+    witness_service_->OnFinding(record);
+  };
   return options;
 }
 
@@ -266,6 +294,7 @@ void Worker::Recovered() {
   KillPoint("worker.recovered");
   recovered_ = true;
   monitor_service_->Start();
+  witness_service_->Start();
   server_->Start();
   idle_since_ = clock_.Elapsed();
   if (restart_count_ == 0)
@@ -326,7 +355,8 @@ void Worker::CheckIdle() {
   const absl::Duration now = clock_.Elapsed();
   // A connection counts too: its client may be about to open, or its kOpen be pending.
   const bool busy = engine_->open_session_count() > 0 || engine_->pending_image_count() > 0 ||
-                    server_->connection_count() > 0 || server_->accepted_count() != accepted_;
+                    server_->connection_count() > server_->waiting_count() ||
+                    server_->accepted_count() != accepted_;
   accepted_ = server_->accepted_count();
   if (busy) idle_since_ = now;
   const absl::Duration left = idle_since_ + config_.linger - now;
@@ -389,6 +419,7 @@ std::string Worker::StatusText() const {
   if (!status.is_object()) status = {{"engine_status", "damaged"}};
   status["monitor"] = nlohmann::json::parse(monitor_boards_->StatusJson());
   status["monitor_reports"] = nlohmann::json::parse(node_aggregator_->StatusJson());
+  status["witnesses"] = nlohmann::json::parse(witness_service_->StatusJson());
   nlohmann::json& agent = status["agent"];
   agent = {{"version", kVersion},
            {"protocol", abi::kProtocolVersion},
@@ -408,6 +439,7 @@ std::string Worker::StatusText() const {
            {"open_sessions", engine_->open_session_count()},
            {"pending_images", engine_->pending_image_count()},
            {"connections", server_->connection_count()},
+           {"waiting_processes", server_->waiting_count()},
            {"garbage_messages", server_->garbage_count()},
            {"open_files_max", OpenFilesLimit()}};
   for (const auto& [key, value] : config_.values) {

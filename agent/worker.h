@@ -19,6 +19,7 @@
 #include "agent/monitor/boards.h"
 #include "agent/monitor/node_aggregator.h"
 #include "agent/monitor/service.h"
+#include "agent/witness/service.h"
 #include "base/clock.h"
 #include "checkpoint/engine.h"
 #include "io/epoll_loop.h"
@@ -55,6 +56,7 @@ class Worker {
   absl::Status MakeDirectories();
   absl::Status BuildEngine();
   MonitorService::Options MonitorOptions() const;
+  absl::Status AddWitnesses(LocalServer::Options& server_options);
   void Recovered();
   void WatchSignals();
   void OnSignal();
@@ -85,6 +87,8 @@ class Worker {
   std::unique_ptr<MonitorBoards> monitor_boards_;
   std::unique_ptr<MonitorService> monitor_service_;
   std::unique_ptr<NodeAggregator> node_aggregator_;
+  std::unique_ptr<ThreadPool> witness_pool_;
+  std::unique_ptr<WitnessService> witness_service_;
   std::unique_ptr<LocalServer> server_;
 
   UniqueFd signal_fd_;

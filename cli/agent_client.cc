@@ -189,6 +189,11 @@ absl::StatusOr<std::string> QueryStatus(const std::string& socket_path, absl::Du
              abi::QueryRequest{abi::QueryKind::kStatus, /*reserved=*/0}, timeout);
 }
 
+absl::StatusOr<std::string> QueryWitnesses(const std::string& socket_path, absl::Duration timeout) {
+  return Ask(socket_path, abi::MessageType::kQuery,
+             abi::QueryRequest{abi::QueryKind::kWitnesses, /*reserved=*/0}, timeout);
+}
+
 absl::StatusOr<std::string> QueryMonitorWindow(const std::string& socket_path,
                                                const std::string& job, uint32_t rank,
                                                absl::Duration length, absl::Duration timeout) {

@@ -15,6 +15,10 @@
 
 namespace holdfast::cli {
 
+// What all witnesses of all jobs say when they are asked now, as JSON text (docs/MONITOR.md).
+// Blocks for `timeout` at most; errors as QueryStatus.
+absl::StatusOr<std::string> QueryWitnesses(const std::string& socket_path, absl::Duration timeout);
+
 // The agent's status as JSON text (docs/OPERATING.md). Blocks for `timeout` at most.
 // Errors: kUnavailable (nobody listens at `socket_path`, or no answer in time), kPermissionDenied
 // (another user's agent), kFailedPrecondition (it speaks another protocol version; both are named).

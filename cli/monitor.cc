@@ -36,6 +36,7 @@ void AddMonitor(CLI::App& app, Invocation& invocation) {
   AddMonitorRecord(*monitor, invocation);
   AddMonitorReplay(*monitor, invocation);
   AddMonitorWindow(*monitor, invocation);
+  AddMonitorWitnesses(*monitor, invocation);
 }
 
 }  // namespace holdfast::cli

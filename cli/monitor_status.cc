@@ -53,6 +53,19 @@ void PrintSight(const ordered_json& job) {
   }
 }
 
+// Who could not be heard when it was asked; each source once.
+void PrintUnheard(const ordered_json& job) {
+  std::string last;
+  for (const ordered_json& one : job.value("witnesses", ordered_json::array())) {
+    const std::string source = one.value("source", std::string());
+    if (one.value("heard", false) || source == last) continue;
+    std::printf("  %s was not heard on %s: %s\n", Printable(source).c_str(),
+                Printable(one.value("node", std::string())).c_str(),
+                Printable(one.value("why", std::string())).c_str());
+    last = source;
+  }
+}
+
 void PrintCommunicators(const ordered_json& job) {
   const ordered_json& all = job["communicators"];
   size_t shown = 0;
@@ -89,6 +102,7 @@ void Print(const ordered_json& answer) {
       std::printf("  note: %s\n", Printable(note.value("sentence", std::string())).c_str());
     }
     PrintSight(job);
+    PrintUnheard(job);
     PrintCommunicators(job);
   }
   const ordered_json& agent = answer["agent"];

@@ -34,6 +34,7 @@ void AddMonitorVerdicts(CLI::App& monitor, Invocation& invocation);
 void AddMonitorExplain(CLI::App& monitor, Invocation& invocation);
 void AddMonitorRecord(CLI::App& monitor, Invocation& invocation);
 void AddMonitorReplay(CLI::App& monitor, Invocation& invocation);
+void AddMonitorWitnesses(CLI::App& monitor, Invocation& invocation);
 
 // The answer parsed. kUnavailable also if it is no JSON object of schema_version 1.
 absl::StatusOr<nlohmann::ordered_json> AskMonitor(const std::string& socket,

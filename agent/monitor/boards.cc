@@ -259,6 +259,30 @@ void MonitorBoards::DropOldDead() {
   }
 }
 
+std::vector<MonitorBoards::Process> MonitorBoards::Processes() const {
+  std::map<uint32_t, Process> by_id;
+  for (const std::unique_ptr<Board>& board : boards_) {
+    if (!board->alive) continue;
+    const abi::BoardView& view = board->mapped->view();
+    Process& process = by_id[board->offer.process_id];
+    process.job = board->offer.job;
+    process.attempt_key = board->offer.attempt_key;
+    process.rank = board->offer.rank;
+    process.world_size = view.header->world_size;
+    process.process_id = board->offer.process_id;
+    for (uint32_t i = 0; i < abi::kBoardCommunicators; ++i) {
+      abi::CommunicatorReading reading;
+      if (abi::ReadCommunicator(view.communicators[i], &reading) && !reading.foreign &&
+          reading.state == abi::CommunicatorState::kOpen && reading.rank < reading.ranks) {
+        process.memberships.push_back({reading.hash, reading.ranks, reading.rank});
+      }
+    }
+  }
+  std::vector<Process> all;
+  for (auto& [id, process] : by_id) all.push_back(std::move(process));
+  return all;
+}
+
 std::string MonitorBoards::StatusJson() const {
   json all = json::array();
   for (const std::unique_ptr<Board>& board : boards_) {

@@ -91,6 +91,22 @@ class MonitorBoards {
   // `changed` runs after each of them, inside the call that made it. One listener; empty: none.
   void Listen(std::function<void()> changed) { changed_ = std::move(changed); }
 
+  // The living processes that have a board here, each once.
+  struct Process {
+    std::string job;  // as it was offered
+    std::string attempt_key;
+    uint32_t rank = 0;        // UINT32_MAX: not known
+    uint32_t world_size = 0;  // 0: not known
+    uint32_t process_id = 0;
+    struct Membership {
+      uint64_t communicator = 0;  // its hash
+      uint32_t ranks = 0;
+      uint32_t index = 0;
+    };
+    std::vector<Membership> memberships;  // of open communicators
+  };
+  std::vector<Process> Processes() const;
+
   // An array with one object per board. Keys: docs/MONITOR.md.
   std::string StatusJson() const;
 

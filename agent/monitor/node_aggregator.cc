@@ -18,13 +18,9 @@ using monitor::NodeSummary;
 using monitor::OperationCounts;
 using monitor::RankReport;
 
-std::string JobNamed(const std::string& job) {
-  return CheckJobName(job).ok() ? job : NodeAggregator::kUnnamed;
-}
 std::string NodeNamed(const std::string& node) {
   return node.empty() || !IsUtf8(node) ? NodeAggregator::kUnnamed : node;
 }
-std::string KeyNamed(const std::string& key) { return IsUtf8(key) ? key : std::string(); }
 
 bool IsHooks(const MonitorBoards::Board& board) {
   return board.mapped->view().header->writer != abi::BoardWriter::kProfilerPlugin;
@@ -233,6 +229,14 @@ void NodeAggregator::BeginAnew(const GroupKey& key, uint32_t rank) {
   ++group->second.incarnation;
   group->second.world_size = 0;
   group->second.attempt = Attempt{};
+}
+
+std::string NodeAggregator::JobNamed(const std::string& job) {
+  return CheckJobName(job).ok() ? job : kUnnamed;
+}
+
+std::string NodeAggregator::KeyNamed(const std::string& key) {
+  return IsUtf8(key) ? key : std::string();
 }
 
 NodeAggregator::GroupKey NodeAggregator::KeyOf(const MonitorBoards::Offer& offer) {

@@ -64,6 +64,10 @@ class NodeAggregator {
   // Of processes that name no job, or one whose name is none ([A-Za-z0-9._-], no leading dot).
   static constexpr char kUnnamed[] = "unnamed";
 
+  // How reports name the job and the attempt key that a process has given.
+  static std::string JobNamed(const std::string& job);
+  static std::string KeyNamed(const std::string& key);
+
   // What the checkpoint engine does for an attempt.
   using ActivityOf =
       std::function<Engine::Activity(const std::string& job, const std::string& key)>;

@@ -47,6 +47,8 @@ enum class MessageType : uint16_t {
       15,          // any client of the same user (CLI); answered by kQueryReply when it is over
   kRankExit = 16,  // launcher -> agent, no kOpen needed: docs/MONITOR.md
   kRankExitReply = 17,  // as kMonitorReply
+  kWitness = 18,        // trainer -> agent, no kOpen needed; fds: a memfd per part that it answers
+  kWitnessReply = 19,   // when the agent asks something: it may take for ever
   kMonitorQuery = 20,   // any client of the same user (CLI); answered by kQueryReply
   kMonitorEvent = 21,   // agent -> client that follows or records; fds: [text, sealed memfd]
 };
@@ -299,6 +301,33 @@ struct MonitorWindowRequest {
 };
 static_assert(sizeof(MonitorWindowRequest) == 144);
 
+// A process waits to be asked for what only it can tell of itself (WitnessAsk), and answers with
+// its next wait. Each memfd is sealed against every change.
+inline constexpr uint32_t kWitnessFlightRecord = 1;  // PyTorch's: a pickle or JSON
+inline constexpr uint32_t kWitnessPythonStacks = 2;  // faulthandler's text
+inline constexpr uint32_t kWitnessParts = 2;
+
+struct WitnessWait {
+  char job[136];
+  char attempt_key[256];
+  uint32_t rank;
+  uint32_t world_size;  // 0: not known
+  uint64_t number;      // of the WitnessAsk that is answered; 0: none
+  uint32_t parts;       // that are answered: a descriptor each, by ascending bit
+  uint32_t reserved;
+  uint64_t bytes[kWitnessParts];  // of each part, by its bit; 0: none
+  char trouble[512];              // why a part that was asked for is missing; empty: none is
+};
+static_assert(sizeof(WitnessWait) == 944);
+
+struct WitnessAsk {
+  ReplyStatus status;
+  uint64_t number;  // 1 and up
+  uint32_t parts;
+  uint32_t reserved;
+};
+static_assert(sizeof(WitnessAsk) == 1040);
+
 // Whoever started a rank says how it ended, which only a parent gets to know. Ranks that show no
 // board are known by it too.
 struct RankExit {
@@ -320,7 +349,8 @@ struct RankExitReply {
 static_assert(sizeof(RankExitReply) == 1024);
 
 enum class QueryKind : uint32_t {
-  kStatus = 1,  // jobs, sessions, images with their counters, roots, memory: docs/OPERATING.md
+  kStatus = 1,      // jobs, sessions, images with their counters, roots, memory: docs/OPERATING.md
+  kWitnesses = 16,  // asks all witnesses of all jobs now, and says what they say: docs/MONITOR.md
 };
 
 struct QueryRequest {

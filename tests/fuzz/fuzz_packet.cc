@@ -63,6 +63,7 @@ bool FuzzPacket(Input input) {
   ReadAs<abi::RegisterRequest>(packet);
   ReadAs<abi::RestoreRequest>(packet);
   ReadAs<abi::QueryRequest>(packet);
+  ReadAs<abi::WitnessWait>(packet);
   ReadOpen(packet);
   CHECK(ReceivePacket(receiver.get()).kind == Received::Kind::kNothing);
   return true;

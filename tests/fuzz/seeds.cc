@@ -230,7 +230,8 @@ Seeds Packets() {
           PacketOf(abi::MessageType::kRestore, abi::RestoreRequest{3, 100}),
           PacketOf(abi::MessageType::kQuery, abi::QueryRequest{}),
           PacketOf(abi::MessageType::kMonitorQuery, abi::MonitorQuery{}),
-          PacketOf(abi::MessageType::kRankExit, abi::RankExit{})};
+          PacketOf(abi::MessageType::kRankExit, abi::RankExit{}),
+          PacketOf(abi::MessageType::kWitness, abi::WitnessWait{})};
 }
 
 // As fuzz_board.cc reads them: words of a board, and their values.

@@ -5,7 +5,7 @@ the C ABI, one method per function. Pure Python over libholdfast.so (ctypes), wi
 numpy and torch are used only if their arrays are given. docs/PYTHON.md is the guide.
 """
 
-from . import memory, monitor, values
+from . import memory, monitor, values, witness
 from ._library import library_path, library_version
 from .checkpointer import Checkpointer, Resumed
 from .errors import (Aborted, AlreadyExists, Code, DataLoss, DeadlineExceeded, Error,
@@ -24,4 +24,4 @@ __all__ = [
     "Info", "Internal", "InvalidArgument", "Job", "LibraryNotFound", "Memory", "NotFound",
     "PermissionDenied", "ResourceExhausted", "Restored", "RestoreFrom", "Resumed", "SaveReport",
     "SaveState", "Scope", "Unavailable", "Unimplemented", "library_path", "library_version",
-    "memory", "memory_of", "monitor", "replicated", "values"]
+    "memory", "memory_of", "monitor", "replicated", "values", "witness"]

@@ -31,6 +31,7 @@ import torch
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from . import checkpointer as _checkpointer
+from . import witness
 from .checkpointer import Resumed
 from .errors import DataLoss, InvalidArgument
 from .job import COMMIT_SECONDS, RESTORE_SECONDS
@@ -67,6 +68,9 @@ class Checkpointer(_checkpointer.Checkpointer):
         super().__init__(self._tensors, prepare=self._make_optimizer_state,
                          rank_0_states=buffer_states, first_states=buffer_states,
                          state_bytes_max=state_bytes_max, **options)
+        witness.start(job=options.get("job"), attempt_key=options.get("attempt_key"),
+                      rank=options.get("rank"), world_size=options.get("world_size"),
+                      socket_path=options.get("socket"))
         self._hooks: List[Any] = []
         if buffer_states:
             self._hooks.append(model.register_forward_pre_hook(lambda *_: self.before_forward()))
@@ -233,6 +237,7 @@ def watch(model: torch.nn.parallel.DistributedDataParallel, *, name: str = "grad
     registers the model's communication hook, which must be free, and does what happens without one.
     `name` and `id` are the communicator's, as in holdfast.monitor; without `id` it is made of the
     name and the ranks: give each of several models a name of its own."""
+    witness.start(rank=torch.distributed.get_rank(), world_size=torch.distributed.get_world_size())
     group = model.process_group
     ranks = torch.distributed.get_process_group_ranks(group)
     if id is None:
