@@ -64,6 +64,7 @@ class Case:
     watch_seconds: float  # how long to look if nothing is (or has to be) said
     warm_seconds: float  # of undisturbed training before the onset
     in_ci: bool
+    evidence: tuple  # parts that the verdict's evidence has in the end
     digest: str  # of the case as it is written: a result is of one table
     severity: Severity | None = None
 
@@ -138,8 +139,9 @@ def _case(row, kinds, jobs):
     where = f"case {row.get('name', '?')}"
     told = _typed(where, row, {
         "name": str, "kind": str, "job": str, "fault": str, "arguments": dict, "expected": (dict, str),
-        "watch_seconds": (int, float), "warm_seconds": (int, float), "ci": bool, "severity": dict},
-        optional={"arguments": {}, "warm_seconds": 6.0, "ci": False, "severity": {}})
+        "watch_seconds": (int, float), "warm_seconds": (int, float), "ci": bool, "severity": dict,
+        "evidence": list},
+        optional={"arguments": {}, "warm_seconds": 6.0, "ci": False, "severity": {}, "evidence": []})
     # Of what decides a result.
     deciding = {key: value for key, value in row.items() if key not in ("ci", "severity")}
     digest = hashlib.sha256(json.dumps([deciding, dataclasses.asdict(jobs[row["job"]])
@@ -152,7 +154,7 @@ def _case(row, kinds, jobs):
     return Case(name=told["name"], kind=kinds[told["kind"]], job=told["job"], fault=told["fault"],
                 arguments=told["arguments"], expected=_expected(where, told["expected"]),
                 watch_seconds=told["watch_seconds"], warm_seconds=told["warm_seconds"],
-                in_ci=told["ci"], digest=digest,
+                in_ci=told["ci"], evidence=tuple(told["evidence"]), digest=digest,
                 severity=_severity(where, told["severity"], told["arguments"]))
 
 

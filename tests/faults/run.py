@@ -68,10 +68,11 @@ def run_case(table, case, run, programs: Programs, directory: pathlib.Path, slot
     seen = [dataclasses.replace(one, seconds=round(one.seconds - begun.onset, 2))
             for one in watch.seen]
     expected = case.expected and case.expected.filled_in(victim, peer)
-    score = judge(case, expected, seen)
+    score = judge(case, expected, seen, watch.findings)
     if score.right:
-        replayed = judge(case, expected, scoring.seen_in_replay(
-            replay(programs, recording), begun.onset))
+        document = replay(programs, recording)
+        replayed = judge(case, expected, scoring.seen_in_replay(document, begun.onset),
+                         document["findings"])
         if not replayed.right:
             score = dataclasses.replace(score, right=False,
                                         reason=f"the replay differs: {replayed.reason}")
@@ -81,9 +82,14 @@ def run_case(table, case, run, programs: Programs, directory: pathlib.Path, slot
                   begun.onset, round(time.monotonic() - began, 1), steps.load())
 
 
-def judge(case, expected, seen):
-    return scoring.judge(expected, seen, case.kind.verdict_seconds,
-                         case.kind.verdict_not_before_seconds)
+def judge(case, expected, seen, findings):
+    """`findings`: as they were in the end."""
+    score = scoring.judge(expected, seen, case.kind.verdict_seconds,
+                          case.kind.verdict_not_before_seconds)
+    missing = scoring.missing_evidence(case.evidence, findings)
+    if score.right and missing is not None:
+        return dataclasses.replace(score, right=False, reason=f"no evidence has '{missing}'")
+    return score
 
 
 def look(agent, training, watch, steps, deadline, settle_seconds=None):

@@ -51,14 +51,23 @@ def seen_in_replay(document, onset):
     return sorted(seen, key=lambda one: one.seconds)
 
 
+def missing_evidence(parts, findings):
+    """The first of `parts` that no line of evidence of a verdict has; None if all are there."""
+    lines = [line for finding in findings if finding["grade"] == "verdict"
+             for line in finding["evidence"]]
+    return next((part for part in parts if not any(part in line for line in lines)), None)
+
+
 class Watch:
     """Collects what is said over time, each change once."""
 
     def __init__(self):
         self.seen = []
+        self.findings = []  # as they were last
         self._last = {}
 
     def add(self, seconds, findings):
+        self.findings = findings
         for finding in findings:
             now = Seen.of(seconds, finding)
             if self._last.get(now.id) != now.says():

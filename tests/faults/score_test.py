@@ -10,7 +10,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent.parent / "bench" / "detection")]
 
 import cases
 import series
-from score import Seen, Watch, interval, judge, percentile, seen_in_replay
+from score import Seen, Watch, interval, judge, missing_evidence, percentile, seen_in_replay
 
 EXPECTED = cases.Expected(("stopped",), ("process",), ((3, 3),))
 BOTH = cases.Expected(("link",), ("path",), ((3, 4), (4, 3)))
@@ -84,6 +84,14 @@ class JudgeTest(unittest.TestCase):
         self.assertEqual([one.seconds for one in watch.seen], [-0.5, 2])
         self.assertEqual(watch.seen[0].suspects, ((1, 2), (4, 4)))
         self.assertTrue(watch.has_verdict())
+
+    def test_evidence_is_that_of_verdicts(self):
+        findings = [{"grade": "verdict", "evidence": ["stacks: rank 3 is odd", "other"]},
+                    {"grade": "suspicion", "evidence": ["ras: rank 4 is behind"]}]
+        self.assertIsNone(missing_evidence((), []))
+        self.assertIsNone(missing_evidence(("stacks: ", "oth"), findings))
+        self.assertEqual(missing_evidence(("stacks: ", "ras: "), findings), "ras: ")
+        self.assertEqual(missing_evidence(("stacks: ",), []), "stacks: ")
 
     def test_a_replay_is_judged_by_its_history(self):
         history = [{"change": "suspicion", "at_seconds": 104}, {"change": "changed", "at_seconds": 106},
