@@ -10,10 +10,7 @@
 namespace holdfast::recovery {
 namespace {
 
-using monitor::ByteReader;
-using monitor::ByteWriter;
-
-constexpr monitor::Envelope kEnvelope = {
+constexpr Envelope kEnvelope = {
     .name = "history of recovery", .magic = "HFRH", .version = 1, .bytes_max = History::kBytesMax};
 
 // Moments and durations: whole microseconds, about 140 years at most.
