@@ -59,6 +59,12 @@ constexpr KnownClass kClasses[] = {
     {"torch", "Size", Kind::kSize},
 };
 
+bool IsIdentifier(std::string_view name) {
+  return !name.empty() && std::ranges::all_of(name, [](char c) {
+    return c == '_' || (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z');
+  });
+}
+
 // Lists of transform descriptors that differ; a checkpoint has one or two.
 constexpr size_t kTransformsMax = 1024;
 
@@ -209,6 +215,7 @@ class MetadataParser {
       return Named(dtype.Mismatch("a torch.dtype"));
     }
     tensor.dtype = dtype.name();
+    if (!IsIdentifier(tensor.dtype)) return Broken("a torch.dtype whose name is no identifier");
     tensor.requires_grad = state[2].Is(Type::kBool) && *state[2].Bool();
     return absl::OkStatus();
   }

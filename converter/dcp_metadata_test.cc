@@ -90,6 +90,31 @@ TEST(DcpMetadata, WhatIsWrittenReadsTheSame) {
   EXPECT_EQ(EncodeDcpMetadata(metadata), EncodeDcpMetadata(metadata));
 }
 
+std::string Replaced(std::string text, const std::string& from, const std::string& to) {
+  for (size_t at = text.find(from); at != std::string::npos; at = text.find(from, at + to.size())) {
+    text.replace(at, from.size(), to);
+  }
+  return text;
+}
+
+// The classes have moved: torch <= 1.13 had all of them elsewhere, torch <= 2.2 one of them.
+TEST(DcpMetadata, ClassesAreKnownWhereverTheyHaveLived) {
+  const DcpMetadata metadata = Sample();
+  // In protocol 2 a class is two lines of text.
+  const std::string now = EncodeDcpMetadata(metadata);
+  const std::string old_properties =
+      Replaced(now, "ctorch.distributed.checkpoint.metadata\nTensorProperties\n",
+               "ctorch.distributed._shard.sharded_tensor.metadata\nTensorProperties\n");
+  ASSERT_NE(old_properties, now);
+  ASSERT_OK_AND_ASSIGN(const DcpMetadata torch_2_2, ParseDcpMetadata(old_properties, ".metadata"));
+  EXPECT_EQ(Words(torch_2_2), Words(metadata));
+  std::string all_old = Replaced(old_properties, "ctorch.distributed.checkpoint.",
+                                 "ctorch.distributed._shard.checkpoint.");
+  ASSERT_OK_AND_ASSIGN(const DcpMetadata torch_1_13, ParseDcpMetadata(all_old, ".metadata"));
+  EXPECT_EQ(Words(torch_1_13), Words(metadata));
+  EXPECT_EQ(torch_1_13.module, "torch.distributed._shard.checkpoint.metadata");
+}
+
 TEST(DcpMetadata, RandomMetadataReadsTheSame) {
   const uint64_t seed = std::random_device{}();
   SCOPED_TRACE("seed " + std::to_string(seed));

@@ -18,6 +18,7 @@
 #include "converter/dcp_metadata.h"
 #include "converter/dcp_shards.h"
 #include "converter/decimal.h"
+#include "converter/flat_parameters.h"
 #include "converter/names_file.h"
 #include "converter/shard_pieces.h"
 #include "converter/state_names.h"
@@ -110,11 +111,10 @@ struct Source {
 
 class Reader {
  public:
-  Reader(const ForeignFolder& folder, const ReadOptions& options)
-      : folder_(folder), options_(options) {}
+  Reader(const ForeignFolder& folder, const ReadOptions& options, const NamesFile& names)
+      : folder_(folder), options_(options), names_(names), flat_(names, index_) {}
 
   absl::StatusOr<ForeignIndex> Read() {
-    ASSIGN_OR_RETURN(names_, ParseNamesFile(options_.names));
     ASSIGN_OR_RETURN(const Parts parts, PartsOf(folder_, options_));
     for (const std::string& directory : parts.directories) {
       for (const uint32_t file : MetadataIn(folder_, directory)) {
@@ -174,6 +174,18 @@ class Reader {
         continue;
       }
       TensorState state{names[i].name, names[i].state, *dtype, tensors[i]->shape};
+      // FSDP1's flat parameters: the parameters in them are the states, if somebody names them.
+      if (const FlatUnit* const unit = flat_.Find(state.tensor);
+          unit != nullptr && state.state == "param" && state.shape.size() == 1) {
+        if (state.shape[0] < unit->end) {
+          return absl::InvalidArgumentError(absl::StrFormat(
+              "--names: expected pieces of %s within its %d elements, found the last one to end at "
+              "%d",
+              tensors[i]->key, state.shape[0], unit->end));
+        }
+        flat_of_[tensors[i]->key] = unit;
+        continue;
+      }
       RETURN_IF_ERROR(CheckShape(".metadata", state));
       const uint32_t number = index_.AddState(std::move(state));
       state_of_[tensors[i]->key] = number;
@@ -188,10 +200,10 @@ class Reader {
     const DcpMetadata& metadata = source.metadata;
     DcpItems items(folder_, metadata, source.directory, source.name, index_);
     for (const DcpTensor& tensor : metadata.tensors) {
-      const auto state = state_of_.find(tensor.key);
-      if (state == state_of_.end()) continue;  // of a dtype that cannot be said
+      // Of a dtype that cannot be said there are none.
+      if (!state_of_.contains(tensor.key) && !flat_of_.contains(tensor.key)) continue;
       for (size_t c = tensor.chunks_begin; c < tensor.chunks_end; ++c) {
-        RETURN_IF_ERROR(ReadChunk(items, metadata, tensor, metadata.chunks[c], state->second));
+        RETURN_IF_ERROR(ReadChunk(items, metadata, tensor, metadata.chunks[c]));
       }
     }
     for (const DcpObject& object : metadata.objects) {
@@ -202,14 +214,14 @@ class Reader {
   }
 
   absl::Status ReadChunk(DcpItems& items, const DcpMetadata& metadata, const DcpTensor& tensor,
-                         const DcpChunk& chunk, uint32_t state) {
+                         const DcpChunk& chunk) {
     if (chunk.item == kNoItem) return absl::OkStatus();  // of another rank, or a hole
     const DcpItem& item = metadata.items[chunk.item];
     ASSIGN_OR_RETURN(const std::optional<uint32_t> file, items.FileOf(item));
     if (!file.has_value()) return absl::OkStatus();
     used_files_.insert(*file);
     const std::span<const uint64_t> sizes = metadata.SizesOf(tensor, chunk);
-    uint64_t bytes = ElementBytes(index_.tensor_states[state].dtype);
+    uint64_t bytes = ElementBytes(*DtypeFromName(tensor.dtype));
     for (const uint64_t size : sizes) {
       if (size == 0) return absl::OkStatus();
       if (__builtin_mul_overflow(bytes, size, &bytes)) {
@@ -220,8 +232,18 @@ class Reader {
     ASSIGN_OR_RETURN(const OpenedItem opened, items.Open(item, *file, bytes_max));
     const absl::StatusOr<const TorchTensor*> stored = opened.torch->root().Tensor();
     if (!stored.ok()) return stored.status();
-    return AddShard(*opened.torch, **stored, opened.place,
-                    RunsOfBox(metadata.OffsetsOf(tensor, chunk), sizes), state, index_);
+    const std::span<const uint64_t> offsets = metadata.OffsetsOf(tensor, chunk);
+    if (const auto unit = flat_of_.find(tensor.key); unit != flat_of_.end()) {
+      if (!std::ranges::equal((*stored)->shape, sizes)) {
+        return absl::DataLossError(absl::StrFormat(
+            "%s: %s: expected a part of shape [%s], found [%s]", opened.torch->name(), tensor.key,
+            absl::StrJoin(sizes, ", "), absl::StrJoin((*stored)->shape, ", ")));
+      }
+      return flat_.AddSlice(*unit->second, "param", offsets[0], *opened.torch, **stored,
+                            opened.place);
+    }
+    return AddShard(*opened.torch, **stored, opened.place, RunsOfBox(offsets, sizes),
+                    state_of_.at(tensor.key), index_);
   }
 
   absl::Status ReadObject(DcpItems& items, const DcpMetadata& metadata, const DcpObject& object) {
@@ -286,9 +308,9 @@ class Reader {
 
   // accelerate keeps schedulers and random states beside: not part of any DCP folder, not lost.
   void KeepOtherFiles() {
-    for (uint32_t file = 0; file < folder_.files().size(); ++file) {
+    for (const uint32_t file : folder_.FilesIn("")) {
       const FolderFile& info = folder_.files()[file];
-      if (used_files_.contains(file) || info.path.find('/') != std::string::npos) continue;
+      if (used_files_.contains(file)) continue;
       index_.blobs.push_back({info.path, index_.AddRaw(file, 0, info.bytes)});
     }
   }
@@ -301,13 +323,15 @@ class Reader {
 
   const ForeignFolder& folder_;
   const ReadOptions& options_;
-  NamesFile names_;
+  const NamesFile& names_;
   std::vector<Source> sources_;
-  std::unordered_map<std::string, uint32_t> state_of_;  // by key
+  std::unordered_map<std::string, uint32_t> state_of_;        // by key
+  std::unordered_map<std::string, const FlatUnit*> flat_of_;  // by key
   std::vector<Numbered> numbered_;
   std::set<std::string> objects_;
   std::set<uint32_t> used_files_;
   ForeignIndex index_;
+  FlatParameters flat_;
 };
 
 }  // namespace
@@ -320,7 +344,8 @@ absl::StatusOr<bool> RecognizesDcp(const ForeignFolder& folder) {
 
 absl::StatusOr<ForeignIndex> ReadDcp(const ForeignFolder& folder, const ReadOptions& options) {
   if (HoldsDcpShards(folder)) return ReadDcpShards(folder);
-  return Reader(folder, options).Read();
+  ASSIGN_OR_RETURN(const NamesFile names, ParseNamesFile(options.names));
+  return Reader(folder, options, names).Read();
 }
 
 }  // namespace holdfast::converter

@@ -74,6 +74,7 @@ class Reader {
           return Add(group, file, torch);
         }));
     Describe();
+    KeepOtherFiles();
     return std::move(index_);
   }
 
@@ -407,6 +408,19 @@ class Reader {
     index_.layout.push_back({"ranks", absl::StrCat(WorldSize())});
     for (const std::string& layout : layouts_)
       index_.layout.push_back({"placement", JsonQuote(layout)});
+  }
+
+  // Schedulers, random states, what the trainer says of itself: no tensors of the job, not lost.
+  void KeepOtherFiles() {
+    std::set<uint32_t> read;
+    for (const FsdpGroup& group : groups_) {
+      for (const FsdpFile& file : group.files) read.insert(file.file);
+    }
+    for (const uint32_t file : folder_.FilesIn("")) {
+      const FolderFile& info = folder_.files()[file];
+      if (!read.contains(file))
+        index_.blobs.push_back({info.path, index_.AddRaw(file, 0, info.bytes)});
+    }
   }
 
   const ForeignFolder& folder_;

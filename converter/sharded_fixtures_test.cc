@@ -1,9 +1,10 @@
-// Every checkpoint of ../shared/fixtures/{dcp,fsdp}, which torch itself wrote, against the truth
-// that it recorded beside it: each tensor by name, state, dtype, shape and the SHA-256 of its whole
-// contiguous bytes, no more and no fewer. Names that are not in the files come from the truth's own
-// `layout`, as a user would give them with --names.
+// Every checkpoint of tests/data/sharded and ../shared/fixtures/{dcp,fsdp}, which torch itself
+// wrote, against the truth that it recorded beside it: each tensor by name, state, dtype, shape and
+// the SHA-256 of its whole contiguous bytes, no more and no fewer. Names that are not in the files
+// come from the truth's own `layout`, as a user would give them with --names.
 //
-// Skipped where ../shared/fixtures is not there; tests/data has small samples of the same kinds.
+// Skipped where ../shared/fixtures is not there; tests/data/sharded always is (its maker is
+// tests/interop/sharded_make.py).
 #include <filesystem>
 #include <fstream>
 #include <map>
@@ -88,26 +89,20 @@ std::string NamesFrom(const json& truth) {
   return names.dump();
 }
 
-std::filesystem::path FixturesOf(const std::string& family) {
-  return std::filesystem::path(HOLDFAST_SOURCE_DIR) / "../shared/fixtures" / family;
-}
-
-std::vector<std::string> Cases() {
-  std::vector<std::string> cases;
-  for (const char* const family : {"dcp", "fsdp"}) {
-    std::error_code error;
-    for (const auto& entry : std::filesystem::directory_iterator(FixturesOf(family), error)) {
-      // Folders of whole tensors, as transformers writes them too.
-      if (std::filesystem::exists(entry.path() / "ckpt/model.safetensors.index.json")) continue;
-      cases.push_back(std::string(family) + "/" + entry.path().filename().string());
-    }
+std::vector<std::filesystem::path> CasesIn(const std::string& folder) {
+  std::vector<std::filesystem::path> cases;
+  std::error_code error;
+  const std::filesystem::path root = std::filesystem::path(HOLDFAST_SOURCE_DIR) / folder;
+  for (const auto& entry : std::filesystem::directory_iterator(root, error)) {
+    // Folders of whole tensors, as transformers writes them too.
+    if (std::filesystem::exists(entry.path() / "ckpt/model.safetensors.index.json")) continue;
+    cases.push_back(entry.path());
   }
   std::sort(cases.begin(), cases.end());
   return cases;
 }
 
-void Check(FileSystem& file_system, const std::string& name) {
-  const std::filesystem::path path = FixturesOf(name);
+void Check(FileSystem& file_system, const std::filesystem::path& path) {
   const json truth = json::parse(std::ifstream(path / "expected.json"));
   ASSERT_OK_AND_ASSIGN(const std::unique_ptr<ForeignFolder> folder,
                        ForeignFolder::Open(file_system, path / "ckpt"));
@@ -118,7 +113,7 @@ void Check(FileSystem& file_system, const std::string& name) {
   ASSERT_OK_AND_ASSIGN(const ForeignIndex index, ReadFormat(*reader, *folder, options));
   Records found = Found(*folder, index);
   // Every rank saved another tensor under this key, and DCP kept any one: not in the truth.
-  if (name == "dcp/rank_blobs_w3") found.erase({"same_key_other_value", "a tensor"});
+  if (path.filename() == "rank_blobs_w3") found.erase({"same_key_other_value", "a tensor"});
   const Records expected = Expected(truth);
   for (const auto& [key, record] : expected) {
     const auto mine = found.find(key);
@@ -130,14 +125,26 @@ void Check(FileSystem& file_system, const std::string& name) {
   }
 }
 
-TEST(ShardedFixtures, EveryTensorIsWhatTorchSaysItIs) {
-  const std::vector<std::string> cases = Cases();
-  if (cases.empty()) GTEST_SKIP() << "no ../shared/fixtures";
+void CheckAll(const std::vector<std::filesystem::path>& cases) {
   const std::unique_ptr<FileSystem> file_system = NewPosixFileSystem();
-  for (const std::string& name : cases) {
-    SCOPED_TRACE(name);
-    Check(*file_system, name);
+  for (const std::filesystem::path& path : cases) {
+    SCOPED_TRACE(path.string());
+    Check(*file_system, path);
   }
+}
+
+TEST(ShardedFixtures, EveryTensorOfTheSamplesIsWhatTorchSaysItIs) {
+  const std::vector<std::filesystem::path> cases = CasesIn("tests/data/sharded");
+  ASSERT_FALSE(cases.empty());
+  CheckAll(cases);
+}
+
+TEST(ShardedFixtures, EveryTensorOfTheFixturesIsWhatTorchSaysItIs) {
+  std::vector<std::filesystem::path> cases = CasesIn("../shared/fixtures/dcp");
+  const std::vector<std::filesystem::path> fsdp = CasesIn("../shared/fixtures/fsdp");
+  cases.insert(cases.end(), fsdp.begin(), fsdp.end());
+  if (cases.empty()) GTEST_SKIP() << "no ../shared/fixtures";
+  CheckAll(cases);
 }
 
 }  // namespace
