@@ -20,6 +20,9 @@
 #include "agent/process.h"
 #include "agent/witness/ras_server_testing.h"
 #include "base/check.h"
+#include "base/clock.h"
+#include "io/epoll_loop.h"
+#include "io/thread_pool.h"
 #include "monitor/testimony.h"
 #include "tests/support/sim_executor.h"
 #include "tests/support/status_matchers.h"
@@ -64,15 +67,18 @@ class WitnessesTest : public testing::Test {
     CHECK(chmod(helper_path_.c_str(), 0700) == 0);
   }
 
-  void Make(std::optional<RasAddress> ras) {
+  Witnesses::Options OptionsWith(std::optional<RasAddress> ras) {
     Witnesses::Options options;
     options.node = "n0";
     options.helper_path = helper_path_;
     options.ras = std::move(ras);
     options.kernel_log = log_path_;
     options.warn = [this](const std::string& text) { warnings_.push_back(text); };
+    return options;
+  }
+  void Make(std::optional<RasAddress> ras) {
     witnesses_ = std::make_unique<Witnesses>(
-        std::move(options),
+        OptionsWith(std::move(ras)),
         Witnesses::World{
             executor_, executor_, executor_, waiting_, [] { return Processes(); },
             [this](Witnesses::Hearing hearing) { heard_.push_back(std::move(hearing)); }});
@@ -299,6 +305,38 @@ TEST_F(WitnessesTest, GoingInTheMiddleIsHarmless) {
   executor_.AdvanceTime(Witnesses::kRoundInterval);
   EXPECT_THAT(heard_, IsEmpty());
   EXPECT_FALSE(over_);
+}
+
+// The same on a real loop, real threads and a real clock, for the sanitizers; and again, but it
+// goes in the middle.
+TEST_F(WitnessesTest, AskingOnRealThreadsIsHeardOrDropped) {
+  const RasServer server(RasServer::Kind::kJson, kRasReport);
+  const std::unique_ptr<EpollLoop> loop = *EpollLoop::Create(RealClock());
+  for (const bool stays : {true, false}) {
+    std::unique_ptr<ThreadPool> pool = *ThreadPool::Create(*loop, Witnesses::kPoolThreads);
+    WaitingProcesses waiting(*loop);
+    size_t hearings = 0;
+    auto witnesses = std::make_unique<Witnesses>(
+        OptionsWith(server.address()),
+        Witnesses::World{*loop, *pool, RealClock(), waiting, [] { return Processes(); },
+                         [&](const Witnesses::Hearing&) { ++hearings; }});
+    witnesses->Start();
+    Witnesses::Question question;
+    question.job = "job";
+    question.processes = Processes();
+    ASSERT_TRUE(witnesses->Ask(std::move(question), [&] { loop->Stop(); }));
+    if (!stays) {
+      hearings = 0;
+      witnesses.reset();
+      pool.reset();  // what it was at is done now, and told nobody
+      loop->Post([&] { loop->Stop(); });
+    }
+    const EventLoop::TimerId timer = loop->RunAfter(absl::Seconds(60), [&] { loop->Stop(); });
+    loop->Run();
+    loop->CancelTimer(timer);
+    EXPECT_EQ(hearings, stays ? 5u : 0u);
+    witnesses.reset();
+  }
 }
 
 }  // namespace
