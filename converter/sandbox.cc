@@ -83,8 +83,8 @@ bool ApplyLimits(const SandboxLimits& limits) {
   const uint64_t address_space = AddressSpaceBytes();
   // Without knowing what there is, no limit of it can be said.
   const bool memory = address_space > 0 && SetLimit(RLIMIT_AS, address_space + limits.memory_bytes);
-  return SetLimit(RLIMIT_CPU, limits.cpu_seconds) & SetLimit(RLIMIT_FSIZE, limits.result_bytes) &
-         SetLimit(RLIMIT_NOFILE, 256) & SetLimit(RLIMIT_CORE, 0) & static_cast<int>(memory);
+  return SetLimit(RLIMIT_CPU, limits.cpu_seconds) && SetLimit(RLIMIT_FSIZE, limits.result_bytes) &&
+         SetLimit(RLIMIT_NOFILE, 256) && SetLimit(RLIMIT_CORE, 0) && memory;
 }
 
 // Every access that this kernel's Landlock knows is handled, so denied; reading is allowed below
