@@ -97,6 +97,12 @@ void ExpectTruth(const fs::path& at) {
   ASSERT_OK_AND_ASSIGN(const ForeignIndex index, ReadCheckpoint(*folder));
   EXPECT_THAT(index.unreadable, testing::IsEmpty());
   EXPECT_THAT(index.losses, testing::IsEmpty());
+  // Damage of round robin is mended, and said; with alignment DeepSpeed's own map is right.
+  const std::string name = at.filename().string();
+  const bool round_robin =
+      (name.find("_rr_") != std::string::npos || name.find("round_robin") != std::string::npos) &&
+      name.find("aligned") == std::string::npos;
+  EXPECT_EQ(!index.repairs.empty(), round_robin) << testing::PrintToString(index.repairs);
   ASSERT_OK_AND_ASSIGN(const auto found, Wholes(*folder, index));
   const auto expected = nlohmann::json::parse(ReadText(at / "expected.json"));
   std::map<Key, Whole> left = found;
@@ -124,7 +130,7 @@ void ExpectTruth(const fs::path& at) {
 
 TEST(DeepSpeedTest, SamplesAreWhatTrainingHeld) {
   const std::vector<fs::path> cases = Cases({kSource / "tests/data/deepspeed"});
-  EXPECT_GE(cases.size(), 6u);
+  EXPECT_GE(cases.size(), 8u);
   for (const fs::path& at : cases) ExpectTruth(at);
 }
 

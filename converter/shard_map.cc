@@ -94,7 +94,8 @@ absl::Status TooManyBlocks(const Shape& shape) {
 // The same piece with a dimension that runs over several whole rows of the tensor (writers may fold
 // them) as one dimension per dimension of the tensor, so that it is a box.
 AffinePiece Unfolded(AffinePiece piece, const Shape& logical_shape, const Shape& strides) {
-  for (size_t p = 0; p < piece.shape.size() && piece.shape.size() < 2 * kTensorDimsMax; ++p) {
+  for (size_t p = 0; p < piece.shape.size() && piece.shape.size() < 2 * kTensorDimsMax;) {
+    const size_t dims = piece.shape.size();
     for (size_t d = 1; d < logical_shape.size(); ++d) {
       const uint64_t row = logical_shape[d];
       if (row < 2 || strides[d] != piece.source_strides[p] || piece.shape[p] <= row ||
@@ -110,6 +111,7 @@ AffinePiece Unfolded(AffinePiece piece, const Shape& logical_shape, const Shape&
       split(piece.shape, piece.shape[p] / row, row);
       break;  // the outer part is looked at again: it may run over several planes
     }
+    if (piece.shape.size() == dims) ++p;
   }
   return piece;
 }
@@ -122,6 +124,37 @@ absl::Status AppendAffine(const AffinePiece& folded, const Shape& strides, Shard
   const auto contiguous = [&piece](size_t d, uint64_t below) {
     return piece.shape[d] == 1 || piece.dest_strides[d] == below;
   };
+  const size_t blocks_before = map.blocks.size();
+  // Appends the blocks with dimensions [inner, dims) in each; false if one of them is no box.
+  const auto append = [&](size_t inner, const BoxOfPiece& box) {
+    Shape at(inner, 0);
+    const uint64_t count = Product(std::span<const uint64_t>(piece.shape.data(), inner));
+    for (uint64_t n = 0; n < count; ++n) {
+      uint64_t source = piece.source_offset;
+      ShardBlock block;
+      block.shard_begin = piece.dest_offset;
+      for (size_t d = 0; d < inner; ++d) {
+        source += at[d] * piece.source_strides[d];
+        block.shard_begin += at[d] * piece.dest_strides[d];
+      }
+      block.size = box.size();
+      if (!box.Place(source, block.lo)) return false;
+      map.blocks.push_back(std::move(block));
+      for (size_t d = inner; d-- > 0;) {
+        if (++at[d] < piece.shape[d]) break;
+        at[d] = 0;
+      }
+    }
+    return true;
+  };
+  const auto fits = [&](size_t inner) {
+    constexpr uint64_t kTooMany = kShardBlocksMax + 1;
+    uint64_t count = 1;
+    for (size_t d = 0; d < inner; ++d) {
+      count = std::min(count * std::min(piece.shape[d], kTooMany), kTooMany);
+    }
+    return count + blocks_before <= kShardBlocksMax;
+  };
   BoxOfPiece box(map.shape, strides);
   size_t inner = dims;
   uint64_t inner_elements = 1;
@@ -130,32 +163,12 @@ absl::Status AppendAffine(const AffinePiece& folded, const Shape& strides, Shard
     --inner;
     inner_elements *= piece.shape[inner];
   }
-  const uint64_t outer_count = Product(std::span<const uint64_t>(piece.shape.data(), inner));
-  if (outer_count > kShardBlocksMax - std::min(kShardBlocksMax, map.blocks.size())) {
-    return TooManyBlocks(map.shape);
-  }
-  Shape at(inner, 0);
-  for (uint64_t n = 0; n < outer_count; ++n) {
-    uint64_t source = piece.source_offset;
-    ShardBlock block;
-    block.shard_begin = piece.dest_offset;
-    for (size_t d = 0; d < inner; ++d) {
-      source += at[d] * piece.source_strides[d];
-      block.shard_begin += at[d] * piece.dest_strides[d];
-    }
-    block.size = box.size();
-    if (!box.Place(source, block.lo)) {
-      return absl::InvalidArgumentError(absl::StrFormat(
-          "affine piece of shape %s, source offset %d: expected a box of a tensor of shape %s, "
-          "found one that wraps around a row",
-          Show(piece.shape), piece.source_offset, Show(map.shape)));
-    }
-    map.blocks.push_back(std::move(block));
-    for (size_t d = inner; d-- > 0;) {
-      if (++at[d] < piece.shape[d]) break;
-      at[d] = 0;
-    }
-  }
+  if (!fits(inner)) return TooManyBlocks(map.shape);
+  if (append(inner, box)) return absl::OkStatus();
+  // A run that goes around the end of a row is no box: element by element it is.
+  map.blocks.resize(blocks_before);
+  if (!fits(dims)) return TooManyBlocks(map.shape);
+  CHECK(append(dims, BoxOfPiece(map.shape, strides)));
   return absl::OkStatus();
 }
 

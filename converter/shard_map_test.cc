@@ -213,6 +213,21 @@ TEST(ShardMapTest, AFoldedRunOfRowsIsOneBlock) {
   EXPECT_EQ(map.blocks[0].size, (Shape{12, 28}));
 }
 
+TEST(ShardMapTest, FoldedPlanesAreOneBlockAndRunsAroundARowAreNot) {
+  AffinePiece piece{.shape = {24},
+                    .source_offset = 24,
+                    .source_strides = {1},
+                    .dest_offset = 0,
+                    .dest_strides = {1}};
+  ASSERT_OK_AND_ASSIGN(const ShardMap planes,
+                       AffineShard({4, 3, 4}, {2, 3, 4}, std::span(&piece, 1)));
+  EXPECT_EQ(planes.blocks.size(), 1u);
+  piece.shape = {3};
+  piece.source_offset = 3;
+  ASSERT_OK_AND_ASSIGN(const ShardMap around, AffineShard({2, 4}, {3}, std::span(&piece, 1)));
+  EXPECT_EQ(Elements(around, 0, 3), (std::vector<uint64_t>{3, 4, 5}));
+}
+
 TEST(ShardMapTest, PaddingRowsAreInNoBlock) {
   std::vector<Shape> shapes(2, {4, 3});
   std::mt19937_64 random(1);
