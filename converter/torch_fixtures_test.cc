@@ -75,6 +75,40 @@ std::string ReadWhole(const std::string& path) {
   return {std::istreambuf_iterator<char>(file), {}};
 }
 
+std::string TextOf(const JsonValue& object, std::string_view key) {
+  return std::string(*object.Get(key)->String());
+}
+Record RecordOf(const JsonValue& tensor) {
+  Record record{TextOf(tensor, "dtype"), {}, TextOf(tensor, "sha256")};
+  const JsonValue shape = *tensor.Get("shape");
+  for (size_t i = 0; i < *shape.ArraySize(); ++i) record.shape.push_back(*shape[i].Uint64());
+  return record;
+}
+
+// What torch wrote for this test (tests/data/torch/make.py): exactly these tensors.
+TEST(TorchSamples, AreReadAsTheyWereInMemory) {
+  const std::string samples = std::string(HOLDFAST_SOURCE_DIR) + "/tests/data/torch/";
+  const auto table = JsonDocument::Parse(ReadWhole(samples + "expected.json"));
+  ASSERT_TRUE(table.ok()) << table.status().ToString();
+  const std::vector<std::string_view> files = *(*table)->root().Keys();
+  EXPECT_EQ(files.size(), 4u);
+  for (const std::string_view file : files) {
+    SCOPED_TRACE(file);
+    const FileRead read = ReadFixture(samples + std::string(file));
+    ASSERT_TRUE(read.status.ok()) << read.status.ToString();
+    const JsonValue rows = *(*table)->root().Get(file);
+    Records expected;
+    for (size_t i = 0; i < *rows.ArraySize(); ++i) {
+      expected[{TextOf(rows[i], "name"), TextOf(rows[i], "state")}] = RecordOf(rows[i]);
+    }
+    EXPECT_EQ(read.records, expected);
+    if (file == "training.pt") {
+      EXPECT_EQ(read.index.step, 2u);
+      EXPECT_EQ(read.index.aliases.size(), 1u);
+    }
+  }
+}
+
 // A case's truth; each record with where it stands in the file.
 struct Truth {
   std::unique_ptr<JsonDocument> document;
@@ -84,16 +118,6 @@ Truth TruthOf(const std::string& name) {
   auto document = JsonDocument::Parse(ReadWhole(kFixtures + name + "/expected.json"));
   EXPECT_TRUE(document.ok()) << document.status().ToString();
   return {*std::move(document)};
-}
-
-std::string TextOf(const JsonValue& object, std::string_view key) {
-  return std::string(*object.Get(key)->String());
-}
-Record RecordOf(const JsonValue& tensor) {
-  Record record{TextOf(tensor, "dtype"), {}, TextOf(tensor, "sha256")};
-  const JsonValue shape = *tensor.Get("shape");
-  for (size_t i = 0; i < *shape.ArraySize(); ++i) record.shape.push_back(*shape[i].Uint64());
-  return record;
 }
 
 class TorchFixtures : public testing::Test {

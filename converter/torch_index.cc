@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "base/status_macros.h"
+#include "base/utf8.h"
 
 namespace holdfast::converter {
 namespace {
@@ -124,11 +125,25 @@ class JsonText {
 
 }  // namespace
 
+std::string TorchText(std::string_view text) {
+  std::string out;
+  while (!text.empty()) {
+    const size_t bytes = Utf8SequenceBytes(text);
+    if (bytes == 0) {
+      absl::StrAppendFormat(&out, "\\x%02x", static_cast<uint8_t>(text[0]));
+    } else {
+      out += text.substr(0, bytes);
+    }
+    text.remove_prefix(std::max(bytes, size_t{1}));
+  }
+  return out;
+}
+
 std::string TorchKeyText(const TorchValue& key) {
   constexpr size_t kItemsMax = 8;
   switch (key.kind()) {
     case Kind::kString:
-      return std::string(*key.String());
+      return TorchText(*key.String());
     case Kind::kInteger:
       return key.Int64().ok() ? absl::StrCat(*key.Int64()) : key.Describe();
     case Kind::kBool:
@@ -163,7 +178,7 @@ std::string TorchJson(const TorchValue& value, size_t bytes_max) {
 void AddTorchDescription(const TorchFile& torch_file, ForeignIndex& index) {
   std::map<std::string, uint64_t> counts;
   for (const OpaqueClass& known : index.opaque_classes) counts[known.name] = known.count;
-  for (const auto& [name, count] : torch_file.OpaqueClasses()) counts[name] += count;
+  for (const auto& [name, count] : torch_file.OpaqueClasses()) counts[TorchText(name)] += count;
   index.opaque_classes.clear();
   for (const auto& [name, count] : counts) index.opaque_classes.push_back({name, count});
   const std::span<const std::string> warnings = torch_file.warnings();

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -46,8 +47,11 @@ class TorchPieces {
   std::vector<uint32_t> extents_;  // by storage; UINT32_MAX: none yet
 };
 
-// A key of a dict as part of a name: text as it is, and what Python would print of the others (`7`,
-// `True`, `(1, 't')`).
+// Text of a pickle as it is, but for surrogates that stand alone: their bytes become \xNN.
+std::string TorchText(std::string_view text);
+
+// A key of a dict as part of a name: text (TorchText), and what Python would print of the others
+// (`7`, `True`, `(1, 't')`).
 std::string TorchKeyText(const TorchValue& key);
 
 // The value as JSON text of at most about bytes_max: what is deeper than eight levels or longer is

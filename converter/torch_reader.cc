@@ -97,7 +97,7 @@ std::string ReasonNotRead(const TorchValue& value) {
     std::string name = "?";
     if (layout.IsObject("torch.serialization", "_get_layout") && *layout.args().ArraySize() == 1 &&
         layout.args()[0].Is(Kind::kString)) {
-      name = *layout.args()[0].String();
+      name = TorchText(layout.args()[0].String()->substr(0, 100));
     }
     return absl::StrFormat("is a sparse tensor (%s)", name);
   }
@@ -108,7 +108,7 @@ std::string ReasonNotRead(const TorchValue& value) {
   if (value.IsObject("torch._utils", "_rebuild_meta_tensor_no_storage")) {
     return "is on the device meta: the file has no numbers for it";
   }
-  const std::string name = value.ClassName();
+  const std::string name = TorchText(value.ClassName().substr(0, 200));
   if (name == "torch.nn.parameter.UninitializedParameter" ||
       name == "torch.nn.parameter.UninitializedBuffer") {
     return "is not initialised: the file has no numbers for it";
@@ -117,7 +117,7 @@ std::string ReasonNotRead(const TorchValue& value) {
     return absl::StrFormat("is a part of a %s: the folder of all ranks' files is needed", name);
   }
   if (value.IsObject("torch._tensor", "_rebuild_from_type_v2") && *value.args().ArraySize() >= 2) {
-    const std::string type = value.args()[1].ClassName();
+    const std::string type = TorchText(value.args()[1].ClassName().substr(0, 200));
     return type.ends_with(".NestedTensor")
                ? "is a nested tensor"
                : absl::StrFormat("is a %s, a subclass of torch.Tensor that is not known", type);
@@ -328,26 +328,33 @@ class TorchReader {
     return alike > 1 && !found.path.empty() ? absl::StrCat(NameOf(found.path), ".") : "";
   }
 
+  // How much of all these names is what wrappers put before every one.
+  static size_t WrapperBytes(const std::vector<std::string>& names) {
+    constexpr std::string_view kWrappers[] = {"module.", "_orig_mod."};
+    size_t bytes = 0;
+    for (bool again = !names.empty(); again;) {
+      again = false;
+      for (const std::string_view wrapper : kWrappers) {
+        const bool all = std::all_of(names.begin(), names.end(), [&](const std::string& name) {
+          return name.size() > bytes + wrapper.size() &&
+                 std::string_view(name).substr(bytes).starts_with(wrapper);
+        });
+        if (all) bytes += wrapper.size();
+        again = again || all;
+      }
+    }
+    return bytes;
+  }
+
   absl::Status ReadWeights(const Found& found) {
     const TorchValue& dict = found.value;
     const size_t count = *dict.EntryCount();
-    // What a wrapper put before every name.
-    size_t dropped = 0;
-    for (bool again = true; again && count != 0;) {
-      again = false;
-      for (const std::string_view wrapper : {"module.", "_orig_mod."}) {
-        bool all = true;
-        for (size_t i = 0; all && i < count; ++i) {
-          const std::string key = TorchKeyText(dict.Key(i));
-          all = key.size() > dropped + wrapper.size() &&
-                std::string_view(key).substr(dropped).starts_with(wrapper);
-        }
-        if (!all) continue;
-        dropped += wrapper.size();
-        again = true;
-        index_.notes.push_back(
-            absl::StrFormat("%s: \"%s\" before all names is left out", file_.name(), wrapper));
-      }
+    std::vector<std::string> names;
+    for (size_t i = 0; i < count; ++i) names.push_back(TorchKeyText(dict.Key(i)));
+    const size_t dropped = WrapperBytes(names);
+    if (dropped != 0) {
+      index_.notes.push_back(absl::StrFormat("%s: \"%s\" before all names is left out",
+                                             file_.name(), names[0].substr(0, dropped)));
     }
     const std::string prefix = PrefixOf(found, weights_);
     Path path = found.path;
@@ -368,6 +375,7 @@ class TorchReader {
   absl::Status ReadOptimizer(const Found& found) {
     const TorchValue groups = found.value.Find("param_groups");
     std::map<int64_t, std::string> names;
+    std::vector<std::string> all_names;
     for (size_t i = 0; i < *groups.ArraySize(); ++i) {
       const TorchValue ids = groups[i].Find("params");
       const TorchValue given = groups[i].Find("param_names");
@@ -377,9 +385,12 @@ class TorchReader {
       }
       for (size_t j = 0; j < *ids.ArraySize(); ++j) {
         const absl::StatusOr<int64_t> id = ids[j].Int64();
-        if (id.ok() && given[j].Is(Kind::kString)) names[*id] = *given[j].String();
+        if (!id.ok() || !given[j].Is(Kind::kString)) continue;
+        names[*id] = TorchKeyText(given[j]);
+        all_names.push_back(names[*id]);
       }
     }
+    const size_t dropped = WrapperBytes(all_names);
     const std::string prefix = PrefixOf(found, optimizers_);
     const TorchValue states = found.value.Find("state");
     Path path = found.path;
@@ -389,8 +400,8 @@ class TorchReader {
       const TorchValue key = states.Key(i);
       const auto known = key.Int64().ok() ? names.find(*key.Int64()) : names.end();
       unnamed = unnamed || (known == names.end() && key.Is(Kind::kInteger));
-      const std::string name =
-          absl::StrCat(prefix, known == names.end() ? TorchKeyText(key) : known->second);
+      const std::string name = absl::StrCat(
+          prefix, known == names.end() ? TorchKeyText(key) : known->second.substr(dropped));
       path.push_back(StepOfKey(key));
       RETURN_IF_ERROR(ReadStates(name, "", states.Entry(i), path, 0));
       path.pop_back();
@@ -438,6 +449,12 @@ class TorchReader {
         cut_ = true;  // the same container at the same place of a shared one
         return absl::OkStatus();
       }
+    }
+    if (name.size() > kNameBytesMax) {
+      index_.unreadable.push_back({name.substr(0, 100) + "...",
+                                   absl::StrFormat("has a name of %d bytes: at most %d are read",
+                                                   name.size(), kNameBytesMax)});
+      return absl::OkStatus();
     }
     if (!value.Is(Kind::kTensor)) {
       const std::string reason = ReasonNotRead(value);
@@ -521,8 +538,12 @@ absl::StatusOr<bool> RecognizesTorch(const ForeignFolder& folder) {
 absl::StatusOr<ForeignIndex> ReadTorch(const ForeignFolder& folder, const ReadOptions&) {
   const FolderSource source(folder, 0);
   ASSIGN_OR_RETURN(const std::unique_ptr<TorchFile> file, TorchFile::Open(source));
+  return IndexOfTorchFile(*file);
+}
+
+absl::StatusOr<ForeignIndex> IndexOfTorchFile(const TorchFile& file) {
   ForeignIndex index;
-  RETURN_IF_ERROR(TorchReader(*file, index).Read());
+  RETURN_IF_ERROR(TorchReader(file, index).Read());
   return index;
 }
 

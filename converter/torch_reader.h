@@ -21,6 +21,7 @@
 #include "converter/foreign_folder.h"
 #include "converter/foreign_index.h"
 #include "converter/format_reader.h"
+#include "converter/torch_file.h"
 
 namespace holdfast::converter {
 
@@ -28,6 +29,9 @@ namespace holdfast::converter {
 // refused by name when read).
 absl::StatusOr<bool> RecognizesTorch(const ForeignFolder& folder);
 absl::StatusOr<ForeignIndex> ReadTorch(const ForeignFolder& folder, const ReadOptions& options);
+
+// The same of a file that is open; it is file number 0 of the index, which has not passed Finish.
+absl::StatusOr<ForeignIndex> IndexOfTorchFile(const TorchFile& file);
 
 }  // namespace holdfast::converter
 

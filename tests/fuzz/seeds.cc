@@ -11,8 +11,10 @@
 #include "absl/strings/str_cat.h"
 #include "agent/packet.h"
 #include "base/check.h"
+#include "base/pickle_writer.h"
 #include "checkpoint/image_record.h"
 #include "checkpoint/sealed_json.h"
+#include "converter/test_zip.h"
 #include "format/checkpoint_names.h"
 #include "format/index.h"
 #include "format/layout.h"
@@ -298,6 +300,93 @@ Seeds FlightRecords() {
   return seeds;
 }
 
+// A state dict as torch.save writes it: a tensor, a parameter, an object of a class.
+std::string TorchPickle() {
+  PickleWriter writer;
+  const auto tensor = [&writer](const char* function) {
+    writer.Global("torch._utils", function);
+    writer.Mark();
+    writer.Mark();
+    writer.String("storage");
+    writer.Global("torch", "FloatStorage");
+    writer.String("0");
+    writer.String("cpu");
+    writer.Int(4);
+    writer.Tuple();
+    writer.PersistentId();
+    writer.Int(0);
+    for (const int64_t value : {int64_t{2}, int64_t{1}}) {
+      writer.Int(2);
+      writer.Int(value);
+      writer.Tuple(2);
+    }
+    writer.Bool(false);
+    writer.Global("collections", "OrderedDict");
+    writer.Tuple(0);
+    writer.Reduce();
+    writer.Tuple();
+    writer.Reduce();
+  };
+  writer.EmptyDict();
+  writer.Mark();
+  writer.String("w");
+  tensor("_rebuild_tensor_v2");
+  writer.String("p");
+  writer.Global("torch._utils", "_rebuild_parameter");
+  tensor("_rebuild_tensor_v2");
+  writer.Bool(true);
+  writer.None();
+  writer.Tuple(3);
+  writer.Reduce();
+  writer.String("args");
+  writer.Global("argparse", "Namespace");
+  writer.Tuple(0);
+  writer.NewObject();
+  writer.EmptyDict();
+  writer.Mark();
+  writer.String("lr");
+  writer.Float(0.5);
+  writer.SetItems();
+  writer.Build();
+  writer.SetItems();
+  return std::move(writer).Finish();
+}
+
+std::string TorchZip() {
+  converter::TestZip zip;
+  zip.entries = {{.name = "x/data.pkl", .data = TorchPickle()},
+                 {.name = "x/byteorder", .data = "little"},
+                 {.name = "x/data/0", .data = std::string(16, 'd')},
+                 {.name = "x/version", .data = "3\n"}};
+  return zip.Bytes();
+}
+
+// The five pickles of torch before 1.6, and a storage.
+std::string TorchLegacy() {
+  PickleWriter version, information, keys;
+  version.Int(1001);
+  information.EmptyDict();
+  keys.EmptyList();
+  keys.Mark();
+  keys.String("0");
+  keys.Appends();
+  const std::string magic("\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.", 15);
+  const std::string count("\x04\0\0\0\0\0\0\0", 8);
+  return magic + std::move(version).Finish() + std::move(information).Finish() + TorchPickle() +
+         std::move(keys).Finish() + count + std::string(16, 'd');
+}
+
+Seeds Zips() {
+  converter::TestZip deflated;
+  deflated.zip64_end = false;
+  deflated.entries = {{.name = "a",
+                       .data = std::string("\x4b\x4c\xa4\x3d\0\0", 6),
+                       .method = 8,
+                       .inflated_size = 100},
+                      {.name = "b/c", .data = "x", .zip64_sizes = true}};
+  return {TorchZip(), deflated.Bytes(), converter::TestZip().Bytes()};
+}
+
 // As NCCL 2.30.7 prints them.
 Seeds RasReports() {
   return {R"({"communicators":[{"hash":"0xa1","secondary_hash":"0x1:0x2","size":2,
@@ -379,6 +468,12 @@ std::vector<std::string> SeedsOf(const Target& target) {
   if (name == "recorded_step") return RecordedSteps();
   if (name == "recording") return Recordings();
   if (name == "flight_record") return FlightRecords();
+  if (name == "pickle") {
+    return {TorchPickle(), "}(I01\nL123456789012345678901L\nU\x01kF2.5\nu.",
+            ReadFile(kSource + "/tests/data/flight/subgroup.0.pickle")};
+  }
+  if (name == "zip") return Zips();
+  if (name == "torch") return {TorchZip(), TorchLegacy()};
   if (name == "ras") return RasReports();
   if (name == "stacks") return Stacks();
   if (name == "board") return Boards();

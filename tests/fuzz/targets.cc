@@ -21,6 +21,9 @@ constexpr Target kTargets[] = {
     {"recorded_step", FuzzRecordedStep, Form::kBinary, 16 * kMiB, 256, true, 10'000},
     {"recording", FuzzRecording, Form::kBinary, 256 * kMiB, 64, true, 5'000},
     {"flight_record", FuzzFlightRecord, Form::kBinary, 1 * kMiB, 256, true, 10'000},
+    {"pickle", FuzzPickle, Form::kBinary, 1 * kMiB, 256, true, 20'000},
+    {"zip", FuzzZip, Form::kBinary, 4 * kMiB, 64, true, 10'000},
+    {"torch", FuzzTorch, Form::kBinary, 4 * kMiB, 512, true, 10'000},
     {"ras", FuzzRas, Form::kText, 1 * kMiB, 128, true, 10'000},
     {"stacks", FuzzStacks, Form::kText, 4 * kMiB, 512, true, 5'000},
 };

@@ -38,6 +38,9 @@ bool FuzzRecordedStep(Input input);  // monitor/recording.h, monitor/job_analysi
 bool FuzzRecording(Input input);     // monitor/recording.h, base/zstd_codec.h: a file
 bool FuzzFlightRecord(Input input);  // base/pickle_reader.h, monitor/witness/flight_record.h
 bool FuzzRas(Input input);           // monitor/witness/ras.h
+bool FuzzPickle(Input input);        // base/pickle_reader.h, classes as inert nodes
+bool FuzzZip(Input input);           // converter/zip_reader.h
+bool FuzzTorch(Input input);         // converter/torch_file.h, converter/torch_reader.h
 bool FuzzStacks(Input input);        // monitor/witness/stacks.h, monitor/witness/xid.h
 
 // How inputs are mutated, and what is put right afterwards, so that what lies behind a checksum is
