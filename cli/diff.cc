@@ -21,6 +21,7 @@
 #include "absl/strings/str_replace.h"
 #include "base/status_macros.h"
 #include "checkpoint/verify.h"
+#include "cli/foreign.h"
 #include "cli/output.h"
 #include "cli/progress.h"
 #include "cli/verb.h"
@@ -39,6 +40,7 @@ struct Options {
   std::string a;
   std::string b;
   bool bytes = false;
+  ForeignOptions foreign;
 };
 
 struct Checkpoint {
@@ -332,15 +334,20 @@ ExitCode Run(Invocation& invocation, const Options& options) {
 void AddDiff(CLI::App& app, Invocation& invocation) {
   CLI::App* verb = app.add_subcommand("diff", "Say whether two checkpoints hold the same tensors");
   auto options = std::make_shared<Options>();
-  verb->add_option("A", options->a, "A checkpoint's directory, or ROOT/JOB for the newest")
+  verb->add_option("A", options->a,
+                   "A checkpoint's directory, or ROOT/JOB for the newest; or another framework's")
       ->required();
   verb->add_option("B", options->b, "The other one")->required();
   verb->add_flag("--bytes", options->bytes,
                  "Read both and compare every bit, not fingerprints; say by how much they differ");
+  AddForeignOptions(*verb, options->foreign);
   verb->footer(kDiffExitCodesHelp);
   verb->callback([&invocation, options] {
     invocation.failure = kExitRetry;
-    invocation.run = [&invocation, options] { return Run(invocation, *options); };
+    invocation.run = [&invocation, options] {
+      if (IsOurs(options->a) && IsOurs(options->b)) return Run(invocation, *options);
+      return DiffForeign(invocation, options->a, options->b, options->foreign);
+    };
   });
 }
 

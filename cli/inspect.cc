@@ -1,5 +1,6 @@
-// holdfast inspect: what one checkpoint holds, from MANIFEST.json and INDEX alone. It reads no
-// image: whether the bytes are good is `holdfast verify`'s to say.
+// holdfast inspect: what one checkpoint holds; of ours from MANIFEST.json and INDEX alone. It reads
+// no image: whether the bytes are good is `holdfast verify`'s to say. Of other frameworks'
+// checkpoints: foreign_inspect.cc.
 
 #include <CLI/CLI.hpp>
 #include <cstdio>
@@ -14,6 +15,7 @@
 #include "absl/strings/str_split.h"
 #include "base/status_macros.h"
 #include "checkpoint/verify.h"
+#include "cli/foreign.h"
 #include "cli/output.h"
 #include "cli/progress.h"
 #include "cli/verb.h"
@@ -27,6 +29,8 @@ struct Options {
   bool tensors = false;
   bool blobs = false;
   bool layout = false;
+  bool sha256 = false;
+  ForeignOptions foreign;
 };
 
 std::string ShapeText(const TensorState& state) {
@@ -182,14 +186,25 @@ absl::Status Run(Invocation& invocation, const Options& options) {
 void AddInspect(CLI::App& app, Invocation& invocation) {
   CLI::App* verb = app.add_subcommand("inspect", "Say what one checkpoint holds");
   auto options = std::make_shared<Options>();
-  verb->add_option("checkpoint", options->path, "Its directory, or ROOT/JOB for the newest")
+  verb->add_option(
+          "checkpoint", options->path,
+          "Its directory, or ROOT/JOB for the newest; or another framework's file or folder")
       ->required();
   verb->add_flag("--tensors", options->tensors, "List every tensor and state");
+  verb->add_flag("--sha256", options->sha256,
+                 "With --tensors, of another framework's: the SHA-256 of every whole tensor");
   verb->add_flag("--blobs", options->blobs, "List the blobs");
   verb->add_flag("--layout", options->layout, "Print the layout documents");
+  AddForeignOptions(*verb, options->foreign);
   verb->footer(kExitCodesHelp);
   verb->callback([&invocation, options] {
-    invocation.run = [&invocation, options] { return Report(Run(invocation, *options)); };
+    invocation.run = [&invocation, options] {
+      if (IsOurs(options->path)) return Report(Run(invocation, *options));
+      return InspectForeign(invocation, {.path = options->path,
+                                         .tensors = options->tensors,
+                                         .sha256 = options->sha256,
+                                         .foreign = options->foreign});
+    };
   });
 }
 

@@ -6,6 +6,7 @@
 #include <exception>
 #include <memory>
 
+#include "cli/foreign.h"
 #include "cli/output.h"
 #include "cli/verb.h"
 #include "io/posix_file_system.h"
@@ -30,6 +31,8 @@ int main(int argc, char** argv) {
   AddLayout(app, invocation);
   AddView(app, invocation);
   AddReshard(app, invocation);
+  AddConvert(app, invocation);
+  AddExport(app, invocation);
   AddPreflight(app, invocation);
   AddStatus(app, invocation);
   AddDoctor(app, invocation);

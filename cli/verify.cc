@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 #include <string>
 
+#include "cli/foreign.h"
 #include "cli/output.h"
 #include "cli/progress.h"
 #include "cli/verb.h"
@@ -104,11 +105,22 @@ ExitCode Run(Invocation& invocation, const std::string& path) {
 
 void AddVerify(CLI::App& app, Invocation& invocation) {
   CLI::App* verb = app.add_subcommand("verify", "Read a checkpoint back and name what is wrong");
-  auto path = std::make_shared<std::string>();
-  verb->add_option("checkpoint", *path, "Its directory, or ROOT/JOB for the newest")->required();
+  struct Options {
+    std::string path;
+    ForeignOptions foreign;
+  };
+  auto options = std::make_shared<Options>();
+  verb->add_option(
+          "checkpoint", options->path,
+          "Its directory, or ROOT/JOB for the newest; or another framework's file or folder")
+      ->required();
+  AddForeignOptions(*verb, options->foreign);
   verb->footer(kExitCodesHelp);
-  verb->callback([&invocation, path] {
-    invocation.run = [&invocation, path] { return Run(invocation, *path); };
+  verb->callback([&invocation, options] {
+    invocation.run = [&invocation, options] {
+      if (IsOurs(options->path)) return Run(invocation, options->path);
+      return VerifyForeign(invocation, options->path, options->foreign);
+    };
   });
 }
 

@@ -10,16 +10,10 @@
 namespace holdfast::converter {
 namespace {
 
+// Empty if no reader knows the folder.
 absl::StatusOr<std::string> ReadAndEncode(const ForeignFolder& folder, const ReadOptions& options) {
   ASSIGN_OR_RETURN(const FormatReader* const reader, RecognizeFormat(folder));
-  if (reader == nullptr) {
-    std::vector<std::string> names;
-    for (const FormatReader& each : FormatReaders()) names.emplace_back(each.name);
-    return absl::NotFoundError(absl::StrFormat(
-        "%s: expected a checkpoint of one of the formats %s; found %d files of none "
-        "of them",
-        folder.root(), absl::StrJoin(names, ", "), folder.files().size()));
-  }
+  if (reader == nullptr) return std::string();
   ASSIGN_OR_RETURN(ForeignIndex index, ReadFormat(*reader, folder, options));
   return EncodeForeignIndex(index);
 }
@@ -38,14 +32,26 @@ absl::StatusOr<ForeignSource> OpenForeignSource(FileSystem& file_system, const s
   const absl::StatusOr<std::string> encoded = RunSandboxed(
       folder.root(), {}, [&] { return ReadAndEncode(folder, options); }, &source.sandbox);
   if (!encoded.ok()) return Named(path, encoded.status());
+  if (encoded->empty()) return source;
   absl::StatusOr<ForeignIndex> index =
       DecodeForeignIndex(std::as_bytes(std::span(encoded->data(), encoded->size())));
   if (!index.ok()) return Named(path, absl::DataLossError(index.status().message()));
   source.index = *std::move(index);
+  source.recognized = true;
   if (absl::Status files = CheckFiles(source.index, folder); !files.ok()) {
     return Named(path, files);
   }
   return source;
+}
+
+absl::Status NotRecognized(const ForeignSource& source) {
+  std::vector<std::string> names;
+  for (const FormatReader& each : FormatReaders()) names.emplace_back(each.name);
+  const ForeignFolder& folder = *source.folder;
+  return absl::NotFoundError(absl::StrFormat(
+      "%s: expected a checkpoint of one of the formats %s; found %d files of none of them",
+      folder.single_file() ? folder.root() + "/" + folder.files()[0].path : folder.root(),
+      absl::StrJoin(names, ", "), folder.files().size()));
 }
 
 }  // namespace holdfast::converter

@@ -15,17 +15,21 @@
 namespace holdfast::converter {
 
 struct ForeignSource {
+  bool recognized = false;  // else there is the folder only
   std::unique_ptr<ForeignFolder> folder;
   ForeignIndex index;  // of these files: CheckFiles held
   SandboxReport sandbox;
 };
 
-// Recognizes and reads what lies at `path`. Errors: kNotFound (no such path; or no reader knows it,
-// though each file of a folder may be one on its own), kPermissionDenied (unsafe content, refused),
-// others of the reader, those of the sandbox, kDataLoss (files changed meanwhile). All name the
-// path.
+// Recognizes and reads what lies at `path`. OK with recognized false: no reader knows it, though
+// each file of a folder may be something on its own. Errors: kNotFound (no such path),
+// kPermissionDenied (unsafe content, refused), others of the reader, those of the sandbox,
+// kDataLoss (files changed meanwhile). All name the path.
 absl::StatusOr<ForeignSource> OpenForeignSource(FileSystem& file_system, const std::string& path,
                                                 const ReadOptions& options);
+
+// kNotFound, with the formats that were looked for: for those to whom nothing less is of use.
+absl::Status NotRecognized(const ForeignSource& source);
 
 }  // namespace holdfast::converter
 

@@ -28,6 +28,8 @@ struct ReadOptions {
   std::string model_arguments;  // ds_config.json or training arguments as JSON
   std::string names;
   std::string preset;  // converter/parallel_rules.h: how a model family's parameters are cut
+
+  friend bool operator==(const ReadOptions&, const ReadOptions&) = default;
 };
 
 struct FormatReader {
@@ -51,6 +53,7 @@ std::span<const FormatReader> FormatReaders();
 absl::StatusOr<const FormatReader*> RecognizeFormat(const ForeignFolder& folder);
 
 // Reads with this reader, takes the folder's files into the index and makes sure of it (Finish).
+// Without options a kInvalidArgument of the reader is kDataLoss: it speaks of the bytes.
 absl::StatusOr<ForeignIndex> ReadFormat(const FormatReader& reader, const ForeignFolder& folder,
                                         const ReadOptions& options);
 

@@ -1,12 +1,14 @@
 // The table of formats. A reader that stands before another has looked at more: whatever comes
 // first and says yes, reads.
 #include <algorithm>
+#include <utility>
 
 #include "base/status_macros.h"
 #include "converter/dcp_reader.h"
 #include "converter/deepspeed_model.h"
 #include "converter/format_reader.h"
 #include "converter/fsdp_reader.h"
+#include "converter/hf.h"
 #include "converter/safetensors.h"
 #include "converter/torch_reader.h"
 
@@ -18,6 +20,7 @@ constexpr FormatReader kReaders[] = {
     {"deepspeed", RecognizesDeepSpeed, ReadDeepSpeed},
     {"dcp", RecognizesDcp, ReadDcp},
     {"fsdp", RecognizesFsdp, ReadFsdp},
+    {"hf", RecognizesHf, ReadHf},
     {"safetensors", RecognizesSafetensors, ReadSafetensors},
     {"torch", RecognizesTorch, ReadTorch},  // one file: whatever nobody else knows
 };
@@ -36,7 +39,14 @@ absl::StatusOr<const FormatReader*> RecognizeFormat(const ForeignFolder& folder)
 
 absl::StatusOr<ForeignIndex> ReadFormat(const FormatReader& reader, const ForeignFolder& folder,
                                         const ReadOptions& options) {
-  ASSIGN_OR_RETURN(ForeignIndex index, reader.read(folder, options));
+  absl::StatusOr<ForeignIndex> read = reader.read(folder, options);
+  // Readers of parts (JSON, pickles) say kInvalidArgument of bytes. Where the user has said nothing
+  // besides the path, the bytes are what is wrong.
+  if (absl::IsInvalidArgument(read.status()) && options == ReadOptions{}) {
+    return absl::DataLossError(read.status().message());
+  }
+  RETURN_IF_ERROR(read.status());
+  ForeignIndex index = *std::move(read);
   if (index.format.empty()) index.format = reader.name;
   index.files.assign(folder.files().begin(), folder.files().end());
   for (const std::string& refused : folder.refused()) index.notes.push_back(refused);

@@ -81,10 +81,12 @@ uint64_t AddressSpaceBytes() {
 
 bool ApplyLimits(const SandboxLimits& limits) {
   const uint64_t address_space = AddressSpaceBytes();
-  // Without knowing what there is, no limit of it can be said.
-  const bool memory = address_space > 0 && SetLimit(RLIMIT_AS, address_space + limits.memory_bytes);
-  return SetLimit(RLIMIT_CPU, limits.cpu_seconds) && SetLimit(RLIMIT_FSIZE, limits.result_bytes) &&
-         SetLimit(RLIMIT_NOFILE, 256) && SetLimit(RLIMIT_CORE, 0) && memory;
+  // Without knowing what there is, no limit of it can be said. All are tried, whichever fails.
+  const bool applied[] = {
+      address_space > 0 && SetLimit(RLIMIT_AS, address_space + limits.memory_bytes),
+      SetLimit(RLIMIT_CPU, limits.cpu_seconds), SetLimit(RLIMIT_FSIZE, limits.result_bytes),
+      SetLimit(RLIMIT_NOFILE, 256), SetLimit(RLIMIT_CORE, 0)};
+  return std::all_of(std::begin(applied), std::end(applied), [](bool each) { return each; });
 }
 
 // Every access that this kernel's Landlock knows is handled, so denied; reading is allowed below

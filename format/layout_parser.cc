@@ -91,14 +91,7 @@ class LayoutParser {
 
   absl::Status ParseTensor(const JsonValue& tensor, const std::string& name) {
     ASSIGN_OR_RETURN(const JsonValue shape_value, tensor.Get("shape"));
-    ASSIGN_OR_RETURN(const size_t dims, shape_value.ArraySize());
-    if (dims > kTensorDimsMax) {
-      return shape_value.Mismatch(absl::StrCat("at most ", kTensorDimsMax, " dimensions"));
-    }
-    std::vector<uint64_t> shape(dims);
-    for (size_t d = 0; d < dims; ++d) {
-      ASSIGN_OR_RETURN(shape[d], shape_value[d].Uint64());
-    }
+    ASSIGN_OR_RETURN(const std::vector<uint64_t> shape, ParseShape(shape_value));
     ASSIGN_OR_RETURN(const JsonValue states, tensor.Get("states"));
     ASSIGN_OR_RETURN(const size_t state_count, states.ArraySize());
     if (state_count == 0 || state_count > kStatesOfTensorMax) {
@@ -124,11 +117,26 @@ class LayoutParser {
     return absl::OkStatus();
   }
 
+  static absl::StatusOr<std::vector<uint64_t>> ParseShape(const JsonValue& value) {
+    ASSIGN_OR_RETURN(const size_t dims, value.ArraySize());
+    if (dims > kTensorDimsMax) {
+      return value.Mismatch(absl::StrCat("at most ", kTensorDimsMax, " dimensions"));
+    }
+    std::vector<uint64_t> shape(dims);
+    for (size_t d = 0; d < dims; ++d) {
+      ASSIGN_OR_RETURN(shape[d], value[d].Uint64());
+    }
+    return shape;
+  }
+
   absl::Status ParseState(const JsonValue& value, const std::string& name,
                           const std::vector<uint64_t>& shape) {
-    RETURN_IF_ERROR(
-        value.ExpectKeys({"state", "dtype", "place", "segments", "buffer", "offset_bytes"}));
+    RETURN_IF_ERROR(value.ExpectKeys(
+        {"state", "dtype", "shape", "place", "segments", "buffer", "offset_bytes"}));
     TensorState tensor_state{name, "", Dtype::kFloat32, shape};
+    if (const JsonValue own = value.Find("shape"); own.present()) {
+      ASSIGN_OR_RETURN(tensor_state.shape, ParseShape(own));
+    }
     ASSIGN_OR_RETURN(tensor_state.state, ParseLayoutName(value, "state"));
     ASSIGN_OR_RETURN(const JsonValue dtype_value, value.Get("dtype"));
     ASSIGN_OR_RETURN(const std::string_view dtype_name, dtype_value.String());
@@ -149,7 +157,7 @@ class LayoutParser {
       ASSIGN_OR_RETURN(state.placement,
                        placements_.PlacementOf(value.Find("place"), tensor_state.state));
       ASSIGN_OR_RETURN(const PlacementParser::LocalBounds bounds,
-                       placements_.CheckFits(value, state.placement, shape));
+                       placements_.CheckFits(value, state.placement, tensor_state.shape));
       segments_ += bounds.parts;
       if (segments_ > kSegmentsMax) {
         return RefuseLayout(

@@ -366,6 +366,7 @@ absl::StatusOr<std::string> ExpandLayoutRules(const std::string& rules,
       tensors.push_back(
           {{"name", state.tensor}, {"shape", state.shape}, {"states", Json::array()}});
     }
+    if (tensors.back()["shape"] != state.shape) entry["shape"] = state.shape;
     tensors.back()["states"].push_back(std::move(entry));
   }
   for (const Rule& rule : all) {

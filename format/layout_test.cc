@@ -335,6 +335,31 @@ TEST(Layout, RefusesByPathAndTensorAndWords) {
     EXPECT_THAT(ErrorOf(json), HasSubstr(expected)) << json;
 }
 
+TEST(Layout, AStateMayHaveAShapeOfItsOwn) {
+  const auto layout = Layout::Parse(Document(
+      kMesh,
+      R"([{"state":"param","dtype":"float32","place":[{"op":"shard","dim":0,"axis":"tp","rule":"even"}]},)"
+      R"({"state":"step","dtype":"int64","shape":[]},)"
+      R"({"state":"rows","dtype":"float32","shape":[8],"place":[{"op":"shard","dim":0,"axis":"tp","rule":"even"}]}])"));
+  ASSERT_TRUE(layout.ok()) << layout.status();
+  const auto& states = (*layout)->tensor_states();
+  ASSERT_EQ(states.size(), 3u);
+  EXPECT_EQ(states[0].shape, (std::vector<uint64_t>{8, 6}));
+  EXPECT_EQ(states[1].shape, std::vector<uint64_t>{});
+  EXPECT_EQ(states[2].shape, std::vector<uint64_t>{8});
+  const auto held = (*layout)->ForRank(Rank{1});
+  ASSERT_TRUE(held.ok());
+  uint64_t bytes = 0;
+  for (const BufferNeed& buffer : held->buffers) bytes += buffer.bytes;
+  EXPECT_EQ(bytes, 2u * 6 * 4 + 8 + 2 * 4);
+  // A placement has to fit that shape.
+  EXPECT_FALSE(
+      Layout::Parse(Document(kMesh, R"([{"state":"param","dtype":"float32"},{"state":"step",)"
+                                    R"("dtype":"int64","shape":[],"place":[{"op":"shard",)"
+                                    R"("dim":0,"axis":"tp","rule":"even"}]}])"))
+          .ok());
+}
+
 TEST(Layout, RefusesDuplicateTensors) {
   const std::string tensor = R"({"name":"a/b","shape":[],"states":[{"state":"p","dtype":"bool"}]})";
   EXPECT_THAT(ErrorOf(absl::StrCat(R"({"holdfast_layout":1,"mesh":[],"tensors":[)", tensor, ",",

@@ -14,6 +14,7 @@
 #include "base/pickle_writer.h"
 #include "checkpoint/image_record.h"
 #include "checkpoint/sealed_json.h"
+#include "converter/foreign_index.h"
 #include "converter/test_zip.h"
 #include "format/checkpoint_names.h"
 #include "format/index.h"
@@ -452,6 +453,56 @@ Seeds Images() {
   return {seed, std::string(200, '\xC1'), std::string(64, '\x05')};
 }
 
+// Headers with two bytes in front that say how many bytes of data stand behind.
+Seeds SafetensorsHeaders() {
+  return {std::string("\0\0", 2) + "{}",
+          std::string("\x19\0", 2) +
+              R"({"__metadata__":{"format":"pt","b":"a"},"a":{"dtype":"F32","shape":[2,3],)"
+              R"("data_offsets":[0,24]},"e":{"dtype":"I64","shape":[0,4],"data_offsets":[24,24]},)"
+              R"("s":{"dtype":"BOOL","shape":[],"data_offsets":[24,25]}}  )",
+          std::string("\x09\0", 2) + R"({"f":["F4",[3,4],[0,6]],"g":{"x":[1],"dtype":"F6_E2M3",)"
+                                     R"("shape":[4],"data_offsets":[6,9]}})"};
+}
+
+// The fields of an index with something of everything.
+Seeds ForeignIndexes() {
+  converter::ForeignIndex index;
+  index.format = "test";
+  index.variant = "variant";
+  index.has_step = true;
+  index.step = 7;
+  index.layout = {{"dp", "2"}};
+  index.files = {{"a/b", 1000}, {"c", 10}};
+  const uint32_t whole = index.AddState({"t", "param", Dtype::kFloat32, {2, 3}});
+  const uint32_t cut = index.AddState({"u", "exp_avg", Dtype::kComplex64, {4, 6}});
+  index.AddWholePiece(whole, index.AddRaw(0, 100, 24), 0);
+  index.AddWholePiece(whole, index.AddInline(std::string(24, 'x')), 0);
+  index.extents.push_back({0, 200, 50, converter::Codec::kZstd, 500});
+  const uint64_t lo[] = {0, 3};
+  const uint64_t size[] = {4, 3};
+  index.strides = {{1, 5}};
+  converter::ForeignPiece piece;
+  piece.piece = {cut, index.boxes.Add(lo, size), 0, 12};
+  piece.extent = 2;
+  piece.offset_bytes = 8;
+  piece.strides = 0;
+  piece.byte_order = converter::ByteOrder::kBig;
+  piece.conjugate = true;
+  index.pieces.push_back(piece);
+  index.aliases = {{0, 1}};
+  index.scalars = {{"lr", "0.5"}};
+  index.blobs = {{"rng", 1}};
+  index.opaque_classes = {{"os.system", 1}};
+  index.unreadable = {{"q", "is quantised"}};
+  index.notes = {"a note"};
+  index.repairs = {"a repair"};
+  index.losses = {"a loss"};
+  CHECK_OK(converter::Finish(index));
+  const auto bytes = converter::EncodeForeignIndex(index);
+  CHECK_OK(bytes.status());
+  return {bytes->substr(5, bytes->size() - 9)};
+}
+
 }  // namespace
 
 std::vector<std::string> SeedsOf(const Target& target) {
@@ -474,6 +525,8 @@ std::vector<std::string> SeedsOf(const Target& target) {
   }
   if (name == "zip") return Zips();
   if (name == "torch") return {TorchZip(), TorchLegacy()};
+  if (name == "safetensors") return SafetensorsHeaders();
+  if (name == "foreign_index") return ForeignIndexes();
   if (name == "ras") return RasReports();
   if (name == "stacks") return Stacks();
   if (name == "board") return Boards();

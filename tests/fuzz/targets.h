@@ -37,6 +37,8 @@ bool FuzzSelection(Input input);     // checkpoint/restore_selection.h
 bool FuzzRecordedStep(Input input);  // monitor/recording.h, monitor/job_analysis.h
 bool FuzzRecording(Input input);     // monitor/recording.h, base/zstd_codec.h: a file
 bool FuzzFlightRecord(Input input);  // base/pickle_reader.h, monitor/witness/flight_record.h
+bool FuzzSafetensors(Input input);   // converter/safetensors.h
+bool FuzzForeignIndex(Input input);  // converter/foreign_index.h
 bool FuzzRas(Input input);           // monitor/witness/ras.h
 bool FuzzPickle(Input input);        // base/pickle_reader.h, classes as inert nodes
 bool FuzzZip(Input input);           // converter/zip_reader.h

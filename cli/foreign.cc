@@ -1,0 +1,149 @@
+#include "cli/foreign.h"
+
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <filesystem>
+#include <memory>
+#include <system_error>
+
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
+#include "base/status_macros.h"
+#include "checkpoint/verify.h"
+#include "cli/output.h"
+#include "cli/progress.h"
+#include "format/checkpoint_names.h"
+
+namespace holdfast::cli {
+namespace {
+
+constexpr uint64_t kModelFileBytesMax = uint64_t{16} << 20;
+
+// Empty if there is none.
+absl::StatusOr<std::string> ReadIfThere(FileSystem& file_system, const std::string& path) {
+  absl::StatusOr<std::string> text = file_system.ReadSmallFile(path, kModelFileBytesMax);
+  if (absl::IsNotFound(text.status())) return std::string();
+  return text;
+}
+
+absl::Status VerifyOurs(Invocation& invocation, const CatalogEntry& entry) {
+  Progress progress(
+      "verify", invocation.no_progress ? Progress::Display::kNever : Progress::Display::kAutomatic,
+      RealClock());
+  ASSIGN_OR_RETURN(const VerifyReport report,
+                   VerifyCheckpoint(invocation.file_system, PlainReadAt(), entry,
+                                    {.progress = [&progress](uint64_t done, uint64_t total) {
+                                      progress.Update(done, total);
+                                      return true;
+                                    }}));
+  if (report.verdict == Verdict::kGood || report.verdict == Verdict::kDamagedUnread) {
+    return absl::OkStatus();
+  }
+  return absl::DataLossError(
+      absl::StrFormat("%s is damaged: %s", entry.directory,
+                      report.findings.empty() ? "see verify" : report.findings.front().text));
+}
+
+absl::StatusOr<converter::ForeignSource> OpenOurs(Invocation& invocation, const std::string& path) {
+  ASSIGN_OR_RETURN(const CatalogEntry entry, Locate(invocation.file_system, path));
+  ASSIGN_OR_RETURN(const Index index, LoadCommittedIndex(invocation.file_system, entry));
+  RETURN_IF_ERROR(VerifyOurs(invocation, entry));
+  converter::ForeignSource source;
+  ASSIGN_OR_RETURN(source.folder,
+                   converter::ForeignFolder::Open(invocation.file_system, entry.directory));
+  converter::ForeignIndex& ours = source.index;
+  ours.format = "holdfast";
+  ours.has_step = true;
+  ours.step = Value(index.checkpoint.step);
+  ours.files.assign(source.folder->files().begin(), source.folder->files().end());
+  ours.tensor_states = index.tensor_states;
+  ours.boxes = index.boxes;
+  for (const IndexImage& image : index.images) {
+    ASSIGN_OR_RETURN(const uint32_t file, source.folder->Resolve("", image.file, "INDEX"));
+    ours.AddRaw(file, 0, image.bytes);  // the extents have the numbers of the images
+  }
+  for (const IndexPiece& stored : index.pieces) {
+    converter::ForeignPiece piece;
+    piece.piece = stored.piece;
+    piece.extent = stored.image;
+    piece.offset_bytes = stored.offset_bytes;
+    ours.pieces.push_back(piece);
+  }
+  RETURN_IF_ERROR(converter::Finish(ours));
+  return source;
+}
+
+}  // namespace
+
+void AddForeignOptions(CLI::App& verb, ForeignOptions& options) {
+  verb.add_option("--tag", options.tag,
+                  "Of a folder that holds several checkpoints: which (default: the newest)");
+  verb.add_option("--model", options.model,
+                  "Directory of what the files do not hold: config.json, ds_config.json");
+  verb.add_option("--names", options.names, "File of the names that the files do not hold");
+  verb.add_option(
+      "--preset", options.preset,
+      "How a model family cuts its parameters, where the files do not say: gpt2, llama, "
+      "mixtral");
+}
+
+bool IsOurs(const std::string& path) {
+  std::error_code error;
+  const std::filesystem::path whole = std::filesystem::canonical(path, error);
+  if (error) return true;
+  if (!std::filesystem::is_directory(whole, error)) return false;
+  return ParseCheckpointDirectoryName(whole.filename().string()).has_value() ||
+         std::filesystem::exists(whole / "JOB.json", error) ||
+         std::filesystem::exists(whole / "MANIFEST.json", error);
+}
+
+absl::StatusOr<converter::ForeignSource> LookAtForeign(Invocation& invocation,
+                                                       const std::string& path,
+                                                       const ForeignOptions& options) {
+  converter::ReadOptions read;
+  read.tag = options.tag;
+  read.preset = options.preset;
+  if (!options.model.empty()) {
+    ASSIGN_OR_RETURN(read.model_config,
+                     ReadIfThere(invocation.file_system, options.model + "/config.json"));
+    ASSIGN_OR_RETURN(read.model_arguments,
+                     ReadIfThere(invocation.file_system, options.model + "/ds_config.json"));
+    if (read.model_config.empty() && read.model_arguments.empty()) {
+      return absl::NotFoundError(
+          absl::StrFormat("--model %s: expected config.json or ds_config.json there, found neither",
+                          options.model));
+    }
+  }
+  if (!options.names.empty()) {
+    ASSIGN_OR_RETURN(read.names,
+                     invocation.file_system.ReadSmallFile(options.names, kModelFileBytesMax));
+  }
+  absl::StatusOr<converter::ForeignSource> source =
+      converter::OpenForeignSource(invocation.file_system, path, read);
+  if (source.ok() && !source->sandbox.missing.empty()) {
+    std::fprintf(stderr,
+                 "holdfast: note: it was read without %s, which this system does not grant\n",
+                 absl::StrJoin(source->sandbox.missing, ", ").c_str());
+  }
+  return source;
+}
+
+absl::StatusOr<converter::ForeignSource> OpenForeign(Invocation& invocation,
+                                                     const std::string& path,
+                                                     const ForeignOptions& options) {
+  ASSIGN_OR_RETURN(converter::ForeignSource source, LookAtForeign(invocation, path, options));
+  if (!source.recognized) return converter::NotRecognized(source);
+  return source;
+}
+
+absl::StatusOr<converter::ForeignSource> OpenAny(Invocation& invocation, const std::string& path,
+                                                 const ForeignOptions& options) {
+  return IsOurs(path) ? OpenOurs(invocation, path) : OpenForeign(invocation, path, options);
+}
+
+ExitCode ReportForeign(const absl::Status& status) {
+  const ExitCode code = Report(status);
+  return absl::IsPermissionDenied(status) ? kExitUnsafe : code;
+}
+
+}  // namespace holdfast::cli

@@ -1,0 +1,148 @@
+#include "converter/compare.h"
+
+#include <algorithm>
+#include <array>
+#include <map>
+#include <set>
+#include <string>
+#include <string_view>
+#include <utility>
+
+#include "base/status_macros.h"
+#include "converter/whole_tensor_reader.h"
+
+namespace holdfast::converter {
+namespace {
+
+using Key = std::pair<std::string_view, std::string_view>;  // tensor, state
+
+bool IsOfTheOneClass(std::string_view state) {
+  constexpr std::array<std::string_view, 6> kStates = {"param", "buffer", "tensor",
+                                                       "other", "rng",    "ema"};
+  return std::find(kStates.begin(), kStates.end(), state) != kStates.end();
+}
+
+// Names that have more than one state of the class.
+std::set<std::string_view> Ambiguous(const ForeignIndex& index) {
+  std::map<std::string_view, int> counts;
+  std::set<std::string_view> found;
+  for (const TensorState& state : index.tensor_states) {
+    if (IsOfTheOneClass(state.state) && ++counts[state.tensor] > 1) found.insert(state.tensor);
+  }
+  return found;
+}
+
+std::map<Key, uint32_t> StatesOf(const ForeignIndex& index,
+                                 const std::set<std::string_view>& ambiguous) {
+  std::map<Key, uint32_t> states;
+  for (uint32_t i = 0; i < index.tensor_states.size(); ++i) {
+    const TensorState& state = index.tensor_states[i];
+    const bool as_one = IsOfTheOneClass(state.state) && !ambiguous.contains(state.tensor);
+    states[{state.tensor, as_one ? std::string_view("param") : std::string_view(state.state)}] = i;
+  }
+  return states;
+}
+
+class Comparer {
+ public:
+  Comparer(const CompareSide& a, const CompareSide& b,
+           const std::function<bool(uint64_t, uint64_t)>& progress)
+      : a_(a),
+        b_(b),
+        progress_(progress),
+        a_reader_(a.folder, a.index),
+        b_reader_(b.folder, b.index) {}
+
+  absl::StatusOr<Comparison> Run() {
+    std::set<std::string_view> ambiguous = Ambiguous(a_.index);
+    ambiguous.merge(Ambiguous(b_.index));
+    const std::map<Key, uint32_t> in_a = StatesOf(a_.index, ambiguous);
+    const std::map<Key, uint32_t> in_b = StatesOf(b_.index, ambiguous);
+    for (const auto& [key, number] : in_a) {
+      if (const auto other = in_b.find(key); other != in_b.end() && Alike(number, other->second)) {
+        total_ += 2 * a_.index.tensor_states[number].Bytes();
+      }
+    }
+    auto b = in_b.begin();
+    for (const auto& [key, number] : in_a) {
+      for (; b != in_b.end() && b->first < key; ++b) OnlyInB(b->second);
+      if (b == in_b.end() || b->first != key) {
+        Add({Comparison::Kind::kOnlyInA, a_.index.tensor_states[number], std::nullopt, {}});
+        continue;
+      }
+      RETURN_IF_ERROR(CompareStates(number, b->second));
+      ++b;
+    }
+    for (; b != in_b.end(); ++b) OnlyInB(b->second);
+    return std::move(result_);
+  }
+
+ private:
+  bool Alike(uint32_t a, uint32_t b) const {
+    const TensorState& x = a_.index.tensor_states[a];
+    const TensorState& y = b_.index.tensor_states[b];
+    return x.dtype == y.dtype && x.shape == y.shape;
+  }
+
+  void OnlyInB(uint32_t number) {
+    Add({Comparison::Kind::kOnlyInB, std::nullopt, b_.index.tensor_states[number], {}});
+  }
+
+  void Add(Comparison::Difference difference) {
+    ++result_.different_count;
+    if (result_.differences.size() < Comparison::kDifferencesMax) {
+      result_.differences.push_back(std::move(difference));
+    }
+  }
+
+  absl::Status CompareStates(uint32_t a, uint32_t b) {
+    const TensorState& x = a_.index.tensor_states[a];
+    const TensorState& y = b_.index.tensor_states[b];
+    if (!Alike(a, b)) {
+      Add({Comparison::Kind::kOtherKind, x, y, {}});
+      return absl::OkStatus();
+    }
+    const uint64_t element_bytes = ElementBytes(x.dtype);
+    const uint64_t step = WholeTensorReader::kWindowBytes / element_bytes;
+    const uint64_t elements = x.ElementCount();
+    ElementDifferences found;
+    for (uint64_t begin = 0; begin < elements; begin += step) {
+      const uint64_t end = std::min(elements, begin + step);
+      a_bytes_.resize((end - begin) * element_bytes);
+      b_bytes_.resize(a_bytes_.size());
+      RETURN_IF_ERROR(a_reader_.ReadRange(a, begin, end, a_bytes_));
+      RETURN_IF_ERROR(b_reader_.ReadRange(b, begin, end, b_bytes_));
+      found += CompareElements(x.dtype, a_bytes_, b_bytes_, begin);
+      done_ += 2 * a_bytes_.size();
+      if (progress_ != nullptr && !progress_(done_, total_)) {
+        return absl::CancelledError("diff was stopped");
+      }
+    }
+    if (found.count == 0) {
+      ++result_.equal_count;
+    } else {
+      Add({Comparison::Kind::kContents, x, y, found});
+    }
+    return absl::OkStatus();
+  }
+
+  const CompareSide& a_;
+  const CompareSide& b_;
+  const std::function<bool(uint64_t, uint64_t)>& progress_;
+  WholeTensorReader a_reader_;
+  WholeTensorReader b_reader_;
+  Comparison result_;
+  uint64_t total_ = 0;
+  uint64_t done_ = 0;
+  std::vector<std::byte> a_bytes_;
+  std::vector<std::byte> b_bytes_;
+};
+
+}  // namespace
+
+absl::StatusOr<Comparison> Compare(const CompareSide& a, const CompareSide& b,
+                                   const std::function<bool(uint64_t, uint64_t)>& progress) {
+  return Comparer(a, b, progress).Run();
+}
+
+}  // namespace holdfast::converter
