@@ -14,6 +14,8 @@
 #include "base/pickle_writer.h"
 #include "checkpoint/image_record.h"
 #include "checkpoint/sealed_json.h"
+#include "converter/dcp_encoding.h"
+#include "converter/dcp_metadata.h"
 #include "converter/foreign_index.h"
 #include "converter/test_zip.h"
 #include "format/checkpoint_names.h"
@@ -388,6 +390,29 @@ Seeds Zips() {
   return {TorchZip(), deflated.Bytes(), converter::TestZip().Bytes()};
 }
 
+// What torch wrote (tests/interop/sharded_make.py), and one of ours with all that there is.
+Seeds DcpMetadataFiles() {
+  converter::DcpMetadata metadata;
+  metadata.version = "1.0.0";
+  metadata.transforms = {{}, {"stream.zstd/1"}};
+  metadata.files = {"__0_0.distcp", "__1_0.distcp"};
+  metadata.numbers = {0, 0, 2, 3, 2, 0, 2, 3};
+  metadata.chunks = {{.offsets = 0, .item = 0}, {.offsets = 4, .item = 1}};
+  metadata.items = {{.file = 0, .offset_bytes = 100, .stored_bytes = 1577},
+                    {.file = 1, .offset_bytes = 0, .stored_bytes = 7, .transforms = 1},
+                    {.file = 0, .offset_bytes = 0, .stored_bytes = 100}};
+  metadata.tensors = {{.key = "model.w",
+                       .path = {"model", "w"},
+                       .dtype = "bfloat16",
+                       .requires_grad = true,
+                       .shape = {4, 3},
+                       .chunks_begin = 0,
+                       .chunks_end = 2}};
+  metadata.objects = {{.key = "lr", .path = {"lr"}, .item = 2}};
+  return {converter::EncodeDcpMetadata(metadata),
+          ReadFile(kSource + "/tests/data/sharded/dcp_rank_metadata/ckpt/__0.metadata")};
+}
+
 // As NCCL 2.30.7 prints them.
 Seeds RasReports() {
   return {R"({"communicators":[{"hash":"0xa1","secondary_hash":"0x1:0x2","size":2,
@@ -527,6 +552,7 @@ std::vector<std::string> SeedsOf(const Target& target) {
   if (name == "torch") return {TorchZip(), TorchLegacy()};
   if (name == "safetensors") return SafetensorsHeaders();
   if (name == "foreign_index") return ForeignIndexes();
+  if (name == "dcp_metadata") return DcpMetadataFiles();
   if (name == "ras") return RasReports();
   if (name == "stacks") return Stacks();
   if (name == "board") return Boards();

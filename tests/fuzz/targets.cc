@@ -26,6 +26,7 @@ constexpr Target kTargets[] = {
     {"torch", FuzzTorch, Form::kBinary, 4 * kMiB, 512, true, 10'000},
     {"safetensors", FuzzSafetensors, Form::kText, 1 * kMiB, 128, true, 10'000},
     {"foreign_index", FuzzForeignIndex, Form::kBinary, 1 * kMiB, 256, true, 10'000},
+    {"dcp_metadata", FuzzDcpMetadata, Form::kBinary, 1 * kMiB, 512, true, 5'000},
     {"ras", FuzzRas, Form::kText, 1 * kMiB, 128, true, 10'000},
     {"stacks", FuzzStacks, Form::kText, 4 * kMiB, 512, true, 5'000},
 };

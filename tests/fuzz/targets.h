@@ -36,6 +36,7 @@ bool FuzzBoard(Input input);         // agent/monitor/board_reader.h, monitor/su
 bool FuzzSelection(Input input);     // checkpoint/restore_selection.h
 bool FuzzRecordedStep(Input input);  // monitor/recording.h, monitor/job_analysis.h
 bool FuzzRecording(Input input);     // monitor/recording.h, base/zstd_codec.h: a file
+bool FuzzDcpMetadata(Input input);   // converter/dcp_metadata.h, converter/dcp_encoding.h
 bool FuzzFlightRecord(Input input);  // base/pickle_reader.h, monitor/witness/flight_record.h
 bool FuzzSafetensors(Input input);   // converter/safetensors.h
 bool FuzzForeignIndex(Input input);  // converter/foreign_index.h
