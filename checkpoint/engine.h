@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -220,6 +221,28 @@ class Engine {
   };
   // By the names that its sessions were opened with. Cheap enough for every 100 ms.
   virtual Activity ActivityOf(const std::string& job, const std::string& attempt_key) const = 0;
+
+  // How far the ranks of one attempt have come, by the same names. Cheap, too.
+  struct RankProgress {
+    Rank rank{};
+    Attempt attempt{};
+    bool is_restored = false;  // it has asked for a restore, which is over
+    std::optional<CheckpointId>
+        restored_from;  // of the job itself; nothing: from elsewhere, or nowhere
+    uint64_t heartbeat_count = 0;
+    Step step{};  // of the last heartbeat
+    // The newest save of this attempt that survives the death of any process, if there is one.
+    std::optional<Step> committed;
+    std::optional<absl::Duration> committed_begun;  // when it was captured, on the engine's clock
+  };
+  virtual std::vector<RankProgress> ProgressOf(const std::string& job,
+                                               const std::string& attempt_key) const = 0;
+
+  // Makes a save due on all ranks of the attempt, at the first step that none of them has asked for
+  // yet, and returns that step. kFailedPrecondition: not all ranks are open, or one never asks
+  // whether a save is due (its training loop decides that by itself). kUnavailable: they went on
+  // too fast to be caught.
+  virtual absl::StatusOr<Step> MakeDue(const std::string& job, const std::string& attempt_key) = 0;
 
   // For `holdfast` and the tests: one JSON object, keys documented in docs/OPERATING.md: jobs,
   // attempts, sessions, images (state, blocks captured, checksummed, flushed, void reason), memory,

@@ -48,6 +48,9 @@ class EngineImpl final : public Engine {
   size_t pending_image_count() const override;
   std::vector<UncommittedSave> uncommitted_saves() const override;
   Activity ActivityOf(const std::string& job, const std::string& attempt_key) const override;
+  std::vector<RankProgress> ProgressOf(const std::string& job,
+                                       const std::string& attempt_key) const override;
+  absl::StatusOr<Step> MakeDue(const std::string& job, const std::string& attempt_key) override;
   std::string StatusJson() const override;
 
  private:

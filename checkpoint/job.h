@@ -126,6 +126,8 @@ class Job final : private SaveGroups::Host {
                   std::function<void(absl::StatusOr<std::shared_ptr<RestoreSource>>)> done);
   // What the attempt was begun with; empty if nothing, or if the attempt is unknown.
   std::string restore_from(Attempt attempt) const;
+  // Nothing: not decided yet, or the attempt is unknown.
+  std::optional<RestorePoint> restore_point(Attempt attempt) const;
 
   // As Engine::pending_image_count.
   size_t pending_image_count() const;

@@ -276,6 +276,11 @@ std::string Job::restore_from(Attempt attempt) const {
   return known == attempts_.end() ? std::string() : known->second.record.restore_from;
 }
 
+std::optional<RestorePoint> Job::restore_point(Attempt attempt) const {
+  const auto known = attempts_.find(attempt);
+  return known == attempts_.end() ? std::nullopt : known->second.restore_point;
+}
+
 void Job::OpenSource(const RestorePoint& point,
                      std::function<void(absl::StatusOr<std::shared_ptr<RestoreSource>>)> done) {
   CHECK(!point.is_beginning());

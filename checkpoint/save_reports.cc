@@ -90,6 +90,36 @@ abi::RankPage& SaveReports::page() {
   return *reinterpret_cast<abi::RankPage*>(mapping_->bytes().data());
 }
 
+const abi::RankPage& SaveReports::page() const {
+  return *reinterpret_cast<const abi::RankPage*>(mapping_->bytes().data());
+}
+
+uint64_t SaveReports::asked_step() const {
+  return page().due_asked_step.load(std::memory_order_seq_cst);
+}
+
+void SaveReports::SetDueStep(uint64_t step) {
+  page().due_step.store(step, std::memory_order_seq_cst);
+}
+
+SaveReports::Heartbeat SaveReports::heartbeat() const {
+  Heartbeat heartbeat;
+  heartbeat.count = page().heartbeat_count.load(std::memory_order_acquire);
+  heartbeat.step = page().heartbeat_step.load(std::memory_order_relaxed);
+  return heartbeat;
+}
+
+std::optional<SaveReports::Committed> SaveReports::committed(Survives survives) const {
+  const std::optional<Step> step = committed_[static_cast<size_t>(survives)];
+  if (!step.has_value()) return std::nullopt;
+  Committed committed{*step, std::nullopt};
+  for (const Entry& entry : entries_) {
+    // Without a beginning it was committed before this agent's time.
+    if (entry.step == step && entry.begun > absl::ZeroDuration()) committed.begun = entry.begun;
+  }
+  return committed;
+}
+
 SaveReports::Entry* SaveReports::Find(Step step) {
   for (Entry& entry : entries_) {
     if (entry.step == step) return &entry;

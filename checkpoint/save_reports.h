@@ -70,6 +70,24 @@ class SaveReports {
   // that still is (what survives power counts anyway).
   void LowerCommitted(std::optional<Step> newest);
   void SetFencedBy(Attempt attempt);
+
+  // The last step that the trainer has asked for (hf_due), which it may write as it likes; 0: none.
+  uint64_t asked_step() const;
+  // A save is due at the first step that is asked for and not below this one.
+  void SetDueStep(uint64_t step);
+  // The last heartbeat, as the trainer says.
+  struct Heartbeat {
+    uint64_t count = 0;
+    uint64_t step = 0;
+  };
+  Heartbeat heartbeat() const;
+  // The newest step that is committed; `begun` of its save, if that is still known.
+  struct Committed {
+    Step step{};
+    std::optional<absl::Duration> begun;
+  };
+  std::optional<Committed> committed(Survives survives) const;
+
   // A slot was granted, or something else that a trainer may sleep for.
   void Wake();
 
@@ -92,6 +110,7 @@ class SaveReports {
   SaveReports(std::shared_ptr<SharedMapping> mapping, uint64_t session_id,
               uint64_t due_every_steps);
   abi::RankPage& page();
+  const abi::RankPage& page() const;
   void LoadEntries();
   Entry* Find(Step step);
   void Publish(const Entry& entry);

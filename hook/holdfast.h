@@ -169,8 +169,10 @@ HF_API hf_code hf_register(hf_job* job, const char* layout_json, const hf_buffer
                            int64_t deadline_ns, hf_error* error);
 
 /* 1 if a save is due after this step, else 0. The answer depends on the step and on the agent's
- * configuration when the job was opened, on nothing else, so all ranks get the same one: also a
- * rank whose agent is away or whose attempt is fenced, where hf_save then says so. */
+ * configuration when the job was opened, and on a save that the agent wants besides (before the job
+ * is stopped, say), which it wants of all ranks at a step that none has come to yet; on nothing
+ * else, so all ranks that ask for the same steps get the same answers: also a rank whose agent is
+ * away or whose attempt is fenced, where hf_save then says so. */
 HF_API int hf_due(hf_job* job, uint64_t step);
 
 typedef struct hf_blob {

@@ -148,8 +148,18 @@ Error Job::Register(const char* layout_json, std::span<const hf_buffer> buffers,
 }
 
 // Of nothing that one rank could see earlier than another: not of the connection, nor of a fence.
-bool Job::Due(uint64_t step) const {
-  return due_every_steps_ != 0 && step != 0 && step % due_every_steps_ == 0;
+// What the agent wants besides, it wants of a step that no rank has come to yet.
+bool Job::Due(uint64_t step) {
+  if (step == 0) return false;
+  abi::RankPage& page = link_->page();
+  page.due_asked_step.store(step, std::memory_order_seq_cst);
+  const uint64_t wanted_step = page.due_step.load(std::memory_order_seq_cst);
+  if (wanted_step != due_wanted_step_ && step >= wanted_step) {
+    due_wanted_step_ = wanted_step;
+    due_granted_step_ = step;  // also if it is asked for again
+  }
+  const bool is_wanted = wanted_step != 0 && step == due_granted_step_;
+  return is_wanted || (due_every_steps_ != 0 && step % due_every_steps_ == 0);
 }
 
 // ---- Save

@@ -45,7 +45,7 @@ class Job {
 
   Error Register(const char* layout_json, std::span<const hf_buffer> buffers,
                  std::span<const hf_blob_slot> blobs, Deadline deadline);
-  bool Due(uint64_t step) const;
+  bool Due(uint64_t step);
   Error Save(uint64_t step, const hf_save_options& options);
   Error WaitCaptured(int32_t group, Deadline deadline);
   Error WaitCommitted(uint64_t step, uint32_t faults, Deadline deadline);
@@ -107,6 +107,8 @@ class Job {
 
   // Of the agent that the job was opened with.
   uint64_t due_every_steps_ = 0;
+  uint64_t due_wanted_step_ = 0;   // RankPage::due_step, when it was last come to
+  uint64_t due_granted_step_ = 0;  // the step that was due because of it
   Link::Snapshot snapshot_;
 
   // Of the capture that runs.

@@ -330,6 +330,23 @@ TEST_F(LinkTest, ACaptureGoesOnWhileTheWorkerIsAway) {
   EXPECT_EQ(FirstDifference(agent_.Image(0), OracleImage(plan_, buffers_)), -1);
 }
 
+TEST_F(LinkTest, ASaveThatTheAgentWantsIsDueAtTheFirstStepNotBelowItAndNoOther) {
+  agent_.SetDueEvery(0);
+  ASSERT_TRUE(Open().ok());
+  EXPECT_FALSE(job_->Due(7));
+  EXPECT_EQ(agent_.page().due_asked_step.load(), 7u);
+  agent_.page().due_step.store(10);
+  EXPECT_FALSE(job_->Due(8));
+  // A loop that asks for every third step: the same answer however often it asks.
+  EXPECT_TRUE(job_->Due(11));
+  EXPECT_TRUE(job_->Due(11));
+  EXPECT_FALSE(job_->Due(14));
+  EXPECT_FALSE(job_->Due(0));
+  agent_.page().due_step.store(15);
+  EXPECT_TRUE(job_->Due(17));
+  EXPECT_FALSE(job_->Due(18));
+}
+
 TEST_F(LinkTest, DueFollowsTheAgentsSchedule) {
   agent_.SetDueEvery(4);
   ASSERT_TRUE(Open().ok());

@@ -95,14 +95,23 @@ struct RankPage {
   std::atomic<uint64_t> committed_process_step;  // newest of this attempt; kNoStep: none
   std::atomic<uint64_t> committed_power_step;
   std::atomic<uint32_t> next_report_index;  // where the agent will write the next save's report
-  uint8_t reserved1[36];
+  uint32_t reserved1;
+  // Besides, a save is due at the first step that is asked for and not below this one; 0: none is
+  // wanted. The same for all ranks: see `due_asked_step`.
+  std::atomic<uint64_t> due_step;
+  uint8_t reserved2[24];
 
   // Written by the trainer.
   std::atomic<uint64_t> heartbeat_count;
   std::atomic<uint64_t> heartbeat_step;
   std::atomic<int64_t> heartbeat_ns;    // CLOCK_MONOTONIC
   std::atomic<uint32_t> section_depth;  // may exceed kSectionDepthMax; deeper names are not kept
-  uint8_t reserved2[36];
+  uint32_t reserved3;
+  // The last step that was asked for; 0: none yet. Written before `due_step` is read, both
+  // sequentially consistent, so that of an agent that writes `due_step` to all pages and then finds
+  // a lower step here on each every rank will see it in time.
+  std::atomic<uint64_t> due_asked_step;
+  uint8_t reserved4[24];
   char section_names[kSectionDepthMax][kSectionNameBytes];
 
   SaveReport reports[kReportCount];
