@@ -1,11 +1,11 @@
 #include "agent/config.h"
 
 #include <fcntl.h>
-#include <sys/stat.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <filesystem>
+#include <iterator>
 #include <optional>
 #include <thread>
 #include <utility>
@@ -14,6 +14,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
+#include "agent/config_file.h"
 #include "agent/config_values.h"
 #include "agent/default_socket.h"
 #include "agent/process.h"
@@ -42,13 +43,6 @@ std::optional<std::string> Variable(const ConfigSources& sources, const char* na
   const char* const value = sources.environment ? sources.environment(name) : nullptr;
   if (value == nullptr || *value == '\0') return std::nullopt;
   return value;
-}
-
-// An XDG base directory: relative ones are invalid by its specification, and ignored.
-std::string XdgDirectory(const ConfigSources& sources, const char* variable, const char* in_home) {
-  const std::optional<std::string> value = Variable(sources, variable);
-  if (value.has_value() && value->front() == '/') return *value;
-  return absl::StrCat(Variable(sources, "HOME").value_or("/nonexistent"), in_home);
 }
 
 absl::StatusOr<std::string> ReadFile(const std::string& path) {
@@ -89,6 +83,9 @@ absl::Status AddFile(const std::string& path, Values& values) {
   for (const ConfigKey& key : ConfigKeys()) known.emplace_back(key.name);
   for (const auto& [key_node, node] : parsed.table()) {
     const std::string key(key_node.str());
+    if (node.is_table() && std::count(std::begin(kRunTables), std::end(kRunTables), key) > 0) {
+      continue;
+    }
     const std::string where = absl::StrFormat("%s line %d: ", path, key_node.source().begin.line);
     if (std::find(known.begin(), known.end(), key) == known.end()) {
       return absl::InvalidArgumentError(
@@ -103,19 +100,6 @@ absl::Status AddFile(const std::string& path, Values& values) {
   return absl::OkStatus();
 }
 
-// The file to read, or nothing. One that was named must exist.
-absl::StatusOr<std::string> FindFile(const ConfigSources& sources) {
-  if (!sources.config_flag.empty()) return sources.config_flag;
-  if (const auto named = Variable(sources, "HOLDFAST_CONFIG")) return *named;
-  for (const std::string& path : {absl::StrCat(XdgDirectory(sources, "XDG_CONFIG_HOME", "/.config"),
-                                               "/holdfast/holdfast.toml"),
-                                  std::string("/etc/holdfast/holdfast.toml")}) {
-    struct stat info {};
-    if (stat(path.c_str(), &info) == 0) return path;
-  }
-  return std::string();
-}
-
 // The defaults that depend on who runs the agent.
 void SetPathDefaults(const ConfigSources& sources, Values& values) {
   const bool is_root = sources.user_id == 0;
@@ -123,7 +107,8 @@ void SetPathDefaults(const ConfigSources& sources, Values& values) {
     values["state_directory"].text =
         is_root && !Variable(sources, "XDG_STATE_HOME")
             ? "/var/lib/holdfast"
-            : absl::StrCat(XdgDirectory(sources, "XDG_STATE_HOME", "/.local/state"), "/holdfast");
+            : absl::StrCat(XdgDirectory(sources.environment, "XDG_STATE_HOME", "/.local/state"),
+                           "/holdfast");
   }
   if (values["roots"].origin == "default") {
     values["roots"].text = absl::StrCat(values["state_directory"].text, "/checkpoints");
@@ -246,7 +231,7 @@ absl::StatusOr<AgentConfig> ResolveConfig(const ConfigSources& sources) {
   AgentConfig config;
   config.memory_bytes = sources.memory_bytes;
   for (const ConfigKey& key : ConfigKeys()) config.values[key.name] = {key.default_text, "default"};
-  ASSIGN_OR_RETURN(const std::string path, FindFile(sources));
+  const std::string path = FindConfigFile(sources.config_flag, sources.environment);
   if (!path.empty()) RETURN_IF_ERROR(AddFile(path, config.values));
   for (const ConfigKey& key : ConfigKeys()) {
     if (const auto text = Variable(sources, key.variable)) {

@@ -3,9 +3,8 @@
 //
 //   flag  >  environment variable HOLDFAST_*  >  configuration file  >  default
 //
-// The file is the first of: --config, $HOLDFAST_CONFIG, $XDG_CONFIG_HOME/holdfast/holdfast.toml
-// (~/.config without it), /etc/holdfast/holdfast.toml. Only one file is read. A key that is not in
-// the table is refused, with the nearest one that is.
+// Only one file is read (config_file.h). A key that is not in the table is refused, with the
+// nearest one that is; tables of jobs (kRunTables) are not the agent's and not looked at.
 //
 // Decided once, by the process that a person started; keeper and later workers get the result
 // (Serialize), so that an agent does not change when a file does.

@@ -29,6 +29,8 @@
 
 namespace holdfast {
 
+class RunService;
+
 // Threads: the event loop's.
 // Lifetime: engine, loop and listener outlive it; engine callbacks that come after it is gone are
 //   dropped.
@@ -48,6 +50,8 @@ class LocalServer {
     MonitorBoards* monitor_boards = nullptr;
     // Who answers kMonitorQuery; outlives the server. Null: kUnimplemented.
     MonitorService* monitor_service = nullptr;
+    // Who carries out kRun and kRunCommand; outlives the server. Null: kUnimplemented.
+    RunService* run_service = nullptr;
     // Gets what launchers say of ended ranks. Empty: every kRankExit is kUnimplemented.
     std::function<void(RankExit)> take_exit = nullptr;
     // Processes that wait to be asked; outlives the server. Null: every kWitness is kUnimplemented.
@@ -136,6 +140,9 @@ class LocalServer {
                  const std::string& job);
   void SendWaiting(ConnectionId id);
   absl::Status AdoptBoard(const Connection& connection, Packet& packet) const;
+  void HandleRun(ConnectionId id, const Packet& packet);
+  absl::StatusOr<std::string> BeginRun(ConnectionId id, const Packet& packet);
+  void HandleRunCommand(ConnectionId id, const Packet& packet);
   void HandleRankExit(ConnectionId id, const Packet& packet);
   void HandleWitness(ConnectionId id, Packet packet);
   void HandleWitnessQuery(ConnectionId id, uint32_t request_id);

@@ -131,6 +131,10 @@ void LocalServer::Handle(ConnectionId id, Packet packet) {
       return HandleMonitorWindow(id, packet);
     case abi::MessageType::kMonitorQuery:
       return HandleMonitorQuery(id, std::move(packet));
+    case abi::MessageType::kRun:
+      return HandleRun(id, packet);
+    case abi::MessageType::kRunCommand:
+      return HandleRunCommand(id, packet);
     case abi::MessageType::kRankExit:
       return HandleRankExit(id, packet);
     case abi::MessageType::kWitness:

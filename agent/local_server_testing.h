@@ -116,6 +116,12 @@ class NotingEngine final : public Engine {
   size_t pending_image_count() const override { return 0; }
   std::vector<UncommittedSave> uncommitted_saves() const override { return {}; }
   Activity ActivityOf(const std::string&, const std::string&) const override { return {}; }
+  std::vector<RankProgress> ProgressOf(const std::string&, const std::string&) const override {
+    return {};
+  }
+  absl::StatusOr<Step> MakeDue(const std::string&, const std::string&) override {
+    return absl::UnimplementedError("no saves here");
+  }
   std::string StatusJson() const override { return "{}"; }
 
   bool immediate = true;

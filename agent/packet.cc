@@ -147,6 +147,8 @@ abi::MessageType ReplyType(abi::MessageType request) {
     case abi::MessageType::kQuery:
     case abi::MessageType::kMonitorWindow:
     case abi::MessageType::kMonitorQuery:
+    case abi::MessageType::kRun:
+    case abi::MessageType::kRunCommand:
       return abi::MessageType::kQueryReply;
     case abi::MessageType::kMonitor:
       return abi::MessageType::kMonitorReply;

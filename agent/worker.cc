@@ -142,6 +142,7 @@ void Worker::DropWorld() {
   server_.reset();
   witness_service_.reset();
   witness_pool_.reset();
+  run_service_.reset();
   node_aggregator_.reset();
   monitor_service_.reset();
   monitor_boards_.reset();
@@ -247,6 +248,8 @@ absl::Status Worker::BuildEngine() {
       static_cast<uint64_t>(absl::ToInt64Microseconds(clock_.Elapsed())), *monitor_service_);
   server_options.take_exit = [this](RankExit exit) { node_aggregator_->TakeExit(std::move(exit)); };
   RETURN_IF_ERROR(AddWitnesses(server_options));
+  MakeRunService();
+  server_options.run_service = run_service_.get();
   server_ = std::make_unique<LocalServer>(std::move(server_options), keeper_->Find(kListenerName),
                                           *engine_, *loop_, [this] { return StatusText(); });
   return absl::OkStatus();
@@ -274,6 +277,19 @@ absl::Status Worker::AddWitnesses(LocalServer::Options& server_options) {
   return absl::OkStatus();
 }
 
+void Worker::MakeRunService() {
+  RunService::Options options;
+  options.state_directory = config_.state_directory;
+  options.runtime_directory = std::filesystem::path(config_.socket).parent_path().string();
+  options.socket = config_.socket;
+  options.shim_program = ShimPath();
+  run_service_ = std::make_unique<RunService>(
+      std::move(options),
+      JobSupervisor::World{*loop_, *pool_, clock_, *engine_,
+                           [this](RankExit exit) { node_aggregator_->TakeExit(std::move(exit)); },
+                           [this] { return StatusText(); }});
+}
+
 MonitorService::Options Worker::MonitorOptions() const {
   MonitorService::Options options;
   // Of this agent alone: several agents of one user may share the state directory.
@@ -282,6 +298,9 @@ MonitorService::Options Worker::MonitorOptions() const {
   options.verdicts_keep = config_.verdicts_keep;
   options.on_verdict = config_.on_verdict;
   options.mesh_of = [this](const std::string& job) { return engine_->MeshOf(job); };
+  options.on_change = [this](const monitor::FindingRecord& record, monitor::FindingChange change) {
+    if (run_service_ != nullptr) run_service_->TakeFinding(record, change);
+  };
   options.log = LogInfo;
   options.warn = LogWarning;
   options.on_finding = [this](const monitor::FindingRecord& record) {
@@ -295,6 +314,8 @@ void Worker::Recovered() {
   recovered_ = true;
   monitor_service_->Start();
   witness_service_->Start();
+  run_service_->Recover();
+  if (draining_) run_service_->Terminate();
   server_->Start();
   idle_since_ = clock_.Elapsed();
   if (restart_count_ == 0)
@@ -330,6 +351,7 @@ void Worker::OnSignal() {
                                      : "what the last worker held is still to be taken over"));
   const absl::Duration deadline = clock_.Elapsed() + config_.drain_deadline;
   if (!recovered_) return CheckDrained(deadline);
+  run_service_->Terminate();
   // What trainers have begun until now counts; the engine hears of it in the next turns.
   for (const SessionId session : engine_->sessions()) engine_->Doorbell(session);
   loop_->RunAfter(kDrainLook, [this, deadline] { CheckDrained(deadline); });
@@ -338,8 +360,10 @@ void Worker::OnSignal() {
 void Worker::CheckDrained(absl::Duration deadline) {
   const bool knows = recovered_ || !keeper_->holds_engine_descriptors();
   const size_t pending = recovered_ ? engine_->pending_image_count() : 0;
-  if (knows && pending == 0) return EndServing("nothing is left to be flushed");
+  const size_t runs = recovered_ ? run_service_->active_count() : 0;
+  if (knows && pending == 0 && runs == 0) return EndServing("nothing is left to be flushed");
   if (clock_.Elapsed() >= deadline) {
+    if (runs > 0) run_service_->Kill();
     const std::string within = absl::FormatDuration(config_.drain_deadline);
     if (knows) {
       return EndServing(absl::StrFormat("%d images are not flushed within %s", pending, within));
@@ -356,7 +380,9 @@ void Worker::CheckIdle() {
   // A connection counts too: its client may be about to open, or its kOpen be pending.
   const bool busy = engine_->open_session_count() > 0 || engine_->pending_image_count() > 0 ||
                     server_->connection_count() > server_->waiting_count() ||
-                    server_->accepted_count() != accepted_;
+                    server_->accepted_count() != accepted_ || run_service_->active_count() > 0;
+  // Of `holdfast run`: with the run it has no reason to be any more.
+  if (run_service_->is_done()) config_.linger = absl::ZeroDuration();
   accepted_ = server_->accepted_count();
   if (busy) idle_since_ = now;
   const absl::Duration left = idle_since_ + config_.linger - now;
@@ -420,6 +446,7 @@ std::string Worker::StatusText() const {
   status["monitor"] = nlohmann::json::parse(monitor_boards_->StatusJson());
   status["monitor_reports"] = nlohmann::json::parse(node_aggregator_->StatusJson());
   status["witnesses"] = nlohmann::json::parse(witness_service_->StatusJson());
+  status["runs_active"] = run_service_->active_count();
   nlohmann::json& agent = status["agent"];
   agent = {{"version", kVersion},
            {"protocol", abi::kProtocolVersion},

@@ -19,6 +19,7 @@
 #include "agent/monitor/boards.h"
 #include "agent/monitor/node_aggregator.h"
 #include "agent/monitor/service.h"
+#include "agent/run/run_service.h"
 #include "agent/witness/service.h"
 #include "base/clock.h"
 #include "checkpoint/engine.h"
@@ -57,6 +58,7 @@ class Worker {
   absl::Status BuildEngine();
   MonitorService::Options MonitorOptions() const;
   absl::Status AddWitnesses(LocalServer::Options& server_options);
+  void MakeRunService();
   void Recovered();
   void WatchSignals();
   void OnSignal();
@@ -89,6 +91,7 @@ class Worker {
   std::unique_ptr<NodeAggregator> node_aggregator_;
   std::unique_ptr<ThreadPool> witness_pool_;
   std::unique_ptr<WitnessService> witness_service_;
+  std::unique_ptr<RunService> run_service_;
   std::unique_ptr<LocalServer> server_;
 
   UniqueFd signal_fd_;

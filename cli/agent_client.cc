@@ -1,6 +1,7 @@
 #include "cli/agent_client.h"
 
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/time.h>
 #include <sys/un.h>
@@ -104,18 +105,46 @@ absl::StatusOr<Message<Body>> Receive(int fd, const std::string& path) {
   return answer;
 }
 
+// `attached`: a descriptor that goes along; -1: none.
 template <typename Body>
-absl::Status SendRequest(int fd, const std::string& path, abi::MessageType type, const Body& body) {
+absl::Status SendRequest(int fd, const std::string& path, abi::MessageType type, const Body& body,
+                         int attached = -1) {
   struct Request {
     abi::MessageHeader header;
     Body body;
   };
-  const Request request = {
+  Request request = {
       {abi::kProtocolMagic, abi::kProtocolVersion, type, /*request_id=*/1, sizeof(Body)}, body};
-  if (send(fd, &request, sizeof(request), MSG_NOSIGNAL) != static_cast<ssize_t>(sizeof(request))) {
+  iovec part = {&request, sizeof(request)};
+  alignas(cmsghdr) std::array<char, CMSG_SPACE(sizeof(int))> control{};
+  msghdr message{};
+  message.msg_iov = &part;
+  message.msg_iovlen = 1;
+  if (attached >= 0) {
+    message.msg_control = control.data();
+    message.msg_controllen = control.size();
+    cmsghdr* const rights = CMSG_FIRSTHDR(&message);
+    rights->cmsg_level = SOL_SOCKET;
+    rights->cmsg_type = SCM_RIGHTS;
+    rights->cmsg_len = CMSG_LEN(sizeof(int));
+    std::memcpy(CMSG_DATA(rights), &attached, sizeof(attached));
+  }
+  if (sendmsg(fd, &message, MSG_NOSIGNAL) != static_cast<ssize_t>(sizeof(request))) {
     return SocketError("send", path);
   }
   return absl::OkStatus();
+}
+
+absl::StatusOr<UniqueFd> SealedText(const std::string& text) {
+  UniqueFd memory(memfd_create("holdfast run", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  if (!memory ||
+      write(memory.get(), text.data(), text.size()) != static_cast<ssize_t>(text.size()) ||
+      fcntl(memory.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE | F_SEAL_SEAL) !=
+          0) {
+    return absl::ResourceExhaustedError(
+        absl::StrFormat("memory for a request of %d bytes: %s", text.size(), std::strerror(errno)));
+  }
+  return memory;
 }
 
 // The text that a message has brought along.
@@ -209,6 +238,29 @@ absl::StatusOr<std::string> QueryMonitor(const std::string& socket_path,
                                          const MonitorQuestion& question, absl::Duration timeout) {
   ASSIGN_OR_RETURN(const abi::MonitorQuery query, ToQuery(question));
   return Ask(socket_path, abi::MessageType::kMonitorQuery, query, timeout);
+}
+
+absl::StatusOr<std::string> OrderRun(const std::string& socket_path, const RunOrder& order,
+                                     absl::Duration timeout) {
+  abi::RunCommand command{};
+  command.kind = order.kind;
+  command.number = order.number;
+  RETURN_IF_ERROR(PutText("job", order.job, command.job));
+  RETURN_IF_ERROR(PutText("text", order.text, command.text));
+  return Ask(socket_path, abi::MessageType::kRunCommand, command, timeout);
+}
+
+absl::StatusOr<std::unique_ptr<AgentEvents>> AgentEvents::OpenRun(const std::string& socket_path,
+                                                                  const std::string& spec,
+                                                                  absl::Duration timeout) {
+  ASSIGN_OR_RETURN(const UniqueFd memory, SealedText(spec));
+  ASSIGN_OR_RETURN(UniqueFd fd, Connect(socket_path, timeout));
+  const abi::RunRequest request{spec.size()};
+  RETURN_IF_ERROR(
+      SendRequest(fd.get(), socket_path, abi::MessageType::kRun, request, memory.get()));
+  ASSIGN_OR_RETURN(std::string first, ReceiveText(fd.get(), socket_path));
+  return std::unique_ptr<AgentEvents>(
+      new AgentEvents(socket_path, std::move(fd), std::move(first)));
 }
 
 absl::StatusOr<std::unique_ptr<AgentEvents>> AgentEvents::Open(const std::string& socket_path,

@@ -43,11 +43,28 @@ struct MonitorQuestion {
 absl::StatusOr<std::string> QueryMonitor(const std::string& socket_path,
                                          const MonitorQuestion& question, absl::Duration timeout);
 
-// What an agent tells of its own accord: kFollow and kRecord.
+// Asks for a run's state, or orders something of it (abi::RunCommandKind). `job` empty: the only
+// one that runs. The answer is the state as JSON text (docs/RUN.md). Errors: as above, kNotFound
+// (no such run), kInvalidArgument.
+struct RunOrder {
+  abi::RunCommandKind kind{};
+  std::string job;
+  uint64_t number = 0;
+  std::string text;
+};
+absl::StatusOr<std::string> OrderRun(const std::string& socket_path, const RunOrder& order,
+                                     absl::Duration timeout);
+
+// What an agent tells of its own accord: kFollow and kRecord, and the state of a run.
 //
 // Threads: one.
 class AgentEvents {
  public:
+  // Begins a run, or comes back to it, as its owner. `spec`: EncodeRunSpec. Errors: as above,
+  // kAlreadyExists (another run of the job), kInvalidArgument.
+  static absl::StatusOr<std::unique_ptr<AgentEvents>> OpenRun(const std::string& socket_path,
+                                                              const std::string& spec,
+                                                              absl::Duration timeout);
   // Errors: as above.
   static absl::StatusOr<std::unique_ptr<AgentEvents>> Open(const std::string& socket_path,
                                                            const MonitorQuestion& question,

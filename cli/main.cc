@@ -3,6 +3,7 @@
 
 #include <CLI/CLI.hpp>
 #include <cstdio>
+#include <cstring>
 #include <exception>
 #include <memory>
 
@@ -11,10 +12,25 @@
 #include "cli/verb.h"
 #include "io/posix_file_system.h"
 
+namespace {
+
+// Of `holdfast run ... -- CMD ...`: where the "--" stands; `argc` if it is another verb, or there
+// is none. CLI11 2.1 would hand what is behind it to the wrong App.
+int CommandMark(int argc, char** argv) {
+  int verb = 1;
+  while (verb < argc && argv[verb][0] == '-') ++verb;
+  if (verb == argc || std::strcmp(argv[verb], "run") != 0) return argc;
+  int mark = verb;
+  while (mark < argc && std::strcmp(argv[mark], "--") != 0) ++mark;
+  return mark;
+}
+
+}  // namespace
+
 int main(int argc, char** argv) {
   using namespace holdfast::cli;
   const std::unique_ptr<holdfast::FileSystem> file_system = holdfast::NewPosixFileSystem();
-  Invocation invocation{.file_system = *file_system, .run = nullptr};
+  Invocation invocation{.file_system = *file_system, .command = {}, .run = nullptr};
 
   CLI::App app("Looks at checkpoints and agents of Holdfast.", "holdfast");
   app.require_subcommand(1);
@@ -34,11 +50,15 @@ int main(int argc, char** argv) {
   AddConvert(app, invocation);
   AddExport(app, invocation);
   AddPreflight(app, invocation);
+  AddRun(app, invocation);
+  AddJobVerbs(app, invocation);
   AddStatus(app, invocation);
   AddDoctor(app, invocation);
   AddMonitor(app, invocation);
   try {
-    app.parse(argc, argv);
+    const int mark = CommandMark(argc, argv);
+    invocation.command.assign(argv + mark, argv + argc);
+    app.parse(mark, argv);
   } catch (const CLI::ParseError& error) {
     return app.exit(error) == 0 ? kExitOk : kExitUsage;
   }

@@ -5,6 +5,7 @@
 
 #include <functional>
 #include <string>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "checkpoint/catalog.h"
@@ -24,7 +25,8 @@ struct Invocation {
   bool no_progress = false;  // --no-progress
   // Of a failure that has no code of its own: diff has another meaning for 1.
   ExitCode failure = kExitFailure;
-  std::function<ExitCode()> run;  // of the verb that was named
+  std::vector<std::string> command;  // of `run`: "--" and what stands behind it
+  std::function<ExitCode()> run;     // of the verb that was named
 };
 
 void AddLs(CLI::App& app, Invocation& invocation);
@@ -35,6 +37,9 @@ void AddLayout(CLI::App& app, Invocation& invocation);
 void AddView(CLI::App& app, Invocation& invocation);
 void AddReshard(CLI::App& app, Invocation& invocation);
 void AddPreflight(CLI::App& app, Invocation& invocation);
+void AddRun(CLI::App& app, Invocation& invocation);
+// `holdfast why`, `stop`, `save`, `approve`, `veto`, `hold`, `readmit`.
+void AddJobVerbs(CLI::App& app, Invocation& invocation);
 void AddStatus(CLI::App& app, Invocation& invocation);
 void AddDoctor(CLI::App& app, Invocation& invocation);
 // `holdfast monitor`, and its own verbs (monitor_verbs.h).

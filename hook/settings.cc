@@ -9,6 +9,7 @@
 #include <string_view>
 
 #include "hook/abi/messages.h"
+#include "hook/abi/private_agent_path.h"
 #include "hook/capture.h"
 #include "hook/deadline.h"
 
@@ -207,23 +208,11 @@ Error ReadCopies(const hf_open_options& options, Settings* settings) {
 }  // namespace
 
 std::string RuntimeDirectory() {
-  std::string directory = Variable("HOLDFAST_RUNTIME_DIR");
-  if (!directory.empty()) return directory;
-  directory = Variable("XDG_RUNTIME_DIR");
-  if (!directory.empty()) return directory + "/holdfast";
-  return "/tmp/holdfast-" + std::to_string(getuid());
+  return abi::RuntimeDirectory(Variable("HOLDFAST_RUNTIME_DIR"), Variable("XDG_RUNTIME_DIR"),
+                               getuid());
 }
 
-std::string JobDirectoryName(const std::string& job) {
-  uint64_t hash = 0xcbf29ce484222325u;
-  for (const char c : job) {
-    hash ^= static_cast<unsigned char>(c);
-    hash *= 0x100000001b3u;
-  }
-  char text[17];
-  std::snprintf(text, sizeof(text), "%016llx", static_cast<unsigned long long>(hash));
-  return text;
-}
+std::string JobDirectoryName(const std::string& job) { return abi::JobDirectoryName(job); }
 
 Result<Settings> ReadSettings(const hf_open_options& options) {
   Settings settings;

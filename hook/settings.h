@@ -41,12 +41,9 @@ struct Settings {
 // Errors: HF_INVALID_ARGUMENT, with the option or variable, expected and found.
 Result<Settings> ReadSettings(const hf_open_options& options);
 
-// The directory of all private agents of this user: $HOLDFAST_RUNTIME_DIR, else
-// $XDG_RUNTIME_DIR/holdfast, else /tmp/holdfast-<uid>.
+// As abi/private_agent_path.h has them.
 std::string RuntimeDirectory();
 
-// The name of a job's directory in it: 16 hexadecimal digits, FNV-1a-64 of the job's name. (A
-// socket's path must be short, a job's name need not be.)
 std::string JobDirectoryName(const std::string& job);
 
 }  // namespace holdfast::hook

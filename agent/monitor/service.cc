@@ -364,6 +364,7 @@ void MonitorService::Tell(const std::vector<FindingLog::Told>& told) {
       if (!stream.Push(monitor::OneLine(event))) ++lost_;
     });
     const FindingChange change = one.event.change;
+    if (options_.on_change) options_.on_change(record, change);
     if (command_ != nullptr && record.finding.grade == monitor::Grade::kVerdict) {
       command_->Run(record, one.event);
     }

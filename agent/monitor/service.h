@@ -63,6 +63,7 @@ class MonitorStream {
 
  private:
   friend class MonitorService;
+  friend class RunService;
   enum class Kind { kFindings, kSteps };
   bool Push(std::string text);
 
@@ -105,6 +106,8 @@ class MonitorService final : public monitor::ReportSink {
     // A finding was opened, is open again, or became a verdict: witnesses that cost nothing may be
     // asked now. May be null.
     std::function<void(const monitor::FindingRecord&)> on_finding;
+    // Every change of a finding: whoever acts on them. May be null.
+    std::function<void(const monitor::FindingRecord&, monitor::FindingChange)> on_change;
   };
 
   MonitorService(Options options, FileSystem& file_system, EventLoop& loop, WorkPool& pool,

@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 #include <unordered_map>
 #include <unordered_set>
 #include <vector>
@@ -56,6 +57,21 @@ std::vector<pid_t> AllProcesses() {
   return processes;
 }
 
+// "NAME=value" and a NUL, again and again; empty if it is another user's, or gone.
+std::string ReadEnvironment(pid_t process) {
+  constexpr size_t kBytesMax = size_t{8} << 20;
+  char path[32];
+  std::snprintf(path, sizeof(path), "/proc/%d/environ", static_cast<int>(process));
+  const UniqueFd file(open(path, O_RDONLY | O_CLOEXEC));
+  std::string bytes;
+  char part[16 << 10];
+  ssize_t got = 0;
+  while (file && bytes.size() < kBytesMax && (got = read(file.get(), part, sizeof(part))) > 0) {
+    bytes.append(part, static_cast<size_t>(got));
+  }
+  return bytes;
+}
+
 // An orphan's parent is the root, since a moment ago.
 bool SignalIfBelow(pid_t process, pid_t parent, pid_t root, int signal_number) {
   // By number: glibc 2.36 declares them in <sys/pidfd.h> without C linkage.
@@ -86,6 +102,18 @@ size_t SignalDescendants(pid_t root, int signal_number) {
       open.push_back(child);
       if (SignalIfBelow(child, parent, root, signal_number)) ++signalled;
     }
+  }
+  return signalled;
+}
+
+size_t SignalByVariable(const std::string& variable, int signal_number) {
+  const std::string wanted = '\0' + variable + '\0';
+  size_t signalled = 0;
+  for (const pid_t process : AllProcesses()) {
+    if (process == getpid()) continue;
+    const UniqueFd pidfd(static_cast<int>(syscall(SYS_pidfd_open, process, 0)));
+    if (!pidfd || ('\0' + ReadEnvironment(process)).find(wanted) == std::string::npos) continue;
+    if (syscall(SYS_pidfd_send_signal, pidfd.get(), signal_number, nullptr, 0) == 0) ++signalled;
   }
   return signalled;
 }

@@ -9,6 +9,7 @@
 #include <sys/types.h>
 
 #include <cstddef>
+#include <string>
 
 namespace holdfast {
 
@@ -17,6 +18,10 @@ namespace holdfast {
 // who wants an end of all repeats it until there is nobody left. By pidfd, after a second look at
 // who the parent is: a number that was given to a stranger meanwhile is not signalled.
 size_t SignalDescendants(pid_t root, int signal_number);
+
+// Sends it to every process of this user that was started with `variable` ("NAME=value"), but to
+// this one, and returns to how many: where there is no root of the tree any more.
+size_t SignalByVariable(const std::string& variable, int signal_number);
 
 // The state letter of /proc/PID/stat ('R', 'S', 'D', 'T', 't', 'Z', ...); 0 if there is no such
 // process.

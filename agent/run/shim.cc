@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <linux/close_range.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
@@ -75,6 +76,10 @@ int BecomeRank(const ShimSpec& spec, pid_t shim, const std::array<int, 3>& strea
     // Dropped: the rank goes on with the agent's limit.
     (void)setrlimit(resource, &now);
   }
+  // Not as the agent, which never takes the core from a trainer (agent/limits.h). Dropped: then it
+  // is.
+  const sched_param no_priority{};
+  (void)sched_setscheduler(0, SCHED_OTHER, &no_priority);
   umask(static_cast<mode_t>(spec.umask));
   if (chdir(spec.working_directory.c_str()) != 0) return errno;
   for (int number = 1; number < NSIG; ++number) signal(number, SIG_DFL);

@@ -3,6 +3,7 @@
 // test is the agent, or has one that it kills. Waits are for events, with a deadline.
 #include <fcntl.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/stat.h>
@@ -352,6 +353,9 @@ TEST(ShimTest, ALogThatHangsHoldsUpNeitherTheRankNorItsEnd) {
 
 TEST(ShimTest, ARankFindsWhatItsSpecSaysAndNothingElse) {
   TestShim shim;
+  // As the agent: its ranks are not.
+  const sched_param no_priority{};
+  ASSERT_EQ(sched_setscheduler(0, SCHED_BATCH, &no_priority), 0);
   shim.spec_.umask = 0027;
   shim.spec_.limits = {{7 /* RLIMIT_NOFILE */, 77}};
   shim.spec_.environment.push_back("ODD=a b\nc=\xff");
@@ -360,12 +364,12 @@ TEST(ShimTest, ARankFindsWhatItsSpecSaysAndNothingElse) {
       "ls /proc/self/fd | wc -l; env | wc -l; grep -E 'Sig(Blk|Ign)' /proc/self/status | "
       // Without the two signals that glibc keeps for itself.
       "sed s/0000000180000000/0000000000000000/; "
-      "ps -o sid= -p $$ | grep -cw $$");
+      "ps -o sid= -p $$ | grep -cw $$; ps -o cls= -p $$ | tr -d ' '");
   shim.AwaitTreeEnd();
   EXPECT_EQ(shim.Log("stdout.log"),
             absl::StrCat(shim.place_.path(),
                          "\n0027\n77\n   a       b  \\n   c   = 377\n/dev/null\n4\n5\n"
-                         "SigBlk:\t0000000000000000\nSigIgn:\t0000000000000000\n1\n"))
+                         "SigBlk:\t0000000000000000\nSigIgn:\t0000000000000000\n1\nTS\n"))
       << shim.Log("stderr.log");
 }
 

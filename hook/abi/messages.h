@@ -50,7 +50,9 @@ enum class MessageType : uint16_t {
   kWitness = 18,        // trainer -> agent, no kOpen needed; fds: a memfd per part that it answers
   kWitnessReply = 19,   // when the agent asks something: it may take for ever
   kMonitorQuery = 20,   // any client of the same user (CLI); answered by kQueryReply
-  kMonitorEvent = 21,   // agent -> client that follows or records; fds: [text, sealed memfd]
+  kMonitorEvent = 21,   // agent -> client that follows, records or runs; fds: [text, sealed memfd]
+  kRun = 22,  // `holdfast run` -> agent; fds: [what to run, sealed memfd]; answered by kQueryReply
+  kRunCommand = 23,  // any client of the same user (CLI); answered by kQueryReply
 };
 
 struct MessageHeader {
@@ -392,6 +394,35 @@ struct MonitorEvent {
   uint64_t lost;  // events before this one that the client was too slow for
 };
 static_assert(sizeof(MonitorEvent) == 16);
+
+// Begins a run (agent/run/run_spec.h), or comes back to it: a client that has lost its connection
+// sends the same again. The answer is the run's state as JSON (docs/RUN.md), and so is each
+// kMonitorEvent after it, whenever the state has changed. The client is the run's owner: if its
+// process dies, the run is stopped.
+struct RunRequest {
+  uint64_t spec_bytes;
+};
+static_assert(sizeof(RunRequest) == 8);
+
+enum class RunCommandKind : uint32_t {
+  kView = 1,     // the state; what follows changes something and answers with the state, too
+  kSignal = 2,   // `number`: SIGINT or SIGTERM, that the owner got; SIGUSR1: the allocation ends
+  kStop = 3,     //
+  kSave = 4,     //
+  kApprove = 5,  // `text`: what was proposed
+  kVeto = 6,     // the same
+  kHold = 7,     // `number`: seconds; 0 ends it. `text`: why
+  kReadmit = 8,  // `number`: of the GPU
+};
+
+struct RunCommand {
+  RunCommandKind kind;
+  uint32_t reserved;
+  uint64_t number;
+  char job[136];  // empty: the only one that runs
+  char text[512];
+};
+static_assert(sizeof(RunCommand) == 664);
 
 }  // namespace holdfast::abi
 

@@ -1,0 +1,279 @@
+#include "agent/run/run_service.h"
+
+#include <signal.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
+#include "agent/log.h"
+#include "agent/recovery/incident.h"
+#include "agent/run/small_files.h"
+#include "base/status_macros.h"
+#include "nlohmann/json.hpp"
+
+namespace holdfast {
+namespace {
+
+nlohmann::ordered_json SecondsOf(const std::optional<absl::Duration>& duration) {
+  return duration.has_value() ? nlohmann::ordered_json(absl::ToDoubleSeconds(*duration))
+                              : nlohmann::ordered_json();
+}
+
+nlohmann::ordered_json IncidentJson(const recovery::Incident& incident) {
+  const recovery::Phases phases = recovery::PhasesOf(incident);
+  return {{"number", incident.number},
+          {"launch", Value(incident.launch)},
+          {"attempt", Value(incident.attempt)},
+          {"cause", std::string(recovery::Name(incident.cause))},
+          {"outcome", std::string(recovery::Name(incident.outcome))},
+          {"what", incident.what},
+          {"sentence", incident.sentence},
+          {"action", incident.action},
+          {"finding", incident.finding},
+          {"seconds",
+           {{"detect", SecondsOf(phases.detect)},
+            {"diagnose", SecondsOf(phases.diagnose)},
+            {"wait", SecondsOf(phases.wait)},
+            {"stop", SecondsOf(phases.stop)},
+            {"start", SecondsOf(phases.start)},
+            {"load", SecondsOf(phases.load)},
+            {"step", SecondsOf(phases.step)},
+            {"lost", SecondsOf(phases.lost)},
+            {"total", SecondsOf(phases.total)}}}};
+}
+
+}  // namespace
+
+RunService::RunService(Options options, JobSupervisor::World world)
+    : options_(std::move(options)), world_(std::move(world)) {}
+
+RunService::~RunService() = default;
+
+JobSupervisor::Options RunService::OptionsOf(const std::string& job) const {
+  JobSupervisor::Options options;
+  options.state_directory = absl::StrCat(options_.state_directory, "/jobs/", job);
+  options.runtime_directory = absl::StrCat(options_.runtime_directory, "/runs/", job);
+  options.lemons_path = absl::StrCat(options_.state_directory, "/lemons.json");
+  options.socket = options_.socket;
+  options.shim_program = options_.shim_program;
+  return options;
+}
+
+void RunService::Recover() {
+  std::error_code error;
+  // The runtime directory is this agent's alone; several agents may share the state directory.
+  for (const auto& entry : std::filesystem::directory_iterator(
+           absl::StrCat(options_.runtime_directory, "/runs"), error)) {
+    const std::string job = entry.path().filename().string();
+    absl::StatusOr<std::unique_ptr<JobSupervisor>> supervisor =
+        JobSupervisor::Recover(OptionsOf(job), world_, [this, job] { Changed(job); });
+    if (supervisor.ok()) {
+      jobs_[job].supervisor = *std::move(supervisor);
+    } else if (!absl::IsNotFound(supervisor.status())) {
+      LogError(absl::StrFormat("job %s: its run cannot be gone on with: %s", job,
+                               supervisor.status().ToString()));
+    }
+  }
+}
+
+absl::StatusOr<RunService::Begun> RunService::Begin(std::string_view bytes, Owner owner,
+                                                    std::function<void()> wake) {
+  ASSIGN_OR_RETURN(RunSpec spec, DecodeRunSpec(bytes));
+  spec.owner_pid = owner.process_id;
+  spec.boot_id = BootId();
+  const std::string name = spec.job;
+  const auto known = jobs_.find(name);
+  const bool is_known = known != jobs_.end() && known->second.supervisor != nullptr;
+  const bool is_same = is_known && known->second.supervisor->view().spec.run_id == spec.run_id;
+  if (is_known && !is_same && !known->second.supervisor->is_over()) {
+    if (!known->second.supervisor->has_owner()) {
+      known->second.supervisor->OwnerDied();
+      return absl::UnavailableError(absl::StrFormat(
+          "an earlier run of job %s, whose command has died, is being stopped", name));
+    }
+    return absl::AlreadyExistsError(
+        absl::StrFormat("job %s runs already under this agent (run %s); `holdfast stop` ends it",
+                        name, known->second.supervisor->view().spec.run_id));
+  }
+  if (!is_known && jobs_.size() >= kJobsMax) {
+    return absl::ResourceExhaustedError(
+        absl::StrFormat("this agent has run %d jobs already", kJobsMax));
+  }
+  if (!is_same) {
+    JobSupervisor::Options options = OptionsOf(name);
+    if (spec.log_directory.empty()) {
+      spec.log_directory = absl::StrCat(options.state_directory, "/logs/", spec.run_id);
+    }
+    RETURN_IF_ERROR(MakeDirectories(options.state_directory));
+    RETURN_IF_ERROR(MakeDirectories(options.runtime_directory));
+    ASSIGN_OR_RETURN(std::unique_ptr<JobSupervisor> supervisor,
+                     JobSupervisor::Begin(std::move(options), world_, std::move(spec),
+                                          [this, name] { Changed(name); }));
+    jobs_[name] = Job{std::move(supervisor), {}, false};
+  }
+  Job& job = jobs_.at(name);
+  job.supervisor->SetOwner(std::move(owner.pidfd));
+  auto stream = std::make_shared<MonitorStream>();
+  stream->wake_ = std::move(wake);
+  if (job.streams.size() >= kFollowersMax) job.streams.erase(job.streams.begin());
+  job.streams.push_back(stream);
+  return Begun{StateJson(*job.supervisor), std::move(stream)};
+}
+
+absl::StatusOr<RunService::Job*> RunService::Find(const std::string& job) {
+  std::vector<std::string> names;
+  for (auto& [name, entry] : jobs_) {
+    if (name == job) return &entry;
+    names.push_back(name);
+  }
+  if (job.empty() && jobs_.size() == 1) return &jobs_.begin()->second;
+  return absl::NotFoundError(absl::StrFormat(
+      "%s; this agent runs %s", job.empty() ? "no job was named" : absl::StrCat("no run of ", job),
+      names.empty() ? "none" : absl::StrJoin(names, ", ")));
+}
+
+absl::StatusOr<std::string> RunService::Command(abi::RunCommandKind kind, const std::string& job,
+                                                uint64_t number, const std::string& text) {
+  ASSIGN_OR_RETURN(Job * found, Find(job));
+  JobSupervisor& supervisor = *found->supervisor;
+  using Kind = abi::RunCommandKind;
+  switch (kind) {
+    case Kind::kView:
+      break;
+    case Kind::kSignal:
+      if (number != SIGINT && number != SIGTERM && number != SIGUSR1) {
+        return absl::InvalidArgumentError(absl::StrFormat("signal: expected %d, %d or %d, found %d",
+                                                          SIGINT, SIGTERM, SIGUSR1, number));
+      }
+      supervisor.Take(recovery::SignalCame{number == SIGINT ? recovery::EndSignal::kInterrupt
+                                           : number == SIGTERM
+                                               ? recovery::EndSignal::kTerminate
+                                               : recovery::EndSignal::kAllocationEnds});
+      break;
+    case Kind::kStop:
+      supervisor.Take(recovery::Stop{});
+      break;
+    case Kind::kSave:
+      supervisor.Take(recovery::Save{});
+      break;
+    case Kind::kApprove:
+      supervisor.Take(recovery::Approve{text});
+      break;
+    case Kind::kVeto:
+      supervisor.Take(recovery::Veto{text});
+      break;
+    case Kind::kHold:
+      supervisor.Take(
+          recovery::Hold{absl::Seconds(std::min<uint64_t>(number, 365 * 86'400)), text});
+      break;
+    case Kind::kReadmit: {
+      recovery::Readmit readmit;
+      readmit.gpu.node = supervisor.node();
+      readmit.gpu.index = static_cast<uint32_t>(std::min<uint64_t>(number, UINT32_MAX));
+      supervisor.Take(std::move(readmit));
+      break;
+    }
+    default:
+      return absl::InvalidArgumentError(absl::StrFormat(
+          "run command: expected a kind from 1 to 8, found %d", static_cast<uint32_t>(kind)));
+  }
+  return StateJson(supervisor);
+}
+
+void RunService::TakeFinding(const monitor::FindingRecord& record, monitor::FindingChange change) {
+  const auto found = jobs_.find(record.job);
+  if (found == jobs_.end() || found->second.supervisor->is_over()) return;
+  JobSupervisor& supervisor = *found->second.supervisor;
+  if (change == monitor::FindingChange::kWithdrawn || change == monitor::FindingChange::kEnded) {
+    supervisor.Take(recovery::FindingWithdrawn{record.finding.id});
+    return;
+  }
+  const std::optional<recovery::Launch> launch = supervisor.LaunchOf(record.attempt_key);
+  if (!launch.has_value()) return;
+  recovery::FindingTold told;
+  told.launch = *launch;
+  told.finding = record.finding;
+  told.standing = world_.clock.Elapsed() - record.finding.since;
+  supervisor.Take(std::move(told));
+}
+
+void RunService::Terminate() {
+  for (auto& [name, job] : jobs_) {
+    if (!job.supervisor->is_over()) {
+      job.supervisor->Take(recovery::SignalCame{recovery::EndSignal::kTerminate});
+    }
+  }
+}
+
+void RunService::Kill() {
+  for (auto& [name, job] : jobs_) job.supervisor->Kill();
+}
+
+size_t RunService::active_count() const {
+  return static_cast<size_t>(std::count_if(jobs_.begin(), jobs_.end(), [](const auto& job) {
+    return !job.second.supervisor->is_over();
+  }));
+}
+
+// Once a turn of the loop, however much has changed in it.
+void RunService::Changed(const std::string& name) {
+  const auto found = jobs_.find(name);
+  if (found == jobs_.end() || std::exchange(found->second.tells, true)) return;
+  world_.loop.Post([this, alive = std::weak_ptr<bool>(alive_), name] {
+    if (!alive.expired()) Tell(name);
+  });
+}
+
+void RunService::Tell(const std::string& name) {
+  Job& job = jobs_.at(name);
+  job.tells = false;
+  // Who has gone holds no stream any more.
+  std::erase_if(job.streams, [](const auto& stream) { return stream.use_count() == 1; });
+  if (job.streams.empty()) return;
+  const std::string state = StateJson(*job.supervisor);
+  for (const std::shared_ptr<MonitorStream>& stream : job.streams) {
+    // A state is whole: what a slow one has not read yet is of no use any more.
+    stream->waiting_.clear();
+    stream->waiting_bytes_ = 0;
+    stream->Push(state);
+    if (stream->wake_) stream->wake_();
+  }
+}
+
+std::string RunService::StateJson(const JobSupervisor& supervisor) {
+  const JobSupervisor::View view = supervisor.view();
+  const recovery::History& history = view.history;
+  nlohmann::ordered_json state = {
+      {"schema_version", 1},
+      {"job", view.spec.job},
+      {"run_id", view.spec.run_id},
+      {"state", std::string(recovery::Name(history.state))},
+      {"launch", Value(history.launch)},
+      {"attempt", Value(history.attempt)},
+      {"restart_count", history.restart_count},
+      {"max_restarts", view.settings.max_restarts},
+      {"ranks", history.placement.world_size()},
+      {"port", view.port},
+      {"log_directory", view.spec.log_directory},
+      {"over", view.is_over},
+      {"exit_code",
+       view.is_over ? nlohmann::ordered_json(view.exit_code) : nlohmann::ordered_json()},
+      {"lines", nlohmann::ordered_json::array()},
+      {"incidents", nlohmann::ordered_json::array()}};
+  for (const JobSupervisor::Line& line : view.lines) {
+    state["lines"].push_back({{"number", line.number}, {"text", line.text}});
+  }
+  std::vector<recovery::Incident> incidents = history.past;
+  if (history.incident.has_value()) incidents.push_back(*history.incident);
+  for (const recovery::Incident& incident : incidents) {
+    state["incidents"].push_back(IncidentJson(incident));
+  }
+  state["downtime"] = recovery::DowntimeTable(incidents, recovery::HomeOf(history));
+  return state.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+}
+
+}  // namespace holdfast
