@@ -132,7 +132,7 @@ absl::StatusOr<converter::ForeignSource> OpenForeign(Invocation& invocation,
                                                      const std::string& path,
                                                      const ForeignOptions& options) {
   ASSIGN_OR_RETURN(converter::ForeignSource source, LookAtForeign(invocation, path, options));
-  if (!source.recognized) return converter::NotRecognized(source);
+  if (!source.recognized) return converter::NotRecognized(path, source);
   return source;
 }
 

@@ -184,7 +184,7 @@ void PrintText(const ForeignSource& source, const InspectForeignOptions& options
 // What one checkpoint holds, in the form that was asked for.
 absl::StatusOr<ordered_json> Inspect(Invocation& invocation, const InspectForeignOptions& options,
                                      const ForeignSource& source) {
-  if (!source.recognized) return converter::NotRecognized(source);
+  if (!source.recognized) return converter::NotRecognized(options.path, source);
   Digests digests;
   if (options.tensors && options.sha256) {
     ASSIGN_OR_RETURN(digests, DigestsOf(invocation, source));
@@ -201,8 +201,12 @@ absl::StatusOr<ordered_json> InspectFile(Invocation& invocation,
   return Inspect(invocation, options, source);
 }
 
-ExitCode InspectFiles(Invocation& invocation, const converter::ForeignFolder& folder,
+// If not one of them is of a format that is known, the folder is no checkpoint at all.
+ExitCode InspectFiles(Invocation& invocation, const ForeignSource& source,
                       const InspectForeignOptions& options) {
+  const converter::ForeignFolder& folder = *source.folder;
+  bool any = false;
+  std::vector<std::string> unknown;
   ordered_json files = ordered_json::array();
   for (const converter::FolderFile& file : folder.files()) {
     InspectForeignOptions single = options;
@@ -210,14 +214,25 @@ ExitCode InspectFiles(Invocation& invocation, const converter::ForeignFolder& fo
     absl::StatusOr<ordered_json> found = InspectFile(invocation, single);
     if (!found.ok()) {
       const std::string message(found.status().message());
-      found = ordered_json{{"error", message}};
-      if (!invocation.json) {
-        std::printf("%s\n  %s\n", Printable(single.path).c_str(), Printable(message).c_str());
+      if (absl::IsNotFound(found.status())) {
+        unknown.push_back(single.path);
+      } else {
+        any = true;
+        if (!invocation.json) {
+          std::printf("%s\n  %s\n", Printable(single.path).c_str(), Printable(message).c_str());
+        }
       }
+      found = ordered_json{{"error", message}};
+    } else {
+      any = true;
     }
     ordered_json record = {{"file", file.path}};
     record.update(*found);
     if (invocation.json) files.push_back(std::move(record));
+  }
+  if (!any) return ReportForeign(converter::NotRecognized(options.path, source));
+  for (const std::string& path : unknown) {
+    if (!invocation.json) std::printf("%s\n  no checkpoint\n", Printable(path).c_str());
   }
   for (const std::string& refused : folder.refused()) {
     files.push_back({{"file", refused}, {"error", "refused"}});
@@ -240,7 +255,7 @@ ExitCode InspectForeign(Invocation& invocation, const InspectForeignOptions& opt
       LookAtForeign(invocation, options.path, options.foreign);
   if (!source.ok()) return ReportForeign(source.status());
   if (!source->recognized && !source->folder->single_file() && !source->folder->files().empty()) {
-    return InspectFiles(invocation, *source->folder, options);
+    return InspectFiles(invocation, *source, options);
   }
   const absl::StatusOr<ordered_json> found = Inspect(invocation, options, *source);
   if (!found.ok()) return ReportForeign(found.status());

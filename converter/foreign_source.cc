@@ -44,14 +44,13 @@ absl::StatusOr<ForeignSource> OpenForeignSource(FileSystem& file_system, const s
   return source;
 }
 
-absl::Status NotRecognized(const ForeignSource& source) {
+absl::Status NotRecognized(const std::string& path, const ForeignSource& source) {
   std::vector<std::string> names;
   for (const FormatReader& each : FormatReaders()) names.emplace_back(each.name);
-  const ForeignFolder& folder = *source.folder;
   return absl::NotFoundError(absl::StrFormat(
-      "%s: expected a checkpoint of one of the formats %s; found %d files of none of them",
-      folder.single_file() ? folder.root() + "/" + folder.files()[0].path : folder.root(),
-      absl::StrJoin(names, ", "), folder.files().size()));
+      "%s: expected a checkpoint's directory, or ROOT/JOB, or a checkpoint of one of the formats "
+      "%s; found %d files of none of them",
+      path, absl::StrJoin(names, ", "), source.folder->files().size()));
 }
 
 }  // namespace holdfast::converter

@@ -29,7 +29,7 @@ absl::StatusOr<ForeignSource> OpenForeignSource(FileSystem& file_system, const s
                                                 const ReadOptions& options);
 
 // kNotFound, with the formats that were looked for: for those to whom nothing less is of use.
-absl::Status NotRecognized(const ForeignSource& source);
+absl::Status NotRecognized(const std::string& path, const ForeignSource& source);
 
 }  // namespace holdfast::converter
 
