@@ -18,6 +18,7 @@
 #include "agent/config_values.h"
 #include "agent/default_socket.h"
 #include "agent/process.h"
+#include "agent/recovery/settings.h"
 #include "agent/witness/ras_client.h"
 #include "base/status_macros.h"
 #include "base/suggestion.h"
@@ -79,6 +80,9 @@ absl::Status AddFile(const std::string& path, Values& values) {
                                                       parsed.error().source().begin.line,
                                                       std::string(parsed.error().description())));
   }
+  // What a job may choose about its recovery is read by who runs one; a slip in it is told here,
+  // too.
+  RETURN_IF_ERROR(recovery::ParseSettings(text, path).status());
   std::vector<std::string_view> known;
   for (const ConfigKey& key : ConfigKeys()) known.emplace_back(key.name);
   for (const auto& [key_node, node] : parsed.table()) {

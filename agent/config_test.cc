@@ -189,6 +189,17 @@ TEST_F(ConfigTest, SurvivesBeingHandedOverAndPrinted) {
   }
 }
 
+TEST_F(ConfigTest, TheTablesOfRecoveryMayStandInTheFileAndAreChecked) {
+  sources_.config_flag = WriteFile("f.toml", "every = 7\n[recovery]\nmode = \"ask\"\n");
+  const absl::StatusOr<AgentConfig> config = ResolveConfig(sources_);
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->due_every_steps, 7);
+  EXPECT_THAT(ErrorOf("[recovery]\nmodes = \"ask\""),
+              HasSubstr("line 2: unknown key \"recovery.modes\""));
+  EXPECT_THAT(ErrorOf("[elastic]\nlayouts = 3"), HasSubstr("elastic.layouts: expected a table"));
+  EXPECT_THAT(ErrorOf("recovery = 3"), HasSubstr("recovery: expected a table"));
+}
+
 TEST(ConfigTable, IsWhatTheDocumentSays) {
   std::ifstream file(HOLDFAST_SOURCE_DIR "/docs/CONFIGURATION.md");
   const std::string document(std::istreambuf_iterator<char>(file), {});

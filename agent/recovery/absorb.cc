@@ -19,9 +19,11 @@ namespace {
 using monitor::ExitKind;
 
 constexpr absl::Duration kClockMax = absl::Hours(24 * 365 * 50);
+constexpr absl::Duration kWallMax = absl::Hours(24 * 365 * 130);
 constexpr absl::Duration kHoldMax = absl::Hours(24 * 30);
-// The monitor's limit of ranks; of a connection one is enough.
 constexpr uint32_t kPermilleMax = 1'000'000;
+// Numbers of launches that no job comes to: what is said of them does not count.
+constexpr uint32_t kLaunchMax = uint32_t{1} << 31;
 
 absl::Duration Whole(absl::Duration duration) {
   duration = std::clamp(duration, absl::ZeroDuration(), kClockMax);
@@ -39,6 +41,11 @@ CheckpointRecord* FindRecord(History& history, CheckpointId id) {
     if (record.facts.id == id) return &record;
   }
   return nullptr;
+}
+
+bool IsGone(const History& history, const std::string& node) {
+  return std::find(history.nodes_gone.begin(), history.nodes_gone.end(), node) !=
+         history.nodes_gone.end();
 }
 
 // True: the event says the same as one that was taken before.
@@ -64,7 +71,9 @@ void Machine::SetClock(const Event& event) {
   // The policy's own clock goes on where it stood: what has passed between two boots is unknown.
   if (begins) h_.clock_offset_us = absl::ToInt64Microseconds(h_.now - now);
   h_.now = Whole(std::max(h_.now, now + absl::Microseconds(h_.clock_offset_us)));
-  h_.wall = absl::UnixEpoch() + Whole(event.wall - absl::UnixEpoch());
+  const absl::Duration wall =
+      std::clamp(event.wall - absl::UnixEpoch(), absl::ZeroDuration(), kWallMax);
+  h_.wall = absl::UnixEpoch() + absl::Microseconds(absl::ToInt64Microseconds(wall));
 }
 
 void Machine::Take(const RunBegun& begun) {
@@ -132,7 +141,7 @@ void Machine::Take(const AgentRestarted& restarted) {
       Take(RankExited{rank.launch, rank.rank, rank.exit});
       continue;
     }
-    h_.launch_max = std::max(h_.launch_max, rank.launch);
+    if (Value(rank.launch) < kLaunchMax) h_.launch_max = std::max(h_.launch_max, rank.launch);
     const bool stuck = std::any_of(
         h_.stuck_ranks.begin(), h_.stuck_ranks.end(),
         [&](const History::Stuck& s) { return s.launch == rank.launch && s.rank == rank.rank; });
@@ -140,12 +149,27 @@ void Machine::Take(const AgentRestarted& restarted) {
       strays.push_back(rank.launch);
     }
   }
+  // A rank that was only asked for may not have been started: StartRanks comes again, unless others
+  // of the launch were started and are gone. Then it is lost as a whole.
+  bool lost = false;
   for (uint32_t r = 0; has_ranks && r < h_.ranks.size(); ++r) {
     const RankPhase phase = h_.ranks[r].phase;
-    // One that was only asked for may not have been started yet: StartRanks comes again.
-    if (found[r] || phase == RankPhase::kAsked || phase == RankPhase::kStuck) continue;
+    lost = lost || phase == RankPhase::kEnded || (!found[r] && phase != RankPhase::kAsked);
+  }
+  for (uint32_t r = 0; has_ranks && r < h_.ranks.size(); ++r) {
+    const bool may_come =
+        h_.phase == Phase::kAlive && h_.ranks[r].phase == RankPhase::kAsked && !lost;
+    if (found[r] || may_come || h_.ranks[r].phase == RankPhase::kStuck) continue;
     Take(RankExited{h_.launch, Rank{r}, {ExitKind::kUnknown, 0}});
   }
+  // A stuck process that has no shim any more is dead, unless its node cannot be asked.
+  std::erase_if(h_.stuck_ranks, [&](const History::Stuck& stuck) {
+    const bool listed = std::any_of(restarted.ranks.begin(), restarted.ranks.end(),
+                                    [&](const AgentRestarted::Rank& rank) {
+                                      return rank.launch == stuck.launch && rank.rank == stuck.rank;
+                                    });
+    return !listed && !IsGone(h_, stuck.gpu.node);
+  });
   for (const Launch launch : strays) {
     Emit(StopRanks{launch, ToEventClock(h_.now + settings_.stop_wait), "of a launch that is over"});
   }
@@ -223,13 +247,16 @@ void Machine::Take(const StepDone& done) {
 
 void Machine::Take(const RankExited& exited) {
   // A stuck process that dies after all gives its GPU back.
-  std::erase_if(h_.stuck_ranks, [&](const History::Stuck& stuck) {
-    return stuck.launch == exited.launch && stuck.rank == exited.rank;
-  });
+  if (std::erase_if(h_.stuck_ranks, [&](const History::Stuck& stuck) {
+        return stuck.launch == exited.launch && stuck.rank == exited.rank;
+      }) > 0) {
+    h_.grow = true;
+  }
   if (exited.launch == h_.launch && Value(exited.rank) < h_.ranks.size() &&
       h_.ranks[Value(exited.rank)].phase == RankPhase::kStuck) {
     h_.ranks[Value(exited.rank)].phase = RankPhase::kEnded;
     h_.ranks[Value(exited.rank)].exit = exited.exit;
+    h_.ranks[Value(exited.rank)].told_to_end = true;
     return;
   }
   RankRecord* const record = Living(exited.launch, exited.rank);
@@ -269,7 +296,7 @@ void Machine::Take(const FindingTold& told) {
   finding.busy = IsBusy(told.finding);
   finding.sentence = Text(told.finding.sentence);
   finding.group = CutText(told.group, 64);
-  finding.since = h_.now - std::min(h_.now, Whole(told.standing));
+  finding.since = std::max(h_.launched_at, h_.now - std::min(h_.now, Whole(told.standing)));
   if (told.timeout.has_value()) finding.timeout = Whole(*told.timeout);
   finding.slow_permille = std::min(told.slow_permille, kPermilleMax);
   for (OpenFinding& known : h_.findings) {
@@ -342,7 +369,19 @@ void Machine::Take(const NodeGone& gone) {
 }
 
 void Machine::Take(const NodeBack& back) {
-  if (std::erase(h_.nodes_gone, CutText(back.node, kGpuNodeBytesMax)) > 0) h_.grow = true;
+  const std::string node = CutText(back.node, kGpuNodeBytesMax);
+  if (std::erase(h_.nodes_gone, node) == 0) return;
+  h_.grow = true;
+  // Whoever was written off there may live still: it is fenced, and its GPU is not used before its
+  // end was seen.
+  std::vector<Launch> told;
+  for (const History::Stuck& stuck : h_.stuck_ranks) {
+    if (stuck.gpu.node != node || std::find(told.begin(), told.end(), stuck.launch) != told.end()) {
+      continue;
+    }
+    told.push_back(stuck.launch);
+    Emit(StopRanks{stuck.launch, ToEventClock(h_.now + settings_.stop_wait), "its node is back"});
+  }
 }
 
 void Machine::Take(const EvidenceCollected& collected) {
@@ -366,11 +405,9 @@ CheckpointRecord& Machine::RecordOf(const CheckpointFacts& facts) {
 }
 
 void Machine::Take(const CheckpointCommitted& committed) {
-  CheckpointFacts facts = committed.facts;
   const absl::Duration captured_at =
       std::min(h_.now, Whole(committed.captured_at + absl::Microseconds(h_.clock_offset_us)));
-  if (committed.launch == h_.launch && IsUnderAnomaly(h_, captured_at)) facts.under_anomaly = true;
-  RecordOf(facts).captured_at = captured_at;
+  RecordOf(committed.facts).captured_at = captured_at;
   if (h_.checkpoints.size() > History::kCheckpointsMax)
     h_.checkpoints.erase(h_.checkpoints.begin());
   if (committed.launch != h_.launch) return;

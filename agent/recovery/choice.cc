@@ -40,11 +40,11 @@ std::string WhyUnusable(const History& history, const Gpu& gpu) {
       excluded != nullptr) {
     return absl::StrCat("excluded: ", excluded->reason);
   }
-  for (const History::Stuck& stuck : history.stuck_ranks) {
-    if (IsSame(stuck.gpu, gpu)) return "a process on it does not die";
-  }
   for (const std::string& node : history.nodes_gone) {
     if (gpu.node == node) return "its node is gone";
+  }
+  for (const History::Stuck& stuck : history.stuck_ranks) {
+    if (IsSame(stuck.gpu, gpu)) return "a process on it does not die";
   }
   return "";
 }

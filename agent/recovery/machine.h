@@ -76,12 +76,15 @@ class Machine {
   bool Down();
 
   void NoteProgress();
+  void NoteAnomalies();
   void OpenIncident(const Trouble& trouble);
   void CloseIncident(Outcome outcome);
   bool EvidenceIsOver();
   void BeginSave(const std::string& why);
   bool BeginStop(const std::string& why);
+  bool WriteOff(Rank rank);
   bool EnterDown();
+  bool NextIsFree() const;
   enum class Permission { kGiven, kObserve, kVetoed, kHeld, kAsked };
   Permission MayAct();
   bool Held() const;

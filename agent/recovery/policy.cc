@@ -187,9 +187,11 @@ void Machine::OpenIncident(const Trouble& trouble) {
   incident.sentence = trouble.sentence;
   incident.confidence_permille = trouble.confidence_permille;
   h_.signature = trouble.signature;
+  incident.action = settings_.mode == Mode::kObserve ? "" : CutText(PlanText(), 256);
 }
 
 void Machine::CloseIncident(Outcome outcome) {
+  if (outcome == Outcome::kWithdrawn) h_.incident->action.clear();
   h_.incident->outcome = outcome;
   if (h_.past.size() >= History::kIncidentsMax) h_.past.erase(h_.past.begin());
   h_.past.push_back(*std::move(h_.incident));
@@ -223,7 +225,7 @@ bool Machine::Saving() {
   }
   const std::optional<Trouble> trouble = FindTrouble(settings_, h_);
   const bool sick = trouble.has_value() && !IsPlanned(trouble->cause);
-  if (!h_.end.has_value() && (sick || !trouble.has_value())) {
+  if (!h_.end.has_value() && (sick || !trouble.has_value() || Held())) {
     h_.phase = Phase::kAlive;  // the plan is void, or something worse has come
     return true;
   }
@@ -244,12 +246,8 @@ bool Machine::BeginStop(const std::string& why) {
     Blame();
   }
   for (uint32_t r = 0; r < h_.ranks.size(); ++r) {
-    const std::string& node = h_.placement.gpus[r].node;
-    if (!Contains(h_.nodes_gone, node) || h_.ranks[r].phase == RankPhase::kEnded) continue;
-    // Nobody can stop it there; the next launch fences it.
-    h_.ranks[r].phase = RankPhase::kEnded;
-    h_.ranks[r].exit = {monitor::ExitKind::kUnknown, 0};
-    h_.ranks[r].told_to_end = true;
+    // Nobody can stop it there: the next launch fences it.
+    if (Contains(h_.nodes_gone, h_.placement.gpus[r].node)) WriteOff(Rank{r});
   }
   if (AllEnded(h_)) return EnterDown();
   h_.phase = Phase::kStopping;
@@ -258,15 +256,21 @@ bool Machine::BeginStop(const std::string& why) {
   return true;
 }
 
+// False: it has ended.
+bool Machine::WriteOff(Rank rank) {
+  RankRecord& record = h_.ranks[Value(rank)];
+  if (record.phase == RankPhase::kEnded || record.phase == RankPhase::kStuck) return false;
+  record.phase = RankPhase::kStuck;
+  if (h_.stuck_ranks.size() < History::kRanksMax) {
+    h_.stuck_ranks.push_back({h_.launch, rank, h_.placement.gpus[Value(rank)]});
+  }
+  return true;
+}
+
 bool Machine::Stopping() {
   if (!AllEnded(h_) && h_.now >= h_.kill_at + settings_.kill_wait) {
     for (uint32_t r = 0; r < h_.ranks.size(); ++r) {
-      if (h_.ranks[r].phase == RankPhase::kEnded || h_.ranks[r].phase == RankPhase::kStuck)
-        continue;
-      h_.ranks[r].phase = RankPhase::kStuck;
-      if (h_.stuck_ranks.size() < History::kRanksMax) {
-        h_.stuck_ranks.push_back({h_.launch, Rank{r}, h_.placement.gpus[r]});
-      }
+      if (!WriteOff(Rank{r})) continue;
       Say(absl::StrFormat("rank %d does not die %s after KILL: %s is not used until it does", r,
                           DurationText(settings_.kill_wait),
                           Name(h_.placement.gpus[r], HomeOf(h_))));
@@ -275,6 +279,12 @@ bool Machine::Stopping() {
   if (AllEnded(h_)) return EnterDown();
   SetState(State::kStopping);
   return false;
+}
+
+bool Machine::NextIsFree() const {
+  const Incident& incident = *h_.incident;
+  return h_.next_is_free || IsPlanned(incident.cause) ||
+         IsHealthyFor(h_, settings_.healthy_after, incident.detected.value_or(h_.now));
 }
 
 bool Machine::EnterDown() {
@@ -306,15 +316,26 @@ bool Machine::EnterDown() {
 
 // ---- No rank lives.
 
+// Only what is open when the launch is over counts against what was captured meanwhile: a finding
+// that was withdrawn is no anomaly, and one that is told late is one from its onset on.
+void Machine::NoteAnomalies() {
+  for (CheckpointRecord& record : h_.checkpoints) {
+    if (record.captured_at.has_value() && IsUnderAnomaly(h_, *record.captured_at)) {
+      record.facts.under_anomaly = true;
+    }
+  }
+}
+
 bool Machine::Down() {
+  NoteAnomalies();
   if (h_.end.has_value()) return Over(h_.end->code, h_.end->why);
   if (h_.incident.has_value()) {
     // Exits are known already; what the kernel said late may explain them.
     if (const std::optional<Trouble> trouble = FindTrouble(settings_, h_);
         trouble.has_value() && trouble->cause > h_.incident->cause) {
       OpenIncident(*trouble);
-      h_.permitted = false;
-      h_.blamed = false;
+      h_.permitted = h_.blamed = h_.next_is_free = false;
+      h_.next_is_free = NextIsFree();
     }
     Incident& incident = *h_.incident;
     if (incident.cause == Cause::kUsage) {
@@ -491,7 +512,7 @@ bool Machine::Over(int32_t code, const std::string& why) {
 
 bool Machine::ActsByItself(Cause cause) const {
   if (settings_.mode != Mode::kAct) return false;
-  // All but replacing a slow GPU are rows of the default table; growing follows from `readmit`.
+  // All but replacing a slow GPU are rows of the default table.
   return cause != Cause::kSlow || settings_.slow == SlowPolicy::kReplaceAtCheckpoint;
 }
 
@@ -501,7 +522,7 @@ Machine::Permission Machine::MayAct() {
   const Incident& incident = *h_.incident;
   if (settings_.mode == Mode::kObserve) return Permission::kObserve;
   if (Held()) return Permission::kHeld;
-  if (ActsByItself(incident.cause) || incident.cause == Cause::kGrow) {
+  if (ActsByItself(incident.cause)) {
     DropProposal();
     return Permission::kGiven;
   }
@@ -559,6 +580,14 @@ std::vector<Gpu> Machine::WouldExclude() const {
 
 std::string Machine::PlanText() const {
   if (!h_.incident.has_value()) return "restart in place";
+  const Incident& incident = *h_.incident;
+  if (incident.cause == Cause::kUsage) return "end with 93: a restart cannot help";
+  if (incident.cause == Cause::kProgram && Contains(h_.signatures, h_.signature)) {
+    return "end with 93: the same again";
+  }
+  if (!NextIsFree() && h_.restarts_charged >= settings_.max_restarts) {
+    return absl::StrFormat("end with 1: all %d restarts are used up", settings_.max_restarts);
+  }
   std::vector<std::string> without;
   for (const Gpu& gpu : WouldExclude()) without.push_back(Name(gpu, HomeOf(h_)));
   if (without.empty()) {
@@ -568,9 +597,9 @@ std::string Machine::PlanText() const {
       }
     }
   }
-  const std::string at_checkpoint = IsPlanned(h_.incident->cause) ? " at the next checkpoint" : "";
-  if (h_.incident->cause == Cause::kGrow) {
-    return absl::StrCat("go on with ", h_.incident->what, at_checkpoint);
+  const std::string at_checkpoint = IsPlanned(incident.cause) ? " at the next checkpoint" : "";
+  if (incident.cause == Cause::kGrow) {
+    return absl::StrCat("go on with ", incident.what, at_checkpoint);
   }
   if (without.empty()) return absl::StrCat("restart in place", at_checkpoint);
   return absl::StrCat("restart without ", absl::StrJoin(without, ", "), at_checkpoint);

@@ -34,8 +34,8 @@ constexpr SettingsKey kKeys[] = {
     {"recovery.pause_max", "5m", "The longest such pause."},
     {"recovery.healthy_after", "15m", "An attempt that has trained for so long was healthy."},
     {"recovery.hang_timeout", "10m",
-     "A hang without a named culprit is acted on after this, where the monitor has learned no "
-     "time-out."},
+     "A hang that one source alone explains is acted on after this, where no time-out was "
+     "learned."},
     {"recovery.start_wait", "1h",
      "From the start of a job that tells its steps to the first new step of every rank."},
     {"recovery.evidence_wait", "5s", "How long evidence is waited for before ranks are stopped."},

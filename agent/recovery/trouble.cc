@@ -209,6 +209,8 @@ void FindHangs(const Settings& settings, const History& history, std::vector<Tro
     }
     Trouble trouble = TroubleOf(history, finding);
     trouble.act_at = history.now;
+    // The last sign of health is the last step, where steps are told.
+    if (history.stepped) trouble.onset = std::min(trouble.onset, history.last_progress);
     switch (finding.fault) {
       case FaultClass::kMismatch:
       case FaultClass::kDeadlock:
@@ -230,8 +232,13 @@ void FindHangs(const Settings& settings, const History& history, std::vector<Tro
         trouble.cause = named ? Cause::kHangNamed : Cause::kHang;
         trouble.blames_gpu = named && finding.fault != FaultClass::kStopped &&
                              finding.fault != FaultClass::kStarvedProxy;
-        if (!named)
+        if (named) break;
+        // Of a busy suspect, and of a hang that nothing explains, the monitor gives no verdict
+        // before the time-out that it has learned (docs/MONITOR_ANALYSIS.md).
+        const bool is_timeout = finding.busy || finding.fault == FaultClass::kUnknown;
+        if (finding.timeout.has_value() || !is_timeout) {
           trouble.act_at = finding.since + finding.timeout.value_or(settings.hang_timeout);
+        }
       }
     }
     out.push_back(std::move(trouble));
@@ -287,8 +294,8 @@ void FindTimeouts(const Settings& settings, const History& history, std::vector<
   }
 }
 
-// To leave the slow one out is worth its price: what is lost until the horizon is more than what a
-// restart was measured to cost, and with what is left the job is faster than now.
+// To leave the slow one out is worth its price: what is lost until the horizon is more than what
+// a restart was measured to cost, and with what is left the job is faster than now.
 bool ReplacingPays(const Settings& settings, const History& history, const OpenFinding& finding) {
   if (finding.slow_permille <= 1000 || !history.start_time.has_value()) return false;
   std::vector<Gpu> without;
