@@ -22,6 +22,7 @@
 #include "cli/interrupt.h"
 #include "cli/output.h"
 #include "cli/progress.h"
+#include "converter/dcp_writer.h"
 #include "converter/extent_reader.h"
 #include "converter/safetensors_writer.h"
 #include "converter/whole_tensor_reader.h"
@@ -30,7 +31,7 @@
 namespace holdfast::cli {
 namespace {
 
-constexpr std::array<std::string_view, 2> kFormats = {"holdfast", "safetensors"};
+constexpr std::array<std::string_view, 3> kFormats = {"holdfast", "safetensors", "dcp"};
 constexpr uint64_t kBlobBytesMax = uint64_t{256} << 20;
 // What a folder of Hugging Face's has besides weights, as far as it is data.
 constexpr std::array<std::string_view, 11> kCompanions = {
@@ -56,8 +57,8 @@ absl::Status CheckFormat(const Options& options) {
     if (options.format == format) return absl::OkStatus();
   }
   return absl::InvalidArgumentError(
-      absl::StrFormat("--format: expected holdfast or safetensors, found \"%s\"%s", options.format,
-                      DidYouMean(options.format, kFormats)));
+      absl::StrFormat("--format: expected holdfast, safetensors or dcp, found \"%s\"%s",
+                      options.format, DidYouMean(options.format, kFormats)));
 }
 
 // Names and contents of what stands beside the weights.
@@ -122,7 +123,9 @@ class Conversion {
                      StagedDirectory::Create(options_.out, absl::StrFormat("%016x", RandomBits()),
                                              options_.force ? StagedDirectory::Existing::kReplace
                                                             : StagedDirectory::Existing::kRefuse));
-    RETURN_IF_ERROR(options_.format == "holdfast" ? ToHoldfast() : ToSafetensors());
+    RETURN_IF_ERROR(options_.format == "holdfast" ? ToHoldfast()
+                    : options_.format == "dcp"    ? ToDcp()
+                                                  : ToSafetensors());
     if (!options_.dry_run) RETURN_IF_ERROR(staged_->Publish());
     return std::move(outcome_);
   }
@@ -168,6 +171,29 @@ class Conversion {
       RETURN_IF_ERROR(WriteSmall(file_system_, staged_->path() + "/" + name, text));
     }
     return absl::OkStatus();
+  }
+
+  // A folder that torch.distributed.checkpoint loads.
+  absl::Status ToDcp() {
+    converter::DcpWriteOptions request;
+    request.file_bytes = options_.shard_bytes;
+    request.drop_states = options_.drop;
+    request.drop_unreadable = Drops("unreadable");
+    ASSIGN_OR_RETURN(const converter::DcpPlan plan, converter::PlanDcp(source_.index, request));
+    outcome_.left_out = plan.left_out;
+    outcome_.bytes = plan.bytes;
+    for (const converter::DcpPlan::File& file : plan.files) {
+      outcome_.files.push_back({file.name, file.bytes});
+    }
+    outcome_.files.push_back({".metadata", plan.metadata.size()});
+    for (const converter::DcpPlannedItem& item : plan.items) {
+      outcome_.tensor_count += item.object ? 0 : 1;
+    }
+    RETURN_IF_ERROR(CheckRoom(file_system_, parent_, outcome_.bytes));
+    if (options_.dry_run) return absl::OkStatus();
+    return converter::WriteDcp(
+        file_system_, staged_->path(), *source_.folder, source_.index, plan,
+        [this](uint64_t done, uint64_t total) { return Advance(done, total); });
   }
 
   // Everything: all states, and what is beside them as blobs. The job has the name of the output.
@@ -306,7 +332,7 @@ void AddVerb(CLI::App& app, Invocation& invocation, const char* name, const char
   verb->add_option("out", options->out, "The directory to make")->required();
   if (!weights_only) {
     verb->add_option("--format", options->format,
-                     "holdfast (OUT is ROOT/JOB) or safetensors (a Hugging Face folder)")
+                     "holdfast (OUT is ROOT/JOB), safetensors (a Hugging Face folder) or dcp")
         ->required();
   } else {
     verb->add_option("--format", options->format, "safetensors")
