@@ -269,9 +269,13 @@ class Text(str):
 
 
 def second_reader(data):
+    """What the pickle holds, or why it is refused; None: pickletools wants ASCII in a global's name,
+    where Python's unpickler, and ours, take UTF-8."""
     try:
         return Printer().print(Machine(data).run())
     except (Refused, ValueError, IndexError, struct.error, OverflowError) as e:
+        if isinstance(e, UnicodeDecodeError) and e.encoding == "ascii":
+            return None
         return "refused %s %s" % (type(e).__name__, e)
 
 
@@ -474,6 +478,9 @@ def main():
         assert len(lines) == len(batch), (len(lines), len(batch))
         for (what, data), line in zip(batch, lines):
             expected = second_reader(data)
+            if expected is None and what == "mutation":
+                counts["mutation", "not compared"] += 1
+                continue
             refused = line.startswith("refused")
             counts["fixture" if what.startswith("/") else what, "refused" if refused else "accepted"] += 1
             # What Python wrote has to be read; of other bytes, what is read is read alike.

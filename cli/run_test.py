@@ -150,7 +150,7 @@ def undisturbed():
     return losses
 
 
-class RunTest(unittest.TestCase):
+class RunCase(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         print('seed %d' % SEED)
@@ -183,6 +183,8 @@ class RunTest(unittest.TestCase):
 
     # ---- What a rank finds, and what a person sees
 
+
+class RunTest(RunCase):
     def test_ranks_find_torchruns_environment(self):
         names = ('RANK LOCAL_RANK GROUP_RANK ROLE_RANK ROLE_NAME WORLD_SIZE LOCAL_WORLD_SIZE '
                  'GROUP_WORLD_SIZE ROLE_WORLD_SIZE MASTER_ADDR TORCHELASTIC_RESTART_COUNT '
@@ -291,25 +293,6 @@ class RunTest(unittest.TestCase):
         json.loads((kept / 'status.json').read_text())
         self.assertTrue((kept / 'rank-0.stacks').exists())
 
-    def test_deaths_of_worker_and_keeper_lose_no_step_and_no_exit(self):
-        job = Job(self.place, '--nproc-per-node', '2', '--', *tiny_lm('--device-ms', '40'))
-        killed = set()
-        while job.process.poll() is None and job.last_step(0) < STEPS - 5:
-            for role in self.random.sample([b'--worker', b'--keeper'], 2):
-                for pid, command in pids(self.place, 'holdfastd'):
-                    # The first keeper has other arguments.
-                    if role in command or (role == b'--keeper' and b'--worker' not in command):
-                        os.kill(pid, signal.SIGKILL)
-                        killed.add(role)
-                step = job.last_step(0)
-                wait_until(lambda: job.last_step(0) > step or job.process.poll() is not None,
-                           'the next step')
-        status, _, errors = job.finish()
-        self.assertEqual(status, 0, errors + job.errors_of_ranks())
-        self.assertEqual(killed, {b'--worker', b'--keeper'})
-        self.assertEqual(job.attempts(), 1, errors)
-        self.assertEqual(job.losses(), self.reference)
-
     def test_a_rank_that_ends_while_the_worker_is_dead_is_known_to_have(self):
         job = Job(self.place, '--max-restarts', '0', '--', 'sh', '-c',
                   'echo begun; read line <%s/go; exit 42' % self.place)
@@ -356,6 +339,38 @@ class RunTest(unittest.TestCase):
         job.process.kill()
         job.process.wait()
         self.assert_all_gone()
+
+
+# A death every step or two, for a whole training: a minute or more, so scripts/nightly's.
+class AgentDeathsTest(RunCase):
+    def test_deaths_of_worker_and_keeper_lose_no_step_and_no_exit(self):
+        job = Job(self.place, '--nproc-per-node', '2', '--', *tiny_lm('--device-ms', '40'))
+        killed = set()
+
+        def agent():
+            """The pids of each role, once there are both: one death at a time is what is promised."""
+            found = {b'--worker': [], b'--keeper': []}
+            for pid, command in pids(self.place, 'holdfastd'):
+                # The first keeper has other arguments.
+                found[b'--worker' if b'--worker' in command else b'--keeper'].append(pid)
+            return found if all(found.values()) else None
+
+        while job.process.poll() is None and job.last_step(0) < STEPS - 5:
+            for role in self.random.sample([b'--worker', b'--keeper'], 2):
+                there = wait_until(lambda: agent() or job.process.poll() is not None, 'the agent')
+                if job.process.poll() is not None:
+                    break
+                for pid in there[role]:
+                    os.kill(pid, signal.SIGKILL)
+                    killed.add(role)
+                step = job.last_step(0)
+                wait_until(lambda: job.last_step(0) > step or job.process.poll() is not None,
+                           'the next step')
+        status, _, errors = job.finish()
+        self.assertEqual(status, 0, errors + job.errors_of_ranks())
+        self.assertEqual(killed, {b'--worker', b'--keeper'})
+        self.assertEqual(job.attempts(), 1, errors)
+        self.assertEqual(job.losses(), self.reference)
 
 
 if __name__ == '__main__':

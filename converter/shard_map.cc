@@ -102,7 +102,7 @@ AffinePiece Unfolded(AffinePiece piece, const Shape& logical_shape, const Shape&
           piece.shape[p] % row != 0 || piece.source_offset / strides[d] % row != 0) {
         continue;
       }
-      const auto split = [p, row](Shape& values, uint64_t outer, uint64_t inner) {
+      const auto split = [p](Shape& values, uint64_t outer, uint64_t inner) {
         values[p] = inner;
         values.insert(values.begin() + static_cast<ptrdiff_t>(p), outer);
       };

@@ -64,9 +64,10 @@ struct Hdf5ViewPlan {
 };
 
 // What a reader finds where a source is missing: NaN in all floating-point types (0x7f in
-// float8_e4m3fn, 0x80 in the fnuz types, 0xff in all that HDF5 has as opaque besides), the least value of signed integers, the greatest of unsigned ones, TRUE.
-// The same plan gives the same bytes.
-// Errors: kResourceExhausted (more than bytes_max), kInternal (libhdf5, with its error text).
+// float8_e4m3fn, 0x80 in the fnuz types, 0xff in all that HDF5 has as opaque besides), the least
+// value of signed integers, the greatest of unsigned ones, TRUE. The same plan gives the same
+// bytes. Errors: kResourceExhausted (more than bytes_max), kInternal (libhdf5, with its error
+// text).
 absl::StatusOr<std::vector<std::byte>> BuildHdf5View(const Hdf5ViewPlan& plan);
 
 }  // namespace holdfast
