@@ -231,7 +231,7 @@ class MetadataParser {
       return Broken(absl::StrFormat("%s: expected chunks of %d dimensions, found %d and %d",
                                     tensor.key, dims, offsets, sizes));
     }
-    const uint64_t* const numbers = &metadata_.numbers[chunk.offsets];
+    const uint64_t* const numbers = metadata_.numbers.data() + chunk.offsets;
     for (size_t d = 0; d < dims; ++d) {
       if (numbers[d] > tensor.shape[d] || numbers[dims + d] > tensor.shape[d] - numbers[d]) {
         return Broken(absl::StrFormat(
