@@ -45,10 +45,8 @@ inline constexpr size_t kTorchDimsMax = 64;
 
 struct TorchStorage {
   std::string key;
-  std::string location;  // "cpu", "cuda:3", "meta"; as it stands in the file
-  // Where the bytes are, in the source; nothing is there for "meta".
-  bool stored = false;
-  uint64_t offset = 0;
+  std::string location;  // "cpu", "cuda:3"; as it stands in the file
+  uint64_t offset = 0;   // of its bytes, in the source
   uint64_t bytes = 0;
   uint32_t crc32 = 0;  // of a zip; 0: perhaps not computed
   // False: the record exists, but torch.serialization.skip_data wrote none of its bytes.
