@@ -18,22 +18,6 @@ using testing::HasSubstr;
 using testing::IsEmpty;
 using testing::SizeIs;
 
-std::vector<uint32_t> Indices(const Placement& placement) {
-  std::vector<uint32_t> indices;
-  for (const Gpu& gpu : placement.gpus) indices.push_back(gpu.index);
-  return indices;
-}
-
-TestJob Training(Settings settings = {}, uint32_t ranks = 4, uint32_t gpus = 4) {
-  TestJob job(std::move(settings));
-  job.Begin(ranks, gpus);
-  job.ComeUp(1);
-  job.Train(100, absl::Minutes(1));
-  job.Commit(100);
-  job.Train(150, absl::Seconds(30));
-  return job;
-}
-
 struct Fault {
   const char* name;
   std::function<std::vector<Action>(TestJob&)> happen;

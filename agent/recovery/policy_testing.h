@@ -8,6 +8,8 @@
 #ifndef HOLDFAST_AGENT_RECOVERY_POLICY_TESTING_H_
 #define HOLDFAST_AGENT_RECOVERY_POLICY_TESTING_H_
 
+#include <gtest/gtest.h>
+
 #include <cstdint>
 #include <map>
 #include <optional>
@@ -155,6 +157,24 @@ inline std::string Text(const std::vector<Action>& actions) {
   return absl::StrJoin(actions, "\n", [](std::string* out, const Action& action) {
     absl::StrAppend(out, Describe(action));
   });
+}
+
+inline std::vector<uint32_t> Indices(const Placement& placement) {
+  std::vector<uint32_t> indices;
+  for (const Gpu& gpu : placement.gpus) indices.push_back(gpu.index);
+  return indices;
+}
+
+// A job that trains, with a checkpoint of step 100 and at step 150.
+inline TestJob Training(Settings settings = {}, uint32_t ranks = 4, uint32_t gpus = 4) {
+  TestJob job(std::move(settings));
+  job.Begin(ranks, gpus);
+  job.ComeUp(1);
+  job.Train(100, absl::Minutes(1));
+  job.Commit(100);
+  job.Train(150, absl::Seconds(30));
+  EXPECT_EQ(job.state(), State::kRunning);
+  return job;
 }
 
 // A verdict with two sources, unless it is told otherwise.
