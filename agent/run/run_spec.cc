@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdio>
+#include <cstring>
 #include <fstream>
 #include <memory>
 #include <optional>
@@ -20,7 +21,7 @@
 #include "base/status_macros.h"
 #include "hook/abi/messages.h"
 #include "io/errno_status.h"
-#include "io/unique_fd.h"
+#include "io/tcp.h"
 
 namespace holdfast {
 namespace {
@@ -120,21 +121,6 @@ uint32_t PortEnd() {
   std::ifstream file("/proc/sys/net/ipv4/ip_local_port_range");
   uint32_t first = 0;
   return file >> first && first > kPortMin + 1000 ? std::min(first, 65'536U) : 32'768U;
-}
-
-bool CanListen(const addrinfo& place, uint32_t port) {
-  const UniqueFd probe(socket(place.ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0));
-  const int on = 1;
-  sockaddr_storage address{};
-  std::copy_n(reinterpret_cast<const char*>(place.ai_addr), place.ai_addrlen,
-              reinterpret_cast<char*>(&address));
-  const uint16_t network_port = static_cast<uint16_t>((port >> 8) | ((port & 0xff) << 8));
-  // At the same place in both families: sockaddr_in, sockaddr_in6.
-  reinterpret_cast<sockaddr*>(&address)->sa_data[0] = static_cast<char>(network_port & 0xff);
-  reinterpret_cast<sockaddr*>(&address)->sa_data[1] = static_cast<char>(network_port >> 8);
-  return probe && setsockopt(probe.get(), SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on)) == 0 &&
-         bind(probe.get(), reinterpret_cast<const sockaddr*>(&address), place.ai_addrlen) == 0 &&
-         listen(probe.get(), 1) == 0;
 }
 
 }  // namespace
@@ -312,11 +298,14 @@ absl::StatusOr<uint32_t> FindPort(const std::string& address) {
     return absl::InternalError("getaddrinfo refuses 0.0.0.0");
   }
   const std::unique_ptr<addrinfo, decltype(&freeaddrinfo)> places(found, &freeaddrinfo);
+  sockaddr_storage address_found{};
+  std::memcpy(&address_found, found->ai_addr, found->ai_addrlen);
+  const Endpoint place(address_found);
   const uint32_t end = PortEnd();
   constexpr int kTries = 200;
   for (int i = 0; i < kTries; ++i) {
     const uint32_t port = kPortMin + static_cast<uint32_t>(RandomBits() % (end - kPortMin));
-    if (CanListen(*places, port)) return port;
+    if (ListenTcp(place.WithPort(static_cast<uint16_t>(port)), 1).ok()) return port;
   }
   return absl::ResourceExhaustedError(absl::StrFormat("no free port of %s among %d from %d to %d",
                                                       address, kTries, kPortMin, end - 1));
