@@ -15,7 +15,7 @@ struct Thresholds {
   // --- Standing still. All on the clock of the rank that stands.
   // A suspicion costs nothing, so it may come early: within 5 s of the onset at the 90th
   // percentile.
-  absl::Duration hang_suspicion = absl::Seconds(3);
+  absl::Duration hang_suspicion = absl::Milliseconds(2500);
   // Within 10 s where two witnesses agree (its peers wait for it; its own process or board says
   // why).
   absl::Duration hang_verdict = absl::Milliseconds(6500);
