@@ -36,7 +36,7 @@ namespace holdfast {
 namespace {
 
 // Somebody has started a private agent because he needs it: that first client gets so long to
-// connect, however short the linger time is.
+// connect, however short the linger time is, and however many workers died before he was told.
 constexpr absl::Duration kFirstClientGrace = absl::Seconds(10);
 // How often a draining worker looks whether it is done.
 constexpr absl::Duration kDrainLook = absl::Milliseconds(20);
@@ -120,10 +120,7 @@ void Worker::TakeOver() {
   }
   DropWorld();
   const std::string why(built.message());
-  // A new keeper counts from 0 again, so the count alone says nothing. Whoever has started the
-  // agent waits (kReadyName) until somebody is served.
-  const bool is_first = restart_count_ == 0 || keeper_->Find(kReadyName) >= 0;
-  if (!keeper_->holds_engine_descriptors() && (is_first || config_.is_private)) {
+  if (!keeper_->holds_engine_descriptors() && (IsFirst() || config_.is_private)) {
     End(1, absl::StrCat("cannot start: ", why));
     return;
   }
@@ -318,8 +315,9 @@ void Worker::Recovered() {
   if (draining_) run_service_->Terminate();
   server_->Start();
   idle_since_ = clock_.Elapsed();
-  if (restart_count_ == 0)
+  if (IsFirst()) {
     idle_since_ += std::max(kFirstClientGrace - config_.linger, absl::ZeroDuration());
+  }
   LogInfo(absl::StrFormat("serving %s on %s (start %d; %d sessions taken over); %s; %s; %s",
                           config_.root, config_.socket, restart_count_ + 1,
                           engine_->sessions().size(), ring_->Describe(), mount_.Describe(),
@@ -431,6 +429,10 @@ void Worker::End(int exit_code, const std::string& why) {
   keeper_->Finish(exit_code);
   loop_->Stop();
 }
+
+// Whoever has started the agent waits (kReadyName) until somebody is served, by this worker or, where
+// workers died, by a later one.
+bool Worker::IsFirst() const { return restart_count_ == 0 || keeper_->Find(kReadyName) >= 0; }
 
 void Worker::TellStarter(const std::string& text) {
   const int ready = keeper_->Find(kReadyName);

@@ -67,6 +67,7 @@ class Worker {
   // Ends the agent with 0, or kExitSavesLost if anything that it holds is lost by that.
   void EndServing(const std::string& why);
   void End(int exit_code, const std::string& why);
+  bool IsFirst() const;  // whether nobody was served yet
   void TellStarter(const std::string& text);
   std::string StatusText() const;
   std::string ImagesText() const;
