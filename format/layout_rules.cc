@@ -116,7 +116,7 @@ class Resizer {
     if (change.size == 0) return RefuseTo(change.column, "expected a size of at least 1");
     if (!change.mesh.empty()) return ResizeInMesh(change);
     Json* axis = FindAxis(document_["mesh"], change.axis);
-    if (axis == nullptr) return UnknownAxis(change, AxisNames(document_["mesh"]));
+    if (axis == nullptr) return UnknownAxisOfAnyMesh(change);
     Resize(*axis, "", change);
     if (!document_.contains("meshes")) return absl::OkStatus();
     for (auto& [name, mesh] : document_["meshes"].items()) {
@@ -151,8 +151,8 @@ class Resizer {
   }
 
  private:
-  static absl::Status UnknownAxis(const Change& change,
-                                  const std::vector<std::string_view>& names) {
+  static absl::Status UnknownAxis(const Change& change, const std::vector<std::string_view>& names,
+                                  const std::string& suggestion) {
     std::string known;
     for (std::string_view name : names) {
       absl::StrAppend(&known, known.empty() ? "" : ", ", std::string(name));
@@ -162,8 +162,27 @@ class Resizer {
         absl::StrFormat(
             "unknown axis \"%s\"%s; the checkpoint's layout has: %s. Another axis needs "
             "a layout file (--layout)",
-            change.axis.substr(0, 200), DidYouMean(change.axis, names),
-            known.empty() ? "none" : known));
+            change.axis.substr(0, 200), suggestion, known.empty() ? "none" : known));
+  }
+
+  // Names what could have been meant: of a further mesh that has such an axis, MESH.AXIS.
+  absl::Status UnknownAxisOfAnyMesh(const Change& change) const {
+    const std::vector<std::string_view> own = AxisNames(document_["mesh"]);
+    std::vector<std::string> of_meshes;
+    std::string suggestion;
+    if (document_.contains("meshes")) {
+      for (const auto& [mesh, axes] : document_["meshes"].items()) {
+        for (const std::string_view axis : AxisNames(axes)) {
+          of_meshes.push_back(absl::StrCat(mesh, ".", std::string(axis)));
+          if (axis != change.axis || !suggestion.empty()) continue;
+          suggestion = absl::StrCat("; did you mean \"", of_meshes.back(), "\"?");
+        }
+      }
+    }
+    if (suggestion.empty()) suggestion = DidYouMean(change.axis, own);
+    std::vector<std::string_view> all = own;
+    all.insert(all.end(), of_meshes.begin(), of_meshes.end());
+    return UnknownAxis(change, all, suggestion);
   }
 
   absl::Status SetStage(const Change& change) {
@@ -192,7 +211,10 @@ class Resizer {
     }
     Json& mesh = document_["meshes"][change.mesh];
     Json* axis = FindAxis(mesh, change.axis);
-    if (axis == nullptr) return UnknownAxis(change, AxisNames(mesh));
+    if (axis == nullptr) {
+      const std::vector<std::string_view> axes = AxisNames(mesh);
+      return UnknownAxis(change, axes, DidYouMean(change.axis, axes));
+    }
     Resize(*axis, change.mesh, change);
     return absl::OkStatus();
   }
@@ -325,7 +347,10 @@ absl::StatusOr<std::string> Checked(const Json& document, const std::string& wha
 absl::StatusOr<std::string> ResizeLayout(const std::string& document, const std::string& to) {
   // Bounds what the lenient reader below is given, and proves all types.
   RETURN_IF_ERROR(Layout::Parse(document).status());
-  ASSIGN_OR_RETURN(const std::vector<Change> changes, ParseTo(to));
+  ASSIGN_OR_RETURN(std::vector<Change> changes, ParseTo(to));
+  // What a further mesh is given goes before what it follows, in whatever order they are named.
+  std::stable_partition(changes.begin(), changes.end(),
+                        [](const Change& change) { return change.mesh.empty(); });
   ASSIGN_OR_RETURN(Json json, ToJson(document, "layout"));
   Resizer resizer(json);
   for (const Change& change : changes) RETURN_IF_ERROR(resizer.Apply(change));

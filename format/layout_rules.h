@@ -16,7 +16,7 @@ namespace holdfast {
 
 // `to` is AXIS=SIZE,..., of axes that the document's own mesh names (and those of the same name in
 // its further meshes), MESH.AXIS=SIZE of one further mesh alone, and zero=STAGE, which replaces the
-// stage of the document's zero rule. What is not named stays as it is.
+// stage of the document's zero rule. In any order. What is not named stays as it is.
 //
 // Errors: kInvalidArgument with the column in `to`, what was expected and found, or with what of
 // the document does not fit the new sizes: coordinates that are listed one by one, sizes, ranks.

@@ -61,6 +61,9 @@ TEST(ResizeLayout, NamesAxesOfTheDocumentAndTheStage) {
       {"pp=3,dp=1,tp=2", Document(mesh(3, 1, 2), experts(3, 2), 1)},
       {"experts.pp=1,experts.ep=4", Document(kMesh, experts(1, 4), 1)},
       {"tp=1", document},
+      // A mesh that is given its own size does not follow, wherever that stands.
+      {"pp=1,experts.pp=2,dp=4,experts.ep=2", Document(mesh(1, 4, 1), experts(2, 2), 1)},
+      {"experts.pp=2,experts.ep=2,pp=1,dp=4", Document(mesh(1, 4, 1), experts(2, 2), 1)},
   };
   for (const auto& [to, expected] : cases) {
     const auto resized = ResizeLayout(document, to);
@@ -81,8 +84,8 @@ TEST(ResizeLayout, RefusesByColumnAndWords) {
       {"tp=2,tp=4", "column 6: \"tp\" is there twice"},
       {"dp=2,tq=2",
        "column 6: unknown axis \"tq\"; did you mean \"tp\"?; the checkpoint's layout has: pp, dp, "
-       "tp. Another axis needs a layout file"},
-      {"ep=2", "unknown axis \"ep\""},
+       "tp, experts.pp, experts.ep. Another axis needs a layout file"},
+      {"ep=2", "unknown axis \"ep\"; did you mean \"experts.ep\"?"},
       {"expert.ep=2", "unknown mesh \"expert\"; did you mean \"experts\"?"},
       {"experts.tp=2",
        "unknown axis \"tp\"; did you mean \"pp\"?; the checkpoint's layout has: pp"},
