@@ -48,6 +48,7 @@ struct Options {
 struct Subject {
   std::unique_ptr<const Layout> layout;
   std::string text;              // where it comes from
+  uint32_t ranks_checked = 0;    // of a document: which could register it
   const Index* index = nullptr;  // null: not of a checkpoint
 };
 
@@ -87,6 +88,9 @@ absl::StatusOr<Subjects> FromFile(Invocation& invocation, const std::string& pat
   absl::StatusOr<std::unique_ptr<const Layout>> layout = Layout::Parse(std::move(text));
   if (!layout.ok()) return Prefixed(layout.status(), options.path);
   subject.layout = *std::move(layout);
+  const absl::StatusOr<uint32_t> checked = CheckRanks(*subject.layout);
+  if (!checked.ok()) return Prefixed(checked.status(), options.path);
+  subject.ranks_checked = *checked;
   subjects.all.push_back(std::move(subject));
   return subjects;
 }
@@ -212,6 +216,10 @@ void PrintSummary(const Subject& subject, const LayoutSummary& summary) {
                 RangeText(alike.stored_bytes_min, alike.stored_bytes_max).c_str(), each);
   }
   PrintRest(kTextRowsMax, summary.alike.size());
+  if (subject.index == nullptr && subject.ranks_checked < layout.world_size()) {
+    std::printf("  buffers of %u of the %u ranks were checked: all of them would take too long\n",
+                subject.ranks_checked, layout.world_size());
+  }
 }
 
 Json ToJson(const Subject& subject, const LayoutSummary& summary) {
@@ -226,6 +234,7 @@ Json ToJson(const Subject& subject, const LayoutSummary& summary) {
                {"sharing", Json::array()},
                {"rank_group_count", summary.groups.size()},
                {"rank_groups", Json::array()}};
+  if (subject.index == nullptr) json["ranks_checked"] = subject.ranks_checked;
   for (const MeshAxis& axis : layout.mesh()) {
     json["mesh"].push_back({{"axis", axis.name}, {"size", axis.size}});
   }

@@ -208,6 +208,16 @@ class LayoutExplainTest(unittest.TestCase):
             self.assertIn("bad.json: ", error)
             self.assertIn(part, error)
 
+    def test_a_document_that_a_rank_could_not_register_is_refused(self):
+        document = hybrid()
+        self.assertEqual(self.json(self.document(document))["ranks_checked"], 8)
+        for tensor, offset in zip(document["tensors"][:2], (0, 100)):
+            tensor["states"][0].update(buffer="parameters", offset_bytes=offset)
+        for flags in ((), ("--json",), ("--tensor", "norm")):
+            code, out, error = run(self.document(document), *flags)
+            self.assertEqual((code, out), (2, ""))
+            self.assertIn('layout.json: rank 0: buffer "parameters": tensor "up"', error)
+
     def test_what_is_not_there_or_damaged_is_told_apart(self):
         self.assertEqual(run(self.place / "nothing")[0], 5)
         shutil.copytree(GOLDEN, self.place / "root")

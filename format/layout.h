@@ -83,7 +83,7 @@ struct LayoutProgram;  // format/layout_program.h: the parsed document
 class Layout {
  public:
   // Errors: kInvalidArgument with the JSON path, tensor, expected and found: everything that
-  // docs/layout-grammar.md refuses, for all ranks.
+  // docs/layout-grammar.md refuses, for all ranks, but for what ForRank says of a rank's buffers.
   static absl::StatusOr<std::unique_ptr<const Layout>> Parse(std::string json);
   ~Layout();
   Layout(const Layout&) = delete;

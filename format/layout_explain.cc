@@ -193,6 +193,18 @@ LayoutSummary Summarize(const Layout& layout, std::span<const uint64_t> stored_b
   return summary;
 }
 
+absl::StatusOr<uint32_t> CheckRanks(const Layout& layout, uint64_t rank_states_max) {
+  const uint64_t world_size = layout.world_size();
+  const uint64_t ranks_max =
+      std::max<uint64_t>(1, rank_states_max / std::max<size_t>(1, layout.tensor_states().size()));
+  const uint64_t step = (world_size + ranks_max - 1) / ranks_max;
+  uint32_t asked = 0;
+  for (uint64_t rank = 0; rank < world_size; rank += step, ++asked) {
+    RETURN_IF_ERROR(layout.ForRank(Rank{static_cast<uint32_t>(rank)}).status());
+  }
+  return asked;
+}
+
 absl::StatusOr<TensorsExplained> ExplainTensors(const Layout& layout,
                                                 std::span<const uint32_t> tensor_states,
                                                 Writers writers, uint64_t rank_states_max) {

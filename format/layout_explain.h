@@ -22,6 +22,8 @@ namespace holdfast {
 // ExplainTensors asks ranks, in their order, as long as ranks times tensor states of the layout are
 // at most this: up to twenty seconds of one core. The first rank is always asked.
 inline constexpr uint64_t kExplainedRankStatesMax = 20'000'000;
+// CheckRanks asks so many ranks times tensor states, or the first rank alone: up to two seconds.
+inline constexpr uint64_t kCheckedRankStatesMax = 4'000'000;
 // A name that is not there is compared with at most so many.
 inline constexpr size_t kComparedNamesMax = 100'000;
 
@@ -73,6 +75,12 @@ struct LayoutSummary {
 
 // `stored_bytes`: of each rank (CHECKed size).
 LayoutSummary Summarize(const Layout& layout, std::span<const uint64_t> stored_bytes);
+
+// Whether ranks could register the layout. Every rank is asked; where ranks times tensor states of
+// the layout are more than rank_states_max, as few as are not, at even distances from rank 0 on.
+// Returns how many were asked. Errors: those of Layout::ForRank, of the first that has one.
+absl::StatusOr<uint32_t> CheckRanks(const Layout& layout,
+                                    uint64_t rank_states_max = kCheckedRankStatesMax);
 
 // Where ranks have a piece: all of these at the same place of their buffers of this name.
 struct HeldPlace {

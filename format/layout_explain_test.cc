@@ -343,6 +343,29 @@ TEST(LayoutExplain, AsManyRanksAreAskedAsTheLimitHasRoomForAndAlwaysOne) {
   }
 }
 
+TEST(LayoutExplain, ALayoutThatOneRankCannotRegisterIsRefusedIfThatRankIsAsked) {
+  // Two tensors share bytes of a buffer on the last of eight ranks.
+  const auto layout = Layout::Parse(R"({
+      "holdfast_layout": 1, "mesh": [{"axis": "x", "size": 8}],
+      "tensors": [{"name": "a", "shape": [4], "states": [
+          {"state": "param", "dtype": "float32", "buffer": "b"}]},
+        {"name": "b", "shape": [4], "states": [
+          {"state": "param", "dtype": "float32", "buffer": "b", "offset_bytes": 8,
+           "place": [{"op": "place", "axis": "x", "coordinates": [-1]}]}]}]})");
+  ASSERT_TRUE(layout.ok()) << layout.status();
+  for (const uint64_t limit : {kCheckedRankStatesMax, uint64_t{16}}) {
+    const auto checked = CheckRanks(**layout, limit);
+    EXPECT_EQ(checked.status().code(), absl::StatusCode::kInvalidArgument) << limit;
+    EXPECT_THAT(std::string(checked.status().message()), HasSubstr("rank 7: buffer \"b\""));
+  }
+  for (const auto& [limit, ranks] : std::vector<std::pair<uint64_t, uint32_t>>{
+           {15, 4}, {14, 4}, {8, 4}, {6, 3}, {4, 2}, {3, 1}, {2, 1}, {0, 1}}) {
+    const auto checked = CheckRanks(**layout, limit);
+    ASSERT_TRUE(checked.ok()) << checked.status();
+    EXPECT_EQ(*checked, ranks) << limit;
+  }
+}
+
 TEST(LayoutExplain, TensorsAreSelectedByNameThenByPattern) {
   const auto states = Named({"h.0.w", "h.1.w", "h.1.b", "h.*", "x{"});
   EXPECT_THAT(*SelectTensors(states, "h.1.w"), ElementsAre(2, 3));
