@@ -154,9 +154,9 @@ class Checkpointer:
                 timeout: Optional[float] = RESTORE_SECONDS) -> Optional[Resumed]:
         """Fills the arrays from the newest committed checkpoint, or, in a job that has none, from
         that of `restore_from`. None: there is none, the arrays are untouched. Any other failure
-        raises, and the arrays' contents are unspecified. Once, before the first save, and on every
-        rank. tensors, states: patterns of what to fill, as in `Job.restore`; what they leave out
-        stays as it is. timeout: seconds."""
+        raises, and the arrays' contents are unspecified; it may be tried again. Before the first
+        save, and on every rank. tensors, states: patterns of what to fill, as in `Job.restore`; what
+        they leave out stays as it is. timeout: seconds."""
         if self._registered is not None:
             raise FailedPrecondition("restore comes before the first save, and once")
         # Asks first whether there is a checkpoint, and for its blobs: prepare() needs the catalog
@@ -172,7 +172,11 @@ class Checkpointer:
             self._prepare(self._restored_catalog())
         arrays = self._collect()
         self._register(arrays, on_all_ranks=True)
-        restored = self.job.restore(tensors=tensors, states=states, timeout=timeout)
+        try:
+            restored = self.job.restore(tensors=tensors, states=states, timeout=timeout)
+        except Error:
+            self._registered = None
+            raise
         state = self._restored_value(STATE_BLOB, None)
         rank_state = None
         if restored.world_size == self._world_size:

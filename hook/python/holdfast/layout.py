@@ -26,8 +26,9 @@ def replicated(arrays: Mapping[str, Memory], world_size: int,
 
     arrays: by buffer name, "<state>/<tensor>". States in rank_0_states lie on rank 0 alone.
 
-    All states of a tensor have one shape in the grammar: a state of another shape than the tensor's
-    first one (Adam's `step` of a matrix) becomes a tensor of its own, named "<tensor>.<state>".
+    A state of another shape than the tensor's first one (Adam's `step` of a matrix) becomes a tensor
+    of its own, named "<tensor>.<state>". (The grammar could say its shape; checkpoints that are there
+    have the name.)
     """
     tensors: Dict[str, Dict[str, Any]] = {}
     apart: Dict[str, Dict[str, Any]] = {}

@@ -3,12 +3,12 @@
 Neither torch nor numpy is imported; objects are recognised by what they offer, in this order:
   1. `data_ptr()`, `dtype`, `shape`, `is_contiguous()`: torch tensors and their like, also on a CUDA
      device,
-  2. `__array_interface__`: numpy arrays (also with ml_dtypes' bfloat16 and float8),
+  2. `__array_interface__`: numpy arrays (also with ml_dtypes' bfloat16 and float8s),
   3. the buffer protocol: bytearray, array.array, mmap, memoryview,
   4. DLPack (`__dlpack__`) in host memory.
 What is taken must be contiguous, row-major, writable (restore writes there), native in byte order,
-and, but for torch tensors on CUDA devices, host memory. Nothing is copied, ever: an array that would need a copy is refused by name, because
-a copy would be saved once and never change again.
+and, but for torch tensors on CUDA devices, host memory. Nothing is copied, ever: an array that would
+need a copy is refused by name, because a copy would be saved once and never change again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from .errors import InvalidArgument
 DTYPES = {
     "bool": 1, "uint8": 1, "int8": 1, "uint16": 2, "int16": 2, "uint32": 4, "int32": 4, "uint64": 8,
     "int64": 8, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "float8_e4m3fn": 1,
-    "float8_e5m2": 1,
+    "float8_e5m2": 1, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1, "float8_e8m0fnu": 1,
+    "float4_e2m1fn_x2": 1, "complex32": 4, "complex64": 8, "complex128": 16, "bits8": 1, "bits16": 2,
+    "bits1x8": 1, "bits2x4": 1, "bits4x2": 1,
 }
 
 DLPACK_CPU = 1
@@ -151,7 +153,7 @@ def _of_array_interface(array: Any, what: str) -> Memory:
         dtype = getattr(getattr(array, "dtype", None), "name", typestr)
     else:
         dtype = {"b": "bool", "i": f"int{8 * size}", "u": f"uint{8 * size}",
-                 "f": f"float{8 * size}"}.get(kind, typestr)
+                 "f": f"float{8 * size}", "c": f"complex{8 * size}"}.get(kind, typestr)
     if DTYPES.get(dtype, size) != size:
         raise _refuse(what, f"{DTYPES[dtype]} bytes per {dtype}", f"dtype {typestr}")
     if interface.get("data") is None:
@@ -214,7 +216,7 @@ class _DLTensor(ctypes.Structure):
         ("strides", ctypes.POINTER(ctypes.c_int64)), ("byte_offset", ctypes.c_uint64)]
 
 
-_DLPACK_KINDS = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 6: "bool"}
+_DLPACK_KINDS = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
 
 
 def _of_dlpack(value: Any, what: str) -> Memory:

@@ -156,6 +156,22 @@ class CheckpointerTest(unittest.TestCase):
             self.assertIn('"v"', str(caught.exception))
             checkpointer.close()
 
+    def test_a_restore_that_failed_can_be_tried_again_and_one_that_did_not_cannot(self):
+        w = numpy.arange(10).astype(numpy.complex64) * 1j
+        with self.open({"param/w": w}) as checkpointer:
+            checkpointer.commit(1)
+        w2, head = numpy.zeros(10, numpy.complex64), numpy.full(3, 7.0)
+        with self.open({"param/w": w2, "param/head": head}) as checkpointer:
+            for patterns in (["v"], ["w{"], ()):  # nothing, no pattern, what is not there
+                with self.assertRaises((holdfast.InvalidArgument, holdfast.FailedPrecondition)):
+                    checkpointer.restore(tensors=patterns)
+            resumed = checkpointer.restore(tensors=["w"])
+            self.assertEqual((resumed.step, resumed.tensor_states_left_out), (1, 1))
+            self.assertEqual((w2.tolist(), head.tolist()), (w.tolist(), [7.0] * 3))
+            with self.assertRaises(holdfast.FailedPrecondition):
+                checkpointer.restore(tensors=["w"])
+            checkpointer.commit(2)
+
     def test_a_failed_save_is_logged_and_training_goes_on(self):
         w = numpy.zeros(5)
         checkpointer = self.open({"param/w": w}, state_bytes_max=10)

@@ -115,7 +115,7 @@ def bits(value):
 class TorchMemoryTest(unittest.TestCase):
     def test_tensors_of_every_dtype(self):
         for name, size in DTYPES.items():
-            tensor = torch.zeros(3, 2, dtype=getattr(torch, name))
+            tensor = torch.zeros(3, 2 * size, dtype=torch.uint8).view(getattr(torch, name))
             memory = memory_of(tensor)
             self.assertEqual((memory.address, memory.bytes, memory.dtype, memory.shape),
                              (tensor.data_ptr(), 6 * size, name, (3, 2)))
@@ -130,7 +130,7 @@ class TorchMemoryTest(unittest.TestCase):
                 (torch.zeros(1, 2, 3, 3).to(memory_format=torch.channels_last), "contiguous"),
                 (torch.zeros(3).expand(2, 3), "contiguous"),
                 (torch.zeros(3, device="meta"), "meta"), (torch.zeros(3).to_sparse(), "sparse"),
-                (torch.zeros(3, dtype=torch.complex64), "complex64"),
+                (torch.zeros(3, dtype=torch.complex64).conj(), "is_conj"),
                 (torch.zeros(3, dtype=torch.complex64).conj().imag, "is_neg")):
             with self.subTest(expected=expected), self.assertRaises(InvalidArgument) as caught:
                 memory_of(tensor, "array 'param/w'")
@@ -256,8 +256,7 @@ class TorchCheckpointerTest(unittest.TestCase):
         for make, expected in (
                 (lambda: self.open(model, torch.optim.SGD(other.parameters())), "param_groups[0]"),
                 (lambda: self.open(nn.Sequential(model, sharded)), "layout document"),
-                (lambda: self.open(nn.Linear(2, 2, device="meta")).save(1), "'param/weight'"),
-                (lambda: self.open(nn.Linear(2, 2, dtype=torch.complex64)).save(1), "complex64")):
+                (lambda: self.open(nn.Linear(2, 2, device="meta")).save(1), "'param/weight'")):
             with self.subTest(expected=expected), self.assertRaises(InvalidArgument) as caught:
                 make()
             self.assertIn(expected, str(caught.exception))
