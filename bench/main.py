@@ -32,6 +32,7 @@ BENCHMARKS = {
     "reshard": ("reshard", "rows"),
     "profiler": ("profiler", "rows"),
     "profiler_job": ("profiler", "job"),
+    "idle": ("idle", "rows"),
     "side_by_side": ("side_by_side", "rows"),
 }
 
