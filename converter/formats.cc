@@ -9,6 +9,7 @@
 #include "converter/format_reader.h"
 #include "converter/fsdp_reader.h"
 #include "converter/hf.h"
+#include "converter/megatron_reader.h"
 #include "converter/safetensors.h"
 #include "converter/torch_reader.h"
 
@@ -18,6 +19,7 @@ namespace {
 constexpr FormatReader kReaders[] = {
     {"ucp", RecognizesUniversal, ReadUniversal},
     {"deepspeed", RecognizesDeepSpeed, ReadDeepSpeed},
+    {"megatron", RecognizesMegatron, ReadMegatron},
     {"dcp", RecognizesDcp, ReadDcp},
     {"fsdp", RecognizesFsdp, ReadFsdp},
     {"hf", RecognizesHf, ReadHf},
