@@ -238,7 +238,8 @@ class ForeignTest(unittest.TestCase):
             stream.write(struct.pack("<Q", len(header)) + header)
             stream.truncate(8 + len(header) + size)
         with subprocess.Popen([HOLDFAST, "export", file, self.path / "out"], stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, text=True) as child:
+                              stderr=subprocess.PIPE, text=True,
+                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as child:
             staged = None
             while staged is None or not any(staged.iterdir()):  # until it writes
                 self.assertIsNone(child.poll())

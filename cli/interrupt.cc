@@ -21,7 +21,10 @@ InterruptFlag::InterruptFlag() {
   struct sigaction action {};
   action.sa_handler = Handle;
   action.sa_flags = static_cast<int>(SA_RESETHAND);
-  for (size_t i = 0; i < 3; ++i) sigaction(kSignals[i], &action, &before_[i]);
+  for (size_t i = 0; i < 3; ++i) {
+    sigaction(kSignals[i], nullptr, &before_[i]);
+    if (before_[i].sa_handler != SIG_IGN) sigaction(kSignals[i], &action, nullptr);
+  }
 }
 
 InterruptFlag::~InterruptFlag() {

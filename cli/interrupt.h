@@ -7,7 +7,8 @@
 
 namespace holdfast::cli {
 
-// While it lives, SIGINT, SIGTERM and SIGHUP set a flag. One at a time. Threads: requested() any.
+// While it lives, SIGINT, SIGTERM and SIGHUP set a flag; those that were ignored stay so (nohup, a
+// script's background process). One at a time. Threads: requested() any.
 class InterruptFlag {
  public:
   InterruptFlag();
