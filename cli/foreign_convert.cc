@@ -22,6 +22,7 @@
 #include "cli/interrupt.h"
 #include "cli/output.h"
 #include "cli/progress.h"
+#include "cli/size_value.h"
 #include "converter/dcp_writer.h"
 #include "converter/extent_reader.h"
 #include "converter/safetensors_writer.h"
@@ -342,7 +343,7 @@ void AddVerb(CLI::App& app, Invocation& invocation, const char* name, const char
   verb->add_option("--drop", options->drop,
                    "Leave out: a state (exp_avg), '*' for all that are no weights, unreadable");
   verb->add_option("--shard-bytes", options->shard_bytes, "Tensors of one file, at most")
-      ->transform(CLI::AsSizeValue(true))
+      ->transform(SizeValue(SizeValue::Units::kDecimal))
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   verb->add_flag("--force", options->force, "Replace the directory if it is there");

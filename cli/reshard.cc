@@ -13,15 +13,18 @@
 #include <system_error>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "base/clock.h"
 #include "base/random_bits.h"
 #include "base/status_macros.h"
 #include "checkpoint/verify.h"
+#include "cli/interrupt.h"
 #include "cli/output.h"
 #include "cli/process.h"
 #include "cli/progress.h"
+#include "cli/size_value.h"
 #include "cli/verb.h"
 #include "format/layout_rules.h"
 #include "io/mount_probe.h"
@@ -77,13 +80,22 @@ absl::StatusOr<Source> OpenSource(FileSystem& file_system, const std::string& pa
   return Source{std::move(entry), std::move(index), before, after};
 }
 
+// `status` of what was made of a layout; what is said of a file says of which.
+absl::Status OfLayout(const absl::Status& status, const Options& options) {
+  if (options.layout_file.empty() || !absl::IsInvalidArgument(status)) return status;
+  return absl::InvalidArgumentError(
+      absl::StrCat(options.layout_file, ": ", std::string(status.message())));
+}
+
 absl::StatusOr<std::string> TargetLayout(FileSystem& file_system, const Options& options,
                                          const Index& index) {
   if (!options.layout_file.empty()) {
     ASSIGN_OR_RETURN(std::string text,
                      file_system.ReadSmallFile(options.layout_file, kLayoutFileBytesMax));
     if (!IsLayoutRules(text)) return text;
-    return ExpandLayoutRules(text, index.tensor_states);
+    absl::StatusOr<std::string> document = ExpandLayoutRules(text, index.tensor_states);
+    if (!document.ok()) return OfLayout(document.status(), options);
+    return document;
   }
   if (index.layouts.size() != 1) {
     return absl::InvalidArgumentError(absl::StrFormat(
@@ -232,6 +244,8 @@ void PrintPlan(const Source& source, const ReshardPlan& plan, const ReshardSched
 absl::StatusOr<ReshardReport> Carry(Invocation& invocation, const ReshardRequest& request,
                                     std::unique_ptr<const ReshardPlan> plan,
                                     ReshardSchedule schedule, const Mount& mount) {
+  // So that what was written goes again: gigabytes, which the next run would ask to be removed.
+  const InterruptFlag interrupt;
   RETURN_IF_ERROR(MakeRoot(invocation.file_system, request.root));
   RaiseOpenFilesLimit();
   Progress progress(
@@ -241,9 +255,9 @@ absl::StatusOr<ReshardReport> Carry(Invocation& invocation, const ReshardRequest
                     std::move(schedule),
                     {.source_caching = Caching::kDirect,
                      .target_caching = mount.caching,
-                     .progress = [&progress](uint64_t done, uint64_t total) {
+                     .progress = [&](uint64_t done, uint64_t total) {
                        progress.Update(done, total);
-                       return true;
+                       return !interrupt.requested();
                      }});
 }
 
@@ -255,6 +269,7 @@ absl::Status Run(Invocation& invocation, const Options& options) {
   ASSIGN_OR_RETURN(request.layout_json, TargetLayout(file_system, options, source.index));
   ASSIGN_OR_RETURN(request.root, ResolveRoot(options.root));
   request.job = options.job.empty() ? source.index.job : options.job;
+  RETURN_IF_ERROR(CheckJobName(request.job));
   request.new_job_uuid = RandomUuid();
   request.writer = absl::StrFormat("%016x", RandomBits());
   std::error_code no_directory;
@@ -267,8 +282,10 @@ absl::Status Run(Invocation& invocation, const Options& options) {
         mount, ProbeTarget(file_system, request.root, source.index.images.front().block_bytes));
     request.alignment_bytes = mount.alignment_bytes;
   }
-  ASSIGN_OR_RETURN(std::unique_ptr<const ReshardPlan> plan,
-                   PlanReshard(file_system, request, source.index));
+  absl::StatusOr<std::unique_ptr<const ReshardPlan>> planned =
+      PlanReshard(file_system, request, source.index);
+  if (!planned.ok()) return OfLayout(planned.status(), options);
+  std::unique_ptr<const ReshardPlan> plan = *std::move(planned);
   ASSIGN_OR_RETURN(ReshardSchedule schedule, MakeSchedule(file_system, options, source, *plan));
   const std::string directory =
       absl::StrFormat("%s/%s/%s", request.root, request.job,
@@ -318,7 +335,7 @@ void AddReshard(CLI::App& app, Invocation& invocation) {
   verb->add_option("--job", options->job, "Name of the new job (default: that of the source)");
   verb->add_option("--memory", options->memory_bytes,
                    "Most memory of the whole process, like 256M (the default)")
-      ->transform(CLI::AsSizeValue(false));
+      ->transform(SizeValue(SizeValue::Units::kBinary));
   verb->add_flag("--dry-run", options->dry_run, "Print the plan and write nothing");
   verb->footer(kExitCodesHelp);
   verb->callback([&invocation, options] {

@@ -1,12 +1,13 @@
 #!/usr/bin/python3
 """holdfast reshard as a user meets it: a checkpoint that tiny_lm saved with 4 ranks (ZeRO-1) becomes one
 of other layouts, is verified, read with h5py, trained on, and resharded back; and what is refused.
-Usage: reshard_test.py HOLDFAST LAUNCH TINY_LM HOLDFASTD CORPUS"""
+Usage: reshard_test.py HOLDFAST LAUNCH TINY_LM HOLDFASTD CORPUS MAKE_CHECKPOINT"""
 
 import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ import unittest
 import h5py
 import numpy as np
 
-HOLDFAST, LAUNCH, TINY_LM, HOLDFASTD, CORPUS = sys.argv[1:6]
+HOLDFAST, LAUNCH, TINY_LM, HOLDFASTD, CORPUS, MAKE_CHECKPOINT = sys.argv[1:7]
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "examples" / "tiny_lm"))
 import runs  # noqa: E402
 
@@ -207,6 +208,48 @@ class ReshardTest(unittest.TestCase):
         found, _ = self.reshard("--to", TO, "--memory", f"{least}M", "--job", "x")
         self.assertLessEqual(found["result"]["peak_memory_bytes"], MEMORY_FACTOR * least << 20)
 
+    def slow_source(self):
+        """Blocks of 4 KiB, each of which is written by itself, so that a reshard takes a while."""
+        document = self.place / "slow.json"
+        document.write_text(json.dumps({
+            "holdfast_layout": 1, "mesh": [{"axis": "dp", "size": 4}],
+            "tensors": [{"name": f"w{i}", "shape": [1024, 512], "states": [
+                {"state": "param", "dtype": "float32",
+                 "place": [{"op": "shard", "dim": 0, "axis": "dp", "rule": "ceil"}]}]} for i in range(8)]}))
+        subprocess.run([MAKE_CHECKPOINT, document, self.out / "slow", "7"], check=True)
+        return self.out / "slow"
+
+    def signalled(self, number, handler, source, job):
+        """Exit code and error output of a reshard that gets a signal once it has made an image. `handler`:
+        what the signal does where the command is started."""
+        with subprocess.Popen([HOLDFAST, "reshard", source, self.out, "--to", "dp=3", "--job", job],
+                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                              preexec_fn=lambda: signal.signal(number, handler)) as child:
+            while child.poll() is None and not any(self.out.glob(f"{job}/*/rank-*.h5")):
+                pass
+            child.send_signal(number)
+            _, errors = child.communicate(timeout=60)
+        return child.returncode, errors
+
+    def test_ctrl_c_leaves_no_image_and_the_next_run_begins_anew(self):
+        source = self.slow_source()
+        for attempt in range(20):  # until the signal comes in time
+            job = f"job{attempt}"
+            code, errors = self.signalled(signal.SIGINT, signal.SIG_DFL, source, job)
+            if code != 0:
+                break
+        self.assertEqual(code, 1, errors)
+        self.assertIn("stopped", errors)
+        self.assertEqual(list((self.out / job).rglob("*.h5")), [])
+        self.reshard("--to", "dp=3", "--job", job, source=source)
+        self.assertEqual(run("verify", self.out / job)[0], 0)
+
+    def test_a_signal_that_nohup_ignores_does_not_stop_it(self):
+        source = self.slow_source()
+        for number in (signal.SIGHUP, signal.SIGINT):
+            code, errors = self.signalled(number, signal.SIG_IGN, source, f"job{number}")
+            self.assertEqual(code, 0, errors)
+
     def test_what_cannot_be_done_has_its_exit_code_and_leaves_nothing(self):
         def refused(code, pattern, *arguments):
             found, _, errors, _ = run("reshard", *arguments)
@@ -216,6 +259,13 @@ class ReshardTest(unittest.TestCase):
         refused(2, "tp", self.job, self.out, "--to", "tq=2")
         refused(2, "required", self.job, self.out)
         refused(2, "2 were given", self.job, self.out, "--to", TO, "--layout", "x")
+        for memory in ("-5", "-5M", "lots"):
+            refused(2, "--memory", self.job, self.out, "--to", TO, f"--memory={memory}")
+        for text, pattern in (('{"holdfast_layout": 1,', "JSON line 1"), ("{}", "holdfast_layout"),
+                              ('{"holdfast_layout_rules": 1, "mesh": [], "rules": []}', "no rule fits")):
+            (self.place / "wrong.json").write_text(text)
+            refused(2, rf"holdfast: /.*/wrong\.json: .*{pattern}", self.job, self.out, "--layout",
+                    self.place / "wrong.json")
         refused(5, "nothing", self.place / "nothing", self.out, "--to", TO)
         refused(5, "nothing.json", self.job, self.out, "--layout", self.place / "nothing.json")
         self.assertFalse(self.out.exists())
