@@ -117,7 +117,11 @@ ProcessTestimony ProcessWitness::Look(std::span<const uint32_t> proxy_threads, a
   std::optional<ProcessTestimony> testimony =
       ParseStat(line, static_cast<uint64_t>(std::max(ticks_per_second, 1L)));
   if (!testimony.has_value()) return {};
-  if (testimony->is_traced && !was_traced_) testimony->state = ProcessState::kSleeping;
+  if (!testimony->is_traced) {
+    was_stopped_ = testimony->state == ProcessState::kStopped;
+  } else if (!was_traced_ && !was_stopped_) {
+    testimony->state = ProcessState::kSleeping;
+  }
   was_traced_ = testimony->is_traced;
   std::erase_if(threads_, [&](const auto& thread) {
     return std::find(proxy_threads.begin(), proxy_threads.end(), thread.first) ==

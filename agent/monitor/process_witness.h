@@ -67,7 +67,8 @@ class ProcessWitness {
   std::map<uint32_t, Thread> threads_;  // by their own numbers
   absl::Duration next_search_ = -absl::InfiniteDuration();
   uint64_t run_delay_ns_ = 0;
-  bool was_traced_ = false;  // at the last look
+  bool was_traced_ = false;   // at the last look
+  bool was_stopped_ = false;  // at the last look without a tracer
 };
 
 }  // namespace holdfast

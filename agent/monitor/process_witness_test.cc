@@ -147,6 +147,33 @@ TEST(ProcessWitnessTest, WhoIsHeldByATracerIsStoppedFromTheSecondLookOn) {
   }
 }
 
+// Its stack is taken because it is stopped: it must not seem to run meanwhile.
+TEST(ProcessWitnessTest, WhoWasStoppedBeforeATracerCameIsStoppedAllTheTime) {
+  Child child([] {
+    for (;;) pause();
+  });
+  ProcessWitness witness(child.pidfd(), static_cast<uint32_t>(child.pid()));
+  const auto look = [&] { return witness.Look({}, absl::ZeroDuration()); };
+  kill(child.pid(), SIGSTOP);
+  EXPECT_TRUE(WaitUntil([&] { return look().state == ProcessState::kStopped; }));
+  for (int i = 0; i < 2; ++i) {
+    if (ptrace(PTRACE_SEIZE, child.pid(), nullptr, nullptr) != 0) {
+      GTEST_SKIP() << "ptrace is not permitted here";
+    }
+    ASSERT_EQ(ptrace(PTRACE_INTERRUPT, child.pid(), nullptr, nullptr), 0);
+    ASSERT_EQ(waitpid(child.pid(), nullptr, __WALL), child.pid());
+    const ProcessTestimony first = look();
+    EXPECT_TRUE(first.is_traced);
+    EXPECT_EQ(first.state, ProcessState::kStopped);
+    EXPECT_EQ(look().state, ProcessState::kStopped);
+    ASSERT_EQ(ptrace(PTRACE_DETACH, child.pid(), nullptr, nullptr), 0);
+    EXPECT_TRUE(WaitUntil([&] { return !look().is_traced; }));
+    EXPECT_EQ(look().state, ProcessState::kStopped);
+  }
+  kill(child.pid(), SIGCONT);
+  EXPECT_TRUE(WaitUntil([&] { return look().state == ProcessState::kSleeping; }));
+}
+
 TEST(ProcessWitnessTest, WhoIsDeadBeforeHasNoWitness) {
   Child child([] {});
   EXPECT_TRUE(WaitUntil([&] { return IsDead(child.pidfd()); }));
