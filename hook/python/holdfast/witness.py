@@ -29,6 +29,7 @@ _REPLY = 19
 _HEADER = struct.Struct("<IHHII")
 _BODY = struct.Struct("<136s256sIIQII2Q512s")
 _ASK = struct.Struct("<i1020sQII")
+_PEER = struct.Struct("iII")  # ucred
 FLIGHT_RECORD = 1
 PYTHON_STACKS = 2
 
@@ -149,6 +150,10 @@ def _connect(connection: socket.socket, path: str) -> None:
         connection.connect(f"/proc/self/fd/{descriptor}")
     finally:
         os.close(descriptor)
+    # In /tmp anybody could have made the directory before us. An agent serves its own user only.
+    _, user, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+    if user != os.geteuid():
+        raise PermissionError(f"agent at {path}: expected user {os.geteuid()}'s, found user {user}'s")
 
 
 def _serve(connection: socket.socket, identity: _Identity) -> None:

@@ -53,6 +53,19 @@ print(child, flush=True)
 sys.stdin.readline()
 """
 
+# Another user, who listens where the process looks for its agent.
+STRANGER = """
+import os, socket, sys
+listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+listener.bind(sys.argv[1])
+os.chmod(sys.argv[1], 0o777)
+os.setuid(65534)
+listener.listen()
+print("here", flush=True)
+connection, _ = listener.accept()
+print(len(connection.recv(4096)), flush=True)
+"""
+
 GLOO = """
 import sys
 import torch
@@ -200,6 +213,24 @@ class WitnessTest(unittest.TestCase):
                 [sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
                 env={**self.variables, "RANK": "0", "PYTHONPATH": os.environ["PYTHONPATH"], **changed})
             self.assertEqual((result.stdout, result.stderr), ("False 1\n", ""))
+
+    @unittest.skipIf(TORCH, "the part with torch")
+    @unittest.skipIf(os.geteuid() != 0, "only root can have another user listen")
+    def test_another_users_socket_is_told_nothing(self):
+        path = str(self.place.path / "stranger.sock")
+        stranger = subprocess.Popen([sys.executable, "-c", STRANGER, path], stdout=subprocess.PIPE, text=True)
+        self.addCleanup(stranger.wait)
+        self.addCleanup(stranger.kill)
+        self.addCleanup(stranger.stdout.close)
+        self.assertEqual(stranger.stdout.readline(), "here\n")
+        self.variables["HOLDFAST_SOCKET"] = path
+        rank = subprocess.Popen(
+            [sys.executable, "-c", f"RANK = 0\n{PLAIN}"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+            env={**self.variables, "RANK": "0", "PYTHONPATH": os.environ["PYTHONPATH"]})
+        self.addCleanup(rank.wait)
+        self.addCleanup(rank.kill)
+        self.addCleanup(rank.stdin.close)
+        self.assertEqual(stranger.stdout.readline(), "0\n")
 
     @unittest.skipUnless(TORCH, "needs torch")
     def test_the_flight_recorder_names_who_never_entered(self):
