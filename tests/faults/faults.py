@@ -149,6 +149,7 @@ def starve_agent(scene, seconds, every_seconds):
     """Again and again the whole agent, keeper and worker, gets no CPU for so long."""
     over = threading.Event()
     pids = scene.agent.pids()
+    times = []  # that all of them stood still for
 
     def starve():
         while not over.wait(every_seconds):
@@ -157,7 +158,10 @@ def starve_agent(scene, seconds, every_seconds):
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, number)
                 if number == signal.SIGSTOP:
+                    begin = time.monotonic()
                     over.wait(seconds)
+                    if all(process_state(pid) == "T" for pid in pids):
+                        times.append(time.monotonic() - begin)
 
     thread = threading.Thread(target=starve)
     thread.start()
@@ -165,6 +169,8 @@ def starve_agent(scene, seconds, every_seconds):
     def end():
         over.set()
         thread.join()
+        if not any(length >= seconds for length in times):
+            raise Failed(f"expected the agent to stand still for {seconds} s, found {times}")
     return Begun(time.monotonic(), end)
 
 

@@ -171,6 +171,13 @@ class Agent:
             return None
         return json.loads(result.stdout)["findings"]
 
+    def sees(self, ranks):
+        """Whether `holdfast monitor status` sees so many ranks with telemetry: of a job that nobody sees
+        nothing is found, whatever happens to it."""
+        result = self._ask("monitor", "status", "--json")
+        return result.returncode == 0 and ranks in [
+            job["sight"]["ranks_with_telemetry"] for job in json.loads(result.stdout)["jobs"]]
+
     def record(self, path):
         """Begins a recording; it ends with `stop_recording`. Returns when nothing is missed."""
         path.unlink(missing_ok=True)

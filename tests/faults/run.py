@@ -8,7 +8,7 @@ import time
 
 import faults
 import score as scoring
-from job import LOOK_SECONDS, Agent, Failed, Programs, Training, replay
+from job import LOOK_SECONDS, Agent, Failed, Programs, Training, replay, wait_until
 from network import Network
 
 FIRST_STEPS = 20  # before the warm-up counts
@@ -56,6 +56,7 @@ def run_case(table, case, run, programs: Programs, directory: pathlib.Path, slot
         with Training(programs, network, agent, job, directory / "job", victim) as training:
             scene = faults.Scene(network, agent, training, victim, peer)
             training.wait_for_step(FIRST_STEPS)
+            wait_until(lambda: agent.sees(job.ranks), "the monitor to see all ranks")
             look(agent, training, watch, steps, time.monotonic() + case.warm_seconds)
             steps.split()
             begun = faults.begin(case.fault, scene, case.arguments)
