@@ -6,6 +6,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -74,6 +75,20 @@ Error CheckHeader(const abi::MessageHeader& header, size_t bytes) {
   return Error();
 }
 
+// An agent serves its own user only. In /tmp anybody could have made the directory of a private
+// agent's socket before us, and would be given what this process shows and keeps.
+Error CheckListener(int fd, const std::string& path) {
+  ucred listener = {};
+  socklen_t bytes = sizeof(listener);
+  if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &listener, &bytes) != 0) {
+    return Error(HF_INTERNAL, "agent at %s: getsockopt: %s", ShortName(path).text(),
+                 strerror(errno));
+  }
+  if (listener.uid == geteuid()) return Error();
+  return Error(HF_PERMISSION_DENIED, "agent at %s: expected user %u's, found user %u's",
+               ShortName(path).text(), geteuid(), listener.uid);
+}
+
 }  // namespace
 
 Result<UniqueFd> ConnectToAgent(const std::string& path, Deadline deadline) {
@@ -86,6 +101,7 @@ Result<UniqueFd> ConnectToAgent(const std::string& path, Deadline deadline) {
     // A blocking connect waits while the listener's queue is full, at most the send timeout.
     SetSendTimeout(fd.get(), deadline);
     if (connect(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address)) == 0) {
+      if (Error error = CheckListener(fd.get(), path); !error.ok()) return error;
       return fd;
     }
     const int reason = errno;

@@ -43,7 +43,7 @@ struct Message {
 
 // Connects to the socket at `path`, of any length (a sockaddr holds only 107 bytes; longer ones go
 // through /proc/self/fd). Errors: HF_NOT_FOUND (no such file), HF_UNAVAILABLE (nobody listens),
-// HF_DEADLINE_EXCEEDED (the queue of connections stayed full), HF_PERMISSION_DENIED, HF_INTERNAL.
+// HF_DEADLINE_EXCEEDED (the queue stayed full), HF_PERMISSION_DENIED (another user's), HF_INTERNAL.
 Result<UniqueFd> ConnectToAgent(const std::string& path, Deadline deadline);
 
 // Sends and receives whole messages.

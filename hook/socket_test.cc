@@ -187,5 +187,33 @@ TEST(ConnectTest, PathsOfAnyLengthServe) {
   std::filesystem::remove_all(base);
 }
 
+// In /tmp anybody may have made the directory before its user.
+TEST(ConnectTest, WhereAnotherUserListensNobodyIsTalkedTo) {
+  if (geteuid() != 0) GTEST_SKIP() << "only root can have another user listen";
+  constexpr uid_t kNobody = 65534;
+  char directory[] = "/tmp/holdfast-socket-test-XXXXXX";
+  ASSERT_NE(mkdtemp(directory), nullptr);
+  const std::string path = std::string(directory) + "/s";
+  const UniqueFd listener(socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
+  sockaddr_un address = {};
+  address.sun_family = AF_UNIX;
+  path.copy(address.sun_path, sizeof(address.sun_path) - 1);
+  ASSERT_EQ(bind(listener.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address)), 0);
+  // The listener is whoever calls listen(2).
+  ASSERT_EQ(seteuid(kNobody), 0);
+  const int listens = listen(listener.get(), 1);
+  ASSERT_EQ(seteuid(0), 0);
+  ASSERT_EQ(listens, 0);
+  const Result<UniqueFd> connected = ConnectToAgent(path, Deadline::After(kNsPerSecond));
+  ASSERT_FALSE(connected.ok());
+  EXPECT_EQ(connected.error().code(), HF_PERMISSION_DENIED);
+  EXPECT_STREQ(connected.error().text(),
+               ("agent at " + path + ": expected user 0's, found user 65534's").c_str());
+  ASSERT_EQ(listen(listener.get(), 1), 0);  // and as ourselves
+  const Result<UniqueFd> again = ConnectToAgent(path, Deadline::After(kNsPerSecond));
+  EXPECT_TRUE(again.ok()) << again.error().text();
+  std::filesystem::remove_all(directory);
+}
+
 }  // namespace
 }  // namespace holdfast::hook
