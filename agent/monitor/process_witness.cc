@@ -52,16 +52,26 @@ absl::string_view View(std::string_view text) { return {text.data(), text.size()
 
 bool Number(absl::string_view text, uint64_t* to) { return absl::SimpleAtoi(text, to); }
 
-// The last number of the line "NSpid:" of /proc/PID/status: the one in the innermost namespace.
-std::optional<uint32_t> InnermostNumber(const std::string& status) {
+// The last number of a line of /proc/PID/status, as "NSpid:", where it is the one in the innermost
+// namespace.
+std::optional<uint32_t> LastNumber(const std::string& status, absl::string_view name) {
   for (const absl::string_view line : absl::StrSplit(status, '\n')) {
-    if (line.substr(0, 6) != "NSpid:") continue;
+    if (line.substr(0, name.size()) != name) continue;
     uint32_t number = 0;
     const std::vector<absl::string_view> parts =
         absl::StrSplit(line, absl::ByAnyChar("\t "), absl::SkipEmpty());
     return absl::SimpleAtoi(parts.back(), &number) ? std::optional(number) : std::nullopt;
   }
   return std::nullopt;
+}
+
+// Empty: it cannot be read.
+std::string ReadAt(int directory, const std::string& name) {
+  const UniqueFd file(openat(directory, name.c_str(), O_RDONLY | O_CLOEXEC));
+  if (!file) return std::string();
+  char text[kFileBytesMax];
+  const ssize_t length = read(file.get(), text, sizeof(text));
+  return length > 0 ? std::string(text, static_cast<size_t>(length)) : std::string();
 }
 
 }  // namespace
@@ -102,11 +112,14 @@ ProcessWitness::ProcessWitness(int pidfd, uint32_t own_number) {
 }
 
 std::string ProcessWitness::Read(const std::string& name) const {
-  const UniqueFd file(openat(directory_.get(), name.c_str(), O_RDONLY | O_CLOEXEC));
-  if (!file) return std::string();
-  char text[kFileBytesMax];
-  const ssize_t length = read(file.get(), text, sizeof(text));
-  return length > 0 ? std::string(text, static_cast<size_t>(length)) : std::string();
+  return ReadAt(directory_.get(), name);
+}
+
+bool ProcessWitness::IsHeldByOwnChild() const {
+  const std::optional<uint32_t> tracer = LastNumber(Read("status"), "TracerPid:");
+  if (!tracer.has_value() || *tracer == 0) return false;
+  const std::string status = ReadAt(AT_FDCWD, absl::StrCat("/proc/", *tracer, "/status"));
+  return LastNumber(status, "PPid:") == static_cast<uint32_t>(getpid());
 }
 
 ProcessTestimony ProcessWitness::Look(std::span<const uint32_t> proxy_threads, absl::Duration now) {
@@ -119,7 +132,7 @@ ProcessTestimony ProcessWitness::Look(std::span<const uint32_t> proxy_threads, a
   if (!testimony.has_value()) return {};
   if (!testimony->is_traced) {
     was_stopped_ = testimony->state == ProcessState::kStopped;
-  } else if (!was_traced_ && !was_stopped_) {
+  } else if (!was_stopped_ && (!was_traced_ || IsHeldByOwnChild())) {
     testimony->state = ProcessState::kSleeping;
   }
   was_traced_ = testimony->is_traced;
@@ -160,7 +173,7 @@ void ProcessWitness::FindTasks(absl::Duration now) {
     uint32_t task = 0;
     if (!absl::SimpleAtoi(entry->d_name, &task)) continue;
     const std::optional<uint32_t> number =
-        InnermostNumber(Read(absl::StrCat("task/", task, "/status")));
+        LastNumber(Read(absl::StrCat("task/", task, "/status")), "NSpid:");
     if (!number.has_value()) continue;
     const auto found = threads_.find(*number);
     if (found != threads_.end()) found->second.task = task;

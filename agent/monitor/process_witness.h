@@ -48,8 +48,9 @@ class ProcessWitness {
   ProcessWitness(int pidfd, uint32_t own_number);
 
   // `proxy_threads`: numbers as the process sees them. `now` only spaces searches. Whoever is held
-  // by a tracer counts as stopped from the second look in a row on: for a moment somebody has
-  // looked at its stack, as the agent itself does (agent/witness/).
+  // by a tracer counts as stopped from the second look in a row on, as for a moment somebody may
+  // have looked at its stack. The agent's own helper that does so (agent/witness/) may need longer
+  // on a loaded machine: whom a child of this process holds is what he was before.
   ProcessTestimony Look(std::span<const uint32_t> proxy_threads, absl::Duration now);
 
  private:
@@ -59,6 +60,7 @@ class ProcessWitness {
   };
 
   std::string Read(const std::string& name) const;
+  bool IsHeldByOwnChild() const;
   void FindTasks(absl::Duration now);
   void CountRunDelay();
 
