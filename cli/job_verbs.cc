@@ -151,7 +151,7 @@ void AddJobVerbs(CLI::App& app, Invocation& invocation) {
             PrintLines(view, "downtime");
             PrintLines(view, "lines");
           });
-  AddVerb(app, invocation, "stop", "Save and stop a running job (its command ends with 93)",
+  AddVerb(app, invocation, "stop", "Save and stop a running job (its command ends with 75)",
           Kind::kStop, make());
   AddVerb(app, invocation, "save", "Ask a running job for a save", Kind::kSave, make());
   for (const auto& [name, help, kind] :

@@ -330,7 +330,7 @@ void AddRun(CLI::App& app, Invocation& invocation) {
       "holdfast run [flags] -- CMD ...   or, as with torchrun, holdfast run [flags] script.py ...\n"
       "Exit codes: 0 the job is done, 1 it failed and no restart is left, 2 usage, 75 it was "
       "stopped "
-      "and can go\non (start it again), 93 a restart cannot help, or\na person stopped it.");
+      "and can go\non (start it again), 93 a restart cannot help.");
   verb->callback([verb, &invocation, flags] {
     invocation.run = [verb, &invocation, flags]() -> ExitCode {
       std::vector<std::string> words = verb->remaining();

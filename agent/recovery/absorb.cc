@@ -482,7 +482,7 @@ void Machine::Take(const Save&) {
   Emit(RequestSave{h_.launch, ToEventClock(h_.now + settings_.save_wait), "a person asked"});
 }
 
-void Machine::Take(const Stop&) { End({93, "a person stopped it", true}); }
+void Machine::Take(const Stop&) { End({75, "a person stopped it", true}); }
 
 void Machine::Take(const MarkBad& mark) {
   for (auto record = h_.checkpoints.rbegin(); record != h_.checkpoints.rend(); ++record) {

@@ -230,11 +230,11 @@ TEST(PolicyPeople, AJobThatFinishesWhileItIsSavedIsDone) {
   EXPECT_EQ(exits[0].code, 0);
 }
 
-TEST(PolicyPeople, StopEndsWith93AndASickJobIsNotSavedFirst) {
+TEST(PolicyPeople, StopEndsWith75AndASickJobIsNotSavedFirst) {
   TestJob job = Training();
   EXPECT_THAT(Only<RequestSave>(job.Tell(Stop{})), SizeIs(1));
   job.Wait(job.settings().save_wait);
-  EXPECT_EQ(Only<ExitJob>(job.AllDie())[0].code, 93);
+  EXPECT_EQ(Only<ExitJob>(job.AllDie())[0].code, 75);
   TestJob sick = Training();
   sick.Tell(RankTimedOut{Launch{1}, Rank{1}, "", absl::Minutes(1), absl::Minutes(1)});
   EXPECT_THAT(Only<StopRanks>(sick.Tell(Stop{})), SizeIs(1));

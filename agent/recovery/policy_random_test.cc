@@ -644,7 +644,6 @@ TEST(PolicyOrder, TheOrderOfTwoEventsMattersOnlyWhereItMust) {
     if (one("evidence")) return "evidence can be collected only of what has happened";
     if (is("xid", "readmit")) return "what is readmitted before the fault is excluded by it";
     if (is("xid reset", "readmit")) return "readmitting forgets the mark";
-    if (is("stop", "signal")) return "the first to ask says with which code it ends";
     return nullptr;
   };
   const std::vector<Named> all = Everything();
