@@ -204,8 +204,11 @@ TEST(ProcessWitnessTest, WhomAnOwnChildHoldsIsNotStopped) {
     EXPECT_EQ(held.state, ProcessState::kSleeping);
   }
   kill(tracer.pid(), SIGKILL);
-  EXPECT_TRUE(WaitUntil([&] { return !look().is_traced; }));
-  EXPECT_EQ(look().state, ProcessState::kSleeping);
+  EXPECT_TRUE(WaitUntil([&] {
+    const ProcessTestimony free = look();
+    EXPECT_NE(free.state, ProcessState::kStopped);
+    return !free.is_traced && free.state == ProcessState::kSleeping;
+  }));
 }
 
 TEST(ProcessWitnessTest, WhoIsDeadBeforeHasNoWitness) {
