@@ -1,10 +1,12 @@
 #include "format/layout_rules.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cstdint>
 #include <map>
 #include <optional>
 #include <string_view>
+#include <system_error>
 #include <utility>
 
 #include "absl/strings/numbers.h"
@@ -313,10 +315,10 @@ absl::StatusOr<std::vector<Rule>> ParseRules(const JsonValue& list, const Json& 
   return rules;
 }
 
-// The first rule that fits; nothing if none does.
+// Of the first rule that fits, which is in `found`; null if none does.
 absl::StatusOr<std::optional<Json>> PlaceOf(const TensorState& state, std::vector<Rule>& rules,
-                                            bool& found) {
-  found = false;
+                                            const Rule*& found) {
+  found = nullptr;
   for (Rule& rule : rules) {
     if (!rule.states.empty() &&
         std::find(rule.states.begin(), rule.states.end(), state.state) == rule.states.end()) {
@@ -324,7 +326,8 @@ absl::StatusOr<std::optional<Json>> PlaceOf(const TensorState& state, std::vecto
     }
     const std::optional<NamePattern::Numbers> numbers = rule.tensors.Match(state.tensor);
     if (!numbers.has_value()) continue;
-    found = rule.used = true;
+    found = &rule;
+    rule.used = true;
     if (rule.place.is_null()) return std::nullopt;
     Json place = rule.place;
     RETURN_IF_ERROR(FillNumbers(place, *numbers, rule.path));
@@ -333,13 +336,25 @@ absl::StatusOr<std::optional<Json>> PlaceOf(const TensorState& state, std::vecto
   return std::nullopt;
 }
 
-absl::StatusOr<std::string> Checked(const Json& document, const std::string& what) {
-  std::string text = document.dump();
-  if (const auto layout = Layout::Parse(text); !layout.ok()) {
-    return absl::Status(layout.status().code(),
-                        absl::StrCat(what, std::string(layout.status().message())));
+// `text` is about the document that rules gave. A state's place stands in its rule: `rule_of`
+// tensor and state.
+std::string InRules(const std::string& text, const std::vector<std::vector<const Rule*>>& rule_of) {
+  std::string_view rest = text;
+  const auto number_behind = [&rest](std::string_view mark) -> std::optional<size_t> {
+    if (!rest.starts_with(mark)) return std::nullopt;
+    rest.remove_prefix(mark.size());
+    size_t number = 0;
+    const auto [end, error] = std::from_chars(rest.data(), rest.data() + rest.size(), number);
+    if (error != std::errc()) return std::nullopt;
+    rest.remove_prefix(static_cast<size_t>(end - rest.data()));
+    return number;
+  };
+  const std::optional<size_t> tensor = number_behind("tensors[");
+  const std::optional<size_t> state = number_behind("].states[");
+  if (!tensor.has_value() || !state.has_value() || !rest.starts_with("].place")) {
+    return absl::StrCat("rules: ", text);
   }
-  return text;
+  return absl::StrCat(rule_of.at(*tensor).at(*state)->path, std::string(rest.substr(1)));
 }
 
 }  // namespace
@@ -355,7 +370,13 @@ absl::StatusOr<std::string> ResizeLayout(const std::string& document, const std:
   Resizer resizer(json);
   for (const Change& change : changes) RETURN_IF_ERROR(resizer.Apply(change));
   RETURN_IF_ERROR(resizer.CheckPlaces());
-  return Checked(json, absl::StrFormat("--to %s: ", to.substr(0, 200)));
+  std::string text = json.dump();
+  if (const auto layout = Layout::Parse(text); !layout.ok()) {
+    return absl::Status(
+        layout.status().code(),
+        absl::StrFormat("--to %s: %s", to.substr(0, 200), std::string(layout.status().message())));
+  }
+  return text;
 }
 
 absl::StatusOr<std::string> ExpandLayoutRules(const std::string& rules,
@@ -378,10 +399,11 @@ absl::StatusOr<std::string> ExpandLayoutRules(const std::string& rules,
     if (key != "holdfast_layout_rules" && key != "rules") document[key] = value;
   }
   Json tensors = Json::array();
+  std::vector<std::vector<const Rule*>> rule_of;
   for (const TensorState& state : states) {
-    bool found = false;
-    ASSIGN_OR_RETURN(std::optional<Json> place, PlaceOf(state, all, found));
-    if (!found) {
+    const Rule* rule = nullptr;
+    ASSIGN_OR_RETURN(std::optional<Json> place, PlaceOf(state, all, rule));
+    if (rule == nullptr) {
       return absl::InvalidArgumentError(absl::StrFormat(
           "rules: no rule fits %s; one with \"tensors\": \"*\" would", Describe(state)));
     }
@@ -390,7 +412,9 @@ absl::StatusOr<std::string> ExpandLayoutRules(const std::string& rules,
     if (tensors.empty() || tensors.back()["name"] != state.tensor) {
       tensors.push_back(
           {{"name", state.tensor}, {"shape", state.shape}, {"states", Json::array()}});
+      rule_of.emplace_back();
     }
+    rule_of.back().push_back(rule);
     if (tensors.back()["shape"] != state.shape) entry["shape"] = state.shape;
     tensors.back()["states"].push_back(std::move(entry));
   }
@@ -401,7 +425,12 @@ absl::StatusOr<std::string> ExpandLayoutRules(const std::string& rules,
     }
   }
   document["tensors"] = std::move(tensors);
-  return Checked(document, "rules: ");
+  std::string text = document.dump();
+  if (const auto layout = Layout::Parse(text); !layout.ok()) {
+    return absl::Status(layout.status().code(),
+                        InRules(std::string(layout.status().message()), rule_of));
+  }
+  return text;
 }
 
 bool IsLayoutRules(const std::string& json) {

@@ -172,7 +172,11 @@ TEST(LayoutRules, RefusesByPathAndWords) {
       {R"({"tensors":"layers.{layer}.*","place":[{"op":"place","axis":"pp","index":"{lay}","count":12,"rule":"even"}]},{"tensors":"*"})",
        "\"{lay}\" is no number of the rule's pattern"},
       {R"({"tensors":"*","place":[{"op":"flat","axis":"dq","rule":"ceil"}]})",
-       "rules: tensors[0].states[0].place[0].axis: unknown axis \"dq\""},
+       "rules[0].place[0].axis: unknown axis \"dq\""},
+      // The second rule's, though of the fourth tensor state.
+      {R"({"tensors":"layers.{n}.attn.*"},{"tensors":"*","place":[{"op":"shard","dim":1,"axis":"tp","rule":"ceil"}]})",
+       "rules[1].place: expected a tensor with dimension 1 to cut over axis \"tp\", found 1 "
+       "dimensions (tensor \"layers.10.norm\")"},
   };
   for (const auto& [rules, expected] : cases) {
     EXPECT_THAT(ErrorOf(ExpandLayoutRules(Rules(rules), kStates)), HasSubstr(expected)) << rules;
