@@ -106,7 +106,7 @@ TensorKey ParseTensorKey(std::string_view key, bool dtensors) {
     while (TakeText("module.", model)) {
     }
   }
-  if (state == "param" || state == "fp32_param") state = "fp32";
+  if (state == "param" || state == "fp32_param" || state == "master_param") state = "fp32";
   return {.state = std::string(state), .model = std::string(model)};
 }
 

@@ -100,6 +100,10 @@ class MegatronDistOptimizer {
   absl::StatusOr<std::vector<LocalBuffer>> BuffersOf(const Place& place, bool experts_apart) const;
   std::vector<std::string> NamesOf(const Place& place, uint32_t chunk, bool experts_apart,
                                    const std::vector<uint64_t>& layers) const;
+  // Layers of each chunk and stage (megatron_layout.h): what the arguments say, or, if they do not,
+  // what the buckets have room for.
+  absl::StatusOr<std::vector<uint64_t>> Layers(bool experts_apart) const;
+  std::optional<std::vector<uint64_t>> FittedLayers(uint64_t layer_count, bool experts_apart) const;
   absl::StatusOr<Local> LocalOf(const std::string& name, const std::string& weights,
                                 const Place& place) const;
   absl::StatusOr<ShardMap> ShardOf(const std::string& name, const MegatronDistTensor& tensor,
@@ -131,6 +135,7 @@ class MegatronDistOptimizer {
   PieceTable& table_;
   std::map<std::pair<std::string, std::string>, std::vector<Mended>> mended_;
   std::set<std::string> mended_names_;
+  mutable std::optional<std::vector<uint64_t>> layers_;  // once they are known
 };
 
 }  // namespace holdfast::converter

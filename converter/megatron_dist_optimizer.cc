@@ -178,8 +178,41 @@ absl::StatusOr<MegatronDistOptimizer::Local> MegatronDistOptimizer::LocalOf(
   return local;
 }
 
-absl::StatusOr<std::vector<MegatronDistOptimizer::LocalBuffer>> MegatronDistOptimizer::BuffersOf(
-    const Place& place, bool experts_apart) const {
+std::optional<std::vector<uint64_t>> MegatronDistOptimizer::FittedLayers(uint64_t layer_count,
+                                                                         bool experts_apart) const {
+  const auto stages = static_cast<uint32_t>(dist_.arguments.pipeline_ranks);
+  const auto chunks = static_cast<uint32_t>(dist_.arguments.virtual_stages);
+  std::vector<uint64_t> layers(size_t{stages} * chunks, 0);
+  uint64_t left = layer_count;
+  for (size_t here = 0; here < layers.size(); ++here) {
+    const Place place{.stage = static_cast<uint32_t>(here % stages)};
+    const auto chunk = static_cast<uint32_t>(here / stages);
+    const auto buckets =
+        dist_.buffers.find({.rank = place.stage * TensorRanks(false), .buffer = chunk});
+    if (buckets == dist_.buffers.end()) return std::nullopt;
+    std::vector<uint64_t> elements;
+    for (const auto& [number, bucket] : buckets->second) elements.push_back(bucket.elements);
+    for (layers[here] = 0;; ++layers[here]) {
+      if (layers[here] > left) return std::nullopt;
+      std::vector<std::string> names = NamesOf(place, chunk, experts_apart, layers);
+      std::ranges::reverse(names);
+      std::vector<BufferParameter> parameters;
+      for (const std::string& name : names) {
+        const bool is_copy = !dist_.weights.contains(name);
+        const auto local = LocalOf(name, is_copy ? std::string(kEmbedding) : name, place);
+        if (!local.ok()) return std::nullopt;
+        parameters.push_back({.elements = local->shard.shard_elements});
+      }
+      if (FitBuffer(parameters, elements, elements).ok()) break;
+    }
+    left -= layers[here];
+  }
+  if (left > 0) return std::nullopt;
+  return layers;
+}
+
+absl::StatusOr<std::vector<uint64_t>> MegatronDistOptimizer::Layers(bool experts_apart) const {
+  if (layers_.has_value()) return *layers_;
   uint64_t layer_count = 0;
   for (const auto& [name, tensor] : dist_.weights) {
     if (const auto layer = ParseMegatronLayer(name);
@@ -187,14 +220,23 @@ absl::StatusOr<std::vector<MegatronDistOptimizer::LocalBuffer>> MegatronDistOpti
       layer_count = std::max(layer_count, layer->number + 1);
     }
   }
-  const auto layers = LayersOfStages(dist_.arguments, layer_count);
   // A chunk has layers, but for those of embeddings and losses.
-  if (!layers.has_value() || !dist_.arguments.present || layers->size() > layer_count + 2) {
-    return absl::FailedPreconditionError(
-        absl::StrFormat("expected arguments that say which of %d pipeline stages has which of %d "
-                        "layers, found none",
-                        dist_.arguments.pipeline_ranks, layer_count));
+  const MegatronArguments& arguments = dist_.arguments;
+  const uint64_t places_max = layer_count + 2;
+  if (arguments.present && arguments.pipeline_ranks <= places_max / arguments.virtual_stages) {
+    layers_ = LayersOfStages(arguments, layer_count);
+    if (!layers_.has_value()) layers_ = FittedLayers(layer_count, experts_apart);
   }
+  if (layers_.has_value()) return *layers_;
+  return absl::FailedPreconditionError(
+      absl::StrFormat("expected arguments that say which of %d pipeline stages has which of %d "
+                      "layers, found none",
+                      arguments.pipeline_ranks, layer_count));
+}
+
+absl::StatusOr<std::vector<MegatronDistOptimizer::LocalBuffer>> MegatronDistOptimizer::BuffersOf(
+    const Place& place, bool experts_apart) const {
+  ASSIGN_OR_RETURN(const std::vector<uint64_t> layers, Layers(experts_apart));
   if (place.stage >= dist_.arguments.pipeline_ranks) {
     return absl::FailedPreconditionError(
         absl::StrFormat("expected one of %d pipeline stages, found %d",
@@ -203,7 +245,7 @@ absl::StatusOr<std::vector<MegatronDistOptimizer::LocalBuffer>> MegatronDistOpti
   std::vector<LocalBuffer> buffers;
   for (uint32_t chunk = 0; chunk < dist_.arguments.virtual_stages; ++chunk) {
     std::map<Dtype, size_t> number_of;  // one buffer of each, in the order of first need
-    for (const std::string& name : NamesOf(place, chunk, experts_apart, *layers)) {
+    for (const std::string& name : NamesOf(place, chunk, experts_apart, layers)) {
       const bool is_copy = !dist_.weights.contains(name);
       ASSIGN_OR_RETURN(Local local, LocalOf(name, is_copy ? std::string(kEmbedding) : name, place));
       const Dtype dtype = dist_.weights.at(local.weights).dtype;

@@ -81,11 +81,10 @@ constexpr std::array<std::string_view, 11> kColumnParallel = {
     "linear_qkv",    "linear_fc1",       "word_embeddings",   "output_layer",
     "linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "linear_q",
     "linear_kv",     "query_key_value",  "dense_h_to_4h"};
-constexpr std::array<std::string_view, 4> kRowParallel = {"linear_proj", "linear_fc2", "dense",
+constexpr std::array<std::string_view, 3> kRowParallel = {"linear_proj", "linear_fc2",
                                                           "dense_4h_to_h"};
-constexpr std::array<std::string_view, 5> kReplicated = {
-    "position_embeddings", "tokentype_embeddings", "router", "linear_q_down_proj",
-    "linear_kv_down_proj"};
+constexpr std::array<std::string_view, 3> kReplicated = {"position_embeddings",
+                                                         "tokentype_embeddings", "router"};
 constexpr std::array<std::string_view, 3> kReplicatedLeaves = {"expert_bias", "gate_weight",
                                                                "local_tokens_per_expert"};
 constexpr std::array<std::string_view, 4> kBufferLeaves = {"expert_bias", "local_tokens_per_expert",
@@ -282,7 +281,9 @@ std::optional<MegatronCut> MegatronCutOf(std::string_view name, bool gated) {
     const bool halves = gated && (leaf.module == "linear_fc1" || leaf.module == "dense_h_to_4h");
     return MegatronCut{.kind = halves ? Kind::kGated : Kind::kJoined, .dimension = 0};
   }
-  if (IsOneOf(leaf.module, kRowParallel)) {
+  // Of attention, before megatron-core; a head has a `dense` that is not cut.
+  const bool is_attention = leaf.module == "dense" && Contains(name, "attention.dense.");
+  if (IsOneOf(leaf.module, kRowParallel) || is_attention) {
     if (parameter == "bias") return MegatronCut{.kind = Kind::kReplicated};
     return MegatronCut{.kind = Kind::kJoined, .dimension = 1};
   }

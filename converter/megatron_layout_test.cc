@@ -151,6 +151,7 @@ TEST(MegatronLayout, NamesSayHowAParameterIsCut) {
   EXPECT_EQ(cut("embedding.position_embeddings.weight"), "replicated");
   EXPECT_EQ(cut("output_layer.weight"), "0");
   EXPECT_EQ(cut("language_model.encoder.layers.3.attention.dense.weight"), "1");
+  EXPECT_EQ(cut("lm_head.dense.weight"), "not told");
   EXPECT_EQ(cut("vision.patch_embed.weight"), "not told");
   EXPECT_EQ(cut("decoder.layers.0.mixer.in_proj.weight"), "not told");
 }

@@ -4,6 +4,7 @@
 #include <set>
 #include <utility>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
@@ -71,6 +72,10 @@ absl::StatusOr<std::unique_ptr<MegatronModel>> MegatronModel::Read(const Foreign
   }
   const TorchValue root = model->ranks_.front().torch->root();
   ASSIGN_OR_RETURN(model->arguments_, ReadMegatronArguments(root.Find("args")));
+  const TorchValue version = root.Find("checkpoint_version");
+  model->old_attention_ =
+      (version.Is(TorchValue::Kind::kFloat) || version.Is(TorchValue::Kind::kInteger)) &&
+      version.Double().value_or(3) < 2;
   RETURN_IF_ERROR(model->PlaceRanks());
   RETURN_IF_ERROR(model->CheckComplete());
   RETURN_IF_ERROR(model->NameGlobally());
@@ -244,6 +249,7 @@ uint32_t MegatronModel::ShardRank(bool expert, uint32_t tensor_rank) const {
 
 absl::StatusOr<std::optional<MegatronCut>> MegatronModel::CutOf(const std::string& global) const {
   if (const auto told = told_.find(global); told != told_.end()) return told->second;
+  if (old_attention_ && absl::StrContains(global, "query_key_value.")) return std::nullopt;
   bool gated = arguments_.gated.value_or(false);
   bool known = arguments_.gated.has_value();
   const auto second = SecondLayerOf(global);

@@ -74,6 +74,7 @@ class MegatronModel {
 
   PieceTable& table_;
   MegatronArguments arguments_;
+  bool old_attention_ = false;  // checkpoint_version < 2: queries, keys and values in other orders
   uint32_t tensor_ranks_ = 1;
   uint32_t expert_tensor_ranks_ = 1;
   std::vector<MegatronRank> ranks_;

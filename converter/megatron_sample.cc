@@ -273,6 +273,10 @@ void MegatronSample::Arguments(PickleWriter& pickle) const {
   } else {
     pickle.None();
   }
+  if (config_.free_layout) {
+    pickle.String("pipeline_model_parallel_layout");
+    pickle.String("Et|tL");
+  }
   pickle.String("transformer_impl");
   pickle.String("local");
   pickle.SetItems();

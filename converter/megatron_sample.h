@@ -28,6 +28,7 @@ struct MegatronSampleConfig {
   Dtype weights = Dtype::kBfloat16;
   bool distributed = true;  // DistributedOptimizer
   std::optional<uint64_t> bucket = {};
+  bool free_layout = false;  // args do not say how many layers a stage has
   uint64_t seed = 1;
 };
 

@@ -176,6 +176,13 @@ MegatronSample::Files MegatronSample::TorchDist(Form form) const {
             const auto locals = Locals(stage, chunk, tensor, expert,
                                        apart ? std::optional<bool>(experts) : std::nullopt);
             const Layout layout = LayOut(locals, stage, chunk, experts);
+            std::map<std::string, std::vector<float>> buffers;
+            std::map<std::string, std::vector<float>> arrays;  // without the padding of buckets
+            for (const char* state : {"fp32", "exp_avg", "exp_avg_sq"}) {
+              buffers[state] = Buffer(locals, layout, state);
+              arrays[state] = WithoutPadding(buffers[state], layout);
+              arrays[state].resize(layout.padded, 0.0F);
+            }
             for (size_t i = 0; i < locals.size(); ++i) {
               const Local& local = locals[i];
               // Every rank with the whole of a parameter would write it; one does. And the copy of
@@ -197,9 +204,8 @@ MegatronSample::Files MegatronSample::TorchDist(Form form) const {
                 std::vector<float> values = part(state);
                 if (form == Form::kShifted) {
                   // Places of the padded buffer, used in the array without padding.
-                  std::vector<float> array = WithoutPadding(Buffer(locals, layout, state), layout);
-                  array.resize(layout.padded, 0.0F);
-                  const auto begin = array.begin() + static_cast<ptrdiff_t>(layout.begins[i]);
+                  const auto begin =
+                      arrays[state].begin() + static_cast<ptrdiff_t>(layout.begins[i]);
                   values.assign(begin, begin + static_cast<ptrdiff_t>(values.size()));
                 }
                 add(absl::StrCat("optimizer.state.", key, "."), local, Dtype::kFloat32, values);
@@ -208,7 +214,7 @@ MegatronSample::Files MegatronSample::TorchDist(Form form) const {
             if (form != Form::kBuckets) continue;
             for (size_t b = 0; b < layout.bucket_begins.size(); ++b) {
               for (const char* state : {"fp32", "exp_avg", "exp_avg_sq"}) {
-                const std::vector<float> buffer = Buffer(locals, layout, state);
+                const std::vector<float>& buffer = buffers[state];
                 const uint64_t begin = layout.bucket_begins[b];
                 const uint64_t end = layout.bucket_ends[b];
                 const uint64_t share = (layout.bucket_padded_ends[b] - begin) / config_.dp;
