@@ -93,6 +93,9 @@ void Print(const ordered_json& answer) {
     const std::string light = job.value("light", std::string());
     std::printf("%s  %s%s\n", JobText(job).c_str(), LightText(light),
                 job.value("state", "") == "ended" ? "; the job has ended" : "");
+    if (const int unseen = job.value("ranks_ended_unseen", 0); unseen > 0) {
+      std::printf("  %d ranks are gone, and nobody has told how they ended\n", unseen);
+    }
     for (const ordered_json& finding : job["findings"]) {
       std::printf("  %s %s: %s\n", finding.value("grade", std::string()).c_str(),
                   finding.value("id", std::string()).c_str(),

@@ -43,11 +43,11 @@ absl::StatusOr<nlohmann::ordered_json> ParseAnswer(const std::string& text);
 
 // monitor_text.cc: how things are said. Names are made safe to print.
 
-// "0.4 s", "21 s", "3 min", "2 h".
+// "0.4 s", "21 s", "3 min", "5 h".
 std::string SecondsText(double seconds);
 // "llama (attempt run/0, 8 ranks)".
 std::string JobText(const nlohmann::ordered_json& job);
-// "rank 3", "the link from rank 1 to rank 2", ...: an end of an edge, as `top` has it.
+// "rank 3", "link 1 -> 2", ...: an end of an edge, as `top` has it.
 std::string EndText(const nlohmann::ordered_json& end);
 // A finding in one line, and in full.
 std::string FindingLine(const nlohmann::ordered_json& finding);

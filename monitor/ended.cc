@@ -31,15 +31,67 @@ std::string ExitText(const RankReport& report) {
   return "ended";
 }
 
-// What ended by itself, or by force: a stop on request or a regular end is no death, unless the
-// others go on and wait for it, which hang.cc sees.
-bool IsDeath(const RankTrack& track) {
-  return track.report.exit >= ExitKind::kAborted ||
-         (track.report.exit == ExitKind::kNone && track.report.process == ProcessState::kGone);
+// What ended by itself, or by force. A stop on request and a regular end are no deaths, nor is an
+// end that nobody saw: every job ends like that whose launcher tells us nothing. Who is waited for
+// after such an end is dead all the same, which hang.cc sees.
+bool IsDeath(const RankReport& report) {
+  return report.exit == ExitKind::kAborted || report.exit > ExitKind::kUnknown;
 }
 
-ExitKind KindOf(const RankTrack& track) {
-  return track.report.exit == ExitKind::kNone ? ExitKind::kUnknown : track.report.exit;
+bool IsGone(const RankReport& report) {
+  return report.exit != ExitKind::kNone || report.process == ProcessState::kGone;
+}
+
+ExitKind KindOf(const RankReport& report) {
+  return report.exit == ExitKind::kNone ? ExitKind::kUnknown : report.exit;
+}
+
+bool EndedUnseen(const RankTrack& track) {
+  return track.seen && IsGone(track.report) && KindOf(track.report) == ExitKind::kUnknown;
+}
+
+absl::Duration EndOf(const RankTrack& track) {
+  return track.report.exit == ExitKind::kNone ? track.arrived : track.ended_at;
+}
+
+// Where nobody has ever shown any communication, nobody shows whether somebody is missed either.
+void FindGone(const JobState& state, Candidates& out) {
+  const std::vector<RankTrack>& tracks = state.ranks();
+  if (!state.communicators().empty() ||
+      std::any_of(tracks.begin(), tracks.end(),
+                  [](const RankTrack& track) { return track.report.operation_us > 0; })) {
+    return;
+  }
+  const bool others_live = std::any_of(tracks.begin(), tracks.end(), [](const RankTrack& track) {
+    return track.seen && !IsGone(track.report);
+  });
+  if (!others_live) return;  // the job is over
+  const Thresholds& thresholds = state.thresholds();
+  Candidate candidate;
+  candidate.key = "ended";
+  Finding& finding = candidate.finding;
+  std::vector<std::string> names;
+  for (uint32_t r = 0; r < tracks.size() && names.size() < kSuspectsMax; ++r) {
+    if (!EndedUnseen(tracks[r])) continue;
+    candidate.standing = std::max(candidate.standing, state.now() - EndOf(tracks[r]));
+    finding.suspects.push_back({Rank{r}, Rank{r}});
+    names.push_back(RankName(state, Rank{r}));
+  }
+  if (names.empty() || candidate.standing < thresholds.hang_suspicion) return;
+  candidate.verdict_with_one = candidate.verdict_with_two = thresholds.hang_verdict;
+  finding.grade = Grade::kSuspicion;
+  finding.syndrome = Syndrome::kEnded;
+  finding.fault = FaultClass::kDead;
+  finding.scope = Scope::kProcess;
+  finding.confidence = 0.5 / static_cast<double>(finding.suspects.size());
+  finding.sentence =
+      absl::StrFormat("%s %s gone, and nobody saw how; nothing shows whether the others miss %s.",
+                      absl::StrJoin(names, ", "), names.size() == 1 ? "is" : "are",
+                      names.size() == 1 ? "it" : "them");
+  finding.evidence = {
+      absl::StrCat("others of the job have lived on for ", SecondsText(candidate.standing))};
+  finding.changes_mind = "The others ending too, or what a launcher says of its end.";
+  out.found.push_back(std::move(candidate));
 }
 
 }  // namespace
@@ -48,14 +100,18 @@ void FindEnded(const JobState& state, Candidates& out) {
   std::vector<Rank> dead;
   absl::Duration first = absl::InfiniteDuration();
   ExitKind greatest = ExitKind::kNone;
+  bool any_death = false;
   for (uint32_t r = 0; r < state.ranks().size(); ++r) {
     const RankTrack& track = state.ranks()[r];
-    if (!track.seen || !IsDeath(track)) continue;
+    const bool is_death = track.seen && IsDeath(track.report);
+    // Beside a death an end that nobody saw may be its cause, or its consequence.
+    if (!is_death && !EndedUnseen(track)) continue;
+    any_death |= is_death;
     dead.push_back(Rank{r});
-    greatest = std::max(greatest, KindOf(track));
-    first = std::min(first, track.report.exit == ExitKind::kNone ? track.arrived : track.ended_at);
+    greatest = std::max(greatest, KindOf(track.report));
+    first = std::min(first, EndOf(track));
   }
-  if (dead.empty()) return;
+  if (!any_death) return FindGone(state, out);
   Candidate candidate;
   candidate.key = "ended";
   Finding& finding = candidate.finding;
@@ -65,7 +121,7 @@ void FindEnded(const JobState& state, Candidates& out) {
   std::vector<std::string> names, weaker;
   for (const Rank rank : dead) {
     const RankTrack& track = state.ranks()[Value(rank)];
-    const bool cause = KindOf(track) == greatest;
+    const bool cause = KindOf(track.report) == greatest;
     if (cause && finding.suspects.size() < kSuspectsMax) {
       finding.suspects.push_back({rank, rank});
       names.push_back(RankName(state, rank));

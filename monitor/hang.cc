@@ -121,6 +121,11 @@ class HangSearch {
                                        });
     });
   }
+  // FindEnded has named the cause of this and of other ends.
+  bool HasDeath() const {
+    return std::any_of(out_.found.begin(), out_.found.end(),
+                       [](const Candidate& candidate) { return candidate.key == "ended"; });
+  }
   bool Explained(uint64_t communicator) const {
     return std::any_of(mismatches_.begin(), mismatches_.end(),
                        [&](const Mismatch& m) { return m.communicator == communicator; });
@@ -282,10 +287,13 @@ class HangSearch {
     const std::string key = absl::StrCat("stop:", Value(rank));
     Patience patience = PatienceFor(state_, pressure.communicator, 2);
     if (track.report.exit != ExitKind::kNone || track.report.process == ProcessState::kGone) {
-      if (track.report.exit > ExitKind::kTerminated || track.report.exit == ExitKind::kNone) {
-        explained_ = true;  // FindEnded has it
+      const bool unseen =
+          track.report.exit == ExitKind::kNone || track.report.exit == ExitKind::kUnknown;
+      if (unseen ? HasDeath() : track.report.exit > ExitKind::kTerminated) {
+        explained_ = true;
         return;
       }
+      if (unseen) finding.evidence.push_back("its process is gone, and nobody saw how");
       finding.syndrome = Syndrome::kEnded;
       finding.fault = FaultClass::kDead;
       finding.scope = Scope::kProcess;

@@ -238,10 +238,12 @@ JobAnalysis::Result JobAnalysis::Step(JobStep step) {
   return result;
 }
 
+// With status 0, or so that nobody saw how.
 bool JobAnalysis::EveryRankEndedCleanly() const {
   const std::vector<RankTrack>& tracks = analyzer_->state().ranks();
   return std::all_of(tracks.begin(), tracks.end(), [](const RankTrack& track) {
-    return track.seen && track.report.exit == ExitKind::kClean;
+    const ExitKind exit = track.report.exit;
+    return track.seen && (exit == ExitKind::kClean || exit == ExitKind::kUnknown);
   });
 }
 

@@ -65,7 +65,7 @@ class JobAnalysis {
     // Findings have ids that no other finding of this job has, whatever its attempt.
     Analysis analysis;
     bool new_attempt = false;  // what was found before is of an attempt that is over
-    bool ended = false;        // every rank has ended cleanly
+    bool ended = false;        // every rank has ended, and none is known to have failed
   };
   Result Step(JobStep step);
 

@@ -356,6 +356,15 @@ void TestimonyBook::SpeakOf(const JobState& state, Candidate& candidate) const {
     const Testimony& testimony = entry.testimony;
     if (testimony.ranks.empty() || !IsAbout(state, entry, candidate)) continue;
     const bool named = std::any_of(testimony.ranks.begin(), testimony.ranks.end(), may_be);
+    // Others stand inside an operation: whoever has gone unseen is missed.
+    if (!named && testimony.claim == Claim::kEntered && finding.syndrome == Syndrome::kEnded &&
+        testimony.standing + (state.now() - entry.observed) >= thresholds.hang_suspicion &&
+        candidate.verdict_with_one < absl::InfiniteDuration()) {
+      agreeing.insert(testimony.source);
+      doubt *= 1 - thresholds.agreement_weight * testimony.certainty;
+      finding.evidence.push_back(Said(testimony));
+      continue;
+    }
     if (named && Accuses(testimony.claim) && Fits(testimony.claim, finding.fault)) {
       agreeing.insert(testimony.source);
       doubt *= 1 - thresholds.agreement_weight * testimony.certainty;

@@ -102,6 +102,16 @@ ordered_json SightOf(const monitor::Sight& sight) {
           {"oldest_report_seconds", absl::ToDoubleSeconds(sight.oldest_report)}};
 }
 
+// Ranks that are gone, and nobody has told how.
+uint32_t EndedUnseen(const JobAnalysis& job) {
+  if (job.analyzer() == nullptr) return 0;
+  const std::vector<monitor::RankTrack>& tracks = job.analyzer()->state().ranks();
+  return static_cast<uint32_t>(
+      std::count_if(tracks.begin(), tracks.end(), [](const monitor::RankTrack& track) {
+        return track.seen && track.report.exit == monitor::ExitKind::kUnknown;
+      }));
+}
+
 // What an edge of the graph ends at.
 ordered_json EndOf(const WaitPicture& picture, uint32_t node) {
   if (node < picture.rank_count) return {{"kind", "rank"}, {"rank", node}};
@@ -140,6 +150,7 @@ ordered_json StatusOf(const JobAnalysis& job, const monitor::Analysis& last, abs
   ordered_json status = Header(job);
   status["roles_known"] = job.roles_known();
   status["sight"] = SightOf(last.sight);
+  status["ranks_ended_unseen"] = EndedUnseen(job);
   status["nodes"] = ordered_json::array();
   for (const JobAnalysis::Node& node : job.nodes()) {
     if (status["nodes"].size() == kListedNodesMax) break;

@@ -538,7 +538,9 @@ std::string MonitorService::GatheredText(const Gathering& gathering) const {
           open, [](const FindingRecord* record) { return record->state != FindingState::kOpen; });
       const auto job = jobs_.find(name);
       one["state"] = job == jobs_.end() || job->second->ended ? "ended" : "running";
-      one["light"] = LightOf(one["sight"]["whole"], open);
+      // An end that nobody saw may have been a good one.
+      const bool whole = one["sight"]["whole"] && one["ranks_ended_unseen"] == 0;
+      one["light"] = LightOf(whole, open);
       one["findings"] = ordered_json::array();
       for (const FindingRecord* record : open) {
         one["findings"].push_back(monitor::FindingRecordObject(*record));

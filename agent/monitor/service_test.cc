@@ -446,6 +446,37 @@ TEST_F(MonitorServiceTest, AJobEndsWithItsLastRankAndMayBeginAgain) {
   EXPECT_EQ(job["attempt_key"], "run/1");
 }
 
+// As under torchrun, which tells nobody how its ranks ended: no finding, and no praise.
+TEST_F(MonitorServiceTest, AJobWhoseEndNobodySawIsOverAndGrey) {
+  StartService();
+  StartWorld({});
+  Run(40);
+  EXPECT_EQ(AskWell(abi::MonitorQueryKind::kStatus)["jobs"][0]["light"], "green");
+  world_.reset();
+  monitor::NodeSummary ended;
+  ended.incarnation = UINT64_MAX;
+  ended.ranks.resize(1);
+  ended.ranks[0].exit = monitor::ExitKind::kUnknown;
+  ended.ranks[0].process = monitor::ProcessState::kGone;
+  ended.ranks[0].level = monitor::TelemetryLevel::kLight;
+  for (uint64_t second = 1; second < 20; ++second) {
+    for (uint32_t rank = 0; rank < kRanks; ++rank) {
+      ended.sequence = second;
+      ended.clock_us = second * 1'000'000;
+      ended.ranks[0].rank = Rank{rank};
+      service_->Deliver({"llama", "run/0", kRanks, "gpu-" + std::to_string(10 + rank),
+                         monitor::EncodeSummary(ended)});
+    }
+    Run(1);
+  }
+  const json job = AskWell(abi::MonitorQueryKind::kStatus)["jobs"][0];
+  EXPECT_EQ(job["state"], "ended");
+  EXPECT_EQ(job["light"], "grey");
+  EXPECT_EQ(job["sight"]["whole"], true);
+  EXPECT_EQ(job["ranks_ended_unseen"], kRanks);
+  EXPECT_EQ(service_->findings().size(), 0u);
+}
+
 TEST_F(MonitorServiceTest, JobsAndReportsAreBounded) {
   StartService();
   const auto deliver = [&](const std::string& job) {
