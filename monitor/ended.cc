@@ -152,8 +152,9 @@ void FindNeverJoined(const JobState& state, Candidates& out) {
   if (waited < timeout / 2) return;
   const size_t world = state.ranks().size();
   for (const auto& [id, knowledge] : state.communicators()) {
-    // The communicator of all is made when all have come: who is not seen is not shown to us.
-    if (knowledge.size == world) return;
+    // The communicator of all is made when all have come, and a job that trains is not starting any
+    // more: who is not seen is not shown to us.
+    if (knowledge.size == world || state.NormalStandstill(id).has_value()) return;
   }
   std::vector<Rank> absent;
   for (uint32_t r = 0; r < world; ++r) {

@@ -239,5 +239,23 @@ TEST(EndedTest, AToldDeathIsFoundAtOnceAndRanksUnseenOnesBesideIt) {
   }
 }
 
+// A job on two nodes of which one is seen, or one that tells of small communicators only: it
+// trains, so nobody is missing. Before that nothing tells an agent that is not there from a rank
+// that is not.
+TEST(NeverJoinedTest, IsSaidOfAJobThatStartsAndNotOfOneThatTrains) {
+  Job trains({.communicator_size = 2, .reporting = 2});
+  trains.Train(300);
+  EXPECT_EQ(trains.worst_count(), 0u) << trains.findings()[0].sentence;
+
+  Job starts({.communicator_size = 2, .reporting = 2});
+  starts.Train(10);
+  starts.Pass(290);
+  ASSERT_THAT(starts.findings(), SizeIs(1));
+  EXPECT_EQ(starts.findings()[0].fault, FaultClass::kNeverJoined);
+  EXPECT_EQ(starts.findings()[0].grade, Grade::kVerdict);
+  EXPECT_EQ(starts.findings()[0].suspects,
+            (std::vector<Suspect>{{Rank{2}, Rank{2}}, {Rank{3}, Rank{3}}}));
+}
+
 }  // namespace
 }  // namespace holdfast::monitor
