@@ -42,6 +42,11 @@ bool SameMesh(const std::vector<MeshAxis>& a, const std::vector<MeshAxis>& b) {
   });
 }
 
+absl::Status NoSuchJob(const std::string& job, size_t count) {
+  return absl::NotFoundError(absl::StrFormat(
+      "job %s: expected one that reports, found none of this name among %d", job, count));
+}
+
 // Grey is not green: what nobody sees may be broken.
 const char* LightOf(bool whole, const std::vector<const FindingRecord*>& open) {
   const bool verdict = std::any_of(open.begin(), open.end(), [](const FindingRecord* record) {
@@ -428,7 +433,14 @@ void MonitorService::Ask(Question question,
     case Kind::kMatrix:
       return Gather(question, std::move(answer));
     case Kind::kFindings:
-    case Kind::kFollow:
+      // A name that was mistyped must not look like a job in which nothing is wrong.
+      if (!question.job.empty() && !jobs_.contains(question.job) &&
+          log_.Records(question.job).empty()) {
+        text = NoSuchJob(question.job, jobs_.size());
+        break;
+      }
+      [[fallthrough]];
+    case Kind::kFollow:  // may begin before its job
       text = FindingsJson(question.job);
       break;
     case Kind::kExplain:
@@ -478,11 +490,7 @@ void MonitorService::Gather(const Question& question,
     }
     jobs.push_back(job);
   }
-  if (!question.job.empty() && jobs.empty()) {
-    refusal = absl::NotFoundError(
-        absl::StrFormat("job %s: expected one that reports, found none of this name among %d",
-                        question.job, jobs_.size()));
-  }
+  if (!question.job.empty() && jobs.empty()) refusal = NoSuchJob(question.job, jobs_.size());
   if (!refusal.ok() || jobs.empty()) {
     loop_.Post([this, alive = std::weak_ptr<bool>(alive_), gathering, refusal] {
       if (alive.expired()) return;

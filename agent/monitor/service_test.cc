@@ -352,7 +352,8 @@ TEST_F(MonitorServiceTest, QuestionsAreAnsweredFromTheSameMoment) {
   EXPECT_GT(matrix["communicators"][0]["cells"][0]["us_per_mib"], 0);
 
   EXPECT_EQ(AskWell(abi::MonitorQueryKind::kFindings)["findings"][0]["id"], id);
-  EXPECT_THAT(AskWell(abi::MonitorQueryKind::kFindings, "other")["findings"], IsEmpty());
+  EXPECT_THAT(Ask({abi::MonitorQueryKind::kFindings, "other", "", 0}).status(), IsNotFound());
+  EXPECT_THAT(AskWell(abi::MonitorQueryKind::kFollow, "other")["findings"], IsEmpty());
   const json explained = AskWell(abi::MonitorQueryKind::kExplain, "", id)["finding"];
   EXPECT_EQ(explained["history"].size(), 2u);
   EXPECT_EQ(explained["history"][0]["change"], "suspicion");
