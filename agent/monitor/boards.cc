@@ -13,6 +13,7 @@
 #include "absl/strings/strip.h"
 #include "agent/handover.h"
 #include "agent/monitor/names.h"
+#include "agent/monitor/node_aggregator.h"
 #include "base/check.h"
 #include "base/status_macros.h"
 
@@ -197,7 +198,10 @@ absl::Status MonitorBoards::Window(const std::string& job, uint32_t rank, absl::
   }
   std::vector<std::shared_ptr<MappedBoard>> boards;
   for (const std::unique_ptr<Board>& board : boards_) {
-    if (board->alive && board->offer.job == job && board->offer.rank == rank) {
+    // By the name that reports, and so `holdfast monitor status`, have for it; or its own.
+    const std::string& named = board->offer.job;
+    if (board->alive && board->offer.rank == rank &&
+        (named == job || NodeAggregator::JobNamed(named) == job)) {
       boards.push_back(board->mapped);
     }
   }

@@ -15,6 +15,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
+#include "agent/monitor/node_aggregator.h"
 #include "agent/monitor/table_keeper_testing.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
@@ -309,6 +310,23 @@ TEST_F(MonitorBoardsTest, AWindowAsksTheRankAndTellsWhatItRecorded) {
   EXPECT_EQ(lines[3]["records"], 3);
   EXPECT_EQ(lines[3]["missed"], 0);
   EXPECT_EQ(lines[3]["opened"], true);
+}
+
+// A job that has no name, or one that is none, is asked for as `monitor status` shows it.
+TEST_F(MonitorBoardsTest, AWindowFindsAJobByTheNameThatReportsHaveForIt) {
+  TestBoard board;
+  board.Seal();
+  MonitorBoards::Offer offer = MakeOffer(board.fd(), 2);
+  offer.job = "bad name/..";
+  ASSERT_TRUE(boards_.Adopt(std::move(offer)).ok());
+  int told = 0;
+  const auto done = [&](const std::string&) { ++told; };
+  for (const char* name : {NodeAggregator::kUnnamed, "bad name/.."}) {
+    EXPECT_TRUE(boards_.Window(name, 2, absl::Seconds(1), done).ok()) << name;
+  }
+  EXPECT_EQ(boards_.Window("other", 2, absl::Seconds(1), done).code(), absl::StatusCode::kNotFound);
+  executor_.AdvanceTime(absl::Seconds(2));
+  EXPECT_EQ(told, 2);
 }
 
 TEST_F(MonitorBoardsTest, AWindowCountsWhatWasOverwrittenBeforeItLooked) {
