@@ -21,7 +21,8 @@
 namespace holdfast {
 
 // Every kill point of the agent, in the order in which a first save meets them. A name in the code
-// that is not here does not compile; a name here that no code calls fails tests/kill.
+// that is not here does not compile; a name here that no code calls fails tests/kill, or those of a
+// run scripts/demo_recovery.py.
 inline constexpr std::string_view kKillPoints[] = {
     // The worker's start.
     "worker.started",    // the keeper's descriptors have arrived; nothing was looked at yet
@@ -63,6 +64,10 @@ inline constexpr std::string_view kKillPoints[] = {
     "restore.planned",
     "restore.piece_delivered",  // after each piece
     "restore.ended",
+    // A recovery of `holdfast run`: in scripts/demo_recovery.py, not in the drill of tests/kill.
+    "run.ranks_stopping",   // TERM is on its way to all ranks
+    "run.launch_starting",  // the ranks before are gone, and none of the next was started
+    "run.rank_started",     // after each
     // The keeper (armed there only).
     "keeper.message_received",  // read from the socket, not yet in the table
     "keeper.worker_starting",   // before the next worker is started

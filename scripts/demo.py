@@ -1,6 +1,7 @@
 #!/usr/bin/python3
 """Trains tiny_lm, kills every process of the system at the worst moment, and proves each time that the
-job goes on from the newest committed step, bit for bit.
+job goes on from the newest committed step, bit for bit. Ends with a job under `holdfast run` that does so
+by itself (demo_recovery.py).
 
 Where a kill must hit a place (the middle of a capture, of a flush), the agent's worker is armed to stop
 itself at that very instant (docs/OPERATING.md, crash drills), and is killed or let go on when what had
@@ -20,49 +21,12 @@ import traceback
 
 from demo_job import (BUILD, JOB, SAVE_EVERY, Agent, Failure, Training, holdfast, kill, total,
                       wait_until)
+from demo_recovery import RecoveryDemo
+from demo_report import Report
 
 REFERENCE_STEPS = 120
 BLOCK_BYTES = 4 << 20
 TRIES = 6
-
-
-class Report:
-    """What was expected and what was found, for people on the way and for machines at the end."""
-
-    def __init__(self):
-        self.events = []
-        self.missed = []
-        self.figures = {}
-        self.begun = time.monotonic()
-
-    def check(self, scenario, what, expected, found):
-        return self._add(scenario, what, expected, found, expected == found)
-
-    def check_between(self, scenario, what, least, found, most):
-        return self._add(scenario, what, {"least": least, "most": most}, found, least <= found <= most)
-
-    def _add(self, scenario, what, expected, found, holds):
-        self.events.append({"scenario": scenario, "event": what, "expected": expected, "found": found,
-                            "holds": holds})
-        mark = "ok " if holds else "BAD"
-        shown = f"{found}" if holds else f"expected {expected}, found {found}"
-        print(f"  {mark} {what}: {shown}", flush=True)
-        return holds
-
-    def miss(self, scenario, found):
-        """A kill that did not hit its place proves nothing and is repeated."""
-        self.missed.append({"scenario": scenario, "found": found})
-        print(f"      the kill missed ({found}); once more", flush=True)
-
-    def note(self, text):
-        print(f"      {text}", flush=True)
-
-    def heading(self, text):
-        print(f"\n[{time.monotonic() - self.begun:5.1f} s] {text}", flush=True)
-
-    @property
-    def failures(self):
-        return [event for event in self.events if not event["holds"]]
 
 
 def counters_text(images):
@@ -480,9 +444,11 @@ def main():
         (place / name).mkdir(parents=True, mode=0o700)
     report = Report()
     demo = Demo(place, arguments.bytes, report)
+    recovery = RecoveryDemo(BUILD, place / "recovery", report)
     stopped_by = None
     try:
         demo.run()
+        recovery.run()
     except Failure as failure:
         stopped_by = str(failure)
     except Exception as error:  # a defect of the demo: the report says so, and ends as usual
@@ -490,15 +456,8 @@ def main():
         traceback.print_exc()
     finally:
         demo.kill_everything()
-    if stopped_by is not None:
-        print(f"\nThe demo stopped: {stopped_by}", flush=True)
-    if arguments.json:
-        pathlib.Path(arguments.json).write_text(json.dumps(
-            {"schema_version": 1, "events": report.events, "missed": report.missed,
-             "figures": report.figures, "stopped_by": stopped_by}, indent=1) + "\n", encoding="utf-8")
-    failures = report.failures
-    print(f"\n{len(report.events) - len(failures)} of {len(report.events)} expectations hold")
-    ok = not failures and stopped_by is None
+        recovery.kill_everything()
+    ok = report.finish(stopped_by, arguments.json)
     if ok and not arguments.keep:
         shutil.rmtree(place, ignore_errors=True)
     return 0 if ok else 1

@@ -21,7 +21,7 @@ class Failure(Exception):
     """The demo cannot go on; the sentence says why."""
 
 
-def wait_until(condition, what, seconds=WAIT_SECONDS):
+def wait_until(condition, what, seconds=WAIT_SECONDS, every=0.002):
     deadline = time.monotonic() + seconds
     while True:
         value = condition()
@@ -29,7 +29,7 @@ def wait_until(condition, what, seconds=WAIT_SECONDS):
             return value
         if time.monotonic() > deadline:
             raise Failure(f"gave up after {seconds} s waiting for {what}")
-        time.sleep(0.002)
+        time.sleep(every)
 
 
 def read_lines(path):
@@ -47,6 +47,23 @@ def process_state(pid):
         return pathlib.Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0]
     except (FileNotFoundError, ProcessLookupError):
         return None
+
+
+def processes_of(place, program=None):
+    """All processes (of that program) whose environment names `place`, but this one."""
+    found = []
+    for entry in pathlib.Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            command = (entry / "cmdline").read_bytes().split(b"\0")
+            environment = (entry / "environ").read_bytes()
+        except OSError:
+            continue
+        is_meant = program is None or os.path.basename(command[0]) == program.encode()
+        if is_meant and str(place).encode() in environment:
+            found.append(int(entry.name))
+    return found
 
 
 def kill(pid, number=signal.SIGKILL):
@@ -109,19 +126,7 @@ class Agent:
         return wait_until(settled, f"the agent to know of rank {rank}'s death")[0]
 
     def pids(self):
-        """All processes of holdfastd whose environment names our runtime directory."""
-        found = []
-        for entry in pathlib.Path("/proc").iterdir():
-            if not entry.name.isdigit():
-                continue
-            try:
-                command = (entry / "cmdline").read_bytes().split(b"\0")
-                environment = (entry / "environ").read_bytes()
-            except OSError:
-                continue
-            if command[0].endswith(b"holdfastd") and str(self.runtime).encode() in environment:
-                found.append(int(entry.name))
-        return found
+        return processes_of(self.runtime, "holdfastd")
 
     def kill_for_good(self):
         """Again and again: keeper and worker start each other."""

@@ -13,6 +13,7 @@
 #include "agent/run/job_supervisor.h"
 #include "agent/run/process_tree.h"
 #include "agent/run/small_files.h"
+#include "base/kill_point.h"
 #include "base/status_macros.h"
 
 namespace holdfast {
@@ -113,6 +114,7 @@ void JobSupervisor::StartGroup(const recovery::StartRanks& action) {
     stops_ = false;
     started_ = world_.clock.Elapsed();
   }
+  KillPoint("run.launch_starting");
   absl::StatusOr<uint32_t> port = PortOf(LaunchDirectory(action.launch));
   absl::Status started = port.status();
   if (port.ok()) port_ = *port;
@@ -129,6 +131,7 @@ void JobSupervisor::StartGroup(const recovery::StartRanks& action) {
     shim.environment =
         EnvironmentOf({spec_, action, rank, port_, options_.socket, settings_.max_restarts});
     started = group_->Start(std::move(shim));
+    KillPoint("run.rank_started");
   }
   if (started.ok()) {
     Say(absl::StrFormat("attempt %d: %d ranks, port %d, logs in %s", action.restart_count,

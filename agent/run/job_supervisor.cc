@@ -18,6 +18,7 @@
 #include "agent/run/fields.h"
 #include "agent/run/small_files.h"
 #include "base/check.h"
+#include "base/kill_point.h"
 #include "base/status_macros.h"
 
 namespace holdfast {
@@ -346,6 +347,7 @@ void JobSupervisor::CarryOut(const recovery::StopRanks& action) {
   if (group_ == nullptr || action.launch != group_launch_) return;
   stops_ = true;
   group_->Signal(SIGTERM);
+  KillPoint("run.ranks_stopping");
   world_.loop.CancelTimer(kill_timer_);
   const absl::Duration wait =
       std::max(action.kill_at - world_.clock.Elapsed(), absl::ZeroDuration());

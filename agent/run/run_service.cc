@@ -11,43 +11,12 @@
 #include "absl/strings/str_join.h"
 #include "agent/log.h"
 #include "agent/recovery/incident.h"
+#include "agent/run/incident_json.h"
 #include "agent/run/small_files.h"
 #include "base/status_macros.h"
 #include "nlohmann/json.hpp"
 
 namespace holdfast {
-namespace {
-
-nlohmann::ordered_json SecondsOf(const std::optional<absl::Duration>& duration) {
-  return duration.has_value() ? nlohmann::ordered_json(absl::ToDoubleSeconds(*duration))
-                              : nlohmann::ordered_json();
-}
-
-nlohmann::ordered_json IncidentJson(const recovery::Incident& incident) {
-  const recovery::Phases phases = recovery::PhasesOf(incident);
-  return {{"number", incident.number},
-          {"launch", Value(incident.launch)},
-          {"attempt", Value(incident.attempt)},
-          {"cause", std::string(recovery::Name(incident.cause))},
-          {"outcome", std::string(recovery::Name(incident.outcome))},
-          {"what", incident.what},
-          {"sentence", incident.sentence},
-          {"action", incident.action},
-          {"finding", incident.finding},
-          {"seconds",
-           {{"detect", SecondsOf(phases.detect)},
-            {"diagnose", SecondsOf(phases.diagnose)},
-            {"wait", SecondsOf(phases.wait)},
-            {"stop", SecondsOf(phases.stop)},
-            {"start", SecondsOf(phases.start)},
-            {"load", SecondsOf(phases.load)},
-            {"step", SecondsOf(phases.step)},
-            {"lost", SecondsOf(phases.lost)},
-            {"total", SecondsOf(phases.total)}}}};
-}
-
-}  // namespace
-
 RunService::RunService(Options options, JobSupervisor::World world)
     : options_(std::move(options)), world_(std::move(world)) {}
 
@@ -257,6 +226,8 @@ std::string RunService::StateJson(const JobSupervisor& supervisor) {
       {"restart_count", history.restart_count},
       {"max_restarts", view.settings.max_restarts},
       {"ranks", history.placement.world_size()},
+      {"layout", history.placement.layout},
+      {"gpus", nlohmann::ordered_json::array()},
       {"port", view.port},
       {"log_directory", view.spec.log_directory},
       {"over", view.is_over},
@@ -266,6 +237,9 @@ std::string RunService::StateJson(const JobSupervisor& supervisor) {
       {"incidents", nlohmann::ordered_json::array()}};
   for (const JobSupervisor::Line& line : view.lines) {
     state["lines"].push_back({{"number", line.number}, {"text", line.text}});
+  }
+  for (const recovery::Gpu& gpu : history.placement.gpus) {
+    state["gpus"].push_back(recovery::Name(gpu, recovery::HomeOf(history)));
   }
   std::vector<recovery::Incident> incidents = history.past;
   if (history.incident.has_value()) incidents.push_back(*history.incident);
