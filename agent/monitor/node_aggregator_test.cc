@@ -380,6 +380,12 @@ TEST_F(NodeAggregatorTest, WhatTheEngineDoesInBetweenIsAPause) {
   EXPECT_EQ(Value(Next().attempt), 5u);
   executor_.AdvanceTime(NodeAggregator::kFlushPauseMax);
   EXPECT_FALSE(Next().engine_paused);
+  // Nor does a rank that hangs before it waits for its capture hide behind it for ever.
+  activity_.flushing = false;
+  activity_.capturing = true;
+  EXPECT_TRUE(Next().engine_paused);
+  executor_.AdvanceTime(NodeAggregator::kCapturePauseMax);
+  EXPECT_FALSE(Next().engine_paused);
 }
 
 TEST_F(NodeAggregatorTest, ConnectionsServedByAnotherProcessBelongToTheirOwner) {
