@@ -137,9 +137,10 @@ void Worker::TakeOver() {
 void Worker::DropWorld() {
   DescribeAtKillPoint(nullptr);
   server_.reset();
+  run_service_.reset();
+  evidence_pool_.reset();
   witness_service_.reset();
   witness_pool_.reset();
-  run_service_.reset();
   node_aggregator_.reset();
   monitor_service_.reset();
   monitor_boards_.reset();
@@ -245,7 +246,7 @@ absl::Status Worker::BuildEngine() {
       static_cast<uint64_t>(absl::ToInt64Microseconds(clock_.Elapsed())), *monitor_service_);
   server_options.take_exit = [this](RankExit exit) { node_aggregator_->TakeExit(std::move(exit)); };
   RETURN_IF_ERROR(AddWitnesses(server_options));
-  MakeRunService();
+  RETURN_IF_ERROR(MakeRunService());
   server_options.run_service = run_service_.get();
   server_ = std::make_unique<LocalServer>(std::move(server_options), keeper_->Find(kListenerName),
                                           *engine_, *loop_, [this] { return StatusText(); });
@@ -274,7 +275,8 @@ absl::Status Worker::AddWitnesses(LocalServer::Options& server_options) {
   return absl::OkStatus();
 }
 
-void Worker::MakeRunService() {
+absl::Status Worker::MakeRunService() {
+  ASSIGN_OR_RETURN(evidence_pool_, ThreadPool::Create(*loop_, EvidenceWorld::kThreads));
   RunService::Options options;
   options.state_directory = config_.state_directory;
   options.runtime_directory = std::filesystem::path(config_.socket).parent_path().string();
@@ -282,9 +284,13 @@ void Worker::MakeRunService() {
   options.shim_program = ShimPath();
   run_service_ = std::make_unique<RunService>(
       std::move(options),
-      JobSupervisor::World{*loop_, *pool_, clock_, *engine_,
-                           [this](RankExit exit) { node_aggregator_->TakeExit(std::move(exit)); },
-                           [this] { return StatusText(); }});
+      JobSupervisor::World{
+          *loop_, *pool_, clock_, *engine_,
+          [this](RankExit exit) { node_aggregator_->TakeExit(std::move(exit)); },
+          EvidenceWorld{*evidence_pool_, [this] { return StatusText(); }, monitor_service_.get(),
+                        &witness_service_->waiting(), [this] { witness_service_->ReadKernelLog(); },
+                        config_.kernel_log}});
+  return absl::OkStatus();
 }
 
 MonitorService::Options Worker::MonitorOptions() const {
@@ -430,8 +436,8 @@ void Worker::End(int exit_code, const std::string& why) {
   loop_->Stop();
 }
 
-// Whoever has started the agent waits (kReadyName) until somebody is served, by this worker or, where
-// workers died, by a later one.
+// Whoever has started the agent waits (kReadyName) until somebody is served, by this worker or,
+// where workers died, by a later one.
 bool Worker::IsFirst() const { return restart_count_ == 0 || keeper_->Find(kReadyName) >= 0; }
 
 void Worker::TellStarter(const std::string& text) {

@@ -58,7 +58,7 @@ class Worker {
   absl::Status BuildEngine();
   MonitorService::Options MonitorOptions() const;
   absl::Status AddWitnesses(LocalServer::Options& server_options);
-  void MakeRunService();
+  absl::Status MakeRunService();
   void Recovered();
   void WatchSignals();
   void OnSignal();
@@ -92,6 +92,7 @@ class Worker {
   std::unique_ptr<NodeAggregator> node_aggregator_;
   std::unique_ptr<ThreadPool> witness_pool_;
   std::unique_ptr<WitnessService> witness_service_;
+  std::unique_ptr<ThreadPool> evidence_pool_;
   std::unique_ptr<RunService> run_service_;
   std::unique_ptr<LocalServer> server_;
 

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "agent/run/run_recorder.h"
 #include "monitor/finding_record.h"
 #include "monitor/recording.h"
 #include "monitor/sim/catalogue.h"
@@ -275,6 +276,58 @@ TEST_F(MonitorServiceTest, WhatIsRecordedReplaysToTheSameFindings) {
       (json{{"source", "flight-recorder"}, {"node", "n1"}, {"heard", false}, {"why", "asleep"}}));
   EXPECT_EQ(status["agent"]["reports_dropped"], 0);
   EXPECT_EQ(replayed.Records()[0]->history.size(), live[0]->history.size());
+}
+
+TEST_F(MonitorServiceTest, WhatARunsRecorderKeepsReplaysToTheSameFinding) {
+  options_.mesh_of = [](const std::string&) {
+    return std::vector<MeshAxis>{{"pp", 2}, {"dp", kRanks / 2}};
+  };
+  StartService();
+  const RunRecorder whole(*service_, "llama");
+  const RunRecorder last(*service_, "llama", 1);  // bytes: of the newest step alone there is room
+  EXPECT_OK(whole.status());
+  StartWorld({FaultOf(FaultKind::kStopped, 3, 0)});
+  Run(70);
+  EXPECT_THAT(whole.Keep().steps, SizeIs(70));
+  EXPECT_THAT(last.Keep().steps, SizeIs(1));
+
+  struct Replay {
+    monitor::FindingLog log;
+    uint64_t lost = 0;
+    bool begins_with_roles = false;
+  };
+  const auto replay = [](const RunRecorder& recorder) {
+    const std::string file = RunRecorder::FileOf(recorder.Keep());
+    Replay replayed;
+    monitor::JobAnalysis analysis(monitor::Thresholds{}, "llama");
+    const auto reader = monitor::RecordingReader::Create(file);
+    EXPECT_OK(reader.status());
+    for (bool is_first = true;;) {
+      absl::StatusOr<std::optional<monitor::Recorded>> next = (*reader)->Next();
+      EXPECT_OK(next.status());
+      if (!next.ok() || !next->has_value()) break;
+      if (const auto* loss = std::get_if<monitor::RecordedLoss>(&**next)) {
+        replayed.lost += loss->steps;
+        continue;
+      }
+      monitor::JobStep step = std::get<monitor::RecordedStep>(**next).step;
+      if (std::exchange(is_first, false)) replayed.begins_with_roles = !step.roles.empty();
+      const absl::Duration elapsed = step.elapsed;
+      const auto result = analysis.Step(std::move(step));
+      replayed.log.Take(analysis, result, {elapsed, std::nullopt});
+    }
+    EXPECT_TRUE((*reader)->ended());
+    return replayed;
+  };
+  const Replay of_whole = replay(whole);
+  EXPECT_EQ(of_whole.lost, 0u);
+  const auto live = service_->findings().Records("llama");
+  ASSERT_THAT(live, SizeIs(1));
+  ASSERT_EQ(of_whole.log.size(), 1u);
+  EXPECT_EQ(FindingJson(of_whole.log.Records()[0]->finding), FindingJson(live[0]->finding));
+  const Replay of_last = replay(last);
+  EXPECT_EQ(of_last.lost, 69u);
+  EXPECT_TRUE(of_last.begins_with_roles);
 }
 
 TEST_F(MonitorServiceTest, ASlowSubscriberLosesAndIsToldHowMuch) {

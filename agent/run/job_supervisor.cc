@@ -14,7 +14,6 @@
 #include "agent/recovery/incident.h"
 #include "agent/recovery/policy.h"
 #include "agent/recovery/text.h"
-#include "agent/run/evidence.h"
 #include "agent/run/fields.h"
 #include "agent/run/small_files.h"
 #include "base/check.h"
@@ -72,6 +71,7 @@ JobSupervisor::JobSupervisor(Options options, World world, RunSpec spec,
       node_(NodeOf(spec_)),
       settings_(std::move(settings)),
       on_change_(std::move(on_change)),
+      collector_(world_.evidence, spec_.job),
       // Greater than those of the worker before this one.
       next_line_(static_cast<uint64_t>(absl::ToInt64Microseconds(world_.clock.Elapsed()))) {}
 
@@ -250,6 +250,7 @@ void JobSupervisor::TellResumed() {
       continue;
     }
     told_incident_ = incident.number;
+    WriteIncident(incident);
     const recovery::Phases phases = recovery::PhasesOf(incident);
     std::string text = absl::StrFormat("incident %d is over", incident.number);
     const auto add = [&](const char* name, const std::optional<absl::Duration>& phase) {
@@ -289,43 +290,6 @@ void JobSupervisor::OnTimer() {
 
 // ---- Actions
 
-// The policy goes on when it is collected, or at its deadline, whichever is first.
-void JobSupervisor::CarryOut(const recovery::CollectEvidence& action) {
-  Evidence evidence;
-  evidence.directory = absl::StrCat(options_.state_directory, "/incidents/", action.incident);
-  evidence.status_json = world_.status_json ? world_.status_json() : std::string();
-  evidence.summary = absl::StrFormat(
-      "Incident %d of job %s, %s.\n%s\n", action.incident, spec_.job,
-      absl::FormatTime(absl::RFC3339_sec, world_.clock.WallTime(), absl::UTCTimeZone()),
-      action.why);
-  for (const Rank suspect : action.suspects) {
-    absl::StrAppend(&evidence.summary, "Suspect: rank ", Value(suspect), ".\n");
-  }
-  absl::StrAppendFormat(&evidence.summary, "Run %s, launch %d, restart %d, %d ranks, port %d.\n",
-                        spec_.run_id, Value(group_launch_), history_.restart_count,
-                        history_.placement.world_size(), port_);
-  for (uint32_t rank = 0; rank < history_.placement.world_size(); ++rank) {
-    const auto process = processes_.find(rank);
-    evidence.ranks.push_back({rank, LogDirectoryOf(spec_, history_.restart_count, rank),
-                              process == processes_.end() ? 0 : process->second});
-    absl::StrAppendFormat(&evidence.summary, "Rank %d: %s.\n", rank,
-                          evidence.ranks.back().process != 0
-                              ? absl::StrCat("process ", evidence.ranks.back().process)
-                              : std::string("has ended"));
-  }
-  auto collected = std::make_shared<absl::Status>();
-  world_.pool.Run(
-      [evidence = std::move(evidence), collected] { *collected = Collect(evidence); },
-      [this, alive = std::weak_ptr<bool>(alive_), collected, incident = action.incident] {
-        if (alive.expired()) return;
-        if (!collected->ok()) {
-          LogWarning(absl::StrFormat("job %s: evidence of incident %d: %s", spec_.job, incident,
-                                     collected->ToString()));
-        }
-        Take(recovery::EvidenceCollected{incident});
-      });
-}
-
 void JobSupervisor::CarryOut(const recovery::RequestSave& action) {
   const absl::StatusOr<Step> due =
       world_.engine.MakeDue(spec_.job, AttemptKeyOf(spec_, action.launch));
@@ -358,6 +322,7 @@ void JobSupervisor::CarryOut(const recovery::StopRanks& action) {
 }
 
 void JobSupervisor::CarryOut(const recovery::StartRanks& action) {
+  if (!history_.past.empty()) WriteIncident(history_.past.back());
   if (action.restore.kind != recovery::RestoreRule::Kind::kNewest) {
     if (std::exchange(finishing_, true)) return;
     exit_code_ = kExitNoRestart;
@@ -424,6 +389,8 @@ void JobSupervisor::CarryOut(const recovery::PublishBad& action) {
 
 void JobSupervisor::Finish() {
   is_over_ = true;
+  collector_.Stop();
+  if (!history_.past.empty()) WriteIncident(history_.past.back());
   std::error_code error;
   // Dropped: a run whose `run` stays is found again, and is over at once.
   std::filesystem::remove_all(options_.runtime_directory, error);

@@ -36,6 +36,7 @@
 #include "agent/recovery/events.h"
 #include "agent/recovery/history.h"
 #include "agent/recovery/settings.h"
+#include "agent/run/evidence_collector.h"
 #include "agent/run/rank_group.h"
 #include "agent/run/run_spec.h"
 #include "base/clock.h"
@@ -62,8 +63,8 @@ class JobSupervisor {
     WorkPool& pool;
     const Clock& clock;
     Engine& engine;
-    std::function<void(RankExit)> take_exit;   // of the monitor; may be null
-    std::function<std::string()> status_json;  // of the agent, for evidence; may be null
+    std::function<void(RankExit)> take_exit;  // of the monitor; may be null
+    EvidenceWorld evidence;
   };
 
   static constexpr absl::Duration kOwnerDeadline = absl::Seconds(30);
@@ -128,7 +129,11 @@ class JobSupervisor {
   void ArmTimer();
   void OnTimer();
 
+  // job_evidence.cc
   void CarryOut(const recovery::CollectEvidence& action);
+  std::string IncidentDirectory(uint32_t number) const;
+  std::string SummaryOf(const recovery::CollectEvidence& action) const;
+  void WriteIncident(const recovery::Incident& incident);
   void CarryOut(const recovery::RequestSave& action);
   void CarryOut(const recovery::StopRanks& action);
   void CarryOut(const recovery::StartRanks& action);
@@ -206,6 +211,7 @@ class JobSupervisor {
   bool owner_lost_ = false;
 
   uint32_t told_incident_ = 0;  // the last one whose end was told
+  EvidenceCollector collector_;
   std::deque<Line> lines_;
   uint64_t next_line_ = 1;
   bool is_over_ = false;

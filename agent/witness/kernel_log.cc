@@ -6,9 +6,14 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <utility>
 #include <vector>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_split.h"
 
 namespace holdfast {
 namespace {
@@ -16,6 +21,8 @@ namespace {
 // Records of the device in one turn.
 constexpr int kRecordsPerTurn = 64;
 constexpr size_t kReadBytes = size_t{64} << 10;
+// More than the kernel keeps; a device that never ends is left then.
+constexpr int kRecordsMax = 1 << 20;
 
 absl::Status OpenError(int error, const std::string& path) {
   const std::string text = absl::StrCat(path, ": ", strerror(error));
@@ -36,7 +43,63 @@ absl::Status OpenError(int error, const std::string& path) {
   }
 }
 
+struct Opened {
+  UniqueFd fd;
+  struct stat info {};
+};
+
+absl::StatusOr<Opened> OpenLog(const std::string& path) {
+  Opened opened;
+  // Not blocked by a pipe that nobody writes to.
+  opened.fd.Reset(open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC | O_NOCTTY));
+  if (!opened.fd || fstat(opened.fd.get(), &opened.info) != 0) return OpenError(errno, path);
+  if (!S_ISREG(opened.info.st_mode) && !S_ISCHR(opened.info.st_mode)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(path, ": expected /dev/kmsg or a file, found neither"));
+  }
+  return opened;
+}
+
+// "priority,sequence,microseconds,...;text": "[   12.345678] text", as dmesg shows it.
+std::string LineOfRecord(std::string_view record) {
+  const std::string text(TextOfKernelRecord(record));
+  if (text.empty()) return "";
+  const std::vector<absl::string_view> head =
+      absl::StrSplit(absl::string_view(record.data(), record.find(';')), absl::MaxSplits(',', 3));
+  uint64_t microseconds = 0;
+  if (head.size() < 3 || !absl::SimpleAtoi(head[2], &microseconds)) {
+    return absl::StrCat(text, "\n");
+  }
+  return absl::StrFormat("[%5d.%06d] %s\n", microseconds / 1'000'000, microseconds % 1'000'000,
+                         text);
+}
+
 }  // namespace
+
+absl::StatusOr<std::string> LastOfKernelLog(const std::string& path, size_t bytes_max) {
+  absl::StatusOr<Opened> opened = OpenLog(path);
+  if (!opened.ok()) return opened.status();
+  const int fd = opened->fd.get();
+  std::string last;
+  if (S_ISREG(opened->info.st_mode)) {
+    const auto size = static_cast<uint64_t>(opened->info.st_size);
+    last.resize(std::min<uint64_t>(size, bytes_max));
+    const ssize_t got = pread(fd, last.data(), last.size(), static_cast<off_t>(size - last.size()));
+    if (got < 0) return OpenError(errno, path);
+    last.resize(static_cast<size_t>(got));
+    return last;
+  }
+  char record[KernelLog::kLineBytesMax];
+  for (int i = 0; i < kRecordsMax; ++i) {
+    const ssize_t got = read(fd, record, sizeof(record));
+    if (got < 0 && (errno == EPIPE || errno == EINTR)) continue;
+    if (got <= 0) break;
+    last += LineOfRecord(std::string_view(record, static_cast<size_t>(got)));
+    if (last.size() > 2 * bytes_max) last.erase(0, last.size() - bytes_max);
+  }
+  if (last.size() > bytes_max) last.erase(0, last.size() - bytes_max);
+  return last;
+}
 
 std::string_view TextOfKernelRecord(std::string_view record) {
   const size_t head = record.find(';');
@@ -55,19 +118,22 @@ void KernelLog::Start() {
   if (!watched_) timer_ = loop_.RunAfter(kLookEvery, [this] { Look(); });
 }
 
+void KernelLog::ReadNow() {
+  if (watched_) return ReadDevice();
+  if (!fd_) {
+    if (timer_ == 0) return;  // the device has ended
+    Open(From::kBeginning);
+  }
+  if (fd_ && !watched_) ReadFile();
+}
+
 void KernelLog::Open(From from) {
-  // Not blocked by a pipe that nobody writes to.
-  UniqueFd fd(open(path_.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC | O_NOCTTY));
-  struct stat info {};
-  if (!fd || fstat(fd.get(), &info) != 0) {
-    state_ = OpenError(errno, path_);
+  absl::StatusOr<Opened> opened = OpenLog(path_);
+  if (!opened.ok()) {
+    state_ = opened.status();
     return;
   }
-  if (!S_ISREG(info.st_mode) && !S_ISCHR(info.st_mode)) {
-    state_ = absl::InvalidArgumentError(
-        absl::StrCat(path_, ": expected /dev/kmsg or a file, found neither"));
-    return;
-  }
+  auto& [fd, info] = *opened;
   if (S_ISCHR(info.st_mode)) {
     if (lseek(fd.get(), 0, SEEK_END) < 0) {
       state_ = OpenError(errno, path_);

@@ -12,6 +12,7 @@
 #include <string_view>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "base/executor.h"
 #include "io/unique_fd.h"
@@ -39,6 +40,9 @@ class KernelLog {
   // Once.
   void Start();
 
+  // Tells at once what has been written by now, as far as one turn allows.
+  void ReadNow();
+
   // OK: it is read. Else why not, naming the path and what would help: kPermissionDenied,
   // kNotFound (a file that may be made later), kInvalidArgument (neither device nor file),
   // kUnavailable.
@@ -63,6 +67,11 @@ class KernelLog {
   uint64_t offset_bytes_ = 0;  // in the file: read up to here
   std::string line_;           // its beginning, while its end has not come
 };
+
+// What was written to it last, as lines of text: `bytes_max` at most, of the device only what the
+// kernel still has. With the time of each record behind the kernel's start in front, where it is
+// told. Blocks for the disk. Errors: as KernelLog::state().
+absl::StatusOr<std::string> LastOfKernelLog(const std::string& path, size_t bytes_max);
 
 // The text of a record "priority,sequence,microseconds,flags[,...];text\n[ KEY=value\n...]" as
 // /dev/kmsg gives it; empty if it is none.

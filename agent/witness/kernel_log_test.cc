@@ -69,6 +69,29 @@ TEST_F(KernelLogFileTest, WhatIsAppendedIsToldLineByLine) {
   EXPECT_THAT(Look(), ElementsAre("three"));
 }
 
+TEST_F(KernelLogFileTest, WhatIsThereIsToldAtOnceIfSomebodyAsks) {
+  Start();
+  log_->ReadNow();
+  EXPECT_THAT(lines_, IsEmpty());
+  Append("made later\nhalf");
+  log_->ReadNow();
+  EXPECT_THAT(lines_, ElementsAre("made later"));
+  Append(" a line\n");
+  log_->ReadNow();
+  EXPECT_THAT(lines_, ElementsAre("made later", "half a line"));
+  EXPECT_THAT(Look(), IsEmpty());  // nothing is told twice
+}
+
+TEST_F(KernelLogFileTest, TheLastOfAFileIsItsEnd) {
+  EXPECT_THAT(LastOfKernelLog(path_, 10), StatusIs(absl::StatusCode::kNotFound));
+  Append("0123456789");
+  EXPECT_THAT(LastOfKernelLog(path_, 0), IsOkAndHolds(""));
+  EXPECT_THAT(LastOfKernelLog(path_, 3), IsOkAndHolds("789"));
+  EXPECT_THAT(LastOfKernelLog(path_, 10), IsOkAndHolds("0123456789"));
+  EXPECT_THAT(LastOfKernelLog(path_, 11), IsOkAndHolds("0123456789"));
+  EXPECT_THAT(LastOfKernelLog(directory_.path(), 3), StatusIs(absl::StatusCode::kInvalidArgument));
+}
+
 TEST_F(KernelLogFileTest, ARotatedOrCutFileGoesOn) {
   Append("old\n");
   Start();

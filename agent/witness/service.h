@@ -62,6 +62,9 @@ class WitnessService {
   // Asks about all jobs of this node, and gives what was said as JSON (docs/MONITOR.md).
   void AskAll(std::function<void(std::string text)> done);
 
+  // Tells at once what the kernel's log says by now.
+  void ReadKernelLog() { witnesses_->ReadKernelLog(); }
+
   // An array with one object per source, as it was last heard or not.
   std::string StatusJson() const;
 

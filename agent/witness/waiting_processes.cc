@@ -51,7 +51,15 @@ absl::Status WaitingProcesses::Arrive(uint64_t id, Process process, const abi::W
     return absl::FailedPreconditionError("witness: this connection waits already");
   }
   if (absl::Status checked = CheckParts(wait, parts.size()); !checked.ok()) return checked;
-  waiting_[id] = {process, std::move(ask)};
+  Waiting& waiting = waiting_[id];
+  waiting.process = process;
+  waiting.ask = std::move(ask);
+  // Not inside of what has just come of it.
+  if (!waiting.next.empty()) {
+    loop_.Post([this, alive = std::weak_ptr<bool>(alive_), id] {
+      if (!alive.expired()) AskNext(id);
+    });
+  }
   const auto open = open_.find(wait.number);
   // What is too late, or was not asked, is an answer to nobody.
   if (open == open_.end() || open->second.awaited.erase(id) == 0) return absl::OkStatus();
@@ -90,17 +98,33 @@ void WaitingProcesses::Ask(const std::string& job, const std::string& attempt_ke
   for (auto& [id, waiting] : waiting_) {
     const Process& process = waiting.process;
     if (process.job != job || !IsOfAttempt(process.attempt_key, attempt_key)) continue;
+    open.awaited.emplace(id, process);
     if (waiting.ask == nullptr) {
-      open.round.silent.push_back(process);  // it still answers the last question
+      // Those of rounds that are over go: of each open round there is one.
+      std::erase_if(waiting.next,
+                    [this](const abi::WitnessAsk& one) { return !open_.contains(one.number); });
+      waiting.next.push_back(ask);
       continue;
     }
-    open.awaited.emplace(id, process);
     asks.push_back(std::exchange(waiting.ask, nullptr));
   }
   open.timer = loop_.RunAfter(open.awaited.empty() ? absl::ZeroDuration() : deadline,
                               [this, number] { Finish(number); });
   // Last: asking may find that a process has gone, and end the round.
   for (const auto& one : asks) one(ask);
+}
+
+void WaitingProcesses::AskNext(uint64_t id) {
+  const auto found = waiting_.find(id);
+  if (found == waiting_.end()) return;
+  Waiting& waiting = found->second;
+  while (waiting.ask != nullptr && !waiting.next.empty()) {
+    const abi::WitnessAsk ask = waiting.next.front();
+    waiting.next.pop_front();
+    if (!open_.contains(ask.number)) continue;
+    // Last: asking may find that it has gone.
+    return std::exchange(waiting.ask, nullptr)(ask);
+  }
 }
 
 void WaitingProcesses::Finish(uint64_t number) {

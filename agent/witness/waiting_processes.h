@@ -9,8 +9,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -67,8 +69,8 @@ class WaitingProcesses {
   void Leave(uint64_t id);
 
   // Asks all processes of the job, of this attempt as far as both say which, for `parts`
-  // (abi::kWitness...). `done` is called once, from the loop, when all have answered or at the
-  // deadline.
+  // (abi::kWitness...). One that still answers something is asked when it has. `done` is called
+  // once, from the loop, when all have answered or at the deadline.
   void Ask(const std::string& job, const std::string& attempt_key, uint32_t parts,
            absl::Duration deadline, std::function<void(Round)> done);
 
@@ -80,6 +82,7 @@ class WaitingProcesses {
   struct Waiting {
     Process process;
     std::function<void(const abi::WitnessAsk&)> ask;  // null: it answers now
+    std::deque<abi::WitnessAsk> next;                 // what it is to be asked then
   };
   struct Open {
     Round round;
@@ -87,12 +90,14 @@ class WaitingProcesses {
     std::function<void(Round)> done;
     EventLoop::TimerId timer = 0;
   };
+  void AskNext(uint64_t id);
   void Finish(uint64_t number);
 
   EventLoop& loop_;
   std::map<uint64_t, Waiting> waiting_;
   std::map<uint64_t, Open> open_;  // by number
   uint64_t next_number_ = 1;
+  std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
 };
 
 }  // namespace holdfast

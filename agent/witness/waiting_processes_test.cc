@@ -102,6 +102,8 @@ TEST_F(WaitingProcessesTest, WhoIsSilentOrGoesIsNamed) {
   Ask("a");
   EXPECT_FALSE(asked_.contains(1));
   EXPECT_OK(Wait(1, "a", old));
+  executor_.RunUntilIdle();
+  EXPECT_TRUE(asked_.contains(1));  // now it is asked, too
   executor_.AdvanceTime(kDeadline);
   ASSERT_TRUE(round_.has_value());
   EXPECT_THAT(round_->answers, IsEmpty());

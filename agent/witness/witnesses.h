@@ -110,6 +110,11 @@ class Witnesses {
   // Begins to read the kernel's log. Once.
   void Start();
 
+  // Tells at once what the kernel's log says by now.
+  void ReadKernelLog() {
+    if (kernel_log_ != nullptr) kernel_log_->ReadNow();
+  }
+
   // Asks them, unless that was done for this job, in the same depth, within kRoundInterval: then
   // false. `done` (may be null) is called when the last one has answered or was given up.
   bool Ask(Question question, std::function<void()> done);
