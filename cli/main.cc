@@ -8,6 +8,7 @@
 #include <memory>
 
 #include "cli/foreign.h"
+#include "cli/incident.h"
 #include "cli/output.h"
 #include "cli/verb.h"
 #include "io/posix_file_system.h"
@@ -52,6 +53,7 @@ int main(int argc, char** argv) {
   AddPreflight(app, invocation);
   AddRun(app, invocation);
   AddJobVerbs(app, invocation);
+  AddIncident(app, invocation);
   AddStatus(app, invocation);
   AddDoctor(app, invocation);
   AddMonitor(app, invocation);

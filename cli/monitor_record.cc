@@ -7,9 +7,7 @@
 
 #include <CLI/CLI.hpp>
 #include <cstdio>
-#include <map>
 #include <memory>
-#include <set>
 #include <span>
 #include <vector>
 
@@ -18,13 +16,12 @@
 #include "base/check.h"
 #include "base/clock.h"
 #include "base/status_macros.h"
+#include "cli/monitor_replay.h"
 #include "cli/monitor_verbs.h"
 #include "cli/output.h"
 #include "cli/progress.h"
 #include "io/unique_fd.h"
-#include "monitor/finding_log.h"
 #include "monitor/finding_record.h"
-#include "monitor/job_analysis.h"
 #include "monitor/recording.h"
 
 namespace holdfast::cli {
@@ -156,46 +153,6 @@ class Recorder {
   uint64_t bytes_ = 0;
 };
 
-struct Replayed {
-  monitor::FindingLog log;
-  std::set<std::string> jobs;
-  uint64_t steps = 0;
-  uint64_t lost = 0;
-  bool ended = false;
-  absl::Status damage;
-};
-
-absl::StatusOr<Replayed> Replay(FileSystem& file_system, const std::string& path,
-                                const std::string& job) {
-  ASSIGN_OR_RETURN(const std::string file,
-                   file_system.ReadSmallFile(path, monitor::kRecordingBytesMax));
-  ASSIGN_OR_RETURN(const auto reader, monitor::RecordingReader::Create(file));
-  Replayed replayed;
-  std::map<std::string, std::unique_ptr<monitor::JobAnalysis>> analyses;
-  for (;;) {
-    absl::StatusOr<std::optional<monitor::Recorded>> next = reader->Next();
-    if (!next.ok()) replayed.damage = next.status();
-    if (!next.ok() || !next->has_value()) break;
-    if (const auto* loss = std::get_if<monitor::RecordedLoss>(&**next); loss != nullptr) {
-      replayed.lost += loss->steps;
-      continue;
-    }
-    auto& recorded = std::get<monitor::RecordedStep>(**next);
-    if (!job.empty() && recorded.job != job) continue;
-    ++replayed.steps;
-    replayed.jobs.insert(recorded.job);
-    std::unique_ptr<monitor::JobAnalysis>& analysis = analyses[recorded.job];
-    if (analysis == nullptr) {
-      analysis = std::make_unique<monitor::JobAnalysis>(monitor::Thresholds{}, recorded.job);
-    }
-    const monitor::FindingLog::When when{recorded.step.elapsed, std::nullopt};
-    const auto result = analysis->Step(std::move(recorded.step));
-    replayed.log.Take(*analysis, result, when);
-  }
-  replayed.ended = reader->ended();
-  return replayed;
-}
-
 ordered_json ToJson(const Replayed& replayed) {
   ordered_json json = {{"schema_version", 1},
                        {"recording",
@@ -261,8 +218,10 @@ void AddMonitorReplay(CLI::App& monitor, Invocation& invocation) {
   verb->footer(kExitCodesHelp);
   verb->callback([&invocation, options] {
     invocation.run = [&invocation, options] {
-      const absl::StatusOr<Replayed> replayed =
-          Replay(invocation.file_system, options->path, options->job);
+      const absl::StatusOr<std::string> file =
+          invocation.file_system.ReadSmallFile(options->path, monitor::kRecordingBytesMax);
+      if (!file.ok()) return Report(file.status());
+      const absl::StatusOr<Replayed> replayed = Replay(*file, options->job);
       if (!replayed.ok()) return Report(replayed.status());
       if (invocation.json) {
         std::printf("%s\n", JsonText(ToJson(*replayed)).c_str());

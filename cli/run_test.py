@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -275,8 +276,11 @@ class RunTest(RunCase):
         self.assert_all_gone()
 
     def test_a_stopped_rank_is_found_by_the_monitor_and_costs_no_bit(self):
+        kernel_log = pathlib.Path(self.place, 'kern.log')
+        kernel_log.write_text('of long ago\n')
         job = Job(self.place, '--nproc-per-node', '3', '--', *tiny_lm('--device-ms', '150'),
-                  HOLDFAST_MONITOR='light', NCCL_PROFILER_PLUGIN=PLUGIN)
+                  HOLDFAST_MONITOR='light', NCCL_PROFILER_PLUGIN=PLUGIN, HOLDFAST_KERNEL_LOG=str(kernel_log),
+                  API_KEY='hush-hush', HOLDFAST_ON_VERDICT='true hush-hush')
         wait_until(lambda: job.last_step(0) >= 20, 'step 20')
         os.kill(wait_until(lambda: job.rank_pid(1), 'the rank'), signal.SIGSTOP)
         stopped = time.monotonic()
@@ -291,7 +295,42 @@ class RunTest(RunCase):
         self.assertIn('rank 1', (kept / 'summary.txt').read_text().lower())
         self.assertTrue((kept / 'rank-1.stdout').read_text())
         json.loads((kept / 'status.json').read_text())
-        self.assertTrue((kept / 'rank-0.stacks').exists())
+        # Where processes may not be looked at, the summary says so.
+        self.assertTrue((kept / 'rank-0.stacks').exists() or 'rank-0.stacks: ' in (kept / 'summary.txt').read_text())
+        self.assertIn('NCCL_PROFILER_PLUGIN=' + PLUGIN, (kept / 'environment.txt').read_text())
+        self.assertEqual([path for path in kept.iterdir() if b'hush-hush' in path.read_bytes()], [])
+        self.assertEqual((kept / 'kernel.log').read_text(), 'of long ago\n')
+        incident = json.loads((kept / 'incident.json').read_text())
+        self.assertEqual((incident['outcome'], [one['rank'] for one in incident['suspects']]), ('resumed', [1]))
+        self.show_incident(kept, incident)
+
+    def show_incident(self, kept, incident):
+        """One file of it, which says the same elsewhere: with nothing but the file."""
+        file = self.place + '/incident'
+        environment = {'XDG_STATE_HOME': self.place + '/state', 'PATH': '/usr/bin:/bin'}
+        verb = [HOLDFAST, 'incident', 'save', file]
+        subprocess.run(verb, env=environment, check=True, stdout=subprocess.DEVNULL)
+        self.assertEqual(subprocess.run(verb, env=environment, stderr=subprocess.DEVNULL).returncode, 1)
+        self.assertEqual(subprocess.run([*verb[:-1], file + '.2', '2'], env=environment,
+                                        stderr=subprocess.DEVNULL).returncode, 5)
+        subprocess.run([*verb[:-1], file + '.3', '1', '--job', 'test'], env=environment, check=True,
+                       stdout=subprocess.DEVNULL)
+        self.assertEqual(pathlib.Path(file).read_bytes(), pathlib.Path(file + '.3').read_bytes())
+        shutil.rmtree(kept.parent)
+        shown = json.loads(subprocess.run([HOLDFAST, '--json', 'incident', 'show', file], check=True,
+                                          capture_output=True, text=True, env={}).stdout)
+        self.assertEqual(shown['incident'], incident)
+        self.assertEqual((shown['replay']['same'], shown['replay']['trouble']), (True, None))
+        found = shown['replay']['finding']
+        self.assertEqual((found['id'], found['fault'], [one['rank'] for one in found['suspects']]),
+                         (incident['finding'], 'stopped', [1]))
+        text = subprocess.run([HOLDFAST, 'incident', 'show', file], check=True, capture_output=True,
+                              text=True, env={}).stdout
+        self.assertIn('Suspect: rank 1', text)
+        self.assertIn('give the same verdict', text)
+        pathlib.Path(file).write_bytes(pathlib.Path(file).read_bytes()[:-1])
+        self.assertEqual(subprocess.run([HOLDFAST, 'incident', 'show', file], env={}, stdout=subprocess.DEVNULL,
+                                        stderr=subprocess.DEVNULL).returncode, 4)
 
     def test_a_rank_that_ends_while_the_worker_is_dead_is_known_to_have(self):
         job = Job(self.place, '--max-restarts', '0', '--', 'sh', '-c',
