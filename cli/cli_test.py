@@ -56,6 +56,35 @@ class Cli(unittest.TestCase):
         self.assertEqual(code, 5)
         self.assertIn("nothing", error)
 
+    def test_a_marked_checkpoint_is_the_newest_no_more_until_that_is_taken_back(self):
+        def listed():
+            return json.loads(run("ls", "--json", self.job)[1])["jobs"][0]
+
+        code, text, error = run("mark-bad", self.checkpoint, "--reason", "the loss \u2192 NaN")
+        self.assertEqual(code, 0, error)
+        self.assertIn("marked bad", text)
+        self.assertIsNone(listed()["newest"])
+        self.assertEqual(listed()["checkpoints"][0]["state"], "committed (bad)")
+        mark = json.loads((self.checkpoint / "BAD.1").read_text(encoding="utf-8"))
+        self.assertEqual(mark["reason"], "the loss \u2192 NaN")
+        run("mark-bad", self.checkpoint, "--reason", "the loss \u2192 NaN")  # said twice, it is one mark
+        run("mark-bad", str(self.checkpoint) + "/", "--reason", "another")
+        self.assertEqual(len(list(self.checkpoint.glob("BAD.*"))), 2)
+        code, _, error = run("mark-bad", "--undo", self.checkpoint)
+        self.assertEqual(code, 0, error)
+        self.assertEqual(list(self.checkpoint.glob("BAD.*")), [])
+        self.assertEqual(listed()["newest"], {"step": 42, "attempt": 3})
+
+    def test_what_cannot_be_marked_is_named(self):
+        for path, expected in ((self.job, 2), (self.root / "nothing", 5)):
+            code, _, error = run("mark-bad", path)
+            self.assertEqual(code, expected, error)
+            self.assertIn(path.name, error)
+        code, _, error = run("mark-bad", self.checkpoint, "--reason", "x" * 4097)
+        self.assertEqual(code, 2)
+        self.assertIn("4097", error)
+        self.assertEqual(list(self.checkpoint.glob("BAD.*")), [])
+
     def test_inspect_names_every_tensor(self):
         for path in (self.job, self.checkpoint):
             code, text, _ = run("inspect", path, "--tensors", "--blobs", "--json")

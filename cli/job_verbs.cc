@@ -1,6 +1,6 @@
 // What a person says to a job of `holdfast run`: `holdfast why`, `stop`, `save`, `approve`, `veto`,
-// `hold`, `readmit`. The job's agent is found by its socket, or by the job's name, or because there
-// is only one.
+// `hold`, `readmit`, `mark-bad`. The job's agent is found by its socket, or by the job's name, or
+// because there is only one.
 #include <unistd.h>
 
 #include <cstdio>
@@ -17,9 +17,13 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
 #include "agent/config_values.h"
 #include "agent/default_socket.h"
+#include "base/random_bits.h"
 #include "base/status_macros.h"
+#include "checkpoint/bad_marks.h"
 #include "cli/agent_client.h"
 #include "cli/output.h"
 #include "cli/verb.h"
@@ -140,6 +144,51 @@ CLI::App* AddVerb(CLI::App& app, Invocation& invocation, const char* name, const
   return verb;
 }
 
+// ---- mark-bad
+
+struct MarkOptions {
+  std::string directory;  // of the checkpoint
+  std::string reason = "a person said so";
+  bool undo = false;
+};
+
+// Of any job, whether it runs or not: agents look when an attempt begins.
+absl::Status Mark(const MarkOptions& options, FileSystem& file_system) {
+  ASSIGN_OR_RETURN(const CatalogEntry entry, Locate(file_system, options.directory));
+  std::error_code error;
+  // ROOT/JOB is its newest one elsewhere; here that would be a guess.
+  if (!std::filesystem::equivalent(options.directory, entry.directory, error)) {
+    return absl::InvalidArgumentError(
+        absl::StrFormat("%s: expected a checkpoint's directory, found a job's", options.directory));
+  }
+  const std::filesystem::path directory(entry.directory);
+  ASSIGN_OR_RETURN(const JobPath job, SplitJobPath(directory.parent_path().string()));
+  const CheckpointPlace place{job.root, job.job, entry.id};
+  if (options.undo) return UnmarkBad(file_system, place);
+  return MarkBad(file_system, place,
+                 {options.reason, absl::StrFormat("cli%016x", RandomBits()), absl::Now()});
+}
+
+void AddMarkBad(CLI::App& app, Invocation& invocation) {
+  const auto options = std::make_shared<MarkOptions>();
+  CLI::App* const verb =
+      app.add_subcommand("mark-bad", "Never restore a checkpoint, until that is taken back");
+  verb->add_option("DIRECTORY", options->directory, "Of the checkpoint: ROOT/JOB/sSTEP.aATTEMPT")
+      ->required();
+  verb->add_option("--reason", options->reason, "Why")->capture_default_str();
+  verb->add_flag("--undo", options->undo, "Take all marks against it back");
+  verb->callback([&invocation, options] {
+    invocation.run = [&invocation, options]() -> ExitCode {
+      if (const absl::Status marked = Mark(*options, invocation.file_system); !marked.ok()) {
+        return Report(marked);
+      }
+      std::printf("%s: %s\n", Printable(options->directory).c_str(),
+                  options->undo ? "no mark is against it any more" : "marked bad");
+      return kExitOk;
+    };
+  });
+}
+
 }  // namespace
 
 void AddJobVerbs(CLI::App& app, Invocation& invocation) {
@@ -172,6 +221,7 @@ void AddJobVerbs(CLI::App& app, Invocation& invocation) {
   AddVerb(app, invocation, "readmit", "Use a GPU again that was excluded", Kind::kReadmit, readmit)
       ->add_option("GPU", readmit->order.number, "Its number")
       ->required();
+  AddMarkBad(app, invocation);
 }
 
 }  // namespace holdfast::cli
