@@ -1,4 +1,4 @@
-"""`holdfast view` of a checkpoint of 600 tensors, and a read through it. No agent: the checkpoint is made by
+"""`holdfast view` of checkpoints of 600 tensors, ours and others', and a read through it. No agent: ours is made by
 tests/support/make_checkpoint; the command is the user's, start and fsync included."""
 
 import json
@@ -6,6 +6,10 @@ import resource
 import statistics
 import subprocess
 import time
+
+import safetensors.torch
+import torch
+import torch.distributed.checkpoint
 
 import pairs
 
@@ -39,20 +43,67 @@ print(time.perf_counter() - begun, count)
 """
 
 
-def rows(place):
+def make_ours(place):
     document = place.directory / "layout.json"
     document.write_text(json.dumps(layout()), encoding="utf-8")
     job = place.directory / "job"
     subprocess.run([place.build / "tests" / "support" / "make_checkpoint", document, job, "1"], check=True)
-    view = place.directory / "view.h5"
+    return job, f"{RANKS} ranks"
 
+
+def make_torch(place):
+    """One torch.save of a training state: 200 parameters with two states each."""
+    parameters = {f"model.layers.{i // 8}.block.{i % 8}.weight": torch.ones(SHAPES[i % len(SHAPES)][0])
+                  for i in range(200)}
+    optimizer = {"state": {i: {"exp_avg": p.clone(), "exp_avg_sq": p.clone()} for i, p in enumerate(parameters.values())},
+                 "param_groups": [{"lr": 0.1, "params": list(range(200))}]}
+    path = place.directory / "training.pt"
+    torch.save({"model": parameters, "optimizer": optimizer}, path)
+    return path, "torch.save of a training state"
+
+
+def make_hf(place):
+    """A Hugging Face folder of 600 tensors in four shards."""
+    folder = place.directory / "hf"
+    folder.mkdir()
+    weight_map = {}
+    for shard in range(4):
+        tensors = {f"model.layers.{i // 8}.block.{i % 8}.weight": torch.ones(SHAPES[i % len(SHAPES)][0])
+                   for i in range(shard * 150, shard * 150 + 150)}
+        name = f"model-{shard + 1:05}-of-00004.safetensors"
+        safetensors.torch.save_file(tensors, folder / name)
+        weight_map.update(dict.fromkeys(tensors, name))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    return folder, "Hugging Face folder, 4 shards"
+
+
+def make_dcp(place):
+    """PyTorch's DCP, one file per item: 600 items."""
+    tensors = {f"model.layers.{i // 8}.block.{i % 8}.weight": torch.ones(SHAPES[i % len(SHAPES)][0])
+               for i in range(600)}
+    folder = place.directory / "dcp"
+    writer = torch.distributed.checkpoint.FileSystemWriter(folder, single_file_per_rank=False, sync_files=False)
+    torch.distributed.checkpoint.save({"model": tensors}, storage_writer=writer, no_dist=True)
+    return folder, "DCP, 600 files"
+
+
+def rows(place):
+    found = []
+    for name, make in (("ours", make_ours), ("torch", make_torch), ("hf", make_hf), ("dcp", make_dcp)):
+        checkpoint, note = make(place)
+        found += rows_of(place, f"view of 600 tensors, {name}", checkpoint, note)
+    return found
+
+
+def rows_of(place, name, checkpoint, note):
+    view = place.directory / "view.h5"
     cpu_seconds = []
 
     def make():
         view.unlink(missing_ok=True)
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         begun = time.perf_counter()
-        result = subprocess.run([place.build / "cli" / "holdfast", "view", job, view, "--json"], check=True,
+        result = subprocess.run([place.build / "cli" / "holdfast", "view", checkpoint, view, "--json"], check=True,
                                 capture_output=True, text=True)
         seconds = time.perf_counter() - begun
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -69,7 +120,6 @@ def rows(place):
             raise RuntimeError(f"expected 600 tensors in the view, found {count}")
         return float(seconds)
 
-    made = pairs.measure("view of 600 tensors", "s", make, 0.2,
-                         note=f"{RANKS} ranks, start of the command and fsync included")
+    made = pairs.measure(name, "s", make, 0.2, note=f"{note}; start of the command and fsync included")
     made.note += f"; CPU time {statistics.median(cpu_seconds):.3f} s"
-    return [made, pairs.measure("all 600 read through the view by h5py", "s", read)]
+    return [made, pairs.measure(f"{name}: all read by h5py", "s", read)]

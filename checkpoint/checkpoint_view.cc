@@ -12,6 +12,23 @@
 
 namespace holdfast {
 
+absl::Status PublishView(FileSystem& file_system, const ViewRequest& request,
+                         std::span<const std::byte> bytes) {
+  const std::string_view text(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+  const absl::Status published = PublishFile(file_system, request.directory, request.name, text,
+                                             {.writer = request.writer,
+                                              .on_visible = nullptr,
+                                              .on_durable = nullptr,
+                                              .is_whole = nullptr,
+                                              .bytes_max = kViewBytesMax});
+  if (absl::IsAlreadyExists(published)) {
+    return absl::AlreadyExistsError(absl::StrFormat(
+        "%s/%s exists; a view replaces no file: remove it first", request.directory, request.name));
+  }
+  RETURN_IF_ERROR(published);
+  return file_system.SyncDirectory(request.directory);
+}
+
 absl::StatusOr<ViewMade> MakeView(FileSystem& file_system, const CatalogEntry& entry,
                                   const ViewRequest& request) {
   // Canonical: one slash in front of each directory.
@@ -35,19 +52,7 @@ absl::StatusOr<ViewMade> MakeView(FileSystem& file_system, const CatalogEntry& e
                               ? RelativeViewPaths(entry.directory, request.directory)
                               : AbsoluteViewPaths(entry.directory);
   ASSIGN_OR_RETURN(const TensorView view, BuildTensorView(index, entry.directory, paths));
-  const std::string_view bytes(reinterpret_cast<const char*>(view.bytes.data()), view.bytes.size());
-  const absl::Status published = PublishFile(file_system, request.directory, request.name, bytes,
-                                             {.writer = request.writer,
-                                              .on_visible = nullptr,
-                                              .on_durable = nullptr,
-                                              .is_whole = nullptr,
-                                              .bytes_max = kViewBytesMax});
-  if (absl::IsAlreadyExists(published)) {
-    return absl::AlreadyExistsError(absl::StrFormat(
-        "%s/%s exists; a view replaces no file: remove it first", request.directory, request.name));
-  }
-  RETURN_IF_ERROR(published);
-  RETURN_IF_ERROR(file_system.SyncDirectory(request.directory));
+  RETURN_IF_ERROR(PublishView(file_system, request, view.bytes));
   return ViewMade{view.tensor_count, view.bytes.size(), view.in_parts_count, view.files_of_one_max};
 }
 

@@ -2,9 +2,12 @@
 #ifndef HOLDFAST_CHECKPOINT_CHECKPOINT_VIEW_H_
 #define HOLDFAST_CHECKPOINT_CHECKPOINT_VIEW_H_
 
+#include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "checkpoint/catalog.h"
 #include "io/file_system.h"
@@ -33,6 +36,11 @@ struct ViewMade {
 // than kViewDepthMax), kAlreadyExists, those of BuildTensorView, the FileSystem's.
 absl::StatusOr<ViewMade> MakeView(FileSystem& file_system, const CatalogEntry& entry,
                                   const ViewRequest& request);
+
+// The last step of it alone, for bytes that somebody else has made (converter/foreign_view.h); all
+// that is said of the file after OK and after an error holds here too.
+absl::Status PublishView(FileSystem& file_system, const ViewRequest& request,
+                         std::span<const std::byte> bytes);
 
 }  // namespace holdfast
 

@@ -12,6 +12,7 @@
 #include "base/random_bits.h"
 #include "base/status_macros.h"
 #include "checkpoint/checkpoint_view.h"
+#include "cli/foreign_view.h"
 #include "cli/output.h"
 #include "cli/progress.h"
 #include "cli/verb.h"
@@ -24,6 +25,7 @@ struct Options {
   std::string checkpoint;
   std::string view;
   bool relative = false;
+  ForeignOptions foreign;
 };
 
 absl::StatusOr<ViewRequest> RequestOf(const Options& options) {
@@ -78,14 +80,23 @@ absl::Status Run(Invocation& invocation, const Options& options) {
 void AddView(CLI::App& app, Invocation& invocation) {
   CLI::App* verb = app.add_subcommand("view", "Make a file that shows every tensor whole to HDF5");
   auto options = std::make_shared<Options>();
-  verb->add_option("checkpoint", options->checkpoint, "Its directory, or ROOT/JOB for the newest")
+  verb->add_option(
+          "checkpoint", options->checkpoint,
+          "Its directory, or ROOT/JOB for the newest, or another framework's file or folder")
       ->required();
   verb->add_option("view", options->view, "The HDF5 file to make; it must not exist")->required();
   verb->add_flag("--relative", options->relative,
-                 "Name the images relative to the view: both may be moved together");
+                 "Name what it reads from relative to the view: both may be moved together");
+  AddForeignOptions(*verb, options->foreign);
   verb->footer(kExitCodesHelp);
   verb->callback([&invocation, options] {
-    invocation.run = [&invocation, options] { return Report(Run(invocation, *options)); };
+    invocation.run = [&invocation, options] {
+      if (IsOurs(options->checkpoint)) return Report(Run(invocation, *options));
+      const absl::StatusOr<ViewRequest> request = RequestOf(*options);
+      if (!request.ok()) return Report(request.status());
+      return ViewForeign(invocation, options->checkpoint, options->view, *request,
+                         options->foreign);
+    };
   });
 }
 

@@ -9,7 +9,44 @@
 #include "base/check.h"
 #include "base/status_macros.h"
 
-namespace holdfast::hdf5 {
+namespace holdfast {
+
+bool HasHdf5Order(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kBool:
+    case Dtype::kUint8:
+    case Dtype::kInt8:
+    case Dtype::kUint16:
+    case Dtype::kInt16:
+    case Dtype::kUint32:
+    case Dtype::kInt32:
+    case Dtype::kUint64:
+    case Dtype::kInt64:
+    case Dtype::kFloat16:
+    case Dtype::kBfloat16:
+    case Dtype::kFloat32:
+    case Dtype::kFloat64:
+    case Dtype::kFloat8E5m2:
+    case Dtype::kComplex64:
+    case Dtype::kComplex128:
+      return true;
+    case Dtype::kFloat8E4m3fn:
+    case Dtype::kFloat8E4m3fnuz:
+    case Dtype::kFloat8E5m2fnuz:
+    case Dtype::kFloat8E8m0fnu:
+    case Dtype::kFloat4E2m1fnX2:
+    case Dtype::kComplex32:
+    case Dtype::kBits8:
+    case Dtype::kBits16:
+    case Dtype::kBits1x8:
+    case Dtype::kBits2x4:
+    case Dtype::kBits4x2:
+      break;
+  }
+  return false;
+}
+
+namespace hdf5 {
 namespace {
 
 // The calling thread's HDF5 error stack in one line, and empties it.
@@ -49,8 +86,14 @@ absl::Status Error(const std::string& what) {
 // would read as NaN, so it is opaque bytes (with an empty tag: h5py cannot read others). So are all
 // others of which HDF5 has no idea. Complex numbers are h5py's compound of `r` and `i`, which it
 // does not read of two float16.
-Handle MakeType(Dtype dtype) {
-  const auto copy = [](hid_t type) { return Handle(H5Tcopy(type), H5Tclose); };
+Handle MakeType(Dtype dtype, Hdf5Order order) {
+  const bool big = order == Hdf5Order::kBig;
+  if (big && !HasHdf5Order(dtype)) return {};
+  const auto copy = [big](hid_t little) {
+    Handle type(H5Tcopy(little), H5Tclose);
+    if (!type.ok() || (big && H5Tset_order(type.get(), H5T_ORDER_BE) < 0)) return Handle();
+    return type;
+  };
   switch (dtype) {
     case Dtype::kBool: {
       Handle type(H5Tenum_create(H5T_STD_I8LE), H5Tclose);
@@ -105,7 +148,8 @@ Handle MakeType(Dtype dtype) {
     }
     case Dtype::kComplex64:
     case Dtype::kComplex128: {
-      const Handle part = MakeType(dtype == Dtype::kComplex64 ? Dtype::kFloat32 : Dtype::kFloat64);
+      const Handle part =
+          MakeType(dtype == Dtype::kComplex64 ? Dtype::kFloat32 : Dtype::kFloat64, order);
       const size_t bytes = ElementBytes(dtype);
       Handle type(H5Tcreate(H5T_COMPOUND, bytes), H5Tclose);
       if (!part.ok() || !type.ok() || H5Tinsert(type.get(), "r", 0, part.get()) < 0 ||
@@ -198,4 +242,5 @@ absl::StatusOr<std::vector<Handle>> CreateGroups(hid_t file, const std::vector<H
   return created;
 }
 
-}  // namespace holdfast::hdf5
+}  // namespace hdf5
+}  // namespace holdfast

@@ -16,7 +16,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "format/dtype.h"
-#include "format/hdf5_template.h"
+#include "format/hdf5_view.h"
 
 namespace holdfast::hdf5 {
 
@@ -55,8 +55,9 @@ class Handle {
 // kInternal "HDF5: cannot `what`: ..." with the calling thread's error stack, which it empties.
 absl::Status Error(const std::string& what);
 
-// Types and spaces: none (not ok()) if libhdf5 refuses.
-Handle MakeType(Dtype dtype);
+// Types and spaces: none (not ok()) if libhdf5 refuses. A type that HDF5 has as opaque bytes has no
+// byte order (HasHdf5Order): with kBig it is none.
+Handle MakeType(Dtype dtype, Hdf5Order order);
 Handle MakeTextType(size_t bytes);                    // fixed length, UTF-8
 Handle MakeSpace(std::span<const uint64_t> extents);  // empty: a scalar
 

@@ -166,7 +166,7 @@ absl::Status Builder::CreateFile(const std::string& path) {
 
 absl::StatusOr<hid_t> Builder::TypeOf(Dtype dtype) {
   Handle& type = types_[dtype];
-  if (!type.ok()) type = hdf5::MakeType(dtype);
+  if (!type.ok()) type = hdf5::MakeType(dtype, Hdf5Order::kLittle);
   if (!type.ok()) {
     return hdf5::Error(absl::StrFormat("make a type for %s", DtypeName(dtype)));
   }

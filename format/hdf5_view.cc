@@ -21,7 +21,7 @@ using hdf5::Handle;
 
 constexpr size_t kGrowBytes = size_t{4} << 20;
 
-// The fill value as its bytes: little-endian, as everything in the file.
+// The fill value as its bytes, little-endian: only virtual datasets are filled, and those are.
 std::vector<unsigned char> FillOf(Dtype dtype) {
   const size_t bytes = ElementBytes(dtype);
   std::vector<unsigned char> fill(bytes, 0);
@@ -102,18 +102,20 @@ class Builder {
 
  private:
   absl::Status CreateFile();
-  absl::StatusOr<const TypeAndFill*> TypeOf(Dtype dtype);
-  absl::StatusOr<Handle> PropertiesOf(const TypeAndFill& type);
+  absl::StatusOr<const TypeAndFill*> TypeOf(Dtype dtype, Hdf5Order order);
+  absl::StatusOr<Handle> PropertiesOf(const TypeAndFill* filled);
   absl::Status AddSource(const Hdf5ViewDataset& dataset, const Hdf5ViewSource& source,
-                         hid_t properties, hid_t space, hid_t type);
-  absl::StatusOr<std::string> CreatePart(const Hdf5ViewSource& source, hid_t type);
+                         hid_t properties, hid_t space);
+  absl::StatusOr<std::string> CreatePart(Dtype dtype, const Hdf5ViewSource& source);
+  absl::StatusOr<Handle> Create(const Hdf5ViewDataset& dataset);
+  absl::Status CreateText(const Hdf5ViewDataset& dataset);
   absl::Status CreateDataset(const Hdf5ViewDataset& dataset);
   absl::Status CheckSize() const;
 
   const Hdf5ViewPlan& plan_;
   Handle file_;
   std::vector<Handle> groups_;
-  std::map<Dtype, TypeAndFill> types_;
+  std::map<std::pair<Dtype, Hdf5Order>, TypeAndFill> types_;
   uint64_t part_count_ = 0;
 };
 
@@ -133,19 +135,21 @@ absl::Status Builder::CreateFile() {
   return file_.ok() ? absl::OkStatus() : hdf5::Error("create a file in memory");
 }
 
-absl::StatusOr<const TypeAndFill*> Builder::TypeOf(Dtype dtype) {
-  TypeAndFill& found = types_[dtype];
-  if (!found.type.ok()) found = {hdf5::MakeType(dtype), FillOf(dtype)};
+absl::StatusOr<const TypeAndFill*> Builder::TypeOf(Dtype dtype, Hdf5Order order) {
+  TypeAndFill& found = types_[{dtype, order}];
+  if (!found.type.ok()) found = {hdf5::MakeType(dtype, order), FillOf(dtype)};
   if (!found.type.ok()) {
     return hdf5::Error(absl::StrFormat("make a type for %s", DtypeName(dtype)));
   }
   return &found;
 }
 
-absl::StatusOr<Handle> Builder::PropertiesOf(const TypeAndFill& type) {
+// `filled`: what fills it where a source is missing; null for what is not virtual.
+absl::StatusOr<Handle> Builder::PropertiesOf(const TypeAndFill* filled) {
   Handle properties(H5Pcreate(H5P_DATASET_CREATE), H5Pclose);
   if (!properties.ok() || H5Pset_obj_track_times(properties.get(), false) < 0 ||
-      H5Pset_fill_value(properties.get(), type.type.get(), type.fill.data()) < 0) {
+      (filled != nullptr &&
+       H5Pset_fill_value(properties.get(), filled->type.get(), filled->fill.data()) < 0)) {
     return hdf5::Error("set dataset properties");
   }
   return properties;
@@ -166,8 +170,9 @@ std::string WithoutFormat(const std::string& name) {
   return absl::StrReplaceAll(name, {{"%", "%%"}});
 }
 
-absl::StatusOr<std::string> Builder::CreatePart(const Hdf5ViewSource& source, hid_t type) {
-  uint64_t bytes = H5Tget_size(type);
+absl::StatusOr<std::string> Builder::CreatePart(Dtype dtype, const Hdf5ViewSource& source) {
+  ASSIGN_OR_RETURN(const TypeAndFill* type, TypeOf(dtype, source.order));
+  uint64_t bytes = ElementBytes(dtype);
   for (const uint64_t extent : source.shape) bytes *= extent;
   const Handle properties(H5Pcreate(H5P_DATASET_CREATE), H5Pclose);
   if (!properties.ok() || H5Pset_obj_track_times(properties.get(), false) < 0 ||
@@ -178,25 +183,26 @@ absl::StatusOr<std::string> Builder::CreatePart(const Hdf5ViewSource& source, hi
   const std::string name = absl::StrCat(part_count_++);
   const Handle space = hdf5::MakeSpace(source.shape);
   if (!space.ok()) return hdf5::Error("make the shape of a part");
-  Handle part(H5Dcreate2(groups_[plan_.parts_group].get(), name.c_str(), type, space.get(),
-                         H5P_DEFAULT, properties.get(), H5P_DEFAULT),
+  Handle part(H5Dcreate2(groups_[plan_.parts_group].get(), name.c_str(), type->type.get(),
+                         space.get(), H5P_DEFAULT, properties.get(), H5P_DEFAULT),
               H5Dclose);
   if (!part.ok() || !part.Close()) return hdf5::Error(absl::StrCat("create part ", name));
   return absl::StrCat(plan_.groups[plan_.parts_group].path, "/", name);
 }
 
 absl::Status Builder::AddSource(const Hdf5ViewDataset& dataset, const Hdf5ViewSource& source,
-                                hid_t properties, hid_t space, hid_t type) {
+                                hid_t properties, hid_t space) {
   std::string file = source.file;
   std::string path = source.dataset;
-  if (dataset.in_parts) {
-    ASSIGN_OR_RETURN(path, CreatePart(source, type));
+  if (dataset.storage == Hdf5Storage::kParts) {
+    ASSIGN_OR_RETURN(path, CreatePart(dataset.dtype, source));
     file = ".";
   }
   file = WithoutFormat(file);
   path = WithoutFormat(path);
   const Handle source_space = hdf5::MakeSpace(source.shape);
   if (!source_space.ok()) return hdf5::Error("make the shape of a source");
+  CHECK(source.from.empty() || (source.from.size() == 1 && source.boxes.size() == 1));
   uint64_t at = 0;
   for (const Hdf5Box& box : source.boxes) {
     CHECK(box.lo.size() == dataset.shape.size() && box.size.size() == box.lo.size());
@@ -204,9 +210,10 @@ absl::Status Builder::AddSource(const Hdf5ViewDataset& dataset, const Hdf5ViewSo
     for (const uint64_t extent : box.size) count *= extent;
     // Of several boxes each is a range of a source in one dimension.
     CHECK(source.boxes.size() == 1 || source.shape.size() == 1);
-    const herr_t selected = source.boxes.size() == 1
-                                ? H5Sselect_all(source_space.get())
-                                : Select(source_space.get(), {&at, 1}, {&count, 1});
+    const herr_t selected =
+        !source.from.empty() ? Select(source_space.get(), source.from[0].lo, source.from[0].size)
+        : source.boxes.size() == 1 ? H5Sselect_all(source_space.get())
+                                   : Select(source_space.get(), {&at, 1}, {&count, 1});
     if (selected < 0 || Select(space, box.lo, box.size) < 0 ||
         H5Pset_virtual(properties, space, file.c_str(), path.c_str(), source_space.get()) < 0) {
       return hdf5::Error(absl::StrCat("map ", source.file, ", ", path));
@@ -216,20 +223,57 @@ absl::Status Builder::AddSource(const Hdf5ViewDataset& dataset, const Hdf5ViewSo
   return absl::OkStatus();
 }
 
-absl::Status Builder::CreateDataset(const Hdf5ViewDataset& dataset) {
-  CHECK(dataset.group < groups_.size());
-  ASSIGN_OR_RETURN(const TypeAndFill* type, TypeOf(dataset.dtype));
-  ASSIGN_OR_RETURN(const Handle properties, PropertiesOf(*type));
+// The dataset with its storage, without attributes.
+absl::StatusOr<Handle> Builder::Create(const Hdf5ViewDataset& dataset) {
+  const bool is_virtual =
+      dataset.storage == Hdf5Storage::kDatasets || dataset.storage == Hdf5Storage::kParts;
+  CHECK(!is_virtual || dataset.order == Hdf5Order::kLittle);
+  ASSIGN_OR_RETURN(const TypeAndFill* type, TypeOf(dataset.dtype, dataset.order));
+  ASSIGN_OR_RETURN(const Handle properties, PropertiesOf(is_virtual ? type : nullptr));
   const Handle space = hdf5::MakeSpace(dataset.shape);
   if (!space.ok()) return hdf5::Error(absl::StrCat("make the shape of ", dataset.name));
+  CHECK(dataset.storage != Hdf5Storage::kRanges || dataset.sources.size() <= kHdf5RangesMax);
   for (const Hdf5ViewSource& source : dataset.sources) {
-    RETURN_IF_ERROR(AddSource(dataset, source, properties.get(), space.get(), type->type.get()));
+    if (is_virtual) {
+      RETURN_IF_ERROR(AddSource(dataset, source, properties.get(), space.get()));
+    } else if (H5Pset_external(properties.get(), source.file.c_str(),
+                               static_cast<off_t>(source.offset_bytes), source.bytes) < 0) {
+      return hdf5::Error(absl::StrCat("name ", source.file, " for ", dataset.name));
+    }
   }
   if (H5Sselect_all(space.get()) < 0) return hdf5::Error("select all");
   Handle handle(H5Dcreate2(groups_[dataset.group].get(), dataset.name.c_str(), type->type.get(),
                            space.get(), H5P_DEFAULT, properties.get(), H5P_DEFAULT),
                 H5Dclose);
   if (!handle.ok()) return hdf5::Error(absl::StrCat("create dataset ", dataset.name));
+  if (dataset.storage == Hdf5Storage::kInside &&
+      H5Dwrite(handle.get(), type->type.get(), H5S_ALL, H5S_ALL, H5P_DEFAULT,
+               dataset.bytes.data()) < 0) {
+    return hdf5::Error(absl::StrCat("write dataset ", dataset.name));
+  }
+  return handle;
+}
+
+absl::Status Builder::CreateText(const Hdf5ViewDataset& dataset) {
+  const Handle type = hdf5::MakeTextType(dataset.text.size());
+  const Handle space = hdf5::MakeSpace({});
+  ASSIGN_OR_RETURN(const Handle properties, PropertiesOf(nullptr));
+  if (!type.ok() || !space.ok()) return hdf5::Error(absl::StrCat("make a type for ", dataset.name));
+  Handle handle(H5Dcreate2(groups_[dataset.group].get(), dataset.name.c_str(), type.get(),
+                           space.get(), H5P_DEFAULT, properties.get(), H5P_DEFAULT),
+                H5Dclose);
+  if (!handle.ok() ||
+      H5Dwrite(handle.get(), type.get(), H5S_ALL, H5S_ALL, H5P_DEFAULT, dataset.text.data()) < 0 ||
+      !handle.Close()) {
+    return hdf5::Error(absl::StrCat("write dataset ", dataset.name));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Builder::CreateDataset(const Hdf5ViewDataset& dataset) {
+  CHECK(dataset.group < groups_.size());
+  if (!dataset.text.empty()) return CreateText(dataset);
+  ASSIGN_OR_RETURN(Handle handle, Create(dataset));
   for (const Hdf5Attribute& attribute : dataset.attributes) {
     RETURN_IF_ERROR(hdf5::WriteAttribute(handle.get(), attribute));
   }

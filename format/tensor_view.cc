@@ -16,8 +16,6 @@
 namespace holdfast {
 namespace {
 
-enum : uint32_t { kRootGroup, kTensorsGroup, kHoldfastGroup, kPartsGroup, kFirstStateGroup };
-
 // All boxes, one behind the other: equal pieces have equal ones.
 std::vector<uint64_t> KeyOf(const std::vector<Hdf5Box>& boxes) {
   std::vector<uint64_t> key;
@@ -32,13 +30,7 @@ class ViewPlan {
  public:
   ViewPlan(const Index& index, std::string checkpoint, const ViewPaths& paths)
       : index_(index), checkpoint_(std::move(checkpoint)), paths_(paths) {
-    for (const TensorState& tensor_state : index.tensor_states) {
-      State& state = states_[tensor_state.state];
-      // A heap entry is the name and its NUL, rounded up to 8.
-      state.names_bytes += (PieceDatasetName(tensor_state.tensor, 0).size() + 8) / 8 * 8;
-    }
-    uint32_t group = kFirstStateGroup;
-    for (auto& [name, state] : states_) state.group = group++;
+    for (const TensorState& tensor_state : index.tensor_states) groups_.Add(tensor_state);
   }
 
   Hdf5ViewPlan ForHdf5(uint64_t bytes_max);
@@ -46,42 +38,28 @@ class ViewPlan {
   uint64_t files_of_one_max() const { return files_of_one_max_; }
 
  private:
-  struct State {
-    uint32_t group = 0;
-    uint64_t names_bytes = 0;
-  };
-
   Hdf5ViewDataset Dataset(uint32_t number);
   Hdf5ViewSource Source(const IndexPiece& piece, uint32_t number_in_image) const;
 
   const Index& index_;
   const std::string checkpoint_;
   const ViewPaths& paths_;
-  std::map<std::string_view, State> states_;
+  ViewGroups groups_;
   uint64_t in_parts_count_ = 0;
   uint64_t files_of_one_max_ = 0;
 };
 
 Hdf5ViewPlan ViewPlan::ForHdf5(uint64_t bytes_max) {
   Hdf5ViewPlan plan;
-  plan.groups.push_back({"/",
-                         {{"holdfast_view", uint64_t{1}},
-                          {"job", std::string_view(index_.job)},
-                          {"job_uuid", std::string_view(index_.job_uuid)},
-                          {"attempt", uint64_t{Value(index_.checkpoint.attempt)}},
-                          {"step", uint64_t{Value(index_.checkpoint.step)}},
-                          {"world_size", uint64_t{index_.world_size}},
-                          {"directory", std::string_view(checkpoint_)},
-                          {"writer", WriterVersion()}},
-                         64});
-  plan.groups.push_back({"/tensors", {}, 16 * states_.size()});
-  plan.groups.push_back({"/holdfast", {}, 16});
-  plan.groups.push_back({"/holdfast/parts", {}, 64});
-  for (const auto& [name, state] : states_) {
-    plan.groups.push_back(
-        {absl::StrCat("/tensors/", EscapeName(name)), {{"name", name}}, state.names_bytes});
-  }
-  plan.parts_group = kPartsGroup;
+  plan.groups = groups_.Make({{"holdfast_view", uint64_t{1}},
+                              {"job", std::string_view(index_.job)},
+                              {"job_uuid", std::string_view(index_.job_uuid)},
+                              {"attempt", uint64_t{Value(index_.checkpoint.attempt)}},
+                              {"step", uint64_t{Value(index_.checkpoint.step)}},
+                              {"world_size", uint64_t{index_.world_size}},
+                              {"directory", std::string_view(checkpoint_)},
+                              {"writer", WriterVersion()}});
+  plan.parts_group = ViewGroups::kParts;
   plan.dataset_count = index_.tensor_states.size();
   plan.dataset = [this](size_t number) { return Dataset(static_cast<uint32_t>(number)); };
   plan.bytes_max = bytes_max;
@@ -96,23 +74,14 @@ Hdf5ViewSource ViewPlan::Source(const IndexPiece& piece, uint32_t number_in_imag
                                 PieceDatasetName(tensor_state.tensor, number_in_image));
   source.shape = PieceDatasetShape(piece.piece, tensor_state.shape, index_.boxes);
   source.offset_bytes = piece.offset_bytes;
-  const std::vector<uint64_t> origin(tensor_state.shape.size(), 0);
-  const BoxView box = piece.piece.box == kWholeTensor ? BoxView{origin, tensor_state.shape}
-                                                      : index_.boxes[piece.piece.box];
-  std::vector<ElementBox> boxes;
-  CutIntoBoxes(box, piece.piece.begin, piece.piece.end, boxes);
-  for (const ElementBox& cut : boxes) {
-    const BoxView view = cut.View();
-    source.boxes.push_back(
-        {{view.lo.begin(), view.lo.end()}, {view.size.begin(), view.size.end()}});
-  }
+  source.boxes = ViewBoxesOf(piece.piece, tensor_state, index_.boxes);
   return source;
 }
 
 Hdf5ViewDataset ViewPlan::Dataset(uint32_t number) {
   const TensorState& tensor_state = index_.tensor_states[number];
   Hdf5ViewDataset dataset;
-  dataset.group = states_.at(tensor_state.state).group;
+  dataset.group = groups_.Of(tensor_state);
   dataset.name = PieceDatasetName(tensor_state.tensor, 0);
   dataset.dtype = tensor_state.dtype;
   dataset.shape = tensor_state.shape;
@@ -135,16 +104,18 @@ Hdf5ViewDataset ViewPlan::Dataset(uint32_t number) {
     images.insert(piece.image);
     dataset.sources.push_back(std::move(source));
   }
-  dataset.in_parts = !dataset.sources.empty() && (images.size() > kViewFilesMax || !numbers_known);
+  const bool in_parts =
+      !dataset.sources.empty() && (images.size() > kViewFilesMax || !numbers_known);
+  dataset.storage = in_parts ? Hdf5Storage::kParts : Hdf5Storage::kDatasets;
   for (Hdf5ViewSource& source : dataset.sources) {
-    source.file = absl::StrCat(dataset.in_parts ? paths_.parts : paths_.datasets, source.file);
+    source.file = absl::StrCat(in_parts ? paths_.parts : paths_.datasets, source.file);
   }
   dataset.attributes = {{"name", std::string_view(tensor_state.tensor)},
                         {"state", std::string_view(tensor_state.state)},
                         {"dtype", DtypeName(tensor_state.dtype)},
                         {"shape", tensor_state.shape},
                         {"source_files", uint64_t{images.size()}}};
-  in_parts_count_ += dataset.in_parts ? 1 : 0;
+  in_parts_count_ += in_parts ? 1 : 0;
   files_of_one_max_ = std::max<uint64_t>(files_of_one_max_, images.size());
   return dataset;
 }
@@ -156,6 +127,45 @@ std::string WithSlash(const std::filesystem::path& path) {
 }
 
 }  // namespace
+
+void ViewGroups::Add(const TensorState& tensor_state) {
+  // A heap entry is the name and its NUL, rounded up to 8.
+  states_[tensor_state.state].names_bytes +=
+      (PieceDatasetName(tensor_state.tensor, 0).size() + 8) / 8 * 8;
+}
+
+std::vector<Hdf5Group> ViewGroups::Make(std::vector<Hdf5Attribute> root) {
+  std::vector<Hdf5Group> groups;
+  groups.push_back({"/", std::move(root), 64});
+  groups.push_back({"/tensors", {}, 16 * states_.size()});
+  groups.push_back({"/holdfast", {}, 32});
+  groups.push_back({"/holdfast/parts", {}, 64});
+  for (auto& [name, state] : states_) {
+    state.group = static_cast<uint32_t>(groups.size());
+    groups.push_back(
+        {absl::StrCat("/tensors/", EscapeName(name)), {{"name", name}}, state.names_bytes});
+  }
+  return groups;
+}
+
+uint32_t ViewGroups::Of(const TensorState& tensor_state) const {
+  return states_.at(tensor_state.state).group;
+}
+
+std::vector<Hdf5Box> ViewBoxesOf(const Piece& piece, const TensorState& tensor_state,
+                                 const BoxTable& boxes) {
+  const std::vector<uint64_t> origin(tensor_state.shape.size(), 0);
+  const BoxView box =
+      piece.box == kWholeTensor ? BoxView{origin, tensor_state.shape} : boxes[piece.box];
+  std::vector<ElementBox> cuts;
+  CutIntoBoxes(box, piece.begin, piece.end, cuts);
+  std::vector<Hdf5Box> found;
+  for (const ElementBox& cut : cuts) {
+    const BoxView view = cut.View();
+    found.push_back({{view.lo.begin(), view.lo.end()}, {view.size.begin(), view.size.end()}});
+  }
+  return found;
+}
 
 ViewPaths AbsoluteViewPaths(const std::string& checkpoint) {
   CHECK(checkpoint.starts_with('/'));

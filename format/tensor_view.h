@@ -8,10 +8,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "format/hdf5_view.h"
 #include "format/index.h"
 
 namespace holdfast {
@@ -34,6 +37,34 @@ struct ViewPaths {
 ViewPaths AbsoluteViewPaths(const std::string& checkpoint);
 // They may be moved together. Both are absolute paths without links.
 ViewPaths RelativeViewPaths(const std::string& checkpoint, const std::string& view_directory);
+
+// The groups that every view has, in this order, and behind them one for each state: room for names
+// that HDF5 can have.
+//
+// Lifetime: refers to what it is made of.
+class ViewGroups {
+ public:
+  static constexpr uint32_t kHoldfast = 2;  // /holdfast
+  static constexpr uint32_t kParts = 3;     // /holdfast/parts
+
+  // All tensor states, before any other call.
+  void Add(const TensorState& tensor_state);
+  // Their groups, with these attributes of `/`.
+  std::vector<Hdf5Group> Make(std::vector<Hdf5Attribute> root);
+  // Of a tensor state that was added, after Make.
+  uint32_t Of(const TensorState& tensor_state) const;
+
+ private:
+  struct State {
+    uint32_t group = 0;
+    uint64_t names_bytes = 0;
+  };
+  std::map<std::string_view, State> states_;
+};
+
+// Where the elements of a piece go, in their order. Not of an empty one.
+std::vector<Hdf5Box> ViewBoxesOf(const Piece& piece, const TensorState& tensor_state,
+                                 const BoxTable& boxes);
 
 struct TensorView {
   std::vector<std::byte> bytes;
