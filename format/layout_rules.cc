@@ -40,58 +40,8 @@ absl::StatusOr<Json> ToJson(const std::string& text, const std::string& what) {
 
 // ---- Resizing ----
 
-struct Change {
-  size_t column = 0;  // 1-based, in `to`
-  std::string mesh;   // empty: the document's, and its namesakes elsewhere
-  std::string axis;
-  uint64_t size = 0;
-};
-
 absl::Status RefuseTo(size_t column, const std::string& text) {
   return absl::InvalidArgumentError(absl::StrFormat("--to, column %d: %s", column, text));
-}
-
-absl::StatusOr<std::vector<Change>> ParseTo(const std::string& to) {
-  if (to.size() > kToBytesMax) {
-    return RefuseTo(1,
-                    absl::StrFormat("expected at most %d bytes, found %d", kToBytesMax, to.size()));
-  }
-  std::vector<Change> changes;
-  size_t begin = 0;
-  while (begin <= to.size()) {
-    const size_t end = std::min(to.find(',', begin), to.size());
-    const std::string part = to.substr(begin, end - begin);
-    const size_t equals = part.find('=');
-    Change change;
-    change.column = begin + 1;
-    if (equals == std::string::npos || equals == 0) {
-      return RefuseTo(change.column,
-                      absl::StrFormat("expected AXIS=SIZE, found \"%s\"", part.substr(0, 200)));
-    }
-    change.axis = part.substr(0, equals);
-    if (const size_t dot = change.axis.find('.'); dot != std::string::npos) {
-      change.mesh = change.axis.substr(0, dot);
-      change.axis.erase(0, dot + 1);
-    }
-    const std::string size = part.substr(equals + 1);
-    const bool digits = !size.empty() && size.find_first_not_of("0123456789") == std::string::npos;
-    if (!digits || !absl::SimpleAtoi(size, &change.size) || change.size > kWorldSizeMax) {
-      return RefuseTo(begin + equals + 2,
-                      absl::StrFormat("expected a number of at most %d, found \"%s\"",
-                                      kWorldSizeMax, size.substr(0, 200)));
-    }
-    for (const Change& earlier : changes) {
-      if (earlier.mesh == change.mesh && earlier.axis == change.axis) {
-        return RefuseTo(change.column, absl::StrFormat("\"%s\" is there twice", change.axis));
-      }
-    }
-    changes.push_back(std::move(change));
-    if (changes.size() > kChangesMax) {
-      return RefuseTo(begin + 1, absl::StrFormat("expected at most %d changes", kChangesMax));
-    }
-    begin = end + 1;
-  }
-  return changes;
 }
 
 std::vector<std::string_view> AxisNames(const Json& mesh) {
@@ -113,7 +63,7 @@ class Resizer {
  public:
   explicit Resizer(Json& document) : document_(document) {}
 
-  absl::Status Apply(const Change& change) {
+  absl::Status Apply(const AxisSize& change) {
     if (change.mesh.empty() && change.axis == "zero") return SetStage(change);
     if (change.size == 0) return RefuseTo(change.column, "expected a size of at least 1");
     if (!change.mesh.empty()) return ResizeInMesh(change);
@@ -153,7 +103,8 @@ class Resizer {
   }
 
  private:
-  static absl::Status UnknownAxis(const Change& change, const std::vector<std::string_view>& names,
+  static absl::Status UnknownAxis(const AxisSize& change,
+                                  const std::vector<std::string_view>& names,
                                   const std::string& suggestion) {
     std::string known;
     for (std::string_view name : names) {
@@ -168,7 +119,7 @@ class Resizer {
   }
 
   // Names what could have been meant: of a further mesh that has such an axis, MESH.AXIS.
-  absl::Status UnknownAxisOfAnyMesh(const Change& change) const {
+  absl::Status UnknownAxisOfAnyMesh(const AxisSize& change) const {
     const std::vector<std::string_view> own = AxisNames(document_["mesh"]);
     std::vector<std::string> of_meshes;
     std::string suggestion;
@@ -187,7 +138,7 @@ class Resizer {
     return UnknownAxis(change, all, suggestion);
   }
 
-  absl::Status SetStage(const Change& change) {
+  absl::Status SetStage(const AxisSize& change) {
     if (!document_.contains("zero")) {
       return RefuseTo(change.column,
                       "the checkpoint's layout has no zero rule whose stage could be another; that "
@@ -201,7 +152,7 @@ class Resizer {
     return absl::OkStatus();
   }
 
-  absl::Status ResizeInMesh(const Change& change) {
+  absl::Status ResizeInMesh(const AxisSize& change) {
     std::vector<std::string_view> names;
     if (document_.contains("meshes")) {
       for (const auto& [name, mesh] : document_["meshes"].items()) names.push_back(name);
@@ -221,7 +172,7 @@ class Resizer {
     return absl::OkStatus();
   }
 
-  void Resize(Json& axis, const std::string& mesh, const Change& change) {
+  void Resize(Json& axis, const std::string& mesh, const AxisSize& change) {
     if (axis["size"] == change.size) return;
     axis["size"] = change.size;
     resized_.emplace_back(mesh, change.axis);
@@ -359,16 +310,59 @@ std::string InRules(const std::string& text, const std::vector<std::vector<const
 
 }  // namespace
 
+absl::StatusOr<std::vector<AxisSize>> ParseAxisSizes(const std::string& to) {
+  if (to.size() > kToBytesMax) {
+    return RefuseTo(1,
+                    absl::StrFormat("expected at most %d bytes, found %d", kToBytesMax, to.size()));
+  }
+  std::vector<AxisSize> changes;
+  size_t begin = 0;
+  while (begin <= to.size()) {
+    const size_t end = std::min(to.find(',', begin), to.size());
+    const std::string part = to.substr(begin, end - begin);
+    const size_t equals = part.find('=');
+    AxisSize change;
+    change.column = begin + 1;
+    if (equals == std::string::npos || equals == 0) {
+      return RefuseTo(change.column,
+                      absl::StrFormat("expected AXIS=SIZE, found \"%s\"", part.substr(0, 200)));
+    }
+    change.axis = part.substr(0, equals);
+    if (const size_t dot = change.axis.find('.'); dot != std::string::npos) {
+      change.mesh = change.axis.substr(0, dot);
+      change.axis.erase(0, dot + 1);
+    }
+    const std::string size = part.substr(equals + 1);
+    const bool digits = !size.empty() && size.find_first_not_of("0123456789") == std::string::npos;
+    if (!digits || !absl::SimpleAtoi(size, &change.size) || change.size > kWorldSizeMax) {
+      return RefuseTo(begin + equals + 2,
+                      absl::StrFormat("expected a number of at most %d, found \"%s\"",
+                                      kWorldSizeMax, size.substr(0, 200)));
+    }
+    for (const AxisSize& earlier : changes) {
+      if (earlier.mesh == change.mesh && earlier.axis == change.axis) {
+        return RefuseTo(change.column, absl::StrFormat("\"%s\" is there twice", change.axis));
+      }
+    }
+    changes.push_back(std::move(change));
+    if (changes.size() > kChangesMax) {
+      return RefuseTo(begin + 1, absl::StrFormat("expected at most %d changes", kChangesMax));
+    }
+    begin = end + 1;
+  }
+  return changes;
+}
+
 absl::StatusOr<std::string> ResizeLayout(const std::string& document, const std::string& to) {
   // Bounds what the lenient reader below is given, and proves all types.
   RETURN_IF_ERROR(Layout::Parse(document).status());
-  ASSIGN_OR_RETURN(std::vector<Change> changes, ParseTo(to));
+  ASSIGN_OR_RETURN(std::vector<AxisSize> changes, ParseAxisSizes(to));
   // What a further mesh is given goes before what it follows, in whatever order they are named.
   std::stable_partition(changes.begin(), changes.end(),
-                        [](const Change& change) { return change.mesh.empty(); });
+                        [](const AxisSize& change) { return change.mesh.empty(); });
   ASSIGN_OR_RETURN(Json json, ToJson(document, "layout"));
   Resizer resizer(json);
-  for (const Change& change : changes) RETURN_IF_ERROR(resizer.Apply(change));
+  for (const AxisSize& change : changes) RETURN_IF_ERROR(resizer.Apply(change));
   RETURN_IF_ERROR(resizer.CheckPlaces());
   std::string text = json.dump();
   if (const auto layout = Layout::Parse(text); !layout.ok()) {

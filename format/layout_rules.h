@@ -6,6 +6,8 @@
 #ifndef HOLDFAST_FORMAT_LAYOUT_RULES_H_
 #define HOLDFAST_FORMAT_LAYOUT_RULES_H_
 
+#include <cstddef>
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -13,6 +15,17 @@
 #include "format/tensor_piece.h"
 
 namespace holdfast {
+
+// What `--to` asks for: the size of an axis.
+struct AxisSize {
+  size_t column = 0;  // 1-based, in the text
+  std::string mesh;   // of MESH.AXIS; else empty
+  std::string axis;
+  uint64_t size = 0;
+};
+// AXIS=SIZE,... as they are written. kInvalidArgument with column, what was expected and found; an
+// axis that is there twice.
+absl::StatusOr<std::vector<AxisSize>> ParseAxisSizes(const std::string& to);
 
 // `to` is AXIS=SIZE,..., of axes that the document's own mesh names (and those of the same name in
 // its further meshes), MESH.AXIS=SIZE of one further mesh alone, and zero=STAGE, which replaces the

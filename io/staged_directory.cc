@@ -27,7 +27,7 @@ absl::Status SyncDirectory(const std::string& path) {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<StagedDirectory>> StagedDirectory::Create(
-    const std::string& final_path, const std::string& unique, Existing existing) {
+    const std::string& final_path, const std::string& unique, Existing existing, Result result) {
   const std::filesystem::path whole = std::filesystem::absolute(final_path).lexically_normal();
   const std::filesystem::path named = whole.has_filename() ? whole : whole.parent_path();
   struct stat info {};
@@ -35,9 +35,11 @@ absl::StatusOr<std::unique_ptr<StagedDirectory>> StagedDirectory::Create(
     if (existing == Existing::kRefuse) {
       return absl::AlreadyExistsError(absl::StrFormat("%s is there already", final_path));
     }
-    if (!S_ISDIR(info.st_mode)) {
+    const bool fits = result == Result::kFile ? S_ISREG(info.st_mode) : S_ISDIR(info.st_mode);
+    if (!fits) {
       return absl::AlreadyExistsError(
-          absl::StrFormat("%s is there already, and is no directory", final_path));
+          absl::StrFormat("%s is there already, and is no %s", final_path,
+                          result == Result::kFile ? "file" : "directory"));
     }
   } else if (errno != ENOENT) {
     return ErrnoStatus(errno, "look at", final_path);
@@ -46,7 +48,7 @@ absl::StatusOr<std::unique_ptr<StagedDirectory>> StagedDirectory::Create(
       named.parent_path() / absl::StrFormat(".%s.partial.%s", named.filename().string(), unique);
   if (mkdir(staged.c_str(), 0700) != 0) return ErrnoStatus(errno, "create", staged.string());
   return std::unique_ptr<StagedDirectory>(
-      new StagedDirectory(named.string(), staged.string(), existing));
+      new StagedDirectory(named.string(), staged.string(), existing, result));
 }
 
 StagedDirectory::~StagedDirectory() {
@@ -56,20 +58,23 @@ StagedDirectory::~StagedDirectory() {
 
 absl::Status StagedDirectory::Publish() {
   RETURN_IF_ERROR(SyncDirectory(staged_path_));
-  if (renameat2(AT_FDCWD, staged_path_.c_str(), AT_FDCWD, final_path_.c_str(), RENAME_NOREPLACE) ==
-      0) {
-    return SyncDirectory(std::filesystem::path(final_path_).parent_path().string());
+  const std::filesystem::path final_path = final_path_;
+  const std::string from =
+      result_ == Result::kFile
+          ? (std::filesystem::path(staged_path_) / final_path.filename()).string()
+          : staged_path_;
+  if (renameat2(AT_FDCWD, from.c_str(), AT_FDCWD, final_path_.c_str(), RENAME_NOREPLACE) == 0) {
+    return SyncDirectory(final_path.parent_path().string());
   }
   if (errno != EEXIST || existing_ == Existing::kRefuse) {
     return ErrnoStatus(errno, "publish", final_path_);
   }
   // The two change places; then the staged name has what was there before, and the destructor
   // removes it.
-  if (renameat2(AT_FDCWD, staged_path_.c_str(), AT_FDCWD, final_path_.c_str(), RENAME_EXCHANGE) !=
-      0) {
+  if (renameat2(AT_FDCWD, from.c_str(), AT_FDCWD, final_path_.c_str(), RENAME_EXCHANGE) != 0) {
     return ErrnoStatus(errno, "publish", final_path_);
   }
-  return SyncDirectory(std::filesystem::path(final_path_).parent_path().string());
+  return SyncDirectory(final_path.parent_path().string());
 }
 
 }  // namespace holdfast

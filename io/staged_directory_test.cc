@@ -67,5 +67,28 @@ TEST(StagedDirectory, WhatIsThereIsReplacedOnlyIfAsked) {
               StatusIs(absl::StatusCode::kAlreadyExists));
 }
 
+TEST(StagedDirectory, AFileAppearsAndIsReplaced) {
+  const TemporaryDirectory directory;
+  const std::string out = directory.Join("model.pt");
+  for (const std::string text : {"first", "second"}) {
+    ASSERT_OK_AND_ASSIGN(
+        const auto staged,
+        StagedDirectory::Create(out, "a", Existing::kReplace, StagedDirectory::Result::kFile));
+    std::ofstream(staged->path() + "/model.pt") << text;
+    EXPECT_EQ(std::filesystem::exists(out), text == "second");
+    EXPECT_THAT(staged->Publish(), IsOk());
+    EXPECT_EQ(Text(out), text);
+  }
+  EXPECT_EQ(EntriesIn(directory.path()), 1u);
+  EXPECT_THAT(StagedDirectory::Create(out, "a", Existing::kRefuse, StagedDirectory::Result::kFile),
+              StatusIs(absl::StatusCode::kAlreadyExists));
+  // A directory is not replaced by a file, nor a file by a directory.
+  EXPECT_THAT(StagedDirectory::Create(out, "a", Existing::kReplace),
+              StatusIs(absl::StatusCode::kAlreadyExists));
+  EXPECT_THAT(StagedDirectory::Create(directory.path(), "a", Existing::kReplace,
+                                      StagedDirectory::Result::kFile),
+              StatusIs(absl::StatusCode::kAlreadyExists));
+}
+
 }  // namespace
 }  // namespace holdfast
