@@ -32,8 +32,14 @@ constexpr std::string_view kMetadata = ".metadata";
 constexpr uint64_t kObjectBytesMax = uint64_t{64} << 20;
 // Of what is shown of it.
 constexpr size_t kShownBytesMax = size_t{64} << 10;
+constexpr size_t kNamesBytesMax = size_t{16} << 20;
 // Beside the tensor's own bytes in a torch file of one tensor: pickle, records, directory.
 constexpr uint64_t kItemOverheadBytesMax = uint64_t{1} << 20;
+
+// The names of an optimizer group's parameters are needed whole: conversions go by them.
+size_t ShownBytesMax(std::string_view key) {
+  return key.ends_with(".params") ? kNamesBytesMax : kShownBytesMax;
+}
 
 std::string Join(std::string_view directory, std::string_view name) {
   return directory.empty() ? std::string(name) : absl::StrFormat("%s/%s", directory, name);
@@ -255,7 +261,7 @@ class Reader {
     ASSIGN_OR_RETURN(const OpenedItem opened, items.Open(item, *file, kObjectBytesMax));
     index_.blobs.push_back({object.key, opened.extent});
     const TorchValue value = opened.torch->root();
-    index_.scalars.push_back({object.key, TorchJson(value, kShownBytesMax)});
+    index_.scalars.push_back({object.key, TorchJson(value, ShownBytesMax(object.key))});
     AddTorchDescription(*opened.torch, index_);
     const std::string_view last = object.path.empty() ? object.key : object.path.back();
     if ((last == "step" || last == "global_step" || last == "iteration" || last == "steps") &&

@@ -10,22 +10,20 @@
 #define HOLDFAST_CONVERTER_DCP_WRITER_H_
 
 #include <cstdint>
-#include <functional>
 #include <string>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "converter/foreign_folder.h"
+#include "converter/conversion_source.h"
 #include "converter/foreign_index.h"
+#include "converter/output_files.h"
 #include "io/file_system.h"
 
 namespace holdfast::converter {
 
 struct DcpWriteOptions {
-  uint64_t file_bytes = 5'000'000'000;   // a file that has more begins another one
-  std::vector<std::string> drop_states;  // left out: "exp_avg"
-  bool drop_unreadable = false;
+  uint64_t file_bytes = 5'000'000'000;  // a file that has more begins another one
 };
 
 // One item of a file, in the order of their bytes.
@@ -47,16 +45,14 @@ struct DcpPlan {
   std::vector<std::string> left_out;  // in words
 };
 
-// Errors: kFailedPrecondition that names what would be lost without being dropped, or two tensors
-// that would have one key.
+// Errors: kFailedPrecondition: two tensors that would have one key.
 absl::StatusOr<DcpPlan> PlanDcp(const ForeignIndex& index, const DcpWriteOptions& options);
 
 // Writes all files of the plan into `directory`, which exists and has none of them; .metadata last.
-// After OK they are durable; their names are not. `progress` is called now and then with bytes
-// written and bytes in all; false stops: kCancelled.
+// `source` has the index of the plan. After OK they are durable; their names are not.
 absl::Status WriteDcp(FileSystem& file_system, const std::string& directory,
-                      const ForeignFolder& folder, const ForeignIndex& index, const DcpPlan& plan,
-                      const std::function<bool(uint64_t, uint64_t)>& progress);
+                      ConversionSource& source, const DcpPlan& plan,
+                      const ConversionProgress& progress);
 
 }  // namespace holdfast::converter
 

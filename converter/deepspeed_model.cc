@@ -1,6 +1,7 @@
 #include "converter/deepspeed_model.h"
 
 #include <algorithm>
+#include <nlohmann/json.hpp>
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/numbers.h"
@@ -242,6 +243,58 @@ std::optional<Dtype> DeepSpeedModel::WeightDtype(const std::string& parameter) c
     return table_.index().tensor_states[*state].dtype;
   }
   return DtypeFromName(states_.front().weight_dtype);
+}
+
+void DeepSpeedModel::NameParameterGroups() {
+  using Json = nlohmann::ordered_json;
+  // By number of the flat buffer, which param_shapes counts too; of all pipeline stages.
+  std::vector<std::vector<std::string>> names(states_.front().param_shapes.size());
+  std::set<std::string, std::less<>> seen;
+  for (const ModelStates& states : states_) {
+    for (size_t g = 0; g < std::min(names.size(), states.param_shapes.size()); ++g) {
+      const std::vector<NamedShape>& flat = states.param_shapes[g];
+      // Round-robin gradients: param_shapes has the order of the flat buffer.
+      const bool dealt = !partitioned_ && states.round_robin && states.dp_world_size > 0 &&
+                         states.dp_world_size <= kZeroRanksMax;
+      const std::vector<uint32_t> order =
+          RoundRobinOrder(static_cast<uint32_t>(flat.size()),
+                          dealt ? static_cast<uint32_t>(states.dp_world_size) : 1);
+      std::vector<std::string_view> in_order(flat.size());
+      for (size_t place = 0; place < flat.size(); ++place) {
+        in_order[order[place]] = flat[place].name;
+      }
+      for (const std::string_view name : in_order) {
+        if (seen.emplace(name).second) names[g].emplace_back(name);
+      }
+    }
+  }
+  std::vector<Fact>& facts = table_.index().scalars;
+  auto fact = std::find_if(facts.begin(), facts.end(),
+                           [](const Fact& each) { return each.name == "param_groups"; });
+  Json groups = Json::array();
+  if (fact != facts.end()) groups = Json::parse(fact->json, nullptr, /*allow_exceptions=*/false);
+  if (!groups.is_array()) return;
+  if (groups.empty()) {  // elastic checkpoints have the states only
+    for (size_t g = 0; g < names.size(); ++g) {
+      groups.push_back(Json::object({{"params", Json::array({g})}}));
+    }
+  }
+  for (Json& group : groups) {
+    if (!group.is_object() || !group.contains("params")) return;
+    Json named = Json::array();
+    for (const Json& number : group["params"]) {
+      if (!number.is_number_unsigned() || number.get<uint64_t>() >= names.size()) return;
+      for (const std::string& name : names[number.get<uint64_t>()]) named.push_back(name);
+    }
+    group["params"] = std::move(named);
+  }
+  std::string json = groups.dump(-1, ' ', false, Json::error_handler_t::replace);
+  if (json.size() > kTextBytesMax) return;
+  if (fact == facts.end()) {
+    facts.push_back({"param_groups", std::move(json)});
+  } else {
+    fact->json = std::move(json);
+  }
 }
 
 bool DeepSpeedModel::IsPlaceholder(const std::string& name) const {

@@ -77,6 +77,9 @@ class DeepSpeedModel {
   absl::Status AddRoundedWeights(const std::string& parameter);
   // Aliases, once the states of their owners are there.
   void AddAliases();
+  // Puts the names of the optimizer's parameters, in its own order, into the fact "param_groups",
+  // where DeepSpeed has the numbers of flat buffers. Best effort: what has been cut stays as it is.
+  void NameParameterGroups();
 
  private:
   DeepSpeedModel(const ForeignFolder& folder, const DeepSpeedFiles& files, PieceTable& table)

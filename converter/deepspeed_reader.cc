@@ -437,6 +437,7 @@ absl::StatusOr<ForeignIndex> ReadNative(const ForeignFolder& folder, const DeepS
         {path, "is the optimizer state of experts without ZeRO, which no reader here knows"});
   }
   model.AddAliases();
+  model.NameParameterGroups();
   return table.Take();
 }
 

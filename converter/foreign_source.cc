@@ -25,12 +25,13 @@ absl::Status Named(const std::string& path, const absl::Status& status) {
 }  // namespace
 
 absl::StatusOr<ForeignSource> OpenForeignSource(FileSystem& file_system, const std::string& path,
-                                                const ReadOptions& options) {
+                                                const ReadOptions& options,
+                                                const SandboxLimits& limits) {
   ForeignSource source;
   ASSIGN_OR_RETURN(source.folder, ForeignFolder::Open(file_system, path));
   const ForeignFolder& folder = *source.folder;
   const absl::StatusOr<std::string> encoded = RunSandboxed(
-      folder.root(), {}, [&] { return ReadAndEncode(folder, options); }, &source.sandbox);
+      folder.root(), limits, [&] { return ReadAndEncode(folder, options); }, &source.sandbox);
   if (!encoded.ok()) return Named(path, encoded.status());
   if (encoded->empty()) return source;
   absl::StatusOr<ForeignIndex> index =

@@ -26,7 +26,8 @@ struct ForeignSource {
 // kPermissionDenied (unsafe content, refused), others of the reader, those of the sandbox,
 // kDataLoss (files changed meanwhile). All name the path.
 absl::StatusOr<ForeignSource> OpenForeignSource(FileSystem& file_system, const std::string& path,
-                                                const ReadOptions& options);
+                                                const ReadOptions& options,
+                                                const SandboxLimits& limits = {});
 
 // kNotFound, with the formats that were looked for: for those to whom nothing less is of use.
 absl::Status NotRecognized(const std::string& path, const ForeignSource& source);

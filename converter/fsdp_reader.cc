@@ -36,7 +36,13 @@ using Path = std::vector<std::string>;
 constexpr std::string_view kFlatParameter = "_flat_param";
 // Of what is shown of a value that is no tensor.
 constexpr size_t kShownBytesMax = size_t{64} << 10;
+constexpr size_t kNamesBytesMax = size_t{16} << 20;
 constexpr size_t kLayoutsMax = 64;  // that are shown
+
+// The names of an optimizer group's parameters are needed whole: conversions go by them.
+size_t ShownBytesMax(std::string_view key) {
+  return key.ends_with(".params") ? kNamesBytesMax : kShownBytesMax;
+}
 
 // What all ranks' values under one key are together.
 struct Tensor {
@@ -136,7 +142,8 @@ class Reader {
             return absl::OkStatus();
           }
           if (file.rank == 0 || group.content == Content::kRankLocal) {
-            index_.scalars.push_back({Shown(key.key), TorchJson(leaf, kShownBytesMax)});
+            index_.scalars.push_back(
+                {Shown(key.key), TorchJson(leaf, ShownBytesMax(Shown(key.key)))});
           }
           if (group.content == Content::kOptimizer) CountParameters(key, leaf);
           if (file.rank == 0) others_.push_back(std::move(key));

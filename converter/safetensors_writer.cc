@@ -1,9 +1,7 @@
 #include "converter/safetensors_writer.h"
 
 #include <algorithm>
-#include <array>
 #include <map>
-#include <memory>
 #include <optional>
 #include <set>
 #include <span>
@@ -13,8 +11,8 @@
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "base/status_macros.h"
+#include "converter/optimizer_groups.h"
 #include "converter/safetensors.h"
-#include "converter/whole_tensor_reader.h"
 
 namespace holdfast::converter {
 namespace {
@@ -23,39 +21,27 @@ namespace {
 constexpr uint64_t kHeaderBytesMax = 90'000'000;
 constexpr size_t kAlignmentBytes = 8;
 
-bool IsWeight(std::string_view state) {
-  constexpr std::array<std::string_view, 5> kWeights = {"param", "buffer", "tensor", "other",
-                                                        "ema"};
-  return std::find(kWeights.begin(), kWeights.end(), state) != kWeights.end();
-}
-
 class Planner {
  public:
   Planner(const ForeignIndex& index, const SafetensorsExportOptions& options)
       : index_(index), options_(options) {}
 
   absl::StatusOr<SafetensorsPlan> Run() {
-    RETURN_IF_ERROR(CheckUnreadable());
     std::set<uint32_t> aliases;
     for (const Alias& alias : index_.aliases) {
-      if (!IsWeight(index_.tensor_states[alias.tensor_state].state)) continue;
+      if (!IsWeightState(index_.tensor_states[alias.tensor_state].state)) continue;
       if (aliases.contains(alias.of)) continue;  // a chain: its end is written
       aliases.insert(alias.tensor_state);
       tied_.emplace_back(index_.tensor_states[alias.tensor_state].tensor,
                          index_.tensor_states[alias.of].tensor);
     }
-    std::map<std::string_view, uint64_t> dropped;
     for (uint32_t i = 0; i < index_.tensor_states.size(); ++i) {
       const TensorState& state = index_.tensor_states[i];
-      if (!IsWeight(state.state)) {
-        if (!Drops(state.state)) return Refuse(state);
-        ++dropped[state.state];
-      } else if (!aliases.contains(i)) {
-        RETURN_IF_ERROR(Add(i));
-      }
+      if (!IsWeightState(state.state)) return Refuse(state);
+      if (!aliases.contains(i)) RETURN_IF_ERROR(Add(i));
     }
-    for (const auto& [state, count] : dropped) {
-      plan_.left_out.push_back(absl::StrFormat("%d tensors of state %s", count, state));
+    if (!index_.scalars.empty() || !index_.blobs.empty()) {
+      plan_.left_out.push_back("what is no tensor: numbers, text, optimizer groups, objects");
     }
     Close();
     NameShards();
@@ -63,30 +49,11 @@ class Planner {
   }
 
  private:
-  bool Drops(std::string_view state) const {
-    return std::any_of(options_.drop_states.begin(), options_.drop_states.end(),
-                       [&](const std::string& each) { return each == "*" || each == state; });
-  }
-
-  absl::Status Refuse(const TensorState& state) const {
+  static absl::Status Refuse(const TensorState& state) {
     return absl::FailedPreconditionError(absl::StrFormat(
         "%s: safetensors holds weights, and has no place for the state \"%s\"; --drop %s leaves it "
         "out, --drop '*' all that are no weights",
         Describe(state), state.state, state.state));
-  }
-
-  absl::Status CheckUnreadable() {
-    if (index_.unreadable.empty()) return absl::OkStatus();
-    const Unreadable& first = index_.unreadable.front();
-    if (!options_.drop_unreadable) {
-      return absl::FailedPreconditionError(
-          absl::StrFormat("%s %s; --drop unreadable leaves it and %d others out", first.name,
-                          first.reason, index_.unreadable.size() - 1));
-    }
-    for (const Unreadable& each : index_.unreadable) {
-      plan_.left_out.push_back(absl::StrFormat("%s, which %s", each.name, each.reason));
-    }
-    return absl::OkStatus();
   }
 
   absl::Status Add(uint32_t number) {
@@ -205,33 +172,22 @@ absl::StatusOr<SafetensorsPlan> PlanSafetensors(const ForeignIndex& index,
 }
 
 absl::Status WriteSafetensors(FileSystem& file_system, const std::string& directory,
-                              const ForeignFolder& folder, const ForeignIndex& index,
-                              const SafetensorsPlan& plan,
-                              const std::function<bool(uint64_t, uint64_t)>& progress) {
-  WholeTensorReader reader(folder, index);
-  uint64_t done = 0;
-  const auto append = [&](WritableFile& file, std::span<const std::byte> bytes) -> absl::Status {
-    RETURN_IF_ERROR(file.Append(bytes));
-    done += bytes.size();
-    if (progress == nullptr || progress(done, plan.bytes)) return absl::OkStatus();
-    return absl::CancelledError("stopped; nothing was left behind");
-  };
+                              ConversionSource& source, const SafetensorsPlan& plan,
+                              const ConversionProgress& progress) {
+  OutputFiles files(file_system, directory, plan.bytes, progress);
   for (const SafetensorsShard& shard : plan.shards) {
-    ASSIGN_OR_RETURN(const std::unique_ptr<WritableFile> file,
-                     file_system.CreateNew(absl::StrFormat("%s/%s", directory, shard.name)));
-    RETURN_IF_ERROR(append(*file, std::as_bytes(std::span(shard.header))));
+    RETURN_IF_ERROR(files.Open(shard.name));
+    RETURN_IF_ERROR(files.Append(shard.header));
     for (const uint32_t number : shard.states) {
-      RETURN_IF_ERROR(reader.Read(
-          number, [&](std::span<const std::byte> bytes) { return append(*file, bytes); }));
+      RETURN_IF_ERROR(source.Read(
+          number, [&](std::span<const std::byte> bytes) { return files.Append(bytes); }));
     }
-    RETURN_IF_ERROR(file->Sync());
+    RETURN_IF_ERROR(files.Close());
   }
-  if (plan.index_json.empty()) return absl::OkStatus();
-  ASSIGN_OR_RETURN(
-      const std::unique_ptr<WritableFile> file,
-      file_system.CreateNew(absl::StrFormat("%s/%s", directory, kSafetensorsIndexName)));
-  RETURN_IF_ERROR(append(*file, std::as_bytes(std::span(plan.index_json))));
-  return file->Sync();
+  if (!plan.index_json.empty()) {
+    RETURN_IF_ERROR(files.WriteWhole(kSafetensorsIndexName, plan.index_json));
+  }
+  return files.Finish();
 }
 
 }  // namespace holdfast::converter

@@ -29,7 +29,7 @@ using Kind = TorchValue::Kind;
 // How often one container is listed, if it stands in several places: sharing can be exponential.
 constexpr int kListingsMax = 16;
 constexpr size_t kFactBytesMax = 4096;
-constexpr size_t kGroupsBytesMax = size_t{64} << 10;
+constexpr size_t kGroupsBytesMax = size_t{16} << 20;  // with the names of all parameters
 // A view that repeats its elements (torch.Tensor.expand) is read up to this size, or this many
 // times the bytes of its storage: sixteen bytes can be expanded to any size.
 constexpr uint64_t kExpandedBytesMax = uint64_t{1} << 30;

@@ -393,7 +393,10 @@ absl::StatusOr<ForeignIndex> ReadUniversalFiles(const ForeignFolder& folder,
   if (!files.tag.empty()) table.index().layout.push_back({"tag", JsonQuote(files.tag)});
   UniversalReader reader(folder, files, model.has_value() ? &*model : nullptr, table);
   RETURN_IF_ERROR(reader.Read());
-  if (model.has_value()) model->AddAliases();
+  if (model.has_value()) {
+    model->AddAliases();
+    model->NameParameterGroups();
+  }
   return table.Take();
 }
 

@@ -38,7 +38,7 @@ CONFINED = [
     ("ISA-L", r"isa-l\.h|isa-l/.*|crc\.h", r"^(base/(crc32c|inflate|zip_crc32)\.cc|checkpoint/redundancy/)"),
     ("CUDA", r"cuda\.h|cuda_runtime.*\.h", r"^hook/device_"),
     ("NCCL", r"nccl.*\.h", r"^hook/"),
-    ("RE2", r"re2/.*", r"^converter/parallel_rules\.cc$"),
+    ("RE2", r"re2/.*", r"^converter/(parallel|rename)_rules\.cc$"),
     ("gRPC", r"grpc.*/.*", r"^agent/"),
     ("protobuf", r"google/protobuf/.*", r"^agent/"),
     ("toml++", r"toml\+\+/.*", r"^agent/"),

@@ -1,0 +1,43 @@
+// Writes a checkpoint as DeepSpeed's engine does (save_checkpoint), for a number of data-parallel
+// ranks that the source need not have had:
+//
+//   latest                                         the name of the folder
+//   <tag>/mp_rank_00_model_states.pt               weights and buffers (stages 1 and 2)
+//   <tag>/zero_pp_rank_<d>_mp_rank_00_model_states.pt   buffers, and no weights (stage 3)
+//   <tag>/[bf16_]zero_pp_rank_<d>_mp_rank_00_optim_states.pt
+//
+// Flat buffers have the order of the optimizer's groups; with `round_robin_gradients` in ds_config,
+// stages 1 and 2 deal it to the ranks as DeepSpeed does. Which element lies where:
+// converter/zero_layout.h.
+#ifndef HOLDFAST_CONVERTER_DEEPSPEED_WRITER_H_
+#define HOLDFAST_CONVERTER_DEEPSPEED_WRITER_H_
+
+#include <cstdint>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "converter/conversion_source.h"
+#include "converter/torch_output.h"
+
+namespace holdfast::converter {
+
+struct DeepSpeedWriteOptions {
+  uint64_t stage = 1;  // 1 to 3
+  uint64_t dp = 1;     // 1 to kZeroRanksMax
+};
+
+// Reads the single numbers of parameters (their steps), and nothing else. Errors:
+// kFailedPrecondition that names what the format has no place for: those of
+// DeepSpeedOutput::Create; parameters of one flat buffer whose steps differ, or of which some have
+// a state that others have not; those of reading.
+absl::StatusOr<TorchFilesPlan> PlanDeepSpeed(ConversionSource& source,
+                                             const DeepSpeedWriteOptions& options);
+
+// Stage 3 and universal folders for it have no weights but the masters, rounded.
+// kFailedPrecondition that names a parameter whose weights are something else. Reads all weights
+// and masters.
+absl::Status CheckWeightsAreMasters(ConversionSource& source);
+
+}  // namespace holdfast::converter
+
+#endif  // HOLDFAST_CONVERTER_DEEPSPEED_WRITER_H_
