@@ -1,9 +1,13 @@
 #include "cli/foreign.h"
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cstdio>
 #include <filesystem>
 #include <memory>
+#include <nlohmann/json.hpp>
+#include <span>
+#include <string>
 #include <system_error>
 
 #include "absl/strings/str_format.h"
@@ -11,6 +15,7 @@
 #include "base/status_macros.h"
 #include "checkpoint/verify.h"
 #include "cli/output.h"
+#include "cli/process.h"
 #include "cli/progress.h"
 #include "format/checkpoint_names.h"
 
@@ -18,6 +23,7 @@ namespace holdfast::cli {
 namespace {
 
 constexpr uint64_t kModelFileBytesMax = uint64_t{16} << 20;
+constexpr uint64_t kForeignFactsBytesMax = uint64_t{64} << 20;
 
 // Empty if there is none.
 absl::StatusOr<std::string> ReadIfThere(FileSystem& file_system, const std::string& path) {
@@ -44,6 +50,24 @@ absl::Status VerifyOurs(Invocation& invocation, const CatalogEntry& entry) {
                       report.findings.empty() ? "see verify" : report.findings.front().text));
 }
 
+// What an import has kept beside the tensors (`convert --format holdfast`): scalars, among them the
+// optimizer's groups, so that they are there when it is written in another format.
+absl::Status TakeForeignFacts(const converter::ForeignFolder& folder, const IndexBlob& blob,
+                              converter::ForeignIndex& index) {
+  if (blob.bytes > kForeignFactsBytesMax) return absl::OkStatus();
+  std::string text(blob.bytes, '\0');
+  RETURN_IF_ERROR(folder.ReadAt(index.extents[blob.image].file, blob.offset_bytes,
+                                std::as_writable_bytes(std::span(text))));
+  const auto json = nlohmann::ordered_json::parse(text, nullptr, /*allow_exceptions=*/false);
+  const auto scalars = json.find("scalars");
+  if (!json.is_object() || scalars == json.end() || !scalars->is_object()) return absl::OkStatus();
+  for (const auto& [name, value] : scalars->items()) {
+    index.scalars.push_back(
+        {name, value.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace)});
+  }
+  return absl::OkStatus();
+}
+
 absl::StatusOr<converter::ForeignSource> OpenOurs(Invocation& invocation, const std::string& path) {
   ASSIGN_OR_RETURN(const CatalogEntry entry, Locate(invocation.file_system, path));
   ASSIGN_OR_RETURN(const Index index, LoadCommittedIndex(invocation.file_system, entry));
@@ -68,6 +92,10 @@ absl::StatusOr<converter::ForeignSource> OpenOurs(Invocation& invocation, const 
     piece.extent = stored.image;
     piece.offset_bytes = stored.offset_bytes;
     ours.pieces.push_back(piece);
+  }
+  for (const IndexBlob& blob : index.blobs) {
+    if (blob.scope != BlobScope::kGlobal || blob.name != kForeignFactsBlob) continue;
+    RETURN_IF_ERROR(TakeForeignFacts(*source.folder, blob, ours));
   }
   RETURN_IF_ERROR(converter::Finish(ours));
   return source;
@@ -118,8 +146,20 @@ absl::StatusOr<converter::ForeignSource> LookAtForeign(Invocation& invocation,
     ASSIGN_OR_RETURN(read.names,
                      invocation.file_system.ReadSmallFile(options.names, kModelFileBytesMax));
   }
+  converter::SandboxLimits limits;
+  if (options.memory_bytes > 0) {
+    ASSIGN_OR_RETURN(const ProcessMemory memory, LookAtProcessMemory(invocation.file_system));
+    if (options.memory_bytes <= memory.resident_bytes) {
+      return absl::InvalidArgumentError(
+          absl::StrFormat("--memory: expected more than the %d bytes of the command itself, found "
+                          "%d",
+                          memory.resident_bytes, options.memory_bytes));
+    }
+    limits.memory_bytes =
+        std::min(limits.memory_bytes, options.memory_bytes - memory.resident_bytes);
+  }
   absl::StatusOr<converter::ForeignSource> source =
-      converter::OpenForeignSource(invocation.file_system, path, read);
+      converter::OpenForeignSource(invocation.file_system, path, read, limits);
   if (source.ok() && !source->sandbox.missing.empty()) {
     std::fprintf(stderr,
                  "holdfast: note: it was read without %s, which this system does not grant\n",

@@ -2,6 +2,7 @@
 #ifndef HOLDFAST_CLI_FOREIGN_H_
 #define HOLDFAST_CLI_FOREIGN_H_
 
+#include <cstdint>
 #include <string>
 
 #include "absl/status/status.h"
@@ -18,8 +19,14 @@ struct ForeignOptions {
   std::string model;  // a directory
   std::string names;  // a file
   std::string preset;
+  // Of this command and the process that reads, together; 0: no bound but the sandbox's own.
+  uint64_t memory_bytes = 0;
 };
 void AddForeignOptions(CLI::App& verb, ForeignOptions& options);
+
+// The blob of an imported checkpoint that has what its source said beside tensors: a JSON object
+// with "format", "variant", "layout" and "scalars".
+inline constexpr char kForeignFactsBlob[] = "foreign.json";
 
 // The verbs that take nothing else.
 void AddConvert(CLI::App& app, Invocation& invocation);

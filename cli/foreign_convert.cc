@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -21,19 +22,36 @@
 #include "cli/foreign.h"
 #include "cli/interrupt.h"
 #include "cli/output.h"
+#include "cli/process.h"
 #include "cli/progress.h"
 #include "cli/size_value.h"
+#include "converter/conversion_source.h"
 #include "converter/dcp_writer.h"
-#include "converter/extent_reader.h"
+#include "converter/deepspeed_writer.h"
+#include "converter/fsdp_writer.h"
 #include "converter/safetensors_writer.h"
-#include "converter/whole_tensor_reader.h"
+#include "converter/selection.h"
+#include "converter/torch_output.h"
+#include "converter/torch_writer.h"
+#include "converter/ucp_writer.h"
+#include "format/layout_rules.h"
 #include "io/staged_directory.h"
 
 namespace holdfast::cli {
 namespace {
 
-constexpr std::array<std::string_view, 3> kFormats = {"holdfast", "safetensors", "dcp"};
+// What each format is written by is Conversion::Write.
+constexpr std::array<std::string_view, 7> kFormats = {"holdfast",  "safetensors", "dcp", "torch",
+                                                      "deepspeed", "ucp",         "fsdp"};
 constexpr uint64_t kBlobBytesMax = uint64_t{256} << 20;
+constexpr uint64_t kRenameFileBytesMax = uint64_t{16} << 20;
+// Of --memory: stacks, lists of files and what the allocator keeps; of a committed checkpoint its
+// blocks and INDEX too.
+constexpr uint64_t kReserveBytes = uint64_t{12} << 20;
+constexpr uint64_t kHoldfastBytes = uint64_t{24} << 20;
+constexpr uint64_t kDecoderBytes = uint64_t{64} << 20;  // ExtentReader's
+constexpr uint64_t kWindowsMax = 4;                     // ConversionSource's
+constexpr uint64_t kWindowBytesMin = uint64_t{256} << 10;
 // What a folder of Hugging Face's has besides weights, as far as it is data.
 constexpr std::array<std::string_view, 11> kCompanions = {
     "config.json",     "generation_config.json",   "tokenizer.json",     "tokenizer_config.json",
@@ -45,7 +63,9 @@ struct Options {
   std::string path;
   std::string out;
   std::string format = "safetensors";
-  std::vector<std::string> drop;
+  std::string to;
+  std::string rename_file;
+  converter::SelectionRequest selection;
   uint64_t shard_bytes = 5'000'000'000;
   bool force = false;
   bool dry_run = false;
@@ -58,16 +78,60 @@ absl::Status CheckFormat(const Options& options) {
     if (options.format == format) return absl::OkStatus();
   }
   return absl::InvalidArgumentError(
-      absl::StrFormat("--format: expected holdfast, safetensors or dcp, found \"%s\"%s",
+      absl::StrFormat("--format: expected holdfast, safetensors, dcp, torch, deepspeed, ucp or "
+                      "fsdp, found \"%s\"%s",
                       options.format, DidYouMean(options.format, kFormats)));
+}
+
+// The axes of `--to`, of which a format may have fewer.
+struct Target {
+  uint64_t zero = 1;
+  uint64_t dp = 1;
+};
+
+absl::StatusOr<Target> ParseTarget(const Options& options) {
+  Target target;
+  if (options.to.empty()) return target;
+  std::vector<std::string_view> axes;
+  if (options.format == "deepspeed") axes = {"zero", "dp"};
+  if (options.format == "ucp") axes = {"zero"};
+  if (options.format == "fsdp") axes = {"dp"};
+  if (axes.empty()) {
+    return absl::InvalidArgumentError(absl::StrFormat(
+        "--to: expected a format with a layout (deepspeed, ucp, fsdp), found %s", options.format));
+  }
+  ASSIGN_OR_RETURN(const std::vector<AxisSize> sizes, ParseAxisSizes(options.to));
+  for (const AxisSize& size : sizes) {
+    const auto refuse = [&](const std::string& expected) {
+      return absl::InvalidArgumentError(
+          absl::StrFormat("--to, column %d: expected %s, found \"%s=%d\"", size.column, expected,
+                          size.axis, size.size));
+    };
+    if (!size.mesh.empty() || std::find(axes.begin(), axes.end(), size.axis) == axes.end()) {
+      return refuse(absl::StrFormat("an axis of %s (%s%s)", options.format, axes[0],
+                                    axes.size() > 1 ? ", dp" : "") +
+                    DidYouMean(size.axis, axes));
+    }
+    if (size.axis == "zero") {
+      if (size.size < 1 || size.size > 3) return refuse("a stage from 1 to 3");
+      target.zero = size.size;
+    } else {
+      if (size.size < 1 || size.size > converter::kFsdpRanksMax) {
+        return refuse(absl::StrFormat("1 to %d ranks", converter::kFsdpRanksMax));
+      }
+      target.dp = size.size;
+    }
+  }
+  return target;
 }
 
 // Names and contents of what stands beside the weights.
 absl::StatusOr<std::vector<std::pair<std::string, std::string>>> Companions(
-    FileSystem& file_system, const Options& options, const converter::ForeignSource& source) {
+    FileSystem& file_system, const Options& options, const std::string& format,
+    const converter::ForeignFolder& folder) {
   std::vector<std::pair<std::string, std::string>> found;
   std::string directory = options.foreign.model;
-  if (directory.empty() && source.index.format == "hf") directory = source.folder->root();
+  if (directory.empty() && format == "hf") directory = folder.root();
   if (directory.empty()) return found;
   for (const std::string_view name : kCompanions) {
     absl::StatusOr<std::string> text =
@@ -95,6 +159,10 @@ struct Outcome {
   uint64_t tensor_count = 0;
   uint64_t bytes = 0;
   std::vector<std::string> left_out;
+  std::vector<std::string> casts;
+  uint64_t became_infinite = 0;  // by casts
+  std::string first_infinite;
+  uint64_t peak_memory_bytes = 0;  // of this process
 };
 
 absl::Status CheckRoom(FileSystem& file_system, const std::string& directory, uint64_t bytes) {
@@ -118,56 +186,137 @@ class Conversion {
 
   absl::StatusOr<Outcome> Run(Invocation& invocation) {
     RETURN_IF_ERROR(CheckFormat(options_));
+    ASSIGN_OR_RETURN(target_, ParseTarget(options_));
     ASSIGN_OR_RETURN(parent_, DirectoryOf(options_.out));
+    const std::filesystem::path out = std::filesystem::path(options_.out).lexically_normal();
+    out_name_ = (out.has_filename() ? out : out.parent_path()).filename().string();
+    ASSIGN_OR_RETURN(converter::SelectionRequest request, Request());
     ASSIGN_OR_RETURN(source_, OpenAny(invocation, options_.path, options_.foreign));
-    ASSIGN_OR_RETURN(staged_,
-                     StagedDirectory::Create(options_.out, absl::StrFormat("%016x", RandomBits()),
-                                             options_.force ? StagedDirectory::Existing::kReplace
-                                                            : StagedDirectory::Existing::kRefuse));
-    RETURN_IF_ERROR(options_.format == "holdfast" ? ToHoldfast()
-                    : options_.format == "dcp"    ? ToDcp()
-                                                  : ToSafetensors());
+    ASSIGN_OR_RETURN(converter::Selection selection,
+                     converter::Select(std::move(source_.index), request));
+    outcome_.left_out = selection.left_out;
+    outcome_.casts = selection.casts;
+    input_.emplace(*source_.folder, std::move(selection));
+    ASSIGN_OR_RETURN(
+        staged_,
+        StagedDirectory::Create(options_.out, absl::StrFormat("%016x", RandomBits()),
+                                options_.force ? StagedDirectory::Existing::kReplace
+                                               : StagedDirectory::Existing::kRefuse,
+                                options_.format == "torch" ? StagedDirectory::Result::kFile
+                                                           : StagedDirectory::Result::kDirectory));
+    RETURN_IF_ERROR(Write());
     if (!options_.dry_run) RETURN_IF_ERROR(staged_->Publish());
+    outcome_.became_infinite = input_->became_infinite();
+    outcome_.first_infinite = input_->first_infinite();
+    ASSIGN_OR_RETURN(const ProcessMemory memory, LookAtProcessMemory(file_system_));
+    outcome_.peak_memory_bytes = memory.peak_resident_bytes;
     return std::move(outcome_);
   }
 
  private:
+  const converter::ForeignIndex& index() const { return input_->index(); }
+
+  absl::StatusOr<converter::SelectionRequest> Request() {
+    converter::SelectionRequest request = options_.selection;
+    if (options_.weights_only) request.drop.push_back(converter::kDropNoWeights);
+    if (!options_.rename_file.empty()) {
+      ASSIGN_OR_RETURN(request.rename,
+                       file_system_.ReadSmallFile(options_.rename_file, kRenameFileBytesMax));
+    }
+    return request;
+  }
+
+  absl::Status Write() {
+    const std::string& format = options_.format;
+    if (format == "holdfast") return ToHoldfast();
+    if (format == "safetensors") return ToSafetensors();
+    if (format == "dcp") return ToDcp();
+    if (format == "torch") return ToTorchFiles(converter::PlanTorch(index(), out_name_));
+    if (format == "fsdp") return ToTorchFiles(converter::PlanFsdp(index(), target_.dp));
+    if (target_.zero == 3) {
+      RETURN_IF_ERROR(SetWindow(0));
+      RETURN_IF_ERROR(converter::CheckWeightsAreMasters(*input_));
+    }
+    if (format == "ucp") return ToTorchFiles(converter::PlanUniversal(index(), target_.zero));
+    return ToTorchFiles(
+        converter::PlanDeepSpeed(*input_, {.stage = target_.zero, .dp = target_.dp}));
+  }
+
   bool Advance(uint64_t done, uint64_t total) {
     progress_.Update(done, total);
     return !interrupt_.requested();
   }
 
-  bool Drops(std::string_view kind) const {
-    return std::find(options_.drop.begin(), options_.drop.end(), kind) != options_.drop.end();
+  // To be called when all that is kept in memory is there: what remains of --memory is for the
+  // buffers through which the tensors pass.
+  absl::Status SetWindow(uint64_t further_bytes) {
+    const uint64_t memory_max = options_.foreign.memory_bytes;
+    if (memory_max == 0) return absl::OkStatus();
+    ASSIGN_OR_RETURN(const ProcessMemory memory, LookAtProcessMemory(file_system_));
+    uint64_t kept = memory.resident_bytes + kReserveBytes + further_bytes;
+    const bool decodes =
+        std::any_of(index().extents.begin(), index().extents.end(),
+                    [](const converter::Extent& e) { return e.codec != converter::Codec::kRaw; });
+    if (decodes) kept += kDecoderBytes;
+    const uint64_t least =
+        std::max(kept + kWindowsMax * kWindowBytesMin, memory.peak_resident_bytes);
+    if (memory_max < least) {
+      return absl::InvalidArgumentError(
+          absl::StrFormat("--memory: expected at least %dM for the index of this checkpoint and "
+                          "the plan of its conversion, found %d bytes",
+                          (least >> 20) + 1, memory_max));
+    }
+    input_->set_window_bytes(std::min<uint64_t>((memory_max - kept) / kWindowsMax,
+                                                converter::WholeTensorReader::kWindowBytes));
+    return absl::OkStatus();
+  }
+
+  converter::ConversionProgress Watch() {
+    return [this](uint64_t done, uint64_t total) { return Advance(done, total); };
+  }
+
+  // What a plan says, and whether there is room for it.
+  absl::Status TakePlan(uint64_t bytes, uint64_t tensor_count,
+                        const std::vector<std::string>& left_out) {
+    outcome_.bytes = bytes;
+    outcome_.tensor_count = tensor_count;
+    outcome_.left_out.insert(outcome_.left_out.end(), left_out.begin(), left_out.end());
+    RETURN_IF_ERROR(SetWindow(0));
+    return CheckRoom(file_system_, parent_, bytes);
+  }
+
+  absl::Status ToTorchFiles(const absl::StatusOr<converter::TorchFilesPlan>& plan) {
+    RETURN_IF_ERROR(plan.status());
+    for (const converter::PlannedFile& file : plan->files) {
+      outcome_.files.push_back({file.path, file.bytes});
+    }
+    RETURN_IF_ERROR(TakePlan(plan->bytes, plan->tensor_count, plan->left_out));
+    if (options_.dry_run) return absl::OkStatus();
+    return converter::WriteTorchFiles(file_system_, staged_->path(), *input_, *plan, Watch());
   }
 
   absl::Status ToSafetensors() {
-    converter::SafetensorsExportOptions request;
-    request.shard_bytes = options_.shard_bytes;
-    request.drop_states = options_.drop;
-    request.drop_unreadable = Drops("unreadable");
-    if (options_.weights_only) request.drop_states.push_back("*");
     ASSIGN_OR_RETURN(const converter::SafetensorsPlan plan,
-                     converter::PlanSafetensors(source_.index, request));
-    ASSIGN_OR_RETURN(const auto companions, Companions(file_system_, options_, source_));
-    outcome_.left_out = plan.left_out;
-    outcome_.bytes = plan.bytes;
+                     converter::PlanSafetensors(index(), {.shard_bytes = options_.shard_bytes}));
+    ASSIGN_OR_RETURN(const auto companions,
+                     Companions(file_system_, options_, index().format, *source_.folder));
+    uint64_t bytes = plan.bytes;
+    uint64_t tensor_count = 0;
     for (const converter::SafetensorsShard& shard : plan.shards) {
       outcome_.files.push_back({shard.name, shard.bytes});
-      outcome_.tensor_count += shard.states.size();
+      tensor_count += shard.states.size();
     }
     if (!plan.index_json.empty()) {
       outcome_.files.push_back({converter::kSafetensorsIndexName, plan.index_json.size()});
     }
     for (const auto& [name, text] : companions) {
       outcome_.files.push_back({name, text.size()});
-      outcome_.bytes += text.size();
+      bytes += text.size();
     }
-    RETURN_IF_ERROR(CheckRoom(file_system_, parent_, outcome_.bytes));
+    RETURN_IF_ERROR(TakePlan(bytes, tensor_count, plan.left_out));
     if (options_.dry_run) return absl::OkStatus();
-    RETURN_IF_ERROR(converter::WriteSafetensors(
-        file_system_, staged_->path(), *source_.folder, source_.index, plan,
-        [this](uint64_t done, uint64_t total) { return Advance(done, total); }));
+    RETURN_IF_ERROR(
+        converter::WriteSafetensors(file_system_, staged_->path(), *input_, plan, Watch()));
     for (const auto& [name, text] : companions) {
       RETURN_IF_ERROR(WriteSmall(file_system_, staged_->path() + "/" + name, text));
     }
@@ -176,72 +325,45 @@ class Conversion {
 
   // A folder that torch.distributed.checkpoint loads.
   absl::Status ToDcp() {
-    converter::DcpWriteOptions request;
-    request.file_bytes = options_.shard_bytes;
-    request.drop_states = options_.drop;
-    request.drop_unreadable = Drops("unreadable");
-    ASSIGN_OR_RETURN(const converter::DcpPlan plan, converter::PlanDcp(source_.index, request));
-    outcome_.left_out = plan.left_out;
-    outcome_.bytes = plan.bytes;
+    ASSIGN_OR_RETURN(const converter::DcpPlan plan,
+                     converter::PlanDcp(index(), {.file_bytes = options_.shard_bytes}));
     for (const converter::DcpPlan::File& file : plan.files) {
       outcome_.files.push_back({file.name, file.bytes});
     }
     outcome_.files.push_back({".metadata", plan.metadata.size()});
-    for (const converter::DcpPlannedItem& item : plan.items) {
-      outcome_.tensor_count += item.object ? 0 : 1;
-    }
-    RETURN_IF_ERROR(CheckRoom(file_system_, parent_, outcome_.bytes));
+    RETURN_IF_ERROR(TakePlan(plan.bytes, index().tensor_states.size(), plan.left_out));
     if (options_.dry_run) return absl::OkStatus();
-    return converter::WriteDcp(
-        file_system_, staged_->path(), *source_.folder, source_.index, plan,
-        [this](uint64_t done, uint64_t total) { return Advance(done, total); });
+    return converter::WriteDcp(file_system_, staged_->path(), *input_, plan, Watch());
   }
 
   // Everything: all states, and what is beside them as blobs. The job has the name of the output.
   absl::Status ToHoldfast() {
-    const converter::ForeignIndex& index = source_.index;
-    if (!index.unreadable.empty() && !Drops("unreadable")) {
-      return absl::FailedPreconditionError(absl::StrFormat(
-          "%s %s; --drop unreadable leaves it and %d others out", index.unreadable.front().name,
-          index.unreadable.front().reason, index.unreadable.size() - 1));
-    }
-    for (const converter::Unreadable& each : index.unreadable) {
-      outcome_.left_out.push_back(absl::StrFormat("%s, which %s", each.name, each.reason));
-    }
     TensorSource tensors;
-    std::vector<uint32_t> numbers;
+    tensors.states = index().tensor_states;
     uint64_t total = 0;
-    for (uint32_t i = 0; i < index.tensor_states.size(); ++i) {
-      const TensorState& state = index.tensor_states[i];
-      if (Drops(state.state)) {
-        outcome_.left_out.push_back(Describe(state));
-        continue;
-      }
-      numbers.push_back(i);
-      tensors.states.push_back(state);
-      total += state.Bytes();
-    }
-    converter::WholeTensorReader reader(*source_.folder, index);
+    for (const TensorState& state : tensors.states) total += state.Bytes();
     uint64_t done = 0;
     tensors.read = [&](size_t number, const TensorSource::Sink& sink) {
-      return reader.Read(numbers[number], [&](std::span<const std::byte> bytes) -> absl::Status {
-        RETURN_IF_ERROR(sink(bytes));
-        done += bytes.size();
-        return Advance(done, total) ? absl::OkStatus()
-                                    : absl::CancelledError("stopped; nothing was left behind");
-      });
+      return input_->Read(
+          static_cast<uint32_t>(number), [&](std::span<const std::byte> bytes) -> absl::Status {
+            RETURN_IF_ERROR(sink(bytes));
+            done += bytes.size();
+            return Advance(done, total) ? absl::OkStatus()
+                                        : absl::CancelledError("stopped; nothing was left behind");
+          });
     };
     SingleImageRequest request;
     request.job_directory = staged_->path();
-    request.job = std::filesystem::path(options_.out).lexically_normal().filename().string();
+    request.job = out_name_;
     request.job_uuid = RandomUuid();
-    request.step = Step{index.has_step ? index.step : 0};
+    request.step = Step{index().has_step ? index().step : 0};
     request.writer = absl::StrFormat("%016x", RandomBits());
     request.scratch_directory = staged_->path();
     request.created_at = absl::Now();
     ASSIGN_OR_RETURN(request.blobs, Blobs());
     ASSIGN_OR_RETURN(outcome_.bytes, SingleImageBytes(tensors, request));
     outcome_.tensor_count = tensors.states.size();
+    RETURN_IF_ERROR(SetWindow(kHoldfastBytes));
     RETURN_IF_ERROR(CheckRoom(file_system_, parent_, outcome_.bytes));
     if (options_.dry_run) return absl::OkStatus();
     ASSIGN_OR_RETURN(const SingleImageReport report,
@@ -251,9 +373,9 @@ class Conversion {
     return absl::OkStatus();
   }
 
-  // `foreign.json` has what inspect shows as layout and scalars; the rest is byte for byte.
+  // kForeignFactsBlob has what inspect shows as layout and scalars; the rest is byte for byte.
   absl::StatusOr<std::vector<SingleImageBlob>> Blobs() {
-    const converter::ForeignIndex& index = source_.index;
+    const converter::ForeignIndex& index = this->index();
     std::string json =
         absl::StrFormat("{\"format\": %s, \"variant\": %s", converter::JsonQuote(index.format),
                         converter::JsonQuote(index.variant));
@@ -268,18 +390,20 @@ class Conversion {
       }
       json += "}";
     }
-    std::vector<SingleImageBlob> blobs = {{"foreign.json", json + "}\n"}};
-    converter::ExtentReader extents(*source_.folder, index);
+    std::vector<SingleImageBlob> blobs = {{kForeignFactsBlob, json + "}\n"}};
     uint64_t bytes = 0;
-    for (const converter::ForeignBlob& blob : index.blobs) {
-      const uint64_t size = index.extents[blob.extent].decoded_bytes;
-      bytes += size;
+    for (uint32_t number = 0; number < index.blobs.size(); ++number) {
+      const converter::ForeignBlob& blob = index.blobs[number];
+      bytes += index.extents[blob.extent].decoded_bytes;
       if (bytes > kBlobBytesMax) {
         return absl::ResourceExhaustedError(absl::StrFormat(
             "the blobs of the checkpoint: expected at most %d bytes, found more", kBlobBytesMax));
       }
-      std::string text(size, '\0');
-      RETURN_IF_ERROR(extents.Read(blob.extent, 0, std::as_writable_bytes(std::span(text))));
+      std::string text;
+      RETURN_IF_ERROR(input_->ReadBlob(number, [&](std::span<const std::byte> read) {
+        text.append(reinterpret_cast<const char*>(read.data()), read.size());
+        return absl::OkStatus();
+      }));
       blobs.push_back({blob.name, std::move(text)});
     }
     return blobs;
@@ -289,8 +413,11 @@ class Conversion {
   const Options& options_;
   Progress progress_;
   const InterruptFlag interrupt_;
+  Target target_;
   std::string parent_;
-  converter::ForeignSource source_;
+  std::string out_name_;
+  converter::ForeignSource source_;  // its index is input_'s
+  std::optional<converter::ConversionSource> input_;
   std::unique_ptr<StagedDirectory> staged_;
   Outcome outcome_;
 };
@@ -306,7 +433,10 @@ ExitCode Run(Invocation& invocation, const Options& options) {
                                    {"tensors", outcome->tensor_count},
                                    {"bytes", outcome->bytes},
                                    {"files", nlohmann::ordered_json::array()},
-                                   {"left_out", outcome->left_out}};
+                                   {"left_out", outcome->left_out},
+                                   {"cast", outcome->casts},
+                                   {"became_infinite", outcome->became_infinite},
+                                   {"peak_memory_bytes", outcome->peak_memory_bytes}};
     for (const Outcome::File& file : outcome->files) {
       json["files"].push_back({{"file", file.name}, {"bytes", file.bytes}});
     }
@@ -317,6 +447,19 @@ ExitCode Run(Invocation& invocation, const Options& options) {
               options.dry_run ? "would have " : "",
               static_cast<unsigned long long>(outcome->tensor_count),
               HumanBytes(outcome->bytes).c_str());
+  if (options.dry_run) {
+    for (const Outcome::File& file : outcome->files) {
+      std::printf("  %s, %s\n", Printable(file.name).c_str(), HumanBytes(file.bytes).c_str());
+    }
+  }
+  for (const std::string& each : outcome->casts) {
+    std::printf("  cast: %s\n", Printable(each).c_str());
+  }
+  if (outcome->became_infinite > 0) {
+    std::printf("  cast: %llu finite numbers became infinite, the first in %s\n",
+                static_cast<unsigned long long>(outcome->became_infinite),
+                Printable(outcome->first_infinite).c_str());
+  }
   for (const std::string& each : outcome->left_out) {
     std::printf("  left out: %s\n", Printable(each).c_str());
   }
@@ -330,24 +473,44 @@ void AddVerb(CLI::App& app, Invocation& invocation, const char* name, const char
   options->weights_only = weights_only;
   verb->add_option("checkpoint", options->path, "Another framework's file or folder, or ours")
       ->required();
-  verb->add_option("out", options->out, "The directory to make")->required();
+  verb->add_option("out", options->out, "The directory to make; of --format torch the file")
+      ->required();
   if (!weights_only) {
     verb->add_option("--format", options->format,
-                     "holdfast (OUT is ROOT/JOB), safetensors (a Hugging Face folder) or dcp")
+                     "holdfast (OUT is ROOT/JOB), safetensors (a Hugging Face folder), dcp, torch, "
+                     "deepspeed, ucp (a universal folder of DeepSpeed's) or fsdp")
         ->required();
+    verb->add_option("--to", options->to,
+                     "AXIS=SIZE,...: zero=1 to 3 and dp of deepspeed, zero of ucp, dp of fsdp");
   } else {
-    verb->add_option("--format", options->format, "safetensors")
-        ->check(CLI::IsMember({"safetensors"}))
+    verb->add_option("--format", options->format, "safetensors or torch")
+        ->check(CLI::IsMember({"safetensors", "torch"}))
         ->capture_default_str();
   }
-  verb->add_option("--drop", options->drop,
-                   "Leave out: a state (exp_avg), '*' for all that are no weights, unreadable");
-  verb->add_option("--shard-bytes", options->shard_bytes, "Tensors of one file, at most")
+  verb->add_option("--only", options->selection.only,
+                   "Only tensors of which the name fits a pattern: * is anything, {n} a number")
+      ->allow_extra_args(false);
+  verb->add_option("--rename", options->rename_file,
+                   "File of rules that give tensors other names: name, prefix, suffix, regex");
+  verb->add_option("--drop", options->selection.drop,
+                   "Leave out: a state (exp_avg), '*' for all that are no weights, unreadable")
+      ->allow_extra_args(false);
+  verb->add_option("--dtype", options->selection.dtypes,
+                   "DTYPE of floating weights and buffers, or STATE=DTYPE: float32, bfloat16, "
+                   "float16, float64")
+      ->allow_extra_args(false);
+  verb->add_option("--shard-bytes", options->shard_bytes,
+                   "Tensors of one file, at most (safetensors, dcp)")
       ->transform(SizeValue(SizeValue::Units::kDecimal))
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  verb->add_flag("--force", options->force, "Replace the directory if it is there");
-  verb->add_flag("--dry-run", options->dry_run, "Check everything, and write nothing");
+  verb->add_option("--memory", options->foreign.memory_bytes,
+                   "Most memory of all processes together, like 256M (default: as it comes)")
+      ->transform(SizeValue(SizeValue::Units::kBinary))
+      ->check(CLI::PositiveNumber);
+  verb->add_flag("--force", options->force, "Replace what is there");
+  verb->add_flag("--dry-run", options->dry_run,
+                 "Check everything, say what would be written, and write nothing");
   AddForeignOptions(*verb, options->foreign);
   verb->footer(kExitCodesHelp);
   verb->callback([&invocation, options] {
