@@ -212,7 +212,7 @@ def run_world(function, case, *arguments):
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(300)
+        process.join(600)
     if any(process.exitcode != 0 for process in ranks):
         logs = "\n".join(path.read_text()[-3000:] for path in sorted(pathlib.Path(scratch).glob("log*")))
         raise RuntimeError(f"a rank failed\n{logs}")
@@ -230,10 +230,9 @@ def universal(source, out):
         raise RuntimeError(done.stderr[-3000:])
 
 
-def make_case(name, seed, out):
-    case = CASES[name]
+def make_case(case, seed, target):
+    """Writes target/ckpt and target/expected.json."""
     scratch = run_world(make, case, seed)
-    target = out / name
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     if case.get("universal"):
@@ -253,7 +252,7 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     for name in options.case:
-        make_case(name, options.seed, options.out)
+        make_case(CASES[name], options.seed, options.out / name)
         print(name, flush=True)
 
 
