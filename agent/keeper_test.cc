@@ -405,11 +405,12 @@ TEST_F(KeeperTest, SurvivesARandomSeriesOfKillsWithoutLeakingDescriptors) {
   int worker_kills = 0;
   int keeper_kills = 0;
   int next_name = 0;
+  constexpr int kInFlightMax = 3;
   for (int round = 0; round < 60; ++round) {
     // Some commands, of which the last few may be in flight when the kill comes.
     std::set<std::string> maybe;
     const int answered = static_cast<int>(random() % 5);
-    const int in_flight = static_cast<int>(random() % 4);
+    const int in_flight = static_cast<int>(random() % (kInFlightMax + 1));
     for (int i = 0; i < answered + in_flight; ++i) {
       const bool drops = !must.empty() && random() % 3 == 0;
       const std::string name = drops ? *must.begin() : absl::StrCat("n/", next_name++);
@@ -443,8 +444,9 @@ TEST_F(KeeperTest, SurvivesARandomSeriesOfKillsWithoutLeakingDescriptors) {
   }
   EXPECT_GT(worker_kills, 10);
   EXPECT_GT(keeper_kills, 10);
-  // Every kept name costs two descriptors (the worker's and its duplicate made for the check).
-  EXPECT_LE(open_at_start_, open_at_first + must.size() + 2);
+  // What is dropped in the last moment may be counted and not be handed over any more; a leak of
+  // one descriptor in ten rounds would be seen.
+  EXPECT_LE(open_at_start_, open_at_first + must.size() + 2 + kInFlightMax);
 }
 
 TEST_F(KeeperTest, FinishEndsBothWithTheWorkersCode) {
