@@ -19,7 +19,7 @@ import time
 import network as net
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-START_SECONDS = 60
+START_SECONDS = 180
 LOOK_SECONDS = 0.25
 # Puts the rank that launch starts into the namespace of its node; the process stays the same one.
 # With FAULTS_FAKE_CLOCK one of them gets libfaketime for the wall clock (not the monotonic one).
