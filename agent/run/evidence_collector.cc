@@ -101,13 +101,13 @@ void EvidenceCollector::AskMonitor(const std::shared_ptr<Collecting>& collecting
     collecting->missing.push_back(recorder_->status().ToString());
   }
   collecting->answers_pending = std::size(kQuestions);
-  for (const auto& [name, kind] : kQuestions) {
+  for (const auto& [part, kind] : kQuestions) {
     MonitorService::Question question;
     question.kind = kind;
     question.job = job_;
-    collecting->monitor[name] = nullptr;  // in this order, whichever is answered first
+    collecting->monitor[part] = nullptr;  // in this order, whichever is answered first
     world_.monitor->Ask(std::move(question), [this, alive = std::weak_ptr<bool>(alive_), collecting,
-                                              name = name](absl::StatusOr<std::string> answer) {
+                                              name = part](absl::StatusOr<std::string> answer) {
       if (alive.expired()) return;
       collecting->monitor[name] = Parsed(answer);
       if (--collecting->answers_pending > 0) return;
