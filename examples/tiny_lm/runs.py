@@ -27,8 +27,8 @@ def whole_digests(pieces_of_ranks):
 class Run:
     """One job run by examples/launch, with a log directory of its own."""
 
-    def __init__(self, programs, place, name, world, *flags, restarts=0, **environment):
-        """`programs`: paths of launch, tiny_lm, holdfastd (or None) and the corpus."""
+    def __init__(self, programs, place, name, world, *flags, restarts=0, on_failure='stop', **environment):
+        """`programs`: paths of launch, tiny_lm, holdfastd (or None) and the corpus. `on_failure`: launch's."""
         launch, tiny_lm, holdfastd, corpus = programs
         self.logs = pathlib.Path(place, name)
         self.launch_log = pathlib.Path(place, name + '.events')
@@ -44,8 +44,8 @@ class Run:
         variables.update(environment)
         self.process = subprocess.Popen(
             ['/usr/bin/python3', launch, '--nproc', str(world), '--max-restarts', str(restarts),
-             '--log-dir', self.logs, '--events', self.launch_log, '--', tiny_lm, '--corpus', corpus,
-             '--check-restore', '--save-wait-ms', '20000', *flags],
+             '--on-failure', on_failure, '--log-dir', self.logs, '--events', self.launch_log,
+             '--', tiny_lm, '--corpus', corpus, '--check-restore', '--save-wait-ms', '20000', *flags],
             env=variables, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE, text=True)
 

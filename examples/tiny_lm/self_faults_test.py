@@ -30,7 +30,8 @@ class SelfFaultsTest(unittest.TestCase):
     def run_with(self, name, lines, *flags, **environment):
         file = pathlib.Path(self.place, name + '.faults')
         file.write_text('\n'.join(lines) + '\n')
-        run = Run(self.place, name, WORLD, '--faults', str(file), *flags, **environment)
+        # Whoever failed first has told his peers before he could print why: nobody is stopped meanwhile.
+        run = Run(self.place, name, WORLD, '--faults', str(file), *flags, on_failure='wait', **environment)
         return run, *run.finish()
 
     def test_each_acts_where_and_when_its_line_says(self):
