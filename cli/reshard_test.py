@@ -194,7 +194,7 @@ class ReshardTest(unittest.TestCase):
         self.assertFalse((self.place / "new").exists())
 
     def test_memory_keeps_to_its_bound(self):
-        for number, megabytes in enumerate((96, 256)):
+        for number, megabytes in enumerate((MEMORY_FACTOR * 96, MEMORY_FACTOR * 256)):
             found, peak = self.reshard("--to", TO, "--memory", f"{megabytes}M", "--job", f"job{number}")
             self.assertLessEqual(peak, MEMORY_FACTOR * megabytes << 20)
             self.assertLessEqual(found["result"]["peak_memory_bytes"], peak)

@@ -159,11 +159,11 @@ typedef struct hf_blob_slot {
 } hf_blob_slot;
 
 /* Registers what will be captured. `layout_json` is the job's layout document
- * (docs/layout-grammar.md), the same text on every rank (hashes are compared; a rank that differs is
- * named). `buffers` are this rank's and must be exactly those in which the layout places something
- * on this rank, with at least the bytes it needs. A second call replaces the registration: for a
- * changed set of tensors; images already captured stay good. Blocks until the agent has made room
- * and plan (deadline_ns). After an error nothing is registered. */
+ * (docs/layout-grammar.md), the same text on every rank (hashes are compared; a rank that differs
+ * is named). `buffers` are this rank's and must be exactly those in which the layout places
+ * something on this rank, with at least the bytes it needs. A second call replaces the
+ * registration: for a changed set of tensors; images already captured stay good. Blocks until the
+ * agent has made room and plan (deadline_ns). After an error nothing is registered. */
 HF_API hf_code hf_register(hf_job* job, const char* layout_json, const hf_buffer* buffers,
                            size_t buffer_count, const hf_blob_slot* blobs, size_t blob_count,
                            int64_t deadline_ns, hf_error* error);
