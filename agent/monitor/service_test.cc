@@ -93,6 +93,25 @@ class MonitorServiceTest : public ::testing::Test {
     }
     return reports;
   }
+  // All ranks of the world are gone, and say for 19 s what `last` says of each.
+  void EndWorld(monitor::RankReport last) {
+    world_.reset();
+    last.process = monitor::ProcessState::kGone;
+    monitor::NodeSummary ended;
+    ended.incarnation = UINT64_MAX;
+    for (uint64_t second = 1; second < 20; ++second) {
+      for (uint32_t rank = 0; rank < kRanks; ++rank) {
+        ended.sequence = second;
+        ended.clock_us = second * 1'000'000;
+        last.rank = Rank{rank};
+        ended.ranks = {last};
+        service_->Deliver({"llama", "run/0", kRanks, "gpu-" + std::to_string(10 + rank),
+                           monitor::EncodeSummary(ended)});
+      }
+      Run(1);
+    }
+  }
+
   void Run(int seconds) {
     for (int i = 0; i < seconds; ++i) {
       if (world_ != nullptr) {
@@ -467,22 +486,9 @@ TEST_F(MonitorServiceTest, AJobEndsWithItsLastRankAndMayBeginAgain) {
   StartWorld({FaultOf(FaultKind::kStopped, 3, 0)});
   Run(60);
   ASSERT_EQ(service_->findings().size(), 1u);
-  world_.reset();
-  monitor::NodeSummary ended;
-  ended.incarnation = UINT64_MAX;
-  ended.ranks.resize(1);
-  ended.ranks[0].exit = monitor::ExitKind::kClean;
-  ended.ranks[0].process = monitor::ProcessState::kGone;
-  for (uint64_t second = 1; second < 20; ++second) {
-    for (uint32_t rank = 0; rank < kRanks; ++rank) {
-      ended.sequence = second;
-      ended.clock_us = second * 1'000'000;
-      ended.ranks[0].rank = Rank{rank};
-      service_->Deliver({"llama", "run/0", kRanks, "gpu-" + std::to_string(10 + rank),
-                         monitor::EncodeSummary(ended)});
-    }
-    Run(1);
-  }
+  monitor::RankReport ended;
+  ended.exit = monitor::ExitKind::kClean;
+  EndWorld(ended);
   EXPECT_THAT(Heads().back(), HasSubstr("monitor: ended"));
   EXPECT_EQ(std::count_if(log_.begin(), log_.end(),
                           [](const std::string& line) { return line.find("ended") == 9; }),
@@ -506,23 +512,10 @@ TEST_F(MonitorServiceTest, AJobWhoseEndNobodySawIsOverAndGrey) {
   StartWorld({});
   Run(40);
   EXPECT_EQ(AskWell(abi::MonitorQueryKind::kStatus)["jobs"][0]["light"], "green");
-  world_.reset();
-  monitor::NodeSummary ended;
-  ended.incarnation = UINT64_MAX;
-  ended.ranks.resize(1);
-  ended.ranks[0].exit = monitor::ExitKind::kUnknown;
-  ended.ranks[0].process = monitor::ProcessState::kGone;
-  ended.ranks[0].level = monitor::TelemetryLevel::kLight;
-  for (uint64_t second = 1; second < 20; ++second) {
-    for (uint32_t rank = 0; rank < kRanks; ++rank) {
-      ended.sequence = second;
-      ended.clock_us = second * 1'000'000;
-      ended.ranks[0].rank = Rank{rank};
-      service_->Deliver({"llama", "run/0", kRanks, "gpu-" + std::to_string(10 + rank),
-                         monitor::EncodeSummary(ended)});
-    }
-    Run(1);
-  }
+  monitor::RankReport ended;
+  ended.exit = monitor::ExitKind::kUnknown;
+  ended.level = monitor::TelemetryLevel::kLight;
+  EndWorld(ended);
   const json job = AskWell(abi::MonitorQueryKind::kStatus)["jobs"][0];
   EXPECT_EQ(job["state"], "ended");
   EXPECT_EQ(job["light"], "grey");
