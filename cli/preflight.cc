@@ -235,7 +235,7 @@ void AddPreflight(CLI::App& app, Invocation& invocation) {
   verb->add_option("--slow-ratio", options->run.slow_ratio,
                    "Worse than the job's median by less than this is never odd")
       ->capture_default_str()
-      ->check(CLI::Range(1.05, 1000.0));
+      ->check(CLI::Range(1.05, 1e6));
   verb->footer(kPreflightExitCodesHelp);
   verb->callback([&invocation, options] {
     invocation.failure = kExitRetry;

@@ -16,8 +16,9 @@ import unittest
 
 from nodes_testing import FAILED, FINE, ODD, PATIENCE, TOKEN, USAGE, Nodes, free_port
 
-# Processes that share two CPUs with each other, and with other tests, differ a lot without being odd.
-TOLERANT = ["--slow-ratio", "100"]
+# Processes that share two CPUs and a disk with each other, and with other tests, differ without bounds and are not odd:
+# in these tests no measured speed decides.
+TOLERANT = ["--slow-ratio", "1e6"]
 
 
 class OnLoopback(Nodes):
