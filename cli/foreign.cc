@@ -17,6 +17,7 @@
 #include "cli/output.h"
 #include "cli/process.h"
 #include "cli/progress.h"
+#include "converter/layout_file.h"
 #include "format/checkpoint_names.h"
 
 namespace holdfast::cli {
@@ -113,6 +114,9 @@ void AddForeignOptions(CLI::App& verb, ForeignOptions& options) {
       "--preset", options.preset,
       "How a model family cuts its parameters, where the files do not say: gpt2, llama, "
       "mixtral");
+  verb.add_option(
+      "--layout-file", options.layout,
+      "File that says how tensor-parallel ranks cut parameters, where the files do not");
 }
 
 bool IsOurs(const std::string& path) {
@@ -146,6 +150,20 @@ absl::StatusOr<converter::ForeignSource> LookAtForeign(Invocation& invocation,
     ASSIGN_OR_RETURN(read.names,
                      invocation.file_system.ReadSmallFile(options.names, kModelFileBytesMax));
   }
+  if (!options.layout.empty()) {
+    ASSIGN_OR_RETURN(read.layout,
+                     invocation.file_system.ReadSmallFile(options.layout, kModelFileBytesMax));
+    if (read.layout.empty()) {
+      return absl::InvalidArgumentError(
+          absl::StrFormat("--layout-file %s: expected JSON, found an empty file", options.layout));
+    }
+    // Here, where its mistakes are not the checkpoint's.
+    if (const auto layout = converter::ParseLayoutFile(read.layout); !layout.ok()) {
+      return absl::Status(
+          layout.status().code(),
+          absl::StrFormat("--layout-file %s: %s", options.layout, layout.status().message()));
+    }
+  }
   converter::SandboxLimits limits;
   if (options.memory_bytes > 0) {
     ASSIGN_OR_RETURN(const ProcessMemory memory, LookAtProcessMemory(invocation.file_system));
@@ -160,6 +178,12 @@ absl::StatusOr<converter::ForeignSource> LookAtForeign(Invocation& invocation,
   }
   absl::StatusOr<converter::ForeignSource> source =
       converter::OpenForeignSource(invocation.file_system, path, read, limits);
+  if (source.ok() && source->recognized && !options.layout.empty() &&
+      source->index.format != "deepspeed" && source->index.format != "ucp") {
+    return absl::InvalidArgumentError(absl::StrFormat(
+        "--layout-file is for checkpoints of DeepSpeed (deepspeed, ucp): %s is of the format %s",
+        path, source->index.format));
+  }
   if (source.ok() && !source->sandbox.missing.empty()) {
     std::fprintf(stderr,
                  "holdfast: note: it was read without %s, which this system does not grant\n",

@@ -19,6 +19,7 @@ struct ForeignOptions {
   std::string model;  // a directory
   std::string names;  // a file
   std::string preset;
+  std::string layout;  // a layout file (converter/layout_file.h)
   // Of this command and the process that reads, together; 0: no bound but the sandbox's own.
   uint64_t memory_bytes = 0;
 };

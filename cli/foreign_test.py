@@ -164,6 +164,39 @@ class ForeignTest(unittest.TestCase):
             self.assertFalse((out / "stale").exists())
         self.assertEqual([path.name for path in self.path.iterdir() if "partial" in path.name], [])
 
+    def test_a_layout_file_says_what_the_checkpoint_does_not(self):
+        data = Path(__file__).resolve().parents[1] / "tests" / "data" / "deepspeed_hostile"
+        untold, told = data / "tensor_parallel_untold" / "ckpt", data / "sound_tensor_parallel" / "ckpt"
+        layout = self.path / "layout.json"
+
+        def shapes(*arguments):
+            code, out, err = run("inspect", untold, "--tensors", "--sha256", "--json", *arguments)
+            self.assertEqual((code, err), (0, ""))
+            return {(r["name"], r["state"]): (r["shape"], r["sha256"]) for r in json.loads(out)["tensors"]}
+
+        code, _, err = run("inspect", untold)
+        self.assertEqual(code, 1)
+        self.assertIn("does not say how it was cut", err)
+        layout.write_text('{"rules": [{"parameters": "a|b", "cut": "replicated"}]}')
+        records = json.loads(run("inspect", told, "--tensors", "--sha256", "--json")[1])["tensors"]
+        self.assertEqual(shapes("--layout-file", layout),
+                         {(r["name"], r["state"]): (r["shape"], r["sha256"]) for r in records})
+        layout.write_text('{"rules": [{"parameters": "a", "cut": 1}, {"parameters": "b", "cut": 0, "rows": 7}]}')
+        found = shapes("--layout-file", layout)
+        self.assertEqual((found["a", "param"][0], found["b", "fp32"][0]), ([3, 4], [7]))
+        for text, code, part in (('{"rules": [{"parameters": "a", "cut": 1}]}', 1, "no rule of the layout file"),
+                                 ('{"rules": [{"parameters": "a", "cuts": 1}]}', 2, 'did you mean "cut"?'),
+                                 ("", 2, "an empty file")):
+            layout.write_text(text)
+            found, _, err = run("inspect", untold, "--layout-file", layout)
+            self.assertEqual(found, code, err)
+            self.assertIn(part, err)
+        layout.write_text("{}")
+        file = self.write("x.safetensors", safetensors(self.tensors))
+        code, _, err = run("inspect", file, "--layout-file", layout)
+        self.assertEqual(code, 2)
+        self.assertIn("--layout-file is for checkpoints of DeepSpeed", err)
+
     def test_a_dry_run_and_a_wrong_format_write_nothing(self):
         file = self.write("x.safetensors", safetensors(self.tensors))
         before = sorted(self.path.iterdir())

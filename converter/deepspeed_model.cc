@@ -10,6 +10,7 @@
 #include "absl/strings/str_join.h"
 #include "base/check.h"
 #include "base/status_macros.h"
+#include "converter/layout_file.h"
 #include "converter/zero_layout.h"
 
 namespace holdfast::converter {
@@ -105,6 +106,11 @@ absl::StatusOr<DeepSpeedModel> DeepSpeedModel::Read(const ForeignFolder& folder,
     ASSIGN_OR_RETURN(info, ParallelPreset(options.preset));
     info.pipeline_replicated = pipeline;
   }
+  ASSIGN_OR_RETURN(LayoutFile layout, ParseLayoutFile(options.layout));
+  info.rules = std::move(layout.rules);
+  info.pipeline_replicated.insert(info.pipeline_replicated.end(),
+                                  layout.pipeline_replicated.begin(),
+                                  layout.pipeline_replicated.end());
   ASSIGN_OR_RETURN(model.rules_, ParallelRules::Create(std::move(info)));
   RETURN_IF_ERROR(model.CollectShapes());
   return model;

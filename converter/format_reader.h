@@ -22,12 +22,13 @@ namespace holdfast::converter {
 // What the user says besides the path.
 struct ReadOptions {
   std::string tag;  // of a folder that holds several checkpoints; empty: the newest
-  // The contents (not the paths: a reader sees the folder only) of what --model DIR and --names
-  // FILE supply. Empty: not given.
+  // The contents (not the paths: a reader sees the folder only) of what --model DIR, --names
+  // FILE and --layout-file FILE supply. Empty: not given.
   std::string model_config;     // config.json
   std::string model_arguments;  // ds_config.json or training arguments as JSON
   std::string names;
   std::string preset;  // converter/parallel_rules.h: how a model family's parameters are cut
+  std::string layout;  // converter/layout_file.h: the same for any model
 
   friend bool operator==(const ReadOptions&, const ReadOptions&) = default;
 };

@@ -55,6 +55,17 @@ absl::StatusOr<Shape> LogicalShape(const SubParameters& rule, uint64_t dimension
   return shape;
 }
 
+absl::StatusOr<ShardMap> Replica(std::span<const Shape> shard_shapes, size_t rank) {
+  for (const Shape& shape : shard_shapes) {
+    if (shape != shard_shapes[0]) {
+      return absl::InvalidArgumentError(
+          absl::StrFormat("expected equal replicas on all tensor-parallel ranks, found %s and %s",
+                          Show(shard_shapes[0]), Show(shape)));
+    }
+  }
+  return WholeShard(shard_shapes[rank]);
+}
+
 absl::StatusOr<uint64_t> TotalElements(std::span<const Shape> shard_shapes) {
   uint64_t total = 0;
   for (const Shape& shape : shard_shapes) {
@@ -121,18 +132,20 @@ ParallelRules& ParallelRules::operator=(ParallelRules&&) noexcept = default;
 
 absl::StatusOr<ParallelRules> ParallelRules::Create(ParallelInfo info) {
   ParallelRules rules;
-  std::vector<std::string> sub, unsupported, affine;
+  std::vector<std::string> sub, unsupported, affine, layout;
   for (const SubParameters& rule : info.sub_parameters) {
     sub.insert(sub.end(), rule.patterns.begin(), rule.patterns.end());
   }
   for (const auto& [pattern, reason] : info.unsupported) unsupported.push_back(pattern);
   for (const AffineParameter& parameter : info.affine) affine.push_back(parameter.pattern);
+  for (const ShardRule& rule : info.rules) layout.push_back(rule.pattern);
   struct Class {
     const char* name;
     const std::vector<std::string>* patterns;
     std::unique_ptr<Matcher>* matcher;
   };
-  const std::array<Class, 9> classes = {{
+  const std::array<Class, 10> classes = {{
+      {"layout file", &layout, &rules.rules_},
       {"vocabulary_parameter_patterns", &info.vocabulary, &rules.vocabulary_},
       {"tp_replicated_parameter_patterns", &info.replicated, &rules.replicated_},
       {"parameter_to_average_patterns", &info.averaged, &rules.averaged_},
@@ -147,9 +160,8 @@ absl::StatusOr<ParallelRules> ParallelRules::Create(ParallelInfo info) {
   for (const Class& of : classes) {
     count += of.patterns->size();
     if (count > kParallelPatternsMax) {
-      return absl::ResourceExhaustedError(
-          absl::StrFormat("universal_checkpoint_info: expected at most %d patterns, found more",
-                          kParallelPatternsMax));
+      return absl::ResourceExhaustedError(absl::StrFormat(
+          "%s: expected at most %d patterns in all, found more", of.name, kParallelPatternsMax));
     }
     ASSIGN_OR_RETURN(*of.matcher, Matcher::Create(of.name, *of.patterns));
   }
@@ -159,6 +171,16 @@ absl::StatusOr<ParallelRules> ParallelRules::Create(ParallelInfo info) {
 
 bool ParallelRules::PipelineReplicated(std::string_view parameter) const {
   return pipeline_->Matches(parameter);
+}
+
+const ShardRule* ParallelRules::RuleOf(std::string_view parameter) const {
+  const std::vector<int> found = rules_->Match(parameter);
+  return found.empty() ? nullptr : &info_.rules[static_cast<size_t>(found[0])];
+}
+
+std::optional<uint64_t> ParallelRules::RowsOf(std::string_view parameter) const {
+  if (const ShardRule* rule = RuleOf(parameter); rule != nullptr) return rule->rows;
+  return vocabulary_->Matches(parameter) ? info_.original_vocabulary : std::nullopt;
 }
 
 absl::StatusOr<std::vector<ShardMap>> ParallelRules::Resolve(
@@ -172,8 +194,8 @@ absl::StatusOr<std::vector<ShardMap>> ParallelRules::Resolve(
   for (size_t rank = 0; rank < shard_shapes.size(); ++rank) {
     absl::StatusOr<ShardMap> map = Shard(parameter, shard_shapes, rank);
     if (!map.ok()) return named(map.status());
-    if (vocabulary_->Matches(parameter) && info_.original_vocabulary.has_value()) {
-      const absl::Status kept = KeepRows(*info_.original_vocabulary, *map);
+    if (const std::optional<uint64_t> rows = RowsOf(parameter); rows.has_value()) {
+      const absl::Status kept = KeepRows(*rows, *map);
       if (!kept.ok()) return named(kept);
     }
     if (!maps.empty() && map->shape != maps.front().shape) {
@@ -190,6 +212,9 @@ absl::StatusOr<ShardMap> ParallelRules::Shard(const std::string& parameter,
                                               std::span<const Shape> shard_shapes,
                                               size_t rank) const {
   const Shape& mine = shard_shapes[rank];
+  if (const ShardRule* rule = RuleOf(parameter); rule != nullptr) {
+    return shard_shapes.size() == 1 ? WholeShard(mine) : RuleShard(*rule, shard_shapes, rank);
+  }
   if (const std::vector<int> found = affine_->Match(parameter); !found.empty()) {
     if (found.size() > 1) {
       return absl::InvalidArgumentError("affine_map: expected one pattern that matches, found two");
@@ -217,14 +242,7 @@ absl::StatusOr<ShardMap> ParallelRules::Shard(const std::string& parameter,
                      info_.unsupported[static_cast<size_t>(found[0])].second));
   }
   if (replicated_->Matches(parameter) || averaged_->Matches(parameter)) {
-    for (const Shape& shape : shard_shapes) {
-      if (shape != shard_shapes[0]) {
-        return absl::InvalidArgumentError(
-            absl::StrFormat("expected equal replicas on all tensor-parallel ranks, found %s and %s",
-                            Show(shard_shapes[0]), Show(shape)));
-      }
-    }
-    return WholeShard(mine);
+    return Replica(shard_shapes, rank);
   }
   if (two_->Matches(parameter)) {
     Shape first, second;  // torch.chunk: the first half is the larger one
@@ -250,13 +268,61 @@ absl::StatusOr<ShardMap> ParallelRules::Shard(const std::string& parameter,
   }
   if (row_->Matches(parameter)) return JoinedShard(shard_shapes, rank, 1);
   if (!info_.NamesShards()) {
-    return absl::FailedPreconditionError(
-        absl::StrFormat("found on %d tensor-parallel ranks, and the checkpoint does not say how it "
-                        "was cut: expected universal_checkpoint_info, a preset (gpt2, llama, "
-                        "mixtral) or a layout file",
-                        shard_shapes.size()));
+    return absl::FailedPreconditionError(absl::StrFormat(
+        "found on %d tensor-parallel ranks, and %s how it was cut: expected "
+        "universal_checkpoint_info, a preset (gpt2, llama, mixtral) or a layout "
+        "file",
+        shard_shapes.size(),
+        info_.rules.empty() ? "the checkpoint does not say" : "no rule of the layout file says"));
   }
   return JoinedShard(shard_shapes, rank, 0);
+}
+
+absl::StatusOr<ShardMap> ParallelRules::RuleShard(const ShardRule& rule,
+                                                  std::span<const Shape> shard_shapes,
+                                                  size_t rank) const {
+  if (!rule.dimension.has_value()) return Replica(shard_shapes, rank);
+  const size_t d = *rule.dimension;
+  if (rule.blocks.empty() && rule.equal_blocks == 1) return JoinedShard(shard_shapes, rank, d);
+  uint64_t size = 0;
+  for (const Shape& shape : shard_shapes) {
+    if (shape.size() <= d) {
+      return absl::InvalidArgumentError(
+          absl::StrFormat("layout file: expected dimension %d, found shape %s", d, Show(shape)));
+    }
+    size += std::min(shape[d], kTensorBytesMax >> 20);  // no more ranks than 2^20: no overflow
+  }
+  std::vector<uint64_t> blocks = rule.blocks;
+  if (blocks.empty()) blocks.assign(rule.equal_blocks, size / rule.equal_blocks);
+  uint64_t sum = 0;
+  for (const uint64_t block : blocks) sum += block;
+  if (sum != size) {
+    return absl::InvalidArgumentError(
+        rule.blocks.empty()
+            ? absl::StrFormat("layout file: expected a size that %d blocks divide, found %d",
+                              rule.equal_blocks, size)
+            : absl::StrFormat("layout file: expected blocks of %d together, found %s", size,
+                              Show(blocks)));
+  }
+  std::vector<Shape> widths;
+  for (const uint64_t block : blocks) {
+    if (block % shard_shapes.size() != 0) {
+      return absl::InvalidArgumentError(
+          absl::StrFormat("layout file: expected blocks whose sizes %d ranks divide, found %d",
+                          shard_shapes.size(), block));
+    }
+    widths.emplace_back(shard_shapes.size(), block / shard_shapes.size());
+  }
+  Shape whole = shard_shapes[rank];
+  whole[d] = size;
+  ASSIGN_OR_RETURN(ShardMap map, SubTensorShard(whole, d, widths, rank));
+  ASSIGN_OR_RETURN(const uint64_t mine, ElementCount(shard_shapes[rank], "shard"));
+  if (map.shard_elements != mine) {
+    return absl::InvalidArgumentError(
+        absl::StrFormat("layout file: expected %d elements on tensor-parallel rank %d, found %d",
+                        map.shard_elements, rank, mine));
+  }
+  return map;
 }
 
 absl::StatusOr<ShardMap> ParallelRules::SubParameterShard(const SubParameters& rule,

@@ -55,6 +55,16 @@ struct AffineParameter {
   std::vector<OfRank> ranks;
 };
 
+// A rule of a layout file (converter/layout_file.h).
+struct ShardRule {
+  std::string pattern;
+  std::optional<size_t> dimension;  // along which it was cut; nothing: replicated
+  // Sub-tensors along it, each cut alone: their sizes in the whole; or, empty, so many equal ones.
+  std::vector<uint64_t> blocks;
+  uint64_t equal_blocks = 1;
+  std::optional<uint64_t> rows;  // of dimension 0: what comes after is padding
+};
+
 // `universal_checkpoint_info`, without what is not about tensor or pipeline parallelism.
 struct ParallelInfo {
   double version = 0;
@@ -70,8 +80,10 @@ struct ParallelInfo {
   std::optional<uint64_t> original_vocabulary;
   std::vector<std::pair<std::string, std::string>> unsupported;  // pattern, reason
   std::vector<AffineParameter> affine;
+  // Before all else, the first that matches: what the user says.
+  std::vector<ShardRule> rules;
 
-  // Whether anything is said of tensor parallelism.
+  // Whether anything is said of tensor parallelism by other words than the user's.
   bool NamesShards() const;
 };
 
@@ -103,14 +115,18 @@ class ParallelRules {
   class Matcher;
   ParallelRules();
 
+  const ShardRule* RuleOf(std::string_view parameter) const;  // of a layout file; null: none
+  std::optional<uint64_t> RowsOf(std::string_view parameter) const;
   absl::StatusOr<ShardMap> Shard(const std::string& parameter, std::span<const Shape> shard_shapes,
                                  size_t rank) const;
+  absl::StatusOr<ShardMap> RuleShard(const ShardRule& rule, std::span<const Shape> shard_shapes,
+                                     size_t rank) const;
   absl::StatusOr<ShardMap> SubParameterShard(const SubParameters& rule, const std::string& pattern,
                                              std::span<const Shape> shard_shapes,
                                              size_t rank) const;
 
   ParallelInfo info_;
-  std::unique_ptr<Matcher> vocabulary_, replicated_, averaged_, row_, two_, pipeline_, sub_,
+  std::unique_ptr<Matcher> rules_, vocabulary_, replicated_, averaged_, row_, two_, pipeline_, sub_,
       unsupported_, affine_;
 };
 

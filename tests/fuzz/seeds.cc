@@ -413,6 +413,13 @@ Seeds DcpMetadataFiles() {
           ReadFile(kSource + "/tests/data/sharded/dcp_rank_metadata/ckpt/__0.metadata")};
 }
 
+Seeds ShardRules() {
+  return {
+      R"({"rules":[{"parameters":"a\\.w","cut":0,"blocks":[4,2]},{"parameters":".*b$","cut":1,"blocks":2},
+{"parameters":"","cut":"replicated","rows":1}],"pipeline_replicated":["a"]})",
+      R"({"rules":[{"parameters":"a","cut":0,"rows":3}]})"};
+}
+
 // As NCCL 2.30.7 prints them.
 Seeds RasReports() {
   return {R"({"communicators":[{"hash":"0xa1","secondary_hash":"0x1:0x2","size":2,
@@ -553,6 +560,7 @@ std::vector<std::string> SeedsOf(const Target& target) {
   if (name == "safetensors") return SafetensorsHeaders();
   if (name == "foreign_index") return ForeignIndexes();
   if (name == "dcp_metadata") return DcpMetadataFiles();
+  if (name == "shard_rules") return ShardRules();
   if (name == "ras") return RasReports();
   if (name == "stacks") return Stacks();
   if (name == "board") return Boards();

@@ -40,6 +40,7 @@ bool FuzzDcpMetadata(Input input);   // converter/dcp_metadata.h, converter/dcp_
 bool FuzzFlightRecord(Input input);  // base/pickle_reader.h, monitor/witness/flight_record.h
 bool FuzzSafetensors(Input input);   // converter/safetensors.h
 bool FuzzForeignIndex(Input input);  // converter/foreign_index.h
+bool FuzzShardRules(Input input);    // converter/layout_file.h, converter/parallel_rules.h
 bool FuzzRas(Input input);           // monitor/witness/ras.h
 bool FuzzPickle(Input input);        // base/pickle_reader.h, classes as inert nodes
 bool FuzzZip(Input input);           // converter/zip_reader.h
