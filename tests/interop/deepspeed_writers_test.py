@@ -2,7 +2,9 @@
 folders (`--format ucp`), from one stage and number of ranks to another. What was loaded is what was trained, bit for
 bit; where the number of ranks is the same, training goes on with the loss that DeepSpeed's own checkpoint gives.
 
-    deepspeed_writers_test.py HOLDFAST [SEED]
+    deepspeed_writers_test.py HOLDFAST [SEED [COUNT]]
+
+With COUNT so many of the cases, drawn from the seed.
 """
 
 import json
@@ -83,9 +85,10 @@ def check(holdfast, source, target, seed, folder):
 def main():
     holdfast = sys.argv[1]
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else random.SystemRandom().randrange(10**6)
-    print(f"seed {seed}", flush=True)
+    count = int(sys.argv[3]) if len(sys.argv) > 3 else len(CASES)
+    print(f"seed {seed}, {count} of {len(CASES)} cases", flush=True)
     torch.set_num_threads(1)
-    for source, target in CASES:
+    for source, target in random.Random(seed).sample(CASES, count):
         with tempfile.TemporaryDirectory() as scratch:
             check(holdfast, source, target, seed, pathlib.Path(scratch))
         print(f"{source} -> {target}", flush=True)
