@@ -30,6 +30,8 @@ BENCHMARKS = {
     "fingerprint": ("fingerprint", "rows"),
     "diff": ("diff", "rows"),
     "reshard": ("reshard", "rows"),
+    "converter": ("converter", "rows"),
+    "universal": ("universal", "rows"),
     "profiler": ("profiler", "rows"),
     "profiler_job": ("profiler", "job"),
     "idle": ("idle", "rows"),

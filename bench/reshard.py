@@ -4,16 +4,13 @@ with a source that is not in the page cache, and end with their bytes synced. Th
 a process of its own, from its start to its exit."""
 
 import json
-import mmap
-import os
 import shutil
-import statistics
 import subprocess
 import time
 
+import bare_copy
 import pairs
 
-BUFFER_BYTES = 8 << 20
 MEMORY_BYTES = 256 << 20
 HIDDEN, LAYERS, VOCABULARY = 1024, 16, 16384
 MOMENTS = ("master", "exp_avg", "exp_avg_sq")
@@ -51,44 +48,10 @@ def make_source(place):
     return next((place.root / "reshard").glob("s*.a*"))
 
 
-def drop_from_cache(directory):
-    for path in directory.iterdir():
-        descriptor = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
-
-
-def copy_seconds(source, target, direct):
-    """Reads and writes all images of `source`."""
-    shutil.rmtree(target, ignore_errors=True)
-    drop_from_cache(source)
-    target.mkdir()
-    flags = os.O_DIRECT if direct else 0
-    memory = mmap.mmap(-1, BUFFER_BYTES)
-    memory[:] = bytes(BUFFER_BYTES)
-    begun = time.perf_counter()
-    buffer = memoryview(memory)
-    for path in sorted(source.glob("*.h5")):
-        size = path.stat().st_size
-        reader = os.open(path, os.O_RDONLY | flags)
-        writer = os.open(target / path.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | flags, 0o600)
-        os.posix_fallocate(writer, 0, size)
-        for at in range(0, size, BUFFER_BYTES):
-            part = buffer[:min(BUFFER_BYTES, size - at)]
-            if os.preadv(reader, [part], at) != len(part) or os.pwritev(writer, [part], at) != len(part):
-                raise RuntimeError("a short transfer")
-        os.fsync(writer)
-        os.close(writer)
-        os.close(reader)
-    seconds = time.perf_counter() - begun
-    shutil.rmtree(target)
-    return seconds
-
-
 def reshard(place, source, out):
     """Seconds, and what it reports."""
     shutil.rmtree(out, ignore_errors=True)
-    drop_from_cache(source)
+    bare_copy.drop_from_cache(source.iterdir())
     out.mkdir()
     begun = time.perf_counter()
     result = subprocess.run([place.build / "cli" / "holdfast", "reshard", source, out, "--to",
@@ -108,17 +71,19 @@ def rows(place):
         peaks.append(report["result"]["peak_memory_bytes"])
         return size / seconds / 1e9
 
-    medians = {direct: statistics.median(copy_seconds(source, target, direct) for _ in range(2))
-               for direct in (True, False)}
-    direct = medians[True] <= medians[False]
-    pairs.progress(f"copy: O_DIRECT {medians[True]:.2f} s, through the page cache {medians[False]:.2f} s")
+    def copy(direct):
+        files = sorted(source.glob("*.h5"))
+        bare_copy.drop_from_cache(files)
+        return bare_copy.seconds(files, target, direct)
+
+    direct = bare_copy.fastest_is_direct(copy)
     ours()
     states = json.loads(subprocess.run(
         [place.build / "cli" / "holdfast", "verify", out / "reshard", "--json"], check=True,
         capture_output=True, text=True).stdout)["fingerprints"]["checked"]
     speed = pairs.compare(
         "reshard, dp=4 ZeRO-1 to tp=2 dp=2", "GB/s", ours,
-        lambda: size / copy_seconds(source, target, direct) / 1e9, round(1 / 1.3, 3),
+        lambda: size / copy(direct) / 1e9, round(1 / 1.3, 3),
         note=f"read and written with one 8 MiB buffer, {'O_DIRECT' if direct else 'buffered'}; "
              f"{size / 1e9:.2f} GB, {states} tensor states")
     speed.goal = "<= 1.3 times as long"

@@ -23,7 +23,7 @@ BUILD_PACKAGES=(
 TEST_PACKAGES=(python3 python3-h5py python3-jsonschema python3-numpy python3-venv hdf5-tools strace
   procps iproute2 nftables libfaketime)
 ANALYSIS_PACKAGES=(clang-19 libclang-rt-19-dev clang-tidy-19 clang-format-14)
-BENCH_PACKAGES=(fio)
+BENCH_PACKAGES=(fio eatmydata)
 
 say() { printf '\n== %s\n' "$*" >&2; }
 fail() { printf '%s\n' "$*" >&2; exit 1; }
