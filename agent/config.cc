@@ -106,13 +106,8 @@ absl::Status AddFile(const std::string& path, Values& values) {
 
 // The defaults that depend on who runs the agent.
 void SetPathDefaults(const ConfigSources& sources, Values& values) {
-  const bool is_root = sources.user_id == 0;
   if (values["state_directory"].origin == "default") {
-    values["state_directory"].text =
-        is_root && !Variable(sources, "XDG_STATE_HOME")
-            ? "/var/lib/holdfast"
-            : absl::StrCat(XdgDirectory(sources.environment, "XDG_STATE_HOME", "/.local/state"),
-                           "/holdfast");
+    values["state_directory"].text = DefaultStateDirectory(sources.user_id, sources.environment);
   }
   if (values["roots"].origin == "default") {
     values["roots"].text = absl::StrCat(values["state_directory"].text, "/checkpoints");

@@ -21,6 +21,11 @@ std::string XdgDirectory(const Environment& environment, const char* variable,
   return (home.empty() ? "/nonexistent" : home) + in_home;
 }
 
+std::string DefaultStateDirectory(uint32_t user_id, const Environment& environment) {
+  if (user_id == 0 && Variable(environment, "XDG_STATE_HOME").empty()) return "/var/lib/holdfast";
+  return XdgDirectory(environment, "XDG_STATE_HOME", "/.local/state") + "/holdfast";
+}
+
 std::string FindConfigFile(const std::string& flag, const Environment& environment) {
   if (!flag.empty()) return flag;
   if (std::string named = Variable(environment, "HOLDFAST_CONFIG"); !named.empty()) return named;

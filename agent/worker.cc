@@ -16,6 +16,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
+#include "agent/job_snapshots.h"
 #include "agent/limits.h"
 #include "agent/log.h"
 #include "agent/process.h"
@@ -451,6 +452,9 @@ void Worker::TellStarter(const std::string& text) {
 std::string Worker::StatusText() const {
   nlohmann::json status = nlohmann::json::parse(engine_->StatusJson(), nullptr, false);
   if (!status.is_object()) status = {{"engine_status", "damaged"}};
+  status["screens"] = ScreensJson(
+      JobsNow({*engine_, status, *run_service_, *monitor_boards_, monitor_service_->findings()}),
+      clock_.Elapsed());
   status["monitor"] = nlohmann::json::parse(monitor_boards_->StatusJson());
   status["monitor_reports"] = nlohmann::json::parse(node_aggregator_->StatusJson());
   status["witnesses"] = nlohmann::json::parse(witness_service_->StatusJson());

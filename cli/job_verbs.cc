@@ -1,10 +1,7 @@
 // What a person says to a job of `holdfast run`: `holdfast why`, `stop`, `save`, `approve`, `veto`,
 // `hold`, `readmit`, `mark-bad`. The job's agent is found by its socket, or by the job's name, or
 // because there is only one.
-#include <unistd.h>
-
 #include <cstdio>
-#include <cstdlib>
 #include <filesystem>
 #include <functional>
 #include <memory>
@@ -20,14 +17,14 @@
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "agent/config_values.h"
-#include "agent/default_socket.h"
+#include "agent/recovery/why.h"
 #include "base/random_bits.h"
 #include "base/status_macros.h"
 #include "checkpoint/bad_marks.h"
 #include "cli/agent_client.h"
+#include "cli/agents.h"
 #include "cli/output.h"
 #include "cli/verb.h"
-#include "hook/abi/private_agent_path.h"
 #include "nlohmann/json.hpp"
 
 namespace holdfast::cli {
@@ -36,51 +33,23 @@ namespace {
 constexpr absl::Duration kTimeout = absl::Seconds(10);
 
 struct JobOptions {
-  std::string socket;
-  std::string job;
+  JobChoice choice;
   RunOrder order;
   std::string duration;
 };
 
-std::string Variable(const char* name) {
-  const char* const value = std::getenv(name);
-  return value == nullptr ? "" : value;
-}
-
-std::string RuntimeDirectory() {
-  return abi::RuntimeDirectory(Variable("HOLDFAST_RUNTIME_DIR"), Variable("XDG_RUNTIME_DIR"),
-                               geteuid());
-}
-
-// Where an agent of this user may listen: the named one, or the job's private one, or any.
-std::vector<std::string> Sockets(const JobOptions& options) {
-  if (!options.socket.empty()) return {options.socket};
-  std::vector<std::string> sockets = {DefaultSocket(geteuid(), std::getenv("XDG_RUNTIME_DIR"))};
-  const std::string runtime = RuntimeDirectory();
-  if (!options.job.empty()) {
-    sockets.push_back(
-        absl::StrCat(runtime, "/", abi::JobDirectoryName(options.job), "/", abi::kAgentSocketName));
-    return sockets;
-  }
-  std::error_code error;
-  for (const auto& entry : std::filesystem::directory_iterator(runtime, error)) {
-    const std::string socket = (entry.path() / abi::kAgentSocketName).string();
-    if (access(socket.c_str(), F_OK) == 0) sockets.push_back(socket);
-  }
-  return sockets;
-}
-
-// The one agent that has a run that is meant. Errors: kNotFound (none; several: they are named),
-// kUnavailable (the one that was named does not answer).
+// The one agent that has a run that is meant. Errors: kNotFound (none), kInvalidArgument (several:
+// they are named), kUnavailable (the one that was named does not answer).
 absl::StatusOr<std::string> FindAgent(const JobOptions& options) {
   std::vector<std::string> found;
   std::vector<std::string> jobs;
   absl::Status last = absl::NotFoundError("no run of this user is under way on this machine");
-  for (const std::string& socket : Sockets(options)) {
+  for (const std::string& socket : AgentSockets(options.choice)) {
     const absl::StatusOr<std::string> state =
-        OrderRun(socket, {abi::RunCommandKind::kView, options.job, 0, ""}, kTimeout);
+        OrderRun(socket, {abi::RunCommandKind::kView, options.choice.job, 0, ""}, kTimeout);
     if (!state.ok()) {
-      if (!absl::IsUnavailable(state.status()) || !options.socket.empty()) last = state.status();
+      const bool is_named = !options.choice.socket.empty();
+      if (is_named || !absl::IsUnavailable(state.status())) last = state.status();
       continue;
     }
     const nlohmann::json view = nlohmann::json::parse(*state, nullptr, false);
@@ -89,7 +58,7 @@ absl::StatusOr<std::string> FindAgent(const JobOptions& options) {
   }
   if (found.size() == 1) return found.front();
   if (found.empty()) return last;
-  return absl::NotFoundError(
+  return absl::InvalidArgumentError(
       absl::StrCat("several runs are under way: --job is one of ", absl::StrJoin(jobs, ", ")));
 }
 
@@ -98,7 +67,7 @@ ExitCode Give(const JobOptions& options, bool as_json,
   const absl::StatusOr<std::string> socket = FindAgent(options);
   if (!socket.ok()) return Report(socket.status());
   RunOrder order = options.order;
-  order.job = options.job;
+  order.job = options.choice.job;
   const absl::StatusOr<std::string> state = OrderRun(*socket, order, kTimeout);
   if (!state.ok()) return Report(state.status());
   if (as_json) {
@@ -124,13 +93,48 @@ void PrintState(const nlohmann::json& view) {
               Printable(view.value("state", "")).c_str());
 }
 
+void PrintWhy(const nlohmann::json& view) {
+  PrintLines(view, "downtime");
+  PrintLines(view, "why");
+}
+
+// By the agent, or, where it is gone with its run, by what it has left on disk.
+ExitCode Why(const JobOptions& options, bool as_json) {
+  const absl::StatusOr<std::string> socket = FindAgent(options);
+  if (socket.ok()) {
+    return Give(options, as_json, [](const nlohmann::json& view) {
+      PrintState(view);
+      PrintWhy(view);
+      PrintLines(view, "lines");
+    });
+  }
+  const std::vector<PastJob> past =
+      options.choice.socket.empty() ? PastJobs(options.choice) : std::vector<PastJob>();
+  if (!absl::IsNotFound(socket.status()) || past.empty()) return Report(socket.status());
+  const Attempt of{static_cast<uint32_t>(options.order.number)};
+  const recovery::History& history = past.front().history;
+  nlohmann::ordered_json state = {{"schema_version", 1},
+                                  {"job", history.job},
+                                  {"state", std::string(recovery::Name(history.state))},
+                                  {"over", history.phase == recovery::Phase::kOver},
+                                  {"exit_code", history.exit_code}};
+  state.update(recovery::WhyJson(history, of));
+  if (as_json) {
+    std::printf("%s\n", JsonText(state).c_str());
+    return kExitOk;
+  }
+  std::printf("job %s: %s\n", Printable(history.job).c_str(),
+              Printable(FirstLineOf(past.front())).c_str());
+  PrintWhy(state);
+  return kExitOk;
+}
+
 CLI::App* AddVerb(CLI::App& app, Invocation& invocation, const char* name, const char* help,
                   abi::RunCommandKind kind, const std::shared_ptr<JobOptions>& options,
                   std::function<void(const nlohmann::json&)> print = PrintState) {
   CLI::App* const verb = app.add_subcommand(name, help);
   options->order.kind = kind;
-  verb->add_option("--socket", options->socket, "The agent's socket")->envname("HOLDFAST_SOCKET");
-  verb->add_option("--job", options->job, "The job, if there are several")->envname("HOLDFAST_JOB");
+  AddJobChoice(*verb, options->choice);
   verb->callback([&invocation, options, print = std::move(print)] {
     invocation.run = [&invocation, options, print]() -> ExitCode {
       if (!options->duration.empty()) {
@@ -194,12 +198,15 @@ void AddMarkBad(CLI::App& app, Invocation& invocation) {
 void AddJobVerbs(CLI::App& app, Invocation& invocation) {
   const auto make = [] { return std::make_shared<JobOptions>(); };
   using Kind = abi::RunCommandKind;
-  AddVerb(app, invocation, "why", "Say what happened to a running job, and where the time went",
-          Kind::kView, make(), [](const nlohmann::json& view) {
-            PrintState(view);
-            PrintLines(view, "downtime");
-            PrintLines(view, "lines");
-          });
+  auto why = make();
+  CLI::App* const why_verb =
+      AddVerb(app, invocation, "why", "Say what happened to a job, and where the time went",
+              Kind::kView, why);
+  why_verb->add_option("ATTEMPT", why->order.number, "Only what happened to this attempt")
+      ->check(CLI::Range(uint64_t{1}, uint64_t{UINT32_MAX}));
+  why_verb->callback([&invocation, why] {
+    invocation.run = [&invocation, why] { return Why(*why, invocation.json); };
+  });
   AddVerb(app, invocation, "stop", "Save and stop a running job (its command ends with 75)",
           Kind::kStop, make());
   AddVerb(app, invocation, "save", "Ask a running job for a save", Kind::kSave, make());

@@ -6,9 +6,12 @@
 #include <cstring>
 #include <exception>
 #include <memory>
+#include <string_view>
+#include <vector>
 
 #include "cli/foreign.h"
 #include "cli/incident.h"
+#include "cli/jobs.h"
 #include "cli/output.h"
 #include "cli/verb.h"
 #include "io/posix_file_system.h"
@@ -26,6 +29,19 @@ int CommandMark(int argc, char** argv) {
   return mark;
 }
 
+// Whether the words name no verb and no help: `holdfast`, `holdfast --json`, `holdfast --job X`.
+bool IsBare(int argc, char** argv) {
+  for (int i = 1; i < argc; ++i) {
+    const std::string_view word = argv[i];
+    if (word == "--socket" || word == "--job" || word == "--state-directory") {
+      ++i;  // its value
+    } else if (!word.starts_with("-") || word == "-h" || word == "--help" || word == "--version") {
+      return false;
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -33,7 +49,7 @@ int main(int argc, char** argv) {
   const std::unique_ptr<holdfast::FileSystem> file_system = holdfast::NewPosixFileSystem();
   Invocation invocation{.file_system = *file_system, .command = {}, .run = nullptr};
 
-  CLI::App app("Looks at checkpoints and agents of Holdfast.", "holdfast");
+  CLI::App app("Looks at jobs, checkpoints and agents of Holdfast.", "holdfast");
   app.require_subcommand(1);
   app.set_version_flag("--version", HOLDFAST_VERSION);
   app.add_flag("--json", invocation.json, "One JSON object on standard output");
@@ -52,6 +68,7 @@ int main(int argc, char** argv) {
   AddExport(app, invocation);
   AddPreflight(app, invocation);
   AddRun(app, invocation);
+  AddJobs(app, invocation);
   AddJobVerbs(app, invocation);
   AddIncident(app, invocation);
   AddStatus(app, invocation);
@@ -60,7 +77,9 @@ int main(int argc, char** argv) {
   try {
     const int mark = CommandMark(argc, argv);
     invocation.command.assign(argv + mark, argv + argc);
-    app.parse(mark, argv);
+    std::vector<const char*> words(argv, argv + mark);
+    if (IsBare(argc, argv)) words.insert(words.begin() + 1, kJobsVerb);
+    app.parse(static_cast<int>(words.size()), words.data());
   } catch (const CLI::ParseError& error) {
     return app.exit(error) == 0 ? kExitOk : kExitUsage;
   }

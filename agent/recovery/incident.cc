@@ -1,10 +1,10 @@
 #include "agent/recovery/incident.h"
 
 #include <algorithm>
-#include <array>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "agent/recovery/phases.h"
 #include "agent/recovery/text.h"
 
 namespace holdfast::recovery {
@@ -27,12 +27,12 @@ std::string Cell(const std::optional<absl::Duration>& duration) {
   return duration.has_value() ? DurationText(*duration) : "-";
 }
 
-constexpr std::array kColumns = {"detect", "diagnose", "wait", "stop", "start",
-                                 "load",   "step",     "lost", "total"};
-
-std::array<std::optional<absl::Duration>, kColumns.size()> Columns(const Phases& phases) {
-  return {phases.detect, phases.diagnose, phases.wait, phases.stop, phases.start,
-          phases.load,   phases.step,     phases.lost, phases.total};
+std::string Cells(const Phases& phases) {
+  std::string cells;
+  for (const NamedPhase& one : kDowntimePhases) {
+    absl::StrAppendFormat(&cells, " %8s", Cell(phases.*one.phase));
+  }
+  return cells;
 }
 
 }  // namespace
@@ -79,23 +79,28 @@ Phases PhasesOf(const Incident& incident) {
   return phases;
 }
 
+Phases SumOf(std::span<const Incident> incidents) {
+  Phases sum;
+  for (const Incident& incident : incidents) {
+    const Phases phases = PhasesOf(incident);
+    for (const NamedPhase& one : kDowntimePhases) {
+      sum.*one.phase = Sum(sum.*one.phase, phases.*one.phase);
+    }
+  }
+  return sum;
+}
+
 std::vector<std::string> DowntimeTable(std::span<const Incident> incidents, std::string_view home) {
   std::vector<std::string> lines;
   std::string head = absl::StrFormat("%-4s %-8s %-22s", "#", "attempt", "cause");
-  for (const char* const column : kColumns) absl::StrAppendFormat(&head, " %8s", column);
+  for (const NamedPhase& one : kDowntimePhases) absl::StrAppendFormat(&head, " %8s", one.name);
   lines.push_back(absl::StrCat(head, "  what"));
-  std::array<std::optional<absl::Duration>, kColumns.size()> sums;
   for (const Incident& incident : incidents) {
     std::string line =
         absl::StrFormat("%-4d %-8s %-22s", incident.number,
                         Value(incident.attempt) == 0 ? "-" : absl::StrCat(Value(incident.attempt)),
                         std::string(Name(incident.cause)));
-    const auto columns = Columns(PhasesOf(incident));
-    for (size_t i = 0; i < columns.size(); ++i) {
-      absl::StrAppendFormat(&line, " %8s", Cell(columns[i]));
-      sums[i] = Sum(sums[i], columns[i]);
-    }
-    absl::StrAppend(&line, "  ", incident.what);
+    absl::StrAppend(&line, Cells(PhasesOf(incident)), "  ", incident.what);
     if (!incident.suspects.empty()) {
       absl::StrAppendFormat(&line, ", rank %d (%s)", Value(incident.suspects.front().rank),
                             Name(incident.suspects.front().gpu, home));
@@ -106,9 +111,8 @@ std::vector<std::string> DowntimeTable(std::span<const Incident> incidents, std:
     }
     lines.push_back(std::move(line));
   }
-  std::string sum = absl::StrFormat("%-4s %-8s %-22s", "", "", "all");
-  for (const auto& column : sums) absl::StrAppendFormat(&sum, " %8s", Cell(column));
-  lines.push_back(std::move(sum));
+  lines.push_back(
+      absl::StrCat(absl::StrFormat("%-4s %-8s %-22s", "", "", "all"), Cells(SumOf(incidents))));
   return lines;
 }
 

@@ -14,6 +14,15 @@
 namespace holdfast::recovery {
 namespace {
 
+// Behind a command: which job it is for.
+std::string OfJob(const std::string& job) {
+  return job.empty() ? std::string() : absl::StrCat(" --job ", job);
+}
+
+std::string NewestText(const std::optional<CheckpointId>& newest) {
+  return newest.has_value() ? absl::StrCat("step ", CountText(Value(newest->step))) : "none yet";
+}
+
 uint64_t GreatestStep(const History& history) {
   uint64_t step = 0;
   for (const RankRecord& rank : history.ranks) step = std::max(step, rank.step);
@@ -46,8 +55,9 @@ class Painter {
     const std::string why = Why();
     if (!why.empty()) lines.push_back(absl::StrCat("Why: ", why));
     if (h_.proposal.has_value()) {
-      lines.push_back(absl::StrFormat("Asked: %s Yes: holdfast approve %s. No: holdfast veto %s.",
-                                      h_.proposal->question, h_.proposal->id, h_.proposal->id));
+      lines.push_back(absl::StrFormat(
+          "Asked: %s Yes: holdfast approve %s%s. No: holdfast veto %s%s.", h_.proposal->question,
+          h_.proposal->id, OfJob(h_.job), h_.proposal->id, OfJob(h_.job)));
     }
     if (h_.hold_until.has_value() && *h_.hold_until > now_) {
       lines.push_back(absl::StrFormat("Held for %s more: %s", DurationText(*h_.hold_until - now_),
@@ -234,14 +244,12 @@ class Painter {
   }
 
   std::string Attempts() const {
-    std::string newest = "none yet";
-    if (!h_.checkpoints.empty()) {
-      newest = absl::StrCat("step ", CountText(Value(h_.checkpoints.back().facts.id.step)));
-    }
+    std::optional<CheckpointId> newest;
+    if (!h_.checkpoints.empty()) newest = h_.checkpoints.back().facts.id;
     return absl::StrFormat(
         "Attempt %s, %d of %d ranks, step %s; newest checkpoint: %s; restarts %d of %d, %d in all.",
         Value(h_.attempt) == 0 ? "-" : absl::StrCat(Value(h_.attempt)), h_.placement.world_size(),
-        h_.world_size, CountText(GreatestStep(h_)), newest, h_.restarts_charged,
+        h_.world_size, CountText(GreatestStep(h_)), NewestText(newest), h_.restarts_charged,
         settings_.max_restarts, h_.restart_count);
   }
 
@@ -272,26 +280,29 @@ class Painter {
 }  // namespace
 
 std::string HumanStep(const Settings& settings, const History& history) {
-  if (history.proposal.has_value()) return absl::StrCat("holdfast approve ", history.proposal->id);
+  const std::string of_job = OfJob(history.job);
+  if (history.proposal.has_value()) {
+    return absl::StrCat("holdfast approve ", history.proposal->id, of_job);
+  }
   switch (history.state) {
     case State::kStalled: {
       const std::optional<Trouble> trouble = FindTrouble(settings, history);
       const bool waits =
           settings.mode != Mode::kObserve && trouble.has_value() && trouble->act_at > history.now;
-      return waits ? "nothing" : "holdfast stop";
+      return waits ? "nothing" : absl::StrCat("holdfast stop", of_job);
     }
     case State::kHolding:
-      return "holdfast hold 0";
+      return absl::StrCat("holdfast hold 0", of_job);
     case State::kWaitingForCapacity:
       for (const Gpu& gpu : history.gpus) {
         if (history.lemons.ExclusionOf(gpu, history.wall) == nullptr) continue;
         return gpu.node == HomeOf(history)
-                   ? absl::StrCat("holdfast readmit ", gpu.index)
-                   : absl::StrFormat("holdfast readmit %s/%d", gpu.node, gpu.index);
+                   ? absl::StrCat("holdfast readmit ", gpu.index, of_job)
+                   : absl::StrFormat("holdfast readmit %s/%d%s", gpu.node, gpu.index, of_job);
       }
       return "nothing";
     case State::kGivenUp:
-      return history.exit_code == 75 ? "nothing" : "holdfast why";
+      return history.exit_code == 75 ? "nothing" : absl::StrCat("holdfast why", of_job);
     default:
       return "nothing";
   }
@@ -304,6 +315,55 @@ std::string FirstLine(const Settings& settings, const History& history, absl::Du
 std::vector<std::string> Screen(const Settings& settings, const History& history,
                                 absl::Duration now) {
   return Painter(settings, history, now).All();
+}
+
+// ---- Jobs of other launchers
+
+std::string_view StateOf(const WatchedJob& job) {
+  if (job.open_ranks == 0) return "not running";
+  return job.finding.has_value() ? "suspected" : "running";
+}
+
+std::string HumanStep(const WatchedJob& job) {
+  const bool is_verdict = job.open_ranks > 0 && job.finding.has_value() &&
+                          job.finding->grade == monitor::Grade::kVerdict;
+  return is_verdict ? absl::StrCat("holdfast monitor explain ", job.finding->id) : "nothing";
+}
+
+std::vector<std::string> Screen(const WatchedJob& job, absl::Duration now) {
+  const bool is_running = job.open_ranks > 0;
+  std::string first = absl::AsciiStrToUpper(std::string(StateOf(job)));
+  if (is_running && job.finding.has_value()) {
+    const monitor::Finding& finding = *job.finding;
+    std::string who = "Nobody is named";
+    if (!finding.suspects.empty()) {
+      const monitor::Suspect& suspect = finding.suspects.front();
+      who =
+          suspect.rank == suspect.peer
+              ? absl::StrFormat("Suspect rank %d", Value(suspect.rank))
+              : absl::StrFormat("Suspect ranks %d to %d", Value(suspect.rank), Value(suspect.peer));
+    }
+    absl::StrAppendFormat(&first, " %s. %s, %s (%s), confidence %.2f",
+                          DurationText(now - std::min(now, finding.since)), who,
+                          std::string(monitor::Name(finding.syndrome)),
+                          std::string(monitor::Name(finding.fault)), finding.confidence);
+  }
+  if (is_running && job.step > 0) absl::StrAppend(&first, ". Step ", CountText(job.step));
+  absl::StrAppend(&first, is_running ? ". Its own launcher restarts it" : ". No rank is open",
+                  ". You: ", HumanStep(job), ".");
+  std::vector<std::string> lines = {std::move(first)};
+  if (is_running && job.finding.has_value()) {
+    lines.push_back(absl::StrCat("Why: ", job.finding->sentence));
+  }
+  lines.push_back(absl::StrFormat("Attempt %s, %d of %d ranks open here; newest checkpoint: %s.",
+                                  Value(job.attempt) == 0 ? "-" : absl::StrCat(Value(job.attempt)),
+                                  job.open_ranks, job.world_size, NewestText(job.newest)));
+  if (is_running) {
+    lines.push_back(job.watched_ranks == 0
+                        ? "The monitor is blind: no rank has telemetry (holdfast doctor)."
+                        : absl::StrFormat("The monitor sees %d ranks.", job.watched_ranks));
+  }
+  return lines;
 }
 
 }  // namespace holdfast::recovery

@@ -45,11 +45,16 @@ std::vector<Gpu> SlotsOf(uint32_t count) {
   return gpus;
 }
 
+// With closed eyes the monitor is off: only exits and steps are told, and ranks that make none.
+enum class Eyes { kOpen, kClosed };
+constexpr absl::Duration kStepTimeout = absl::Seconds(10);
+
 // A recording, second by second, until something is done or asked about an incident.
 class Replayed {
  public:
-  explicit Replayed(const std::string& name, Settings settings = {})
+  explicit Replayed(const std::string& name, Settings settings = {}, Eyes eyes = Eyes::kOpen)
       : settings_(std::move(settings)),
+        eyes_(eyes),
         analysis_(monitor::Thresholds{}, "llama"),
         bytes_(ReadText(HOLDFAST_SOURCE_DIR "/tests/faults/recordings/" + name + ".hfmr")) {
     auto reader = monitor::RecordingReader::Create(bytes_);
@@ -83,7 +88,7 @@ class Replayed {
     if (history_.state == State::kIdle && !reports.empty()) {
       const uint32_t ranks = reports.front().world_size;
       Tell(RunBegun{"llama", ranks, "", SlotsOf(ranks), {}, {}});
-      Tell(SightChanged{Sight::kWhole});
+      Tell(SightChanged{eyes_ == Eyes::kOpen ? Sight::kWhole : Sight::kBlind});
       begun_ = now_;
     }
     for (const monitor::NodeReport& report : reports) {
@@ -95,6 +100,7 @@ class Replayed {
       committed_ = true;
       Tell(CheckpointCommitted{Launch{1}, CheckpointAt(step_), now_, absl::Milliseconds(400)});
     }
+    if (eyes_ == Eyes::kClosed) return TellLateRanks();
     for (const auto& told : log_.Take(analysis_, result, when)) {
       if (told.record->state != monitor::FindingState::kOpen) {
         Tell(FindingWithdrawn{told.record->finding.id});
@@ -107,6 +113,16 @@ class Replayed {
     Tell(Tick{});
   }
 
+  void TellLateRanks() {
+    for (const auto& [rank, at] : progressed_at_) {
+      const absl::Duration silent = now_ - at;
+      if (silent > kStepTimeout) {
+        Tell(RankTimedOut{Launch{1}, rank, "step", silent, kStepTimeout});
+      }
+    }
+    Tell(Tick{});
+  }
+
   void Take(const monitor::RankReport& report) {
     if (report.communicators.empty()) return;
     Tell(RankStarted{Launch{1}, report.rank});
@@ -115,6 +131,7 @@ class Replayed {
     uint64_t& last = finished_[report.rank];
     if (finished > last) {
       last = finished;
+      progressed_at_[report.rank] = now_;
       step_ = std::max(step_, finished);
       Tell(StepDone{Launch{1}, report.rank, Step{finished}});
     }
@@ -124,6 +141,7 @@ class Replayed {
   }
 
   const Settings settings_;
+  const Eyes eyes_;
   monitor::JobAnalysis analysis_;
   monitor::FindingLog log_;
   const std::string bytes_;
@@ -133,6 +151,7 @@ class Replayed {
   bool committed_ = false;
   uint64_t step_ = 0;
   std::map<Rank, uint64_t> finished_;
+  std::map<Rank, absl::Duration> progressed_at_;
   std::set<Rank> exited_;
 };
 
@@ -196,6 +215,17 @@ TEST(Screens, RecordedIncidents) {
   }
 }
 
+// The same as "stopped" above, of a job whose monitor is off.
+TEST(Screens, ARecordedHangThatNobodySees) {
+  const Replayed replayed("stopped", {}, Eyes::kClosed);
+  ExpectScreen("stopped-blind", replayed.Shown());
+  const Read read = ReadScreen(replayed.Shown());
+  EXPECT_EQ(read.state, "COLLECTING EVIDENCE");
+  EXPECT_EQ(read.suspect, "Nobody is named");
+  EXPECT_THAT(read.action, HasSubstr("Restarting in place"));
+  EXPECT_THAT(absl::StrJoin(replayed.Shown(), "\n"), HasSubstr("The monitor is blind"));
+}
+
 TEST(Screens, ARecordedJobThatIsWellIsNeverTouched) {
   for (const char* const name : {"agent-starved", "evaluates"}) {
     const Replayed replayed(name);
@@ -257,19 +287,21 @@ TEST(Screens, ABlindJob) {
   const auto lines = Screen(job.settings(), job.history(), job.now());
   ExpectScreen("blind", lines);
   EXPECT_EQ(ReadScreen(lines).suspect, "Nobody is named");
-  EXPECT_EQ(ReadScreen(lines).human, "holdfast approve p1");
+  EXPECT_EQ(ReadScreen(lines).human, "holdfast approve p1 --job llama");
 }
 
 // Goal: in whatever state, the last field is `nothing` or one command that there is.
 TEST(Screens, TheHumanStepIsNothingOrOneCommandInEveryState) {
   std::set<State> states;
-  const std::regex step("nothing|holdfast (approve p[0-9]+|readmit [0-9]+|hold 0|stop|why)");
+  // Before a run has begun the job has no name.
+  const std::regex step(
+      "nothing|holdfast (approve p[0-9]+|readmit [0-9]+|hold 0|stop|why) --job llama");
   const auto look = [&](TestJob& job) {
     states.insert(job.state());
     EXPECT_TRUE(std::regex_match(HumanStep(job.settings(), job.history()), step))
         << HumanStep(job.settings(), job.history());
     const std::string first = FirstLine(job.settings(), job.history(), job.now());
-    EXPECT_TRUE(std::regex_search(first, std::regex("You: (nothing|holdfast [a-z0-9 ]+)\\.$")))
+    EXPECT_TRUE(std::regex_search(first, std::regex("You: (nothing|holdfast [a-z0-9 -]+)\\.$")))
         << first;
     EXPECT_EQ(first.find('\n'), std::string::npos);
     EXPECT_GE(Screen(job.settings(), job.history(), job.now()).size(), 3);
@@ -337,6 +369,39 @@ TEST(Screens, TheHumanStepIsNothingOrOneCommandInEveryState) {
     EXPECT_TRUE(states.contains(static_cast<State>(state)))
         << std::string(Name(static_cast<State>(state))) << " was not looked at";
   }
+}
+
+// ---- Jobs of other launchers.
+
+TEST(WatchedScreens, SayThatNothingIsDoneAndWhatAPersonMayLookAt) {
+  WatchedJob job;
+  job.job = "llama";
+  job.newest = CheckpointId{Attempt{2}, Step{41'200}};
+  const absl::Duration now = absl::Seconds(1000);
+  EXPECT_EQ(absl::StrJoin(Screen(job, now), "\n"),
+            "NOT RUNNING. No rank is open. You: nothing.\n"
+            "Attempt -, 0 of 0 ranks open here; newest checkpoint: step 41,200.");
+  job.attempt = Attempt{3};
+  job.world_size = 4;
+  job.open_ranks = 4;
+  job.step = 41'990;
+  EXPECT_EQ(absl::StrJoin(Screen(job, now), "\n"),
+            "RUNNING. Step 41,990. Its own launcher restarts it. You: nothing.\n"
+            "Attempt 3, 4 of 4 ranks open here; newest checkpoint: step 41,200.\n"
+            "The monitor is blind: no rank has telemetry (holdfast doctor).");
+  job.watched_ranks = 4;
+  job.finding = FindingOf(History(), monitor::FaultClass::kGpuHang,
+                          monitor::Syndrome::kCommunicationHang, {2})
+                    .finding;
+  job.finding->since = now - absl::Seconds(252);
+  EXPECT_EQ(absl::StrJoin(Screen(job, now), "\n"),
+            "SUSPECTED 4m12s. Suspect rank 2, communication-hang (gpu-hang), confidence 0.93. Step "
+            "41,990. Its own launcher restarts it. You: holdfast monitor explain 1f3a5c7d.\n"
+            "Why: Rank 2 does nothing, and 3 ranks wait for it.\n"
+            "Attempt 3, 4 of 4 ranks open here; newest checkpoint: step 41,200.\n"
+            "The monitor sees 4 ranks.");
+  job.finding->grade = monitor::Grade::kSuspicion;
+  EXPECT_EQ(HumanStep(job), "nothing");
 }
 
 // ---- The downtime table.

@@ -3,7 +3,7 @@
 // each of the functions below writes files of its own.
 //
 //   summary.txt          what happened, when, to whom, and what could not be had; in plain words
-//   incident.json        the same for programs; replaced as it goes on (incident_json.h)
+//   incident.json        the same for programs; replaced as it goes on (recovery/incident_json.h)
 //   status.json          what the agent says of itself: sessions, images, boards
 //   environment.txt      the variables of the job that are on the allow-list
 //   kernel.log           the last of the kernel's log

@@ -10,8 +10,7 @@
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "agent/log.h"
-#include "agent/recovery/incident.h"
-#include "agent/run/incident_json.h"
+#include "agent/recovery/why.h"
 #include "agent/run/small_files.h"
 #include "base/status_macros.h"
 #include "nlohmann/json.hpp"
@@ -100,6 +99,10 @@ absl::StatusOr<RunService::Job*> RunService::Find(const std::string& job) {
     names.push_back(name);
   }
   if (job.empty() && jobs_.size() == 1) return &jobs_.begin()->second;
+  if (job.empty() && !names.empty()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("several runs are under way: the job is one of ", absl::StrJoin(names, ", ")));
+  }
   return absl::NotFoundError(absl::StrFormat(
       "%s; this agent runs %s", job.empty() ? "no job was named" : absl::StrCat("no run of ", job),
       names.empty() ? "none" : absl::StrJoin(names, ", ")));
@@ -112,7 +115,8 @@ absl::StatusOr<std::string> RunService::Command(abi::RunCommandKind kind, const 
   using Kind = abi::RunCommandKind;
   switch (kind) {
     case Kind::kView:
-      break;
+      return StateJson(supervisor,
+                       Attempt{static_cast<uint32_t>(std::min<uint64_t>(number, UINT32_MAX))});
     case Kind::kSignal:
       if (number != SIGINT && number != SIGTERM && number != SIGUSR1) {
         return absl::InvalidArgumentError(absl::StrFormat("signal: expected %d, %d or %d, found %d",
@@ -213,7 +217,7 @@ void RunService::Tell(const std::string& name) {
   }
 }
 
-std::string RunService::StateJson(const JobSupervisor& supervisor) {
+std::string RunService::StateJson(const JobSupervisor& supervisor, Attempt of) {
   const JobSupervisor::View view = supervisor.view();
   const recovery::History& history = view.history;
   nlohmann::ordered_json state = {
@@ -233,21 +237,21 @@ std::string RunService::StateJson(const JobSupervisor& supervisor) {
       {"over", view.is_over},
       {"exit_code",
        view.is_over ? nlohmann::ordered_json(view.exit_code) : nlohmann::ordered_json()},
-      {"lines", nlohmann::ordered_json::array()},
-      {"incidents", nlohmann::ordered_json::array()}};
+      {"lines", nlohmann::ordered_json::array()}};
   for (const JobSupervisor::Line& line : view.lines) {
     state["lines"].push_back({{"number", line.number}, {"text", line.text}});
   }
   for (const recovery::Gpu& gpu : history.placement.gpus) {
     state["gpus"].push_back(recovery::Name(gpu, recovery::HomeOf(history)));
   }
-  std::vector<recovery::Incident> incidents = history.past;
-  if (history.incident.has_value()) incidents.push_back(*history.incident);
-  for (const recovery::Incident& incident : incidents) {
-    state["incidents"].push_back(IncidentJson(incident));
-  }
-  state["downtime"] = recovery::DowntimeTable(incidents, recovery::HomeOf(history));
+  state.update(recovery::WhyJson(history, of));
   return state.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+}
+
+std::vector<JobSupervisor::View> RunService::views() const {
+  std::vector<JobSupervisor::View> views;
+  for (const auto& [name, job] : jobs_) views.push_back(job.supervisor->view());
+  return views;
 }
 
 }  // namespace holdfast

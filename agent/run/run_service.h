@@ -54,8 +54,9 @@ class RunService {
   // job is under way), kResourceExhausted, of the disk.
   absl::StatusOr<Begun> Begin(std::string_view bytes, Owner owner, std::function<void()> wake);
 
-  // The state of the run, after the command. Errors: kNotFound (no run, or several and none named;
-  // those that there are stand in the text), kInvalidArgument.
+  // The state of the run, after the command. kView with a `number`: of its incidents only those
+  // that happened to that attempt. Errors: kNotFound (no such run), kInvalidArgument (several and
+  // none named; those that there are stand in the text).
   absl::StatusOr<std::string> Command(abi::RunCommandKind kind, const std::string& job,
                                       uint64_t number, const std::string& text);
 
@@ -67,6 +68,8 @@ class RunService {
   // It ends now: no rank may be left without it.
   void Kill();
 
+  // Of every job that this agent runs or has run. Valid until the loop goes on.
+  std::vector<JobSupervisor::View> views() const;
   // Not over.
   size_t active_count() const;
   // There was a run, and all are over.
@@ -83,7 +86,8 @@ class RunService {
   absl::StatusOr<Job*> Find(const std::string& job);
   void Changed(const std::string& job);
   void Tell(const std::string& job);
-  static std::string StateJson(const JobSupervisor& supervisor);
+  // `of`: only incidents that happened to this attempt; 0: all.
+  static std::string StateJson(const JobSupervisor& supervisor, Attempt of = {});
 
   const Options options_;
   const JobSupervisor::World world_;

@@ -1,0 +1,161 @@
+"""`holdfast` without a verb, and `holdfast why`: what a person sees of real jobs.
+
+Usage: jobs_test.py HOLDFAST HOLDFASTD TINY_LM CORPUS PLUGIN
+"""
+import json
+import os
+import pathlib
+import re
+import shlex
+import signal
+import subprocess
+import tempfile
+import unittest
+
+import run_test
+from run_test import HOLDFAST, HOLDFASTD, TINY_LM, CORPUS, Job, wait_until
+
+ASK = """
+[recovery]
+mode = "ask"
+pause_first = "10ms"
+"""
+NEVER_ENDS = ('--nproc-per-node', '2', '--', TINY_LM, '--corpus', CORPUS, '--save-wait-ms', '20000',
+              '--steps', '1000000', '--save-every', '4', '--device-ms', '40')
+PHASES = ('detect', 'diagnose', 'wait', 'stop', 'start', 'load', 'step')
+
+
+class JobsTest(unittest.TestCase):
+    def setUp(self):
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.place = directory.name
+        self.addCleanup(run_test.RunCase.end_everything, self)
+
+    def environment(self):
+        variables = {key: value for key, value in os.environ.items()
+                     if not key.startswith(('HOLDFAST', 'PET_'))}
+        variables.update(HOLDFAST_RUNTIME_DIR=self.place + '/run', XDG_STATE_HOME=self.place + '/state',
+                         XDG_RUNTIME_DIR=self.place + '/none')
+        return variables
+
+    def holdfast(self, *arguments, status=0):
+        result = subprocess.run([HOLDFAST, *arguments], env=self.environment(), capture_output=True,
+                                text=True, timeout=60)
+        self.assertEqual(result.returncode, status, result.stdout + result.stderr)
+        return result.stdout if status == 0 else result.stderr
+
+    def until_first_line(self, pattern):
+        def look():
+            lines = self.holdfast().splitlines()
+            match = re.search(pattern, lines[0])
+            if match:
+                return match, lines
+            self.seen = lines
+            return None
+        try:
+            return wait_until(look, pattern)
+        except AssertionError as error:
+            raise AssertionError('%s; last seen: %s' % (error, self.seen)) from error
+
+    def test_without_a_job_it_says_so(self):
+        self.assertEqual(self.holdfast(),
+                         'NO JOB. No agent of this user answers on this machine. You: nothing.\n')
+        self.assertEqual(json.loads(self.holdfast('--json')),
+                         {'schema_version': 1, 'agents': 0, 'jobs': [], 'past': []})
+        self.assertIn(self.place, self.holdfast('--socket', self.place + '/none.sock', status=75))
+        self.assertIn('no run of this user', self.holdfast('why', status=5))
+        self.assertIn('ATTEMPT', self.holdfast('why', '0', status=2))
+        # A slip is no job.
+        self.assertNotEqual(self.holdfast('statsu', status=2), '')
+
+    def test_a_job_from_its_start_over_a_question_to_its_end(self):
+        job = Job(self.place, *NEVER_ENDS, config=ASK)
+        _, lines = self.until_first_line(r'^RUNNING [0-9].*\. Step [0-9,]+\. You: nothing\.$')
+        self.assertEqual(lines[-1], 'Job test.')
+        wait_until(lambda: 'newest checkpoint: step' in self.holdfast(), 'a checkpoint')
+        os.kill(wait_until(lambda: job.rank_pid(1), 'the rank'), signal.SIGKILL)
+        # State, suspect, loss and human step stand in the first line.
+        asked, lines = self.until_first_line(
+            r'^WAITING FOR APPROVAL [0-9].* Suspect rank 1 \(GPU 1\), rank 1 .*\. '
+            r'Loses .* \((step [0-9,]+|from nothing)\)\. You: (holdfast approve p[0-9]+ --job test)\.$')
+        self.assertRegex(lines[1], r'^Why: Rank 1 .*signal 9')
+        shown = json.loads(self.holdfast('--json'))['jobs'][0]
+        self.assertEqual((shown['state'], shown['you'], shown['supervised']),
+                         ('waiting for approval', asked.group(2), True))
+        # It can be copied and run.
+        self.holdfast(*shlex.split(asked.group(2))[1:])
+        _, lines = self.until_first_line(r'^RUNNING ')
+        self.assertRegex('\n'.join(lines), r'Last: rank 1 .* ago: resumed\.')
+
+        why = json.loads(self.holdfast('why', '--json'))
+        self.assertEqual(len(why['incidents']), 1)
+        incident = why['incidents'][0]
+        seconds = incident['seconds']
+        self.assertEqual((incident['cause'], incident['outcome'], incident['suspects'][0]['rank']),
+                         ('process dead', 'resumed', 1))
+        # Every phase was measured, and they add up.
+        self.assertAlmostEqual(sum(seconds[phase] for phase in PHASES) + seconds['lost'],
+                               seconds['total'], 5)
+        for phase in ('wait', 'start', 'load', 'step'):
+            self.assertGreater(seconds[phase], 0, seconds)
+        self.assertEqual(why['seconds'], seconds)
+        text = self.holdfast('why')
+        self.assertRegex(text, r'\n +all( +[0-9a-z.]+( s)?){9}\n')
+        self.assertRegex(text, r'\nIncident 1, attempt 1, 20.* UTC: rank 1 .*; suspect rank 1 \(GPU 1\)\.\n')
+        self.assertRegex(text, r' [0-9.]+ s from its onset to the end of the first new step: detect ')
+        print(text)
+        self.assertEqual(json.loads(self.holdfast('why', '--json', '1'))['incidents'], why['incidents'])
+        self.assertEqual(json.loads(self.holdfast('why', '--json', '2'))['incidents'], [])
+
+        with subprocess.Popen([HOLDFAST, '--watch', '--json'], env=self.environment(),
+                              stdout=subprocess.PIPE, text=True) as watch:
+            for _ in range(2):
+                self.assertEqual(json.loads(watch.stdout.readline())['jobs'][0]['job'], 'test')
+            watch.kill()
+        self.holdfast('stop')
+        self.assertEqual(job.finish()[0], 75)
+        # Its agent has gone with it: what has happened is on disk.
+        text = wait_until(lambda: (lambda shown: shown.startswith('NO JOB') and shown)(self.holdfast()),
+                          'the end of the agent')
+        self.assertRegex(text, r'^NO JOB\. .*\n\njob test, .* ago\nGIVEN UP\. Exit code 75: .* '
+                               r'You: nothing\.\n$')
+        self.assertEqual(json.loads(self.holdfast('why', '--job', 'test', '--json'))['incidents'],
+                         why['incidents'])
+        self.assertIn('from its onset to the end', self.holdfast('why'))
+
+    def test_several_jobs_have_a_screen_each_and_no_order_falls_upon_the_wrong_one(self):
+        jobs = [Job(self.place, '--', 'sleep', '1000', HOLDFAST_JOB=name) for name in ('one', 'two')]
+        shown = wait_until(lambda: (lambda all: len(all['jobs']) == 2 and all)(
+            json.loads(self.holdfast('--json'))), 'both jobs')
+        self.assertEqual({job['job'] for job in shown['jobs']}, {'one', 'two'})
+        self.assertEqual(sorted(re.findall(r'(?m)^job (\w+)\n(?:STARTING|RUNNING) ', self.holdfast())), ['one', 'two'])
+        self.assertRegex(self.holdfast('--job', 'two'), r'(?s)^(STARTING|RUNNING) .*\nJob two\.\n$')
+        refused = self.holdfast('stop', status=2)
+        self.assertIn('one', refused)
+        self.assertIn('two', refused)
+        for name, job in zip(('one', 'two'), jobs):
+            self.holdfast('stop', '--job', name)
+            self.assertEqual(job.finish()[0], 75)
+
+    def test_a_job_of_another_launcher_has_a_screen_too(self):
+        variables = dict(self.environment(), HOLDFASTD=HOLDFASTD, HOLDFAST_JOB='solo', RANK='0',
+                         LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='1',
+                         HOLDFAST_ROOT=self.place + '/root', HOLDFAST_MONITOR='off',
+                         HOLDFAST_HOST_MEMORY='256MiB')
+        with open(self.place + '/output', 'w', encoding='utf-8') as output:
+            trainer = subprocess.Popen(
+                [TINY_LM, '--corpus', CORPUS, '--steps', '1000000', '--save-every', '4',
+                 '--device-ms', '20'], env=variables, stdout=output, stderr=output)
+        self.addCleanup(trainer.wait)
+        self.addCleanup(trainer.kill)
+        _, lines = self.until_first_line(
+            r'^RUNNING\. Step [0-9,]+\. Its own launcher restarts it\. You: nothing\.$')
+        self.assertRegex(lines[1], r'^Attempt 1, 1 of 1 ranks open here; newest checkpoint: ')
+        self.assertIn('The monitor is blind', lines[2])
+        trainer.kill()
+        self.until_first_line(r'^NOT RUNNING\. No rank is open\. You: nothing\.$')
+
+
+if __name__ == '__main__':
+    unittest.main()
