@@ -4,7 +4,7 @@
 // must be usable in full.
 //
 // They are driven twice: by tests/fuzz/hostile_test.cc everywhere, over seeds and mutations of
-// them, and by libFuzzer (libfuzzer.cc, preset `fuzz`), which looks for new ones.
+// them, and by libFuzzer (libfuzzer.cc, scripts/fuzz), which looks for new ones.
 //
 // There is no target for the head of an image: nothing in Holdfast parses one. Readers go by INDEX,
 // and libhdf5 only ever makes heads (FuzzImage gives it hostile names, shapes and pieces).
