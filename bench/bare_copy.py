@@ -9,6 +9,7 @@ import time
 import pairs
 
 BUFFER_BYTES = 8 << 20
+BLOCK_BYTES = 4096  # in which O_DIRECT transfers
 
 
 def drop_from_cache(files):
@@ -33,15 +34,12 @@ def seconds(files, target, direct, durable=True):
         writer = os.open(target / str(index), os.O_WRONLY | os.O_CREAT | os.O_EXCL | flags, 0o600)
         os.posix_fallocate(writer, 0, size)
         for at in range(0, size, BUFFER_BYTES):
-            part = buffer[:min(BUFFER_BYTES, size - at)]
-            if os.preadv(reader, [part], at) != len(part):
-                raise RuntimeError("a short read")
-            if direct and len(part) % 4096:  # whole blocks, the rest is cut off
-                part = buffer[:-(-len(part) // 4096) * 4096]
-            if os.pwritev(writer, [part], at) != len(part):
-                raise RuntimeError("a short write")
+            count = min(BUFFER_BYTES, size - at)
+            part = buffer[:-(-count // BLOCK_BYTES) * BLOCK_BYTES if direct else count]
+            if os.preadv(reader, [part], at) != count or os.pwritev(writer, [part], at) != len(part):
+                raise RuntimeError("a short transfer")
         if direct:
-            os.truncate(writer, size)
+            os.truncate(writer, size)  # whole blocks were written
         if durable:
             os.fsync(writer)
         os.close(writer)

@@ -1,20 +1,17 @@
 // The files of a conversion's output, written one after the other: every writer's way to the disk.
-// Small pieces go through one buffer, large ones straight from their reader's window, so that
-// memory is reused and fresh pages are nobody's cost.
 #ifndef HOLDFAST_CONVERTER_OUTPUT_FILES_H_
 #define HOLDFAST_CONVERTER_OUTPUT_FILES_H_
 
 #include <cstddef>
 #include <cstdint>
 #include <functional>
-#include <memory>
 #include <set>
 #include <span>
 #include <string>
 #include <string_view>
-#include <vector>
 
 #include "absl/status/status.h"
+#include "io/file_streamer.h"
 #include "io/file_system.h"
 
 namespace holdfast::converter {
@@ -34,24 +31,20 @@ class OutputFiles {
   absl::Status Open(const std::string& path);
   absl::Status Append(std::span<const std::byte> bytes);
   absl::Status Append(std::string_view text);
-  // After OK the file is durable; its name is not before Finish.
   absl::Status Close();
   // Open, Append, Close.
   absl::Status WriteWhole(const std::string& path, std::string_view text);
-  // Makes the names in the directories that were made durable (those in `directory` itself are its
-  // owner's).
+  // After OK the files are durable, and their names in the directories that were made (those in
+  // `directory` itself are its owner's).
   absl::Status Finish();
 
  private:
-  absl::Status Flush();
-
   FileSystem& file_system_;
   const std::string directory_;
   const uint64_t total_bytes_;
   const ConversionProgress& progress_;
   std::set<std::string> made_;  // directories, relative
-  std::unique_ptr<WritableFile> file_;
-  std::vector<std::byte> buffer_;
+  FileStreamer streamer_;
   uint64_t done_bytes_ = 0;
 };
 
