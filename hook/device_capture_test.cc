@@ -48,8 +48,8 @@ class DeviceCaptureTest : public DeviceTest {
     options.pointers = pointers;
     return job_->Save(step, options);
   }
-  Error Wait(int32_t group = HF_ALL_GROUPS) {
-    return job_->WaitCaptured(group, Deadline::After(kPatienceNs));
+  Error Wait(int32_t group = HF_ALL_GROUPS, int64_t patience_ns = kPatienceNs) {
+    return job_->WaitCaptured(group, Deadline::After(patience_ns));
   }
   uint32_t SlotOf(uint64_t step) {
     uint32_t slot = 0;
@@ -131,6 +131,54 @@ TEST_F(DeviceCaptureTest, TheImageIsTheStateBehindTheWorkOnTheStream) {
   devices_->Synchronize(0, stream_);
   EXPECT_EQ(FirstDifference(agent_.Image(1), OracleImage(plan, buffers)), -1);
   EXPECT_EQ(agent_.shared().slots[1].state.load(), SlotState::kCaptured);
+}
+
+// Several devices, and several contexts of one, in one registration.
+TEST_F(DeviceCaptureTest, EveryContextIsCapturedBehindItsOwnStream) {
+  constexpr uint64_t kBytes = 50'000;
+  const int contexts = devices_->count();
+  ASSERT_GE(contexts, devices_->fake() != nullptr ? 3 : 2);
+  Open(2, CheckSource::kAll);
+  TestBuffers buffers;
+  const std::vector<uint32_t> groups(static_cast<size_t>(contexts) + 1);
+  const TestPlan plan = StraightPlan(buffers, groups, kBytes, 4096, random_);
+  // The first in host memory, then one of each context.
+  const PlacedBuffers placed(*devices_, buffers, [](size_t i) { return static_cast<int>(i) - 1; });
+  Register(placed, plan);
+  std::vector<CuStream> streams;
+  for (int context = 0; context < contexts; ++context) {
+    streams.push_back(devices_->MakeStream(context));
+  }
+  // In whatever order.
+  streams_.assign(streams.rbegin(), streams.rend());
+  uint64_t step = 0;
+  for (int held = 0; held < contexts; ++held) {
+    SCOPED_TRACE("context " + std::to_string(held) + " stands still");
+    const auto value = static_cast<std::byte>(held + 1);
+    devices_->Hold(held, streams[held]);
+    for (int context = 0; context < contexts; ++context) {
+      const size_t buffer = static_cast<size_t>(context) + 1;
+      devices_->Set(context, streams[context], placed.data(buffer), value, kBytes);
+      std::fill(buffers.data(buffer).begin(), buffers.data(buffer).end(), value);
+    }
+    ASSERT_TRUE(Save(++step).ok());
+    EXPECT_EQ(Wait(HF_ALL_GROUPS, kNsPerMs).code(), HF_DEADLINE_EXCEEDED);
+    EXPECT_EQ(agent_.shared().slots[SlotOf(step)].state.load(), SlotState::kVoid);
+    agent_.Grant(SlotOf(step));
+    ASSERT_TRUE(Save(++step).ok());
+    devices_->Release();
+    const Error waited = Wait();
+    ASSERT_TRUE(waited.ok()) << waited.text();
+    EXPECT_EQ(FirstDifference(agent_.Image(SlotOf(step)), OracleImage(plan, buffers)), -1);
+    hf_save_report report = {};
+    ASSERT_TRUE(job_->Report(step, &report).ok());
+    EXPECT_EQ(report.device_bytes, static_cast<uint64_t>(contexts) * kBytes);
+    agent_.Grant(SlotOf(step));
+  }
+  job_.reset();
+  for (int context = 0; context < contexts; ++context) {
+    devices_->DestroyStream(context, streams[context]);
+  }
 }
 
 TEST_F(DeviceCaptureTest, WithoutAStreamTheDefaultStreamIsMeant) {

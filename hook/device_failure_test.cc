@@ -119,6 +119,29 @@ TEST_F(DeviceFailureTest, ALostContextFailsTheSaveAndItsBlocksStay) {
   EXPECT_STREQ(report.error.text, lost.text());
 }
 
+TEST_F(DeviceFailureTest, ADestroyedContextFailsTheSaveAndTheOthersServeOn) {
+  devices_->MakeContext();
+  std::vector<hf_buffer> list = placed_->list();
+  list[1].data = devices_->Allocate(devices_->count() - 1, kBytes);
+  devices_->Write(devices_->count() - 1, list[1].data, buffers_.data(1).data(), kBytes);
+  ASSERT_TRUE(job_->Register("{}", list, {}, Deadline::After(kPatienceNs)).ok());
+  ASSERT_TRUE(Save(1).ok());
+  ASSERT_TRUE(Wait().ok());
+  const std::vector<std::byte> older = agent_.Image(0);
+  EXPECT_EQ(FirstDifference(older, OracleImage(plan_, buffers_)), -1);
+  devices_->DestroyContext();
+  const Error destroyed = Save(2);
+  EXPECT_EQ(destroyed.code(), HF_INTERNAL);
+  ExpectNames(destroyed, {"device 0 (fake)", "CUDA_ERROR_CONTEXT_IS_DESTROYED (709)"});
+  EXPECT_EQ(State(1), SlotState::kGranted);
+  EXPECT_EQ(FirstDifference(agent_.Image(0), older), -1);
+  // What lies elsewhere can be saved, once it is registered without the rest.
+  ASSERT_TRUE(Register().ok());
+  agent_.Grant(0);
+  ASSERT_TRUE(Save(3).ok());
+  ASSERT_TRUE(Wait().ok());
+}
+
 TEST_F(DeviceFailureTest, ACopyThatIsRefusedFailsThatSaveOnly) {
   ASSERT_TRUE(Register().ok());
   int void_count = 0;

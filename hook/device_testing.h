@@ -33,8 +33,23 @@ class TestDevices {
   }
 
   FakeCuda* fake() const { return fake_; }  // nullptr: a real driver
+  // What is called a device here is a context: the primary one of each, and another one of the
+  // first.
   int count() const { return static_cast<int>(contexts_.size()); }
   CuContext context(int device) const { return contexts_[device]; }
+  // One more of the first device, as the last.
+  void MakeContext() {
+    CuContext context = nullptr;
+    CuContext popped = nullptr;
+    Check(create_context_(&context, 0, 0), "cuCtxCreate");
+    Check(pop_(&popped), "cuCtxPopCurrent");
+    contexts_.push_back(context);
+  }
+  // Of the last.
+  void DestroyContext() {
+    Check(destroy_context_(contexts_.back()), "cuCtxDestroy");
+    contexts_.pop_back();
+  }
 
   // Memory of a device; freed by Free. kPool: of no context in particular.
   enum class Kind { kPlain, kPool, kManaged };
@@ -146,6 +161,8 @@ class TestDevices {
     if (!find(init, "cuInit") || !find(get_count, "cuDeviceGetCount") ||
         !find(retain, "cuDevicePrimaryCtxRetain") || !find(alloc_host, "cuMemAllocHost_v2") ||
         !find(devices.push_, "cuCtxPushCurrent_v2") || !find(devices.pop_, "cuCtxPopCurrent_v2") ||
+        !find(devices.create_context_, "cuCtxCreate_v2") ||
+        !find(devices.destroy_context_, "cuCtxDestroy_v2") ||
         !find(devices.mem_alloc_, "cuMemAlloc_v2") ||
         !find(devices.mem_alloc_async_, "cuMemAllocAsync") ||
         !find(devices.mem_alloc_managed_, "cuMemAllocManaged") ||
@@ -175,6 +192,7 @@ class TestDevices {
       devices.Check(retain(&context, device), "cuDevicePrimaryCtxRetain");
       devices.contexts_.push_back(context);
     }
+    devices.MakeContext();
     {
       const Current current(devices, 0);
       void* word = nullptr;
@@ -192,6 +210,8 @@ class TestDevices {
   uint32_t* gate_ = nullptr;
   CuResult (*push_)(CuContext) = nullptr;
   CuResult (*pop_)(CuContext*) = nullptr;
+  CuResult (*create_context_)(CuContext*, unsigned, int) = nullptr;
+  CuResult (*destroy_context_)(CuContext) = nullptr;
   CuResult (*mem_alloc_)(CuDevicePointer*, size_t) = nullptr;
   CuResult (*mem_alloc_async_)(CuDevicePointer*, size_t, CuStream) = nullptr;
   CuResult (*mem_alloc_managed_)(CuDevicePointer*, size_t, unsigned) = nullptr;

@@ -55,6 +55,7 @@ Device::~Device() {
 void Device::Reset(uint32_t seed) {
   std::lock_guard lock(mutex_);
   random_.seed(seed);
+  records_calls_ = true;
   calls_.clear();
   faults_.clear();
   copies_until_failure_ = -1;
@@ -62,6 +63,9 @@ void Device::Reset(uint32_t seed) {
   bytes_per_second_ = 0;
   copies_executed_ = 0;
   for (Context& context : primaries_) context.failure = CuResult::kSuccess;
+  for (const std::unique_ptr<Context>& context : made_) {
+    if (context->failure != CuResult::kContextIsDestroyed) context->failure = CuResult::kSuccess;
+  }
   changed_.notify_all();
 }
 
@@ -129,7 +133,7 @@ CuResult Device::Enter(Call call, Context* context, bool unsafe_in_capture) {
     }
   }
   call.result = static_cast<int>(result);
-  calls_.push_back(std::move(call));
+  if (records_calls_) calls_.push_back(std::move(call));
   return result;
 }
 
@@ -148,6 +152,38 @@ CuResult Device::Release(int device) {
   }
   --primaries_[device].retained;
   return CuResult::kSuccess;
+}
+
+CuResult Device::MakeContext(int device, Context** context) {
+  std::lock_guard lock(mutex_);
+  if (device < 0 || device >= kCount) return static_cast<CuResult>(101);
+  made_.push_back(std::make_unique<Context>());
+  made_.back()->device = device;
+  *context = made_.back().get();
+  return CuResult::kSuccess;
+}
+
+CuResult Device::DestroyContext(Context* context) {
+  std::unique_lock lock(mutex_);
+  const auto is_it = [context](const auto& made) { return made.get() == context; };
+  if (std::none_of(made_.begin(), made_.end(), is_it)) return CuResult::kInvalidContext;
+  changed_.wait(lock, [&] { return IsIdle(context); });
+  context->failure = CuResult::kContextIsDestroyed;
+  const auto is_of_it = [context](const auto& entry) { return entry.second->context == context; };
+  std::erase_if(streams_, is_of_it);
+  std::erase_if(events_, is_of_it);
+  defaults_.erase(context);
+  std::erase_if(allocations_, [&](const auto& entry) {
+    if (entry.second.context != context) return false;
+    Unmap(entry.second);
+    return true;
+  });
+  return CuResult::kSuccess;
+}
+
+bool Device::IsDestroyed(const Context* context) {
+  std::lock_guard lock(mutex_);
+  return context->failure == CuResult::kContextIsDestroyed;
 }
 
 Stream* Device::MakeStream(Context* context) {
@@ -271,12 +307,16 @@ CuResult Device::Free(CuDevicePointer pointer) {
   const auto found = allocations_.find(static_cast<uintptr_t>(pointer));
   if (found == allocations_.end()) return CuResult::kInvalidValue;
   // As cuMemFree: waits for what is on the streams.
-  changed_.wait(lock, [&] { return IsIdle(); });
-  const uint64_t size = PageBytes(found->second.bytes);
-  munmap(found->second.device_view, size);
-  Reserve(reinterpret_cast<void*>(found->first), size);
+  changed_.wait(lock, [&] { return IsIdle(nullptr); });
+  Unmap(found->second);
   allocations_.erase(found);
   return CuResult::kSuccess;
+}
+
+void Device::Unmap(const Allocation& allocation) {
+  const uint64_t size = PageBytes(allocation.bytes);
+  munmap(allocation.device_view, size);
+  Reserve(reinterpret_cast<void*>(allocation.begin), size);
 }
 
 std::optional<Allocation> Device::Find(CuDevicePointer pointer, uint64_t bytes, std::byte** view) {
@@ -346,10 +386,11 @@ bool Device::IsPinned(const void* data, uint64_t bytes) {
 
 // ---- The thread that executes
 
-bool Device::IsIdle() const {
-  const auto is_idle = [](const auto& entry) {
+bool Device::IsIdle(const Context* context) const {
+  const auto is_idle = [context](const auto& entry) {
     const Stream& stream = *entry.second;
-    return stream.operations.empty() || stream.context->failure != CuResult::kSuccess;
+    return (context != nullptr && stream.context != context) || stream.operations.empty() ||
+           stream.context->failure != CuResult::kSuccess;
   };
   return std::all_of(streams_.begin(), streams_.end(), is_idle) &&
          std::all_of(defaults_.begin(), defaults_.end(), is_idle);

@@ -94,6 +94,10 @@ class Device final : public FakeCuda {
   Context& primary(int device) { return primaries_[device]; }
   CuResult Retain(int device, Context** context);
   CuResult Release(int device);
+  CuResult MakeContext(int device, Context** context);
+  // Waits for what is on its streams.
+  CuResult DestroyContext(Context* context);
+  bool IsDestroyed(const Context* context);
   Stream* MakeStream(Context* context);
   CuResult DestroyStream(Stream* stream);
   Stream* DefaultStream(Context* context);
@@ -126,7 +130,9 @@ class Device final : public FakeCuda {
     bool used = false;
   };
   void Run(const std::stop_token& stop);
-  bool IsIdle() const;
+  // Nothing is left to be executed: of a context, or (nullptr) of any.
+  bool IsIdle(const Context* context) const;
+  void Unmap(const Allocation& allocation);
   uintptr_t FreeAddress(uint64_t bytes) const;
   // A copy that is not done yet reads or writes host memory in this range.
   bool IsUsed(const void* data, uint64_t bytes) const;
@@ -137,6 +143,7 @@ class Device final : public FakeCuda {
   std::mutex mutex_;
   std::condition_variable changed_;
   std::mt19937 random_{1};
+  bool records_calls_ = false;
   std::vector<Call> calls_;
   std::vector<Fault> faults_;
   int copies_until_failure_ = -1;
@@ -145,6 +152,7 @@ class Device final : public FakeCuda {
   uint64_t bytes_per_second_ = 0;
   uint64_t copies_executed_ = 0;
   Context primaries_[kCount];
+  std::vector<std::unique_ptr<Context>> made_;  // those that were destroyed included
   std::map<Context*, std::unique_ptr<Stream>> defaults_;
   std::map<Stream*, std::unique_ptr<Stream>> streams_;
   std::map<Event*, std::shared_ptr<Event>> events_;

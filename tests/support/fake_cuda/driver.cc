@@ -1,5 +1,6 @@
 // The entry points. Each enters (is recorded, and may be told to fail), looks at its arguments, and
 // leaves the rest to the device.
+#include <cstdlib>
 #include <cstring>
 
 #include "tests/support/fake_cuda/device.h"
@@ -33,8 +34,13 @@ CuResult Enter(const char* name, Context* context = nullptr, bool unsafe = false
                            unsafe && capture_mode != CuCaptureMode::kRelaxed);
 }
 
-// Handles are what the application sees; their types are those of hook/device_driver.h, which
-// UndefinedBehaviorSanitizer compares at every call.
+// What $HOLDFAST_FAKE_CUDA says.
+bool Is(const char* mode) {
+  const char* const set = std::getenv("HOLDFAST_FAKE_CUDA");
+  return set != nullptr && std::strcmp(set, mode) == 0;
+}
+
+// Handles are what the application sees; their types are those of hook/device_driver.h.
 Context* ToContext(CuContext handle) { return reinterpret_cast<Context*>(handle); }
 CuContext FromContext(Context* context) { return reinterpret_cast<CuContext>(context); }
 Event* ToEvent(CuEvent handle) { return reinterpret_cast<Event*>(handle); }
@@ -82,6 +88,7 @@ using holdfast::fake::Context;
 using holdfast::fake::Current;
 using holdfast::fake::Enter;
 using holdfast::fake::FromContext;
+using holdfast::fake::Is;
 using holdfast::fake::Operation;
 using holdfast::fake::Stream;
 using holdfast::fake::TheDevice;
@@ -107,6 +114,8 @@ extern "C" {
 holdfast::FakeCuda* fake_cuda() { return &TheDevice(); }
 
 CuResult cuInit(unsigned) {
+  if (Is("mismatch")) return static_cast<CuResult>(803);
+  if (Is("absent")) return CuResult::kNoDevice;
   TheDevice();
   return CuResult::kSuccess;
 }
@@ -118,6 +127,12 @@ CuResult cuDriverGetVersion(int* version) {
 
 CuResult cuGetErrorName(CuResult result, const char** name) {
   switch (result) {
+    case CuResult::kNoDevice:
+      *name = "CUDA_ERROR_NO_DEVICE";
+      return CuResult::kSuccess;
+    case CuResult::kContextIsDestroyed:
+      *name = "CUDA_ERROR_CONTEXT_IS_DESTROYED";
+      return CuResult::kSuccess;
     case CuResult::kOutOfMemory:
       *name = "CUDA_ERROR_OUT_OF_MEMORY";
       return CuResult::kSuccess;
@@ -165,8 +180,25 @@ CuResult cuDevicePrimaryCtxRelease_v2(int device) {
   return TheDevice().Release(device);
 }
 
+CuResult cuCtxCreate_v2(CuContext* context, unsigned, int device) {
+  ENTER("cuCtxCreate_v2");
+  Context* made = nullptr;
+  const CuResult result = TheDevice().MakeContext(device, &made);
+  if (result != CuResult::kSuccess) return result;
+  holdfast::fake::current_contexts.push_back(made);
+  *context = FromContext(made);
+  return CuResult::kSuccess;
+}
+
+CuResult cuCtxDestroy_v2(CuContext context) {
+  ENTER("cuCtxDestroy_v2");
+  if (Current() == ToContext(context)) holdfast::fake::current_contexts.pop_back();
+  return TheDevice().DestroyContext(ToContext(context));
+}
+
 CuResult cuCtxPushCurrent_v2(CuContext context) {
   ENTER("cuCtxPushCurrent_v2");
+  if (TheDevice().IsDestroyed(ToContext(context))) return CuResult::kContextIsDestroyed;
   holdfast::fake::current_contexts.push_back(ToContext(context));
   return CuResult::kSuccess;
 }
@@ -302,6 +334,7 @@ CuResult cuMemFreeHost(void* data) {
 CuResult cuMemHostRegister_v2(void* data, size_t bytes, unsigned) {
   ENTER("cuMemHostRegister_v2", Current(), holdfast::fake::kUnsafe, nullptr, nullptr, bytes);
   if (Current() == nullptr) return CuResult::kInvalidContext;
+  if (Is("pinless")) return CuResult::kOutOfMemory;
   return TheDevice().RegisterHost(data, bytes);
 }
 

@@ -6,13 +6,16 @@
 // Model: one thread executes, one piece of one operation at a time, from a stream drawn at random
 //   among those whose first operation may run: every order that stream semantics allow may come,
 //   and copies of several streams mix in the middle. Events are complete when their last record was
-//   executed. Device memory cannot be touched by the processor (PROT_NONE; the device has a mapping
-//   of its own); managed memory can. Allocations
-//   lie side by side at the lowest addresses that are free, each at the beginning of a page; a copy
-//   that leaves one is refused (CUDA_ERROR_INVALID_VALUE). Copies to or from host memory that is
-//   not registered return when they are done. After a failed copy every call on its context fails.
-//   While a stream is being captured into a graph, calls that are unsafe then fail in threads whose
-//   mode is not RELAXED.
+//   executed. Two devices; each has its primary context and those that are made. Device memory
+//   cannot be touched by the processor (PROT_NONE; the device has a mapping of its own); managed
+//   memory can. Allocations lie side by side at the lowest addresses that are free, each at the
+//   beginning of a page; a copy that leaves one is refused (CUDA_ERROR_INVALID_VALUE). Copies to or
+//   from host memory that is not registered return when they are done. After a failed copy every
+//   call on its context fails. A context that is destroyed takes streams, events and memory with
+//   it, and cannot be made current any more. While a stream is being captured into a graph, calls
+//   that are unsafe then fail in threads whose mode is not RELAXED.
+//   $HOLDFAST_FAKE_CUDA: absent (there is no device), pinless (no host memory is registered),
+//   mismatch (cuInit fails: kernel module and library are not of one version).
 // Not modelled: kernels, the legacy stream's synchronisation with blocking streams, peer access,
 //   priorities (they are recorded), limits on what may be registered, anything's cost.
 #ifndef HOLDFAST_TESTS_SUPPORT_FAKE_CUDA_FAKE_CUDA_H_
@@ -49,7 +52,8 @@ class FakeCuda {
 
   virtual ~FakeCuda() = default;
 
-  // Forgets calls, faults, and contexts' failures; draws orders from `seed` from now on.
+  // Forgets calls, faults, and contexts' failures; draws orders from `seed` and records calls from
+  // now on. (A program that is no test makes too many to keep them.)
   virtual void Reset(uint32_t seed) = 0;
   virtual std::vector<Call> calls() = 0;
   virtual Live live() = 0;
