@@ -37,17 +37,18 @@ std::string Describe(const hf_save_report& report) {
   return absl::StrFormat(
       "\"step\":%d,\"state\":\"%s\",\"image_bytes\":%d,\"blocks\":%d,\"blocks_captured\":%d,"
       "\"blocks_flushed\":%d,\"call_us\":%.1f,\"blocked_ms\":%.3f,\"capture_ms\":%.3f,"
-      "\"flush_ms\":%.3f,\"commit_ms\":%.3f,\"error\":%s",
+      "\"flush_ms\":%.3f,\"commit_ms\":%.3f,\"device_bytes\":%d,\"device_ms\":%.3f,\"error\":%s",
       report.step, Name(report.state), report.image_bytes, report.blocks, report.blocks_captured,
       report.blocks_flushed, static_cast<double>(report.call_ns) / 1e3,
       Milliseconds(report.blocked_ns), Milliseconds(report.capture_ns),
-      Milliseconds(report.flush_ns), Milliseconds(report.commit_ns), JsonString(report.error.text));
+      Milliseconds(report.flush_ns), Milliseconds(report.commit_ns), report.device_bytes,
+      Milliseconds(report.device_ns), JsonString(report.error.text));
 }
 
 }  // namespace
 
-Checkpointing::Checkpointing(const CheckpointingOptions& options, EventLog& log)
-    : options_(options), log_(log) {
+Checkpointing::Checkpointing(const CheckpointingOptions& options, void* stream, EventLog& log)
+    : options_(options), stream_(stream), log_(log) {
   hf_open_options open = HF_OPEN_OPTIONS_INIT;
   hf_error error;
   if (hf_open(&open, &job_, &error) != HF_OK) PrintError("hf_open", error);
@@ -67,14 +68,13 @@ void Checkpointing::PrintError(const std::string& call, const hf_error& error) c
 }
 
 RestoreOutcome Checkpointing::RegisterAndRestore(const std::string& layout_document,
-                                                 TrainingState& state,
+                                                 const std::vector<StateBuffer>& tensors,
                                                  const std::vector<BlobSlot>& blobs,
                                                  uint64_t& step) {
   if (job_ == nullptr) return RestoreOutcome::kNoHoldfast;
-  const std::vector<StateBuffer> mine = state.Buffers();
   std::vector<hf_buffer> buffers;
-  for (const StateBuffer& buffer : mine) {
-    buffers.push_back({buffer.name.c_str(), buffer.data, buffer.bytes, buffer.group});
+  for (const StateBuffer& tensor : tensors) {
+    buffers.push_back({tensor.name.c_str(), tensor.data, tensor.bytes, tensor.group});
   }
   std::vector<hf_blob_slot> slots;
   for (const BlobSlot& blob : blobs) {
@@ -90,7 +90,13 @@ RestoreOutcome Checkpointing::RegisterAndRestore(const std::string& layout_docum
   registered_ = true;
   hf_restore_result result{};
   result.struct_bytes = sizeof(result);
-  const hf_code code = hf_restore(job_, &result, options_.restore_deadline_ns, &error);
+  // Everything, behind what the stream still does to the tensors. NULL is no stream.
+  hf_restore_options restore{};
+  restore.struct_bytes = sizeof(restore);
+  restore.streams = &stream_;
+  restore.stream_count = 1;
+  const hf_code code =
+      hf_restore_partial(job_, &restore, &result, options_.restore_deadline_ns, &error);
   if (code == HF_NOT_FOUND) {
     log_.Print("no_checkpoint", "");
     return RestoreOutcome::kNothing;
@@ -136,6 +142,8 @@ bool Checkpointing::SaveWithin(uint64_t step, const std::vector<Blob>& blobs, in
   save.blobs = views.data();
   save.blob_count = views.size();
   save.wait_ns = wait_ns;
+  save.streams = &stream_;
+  save.stream_count = 1;
   hf_error error;
   if (hf_save(job_, step, &save, &error) != HF_OK) {
     PrintError("hf_save", error);

@@ -39,12 +39,13 @@ enum class RestoreOutcome : int64_t {
 };
 
 // Threads: one at a time.
-// Lifetime: the state whose buffers were registered, and the log, must outlive it.
+// Lifetime: the buffers that were registered, the stream and the log must outlive it.
 class Checkpointing {
  public:
   // Joins the job of the environment ($HOLDFAST_JOB). Does not fail: without an
-  // agent every later call is a cheap no.
-  Checkpointing(const CheckpointingOptions& options, EventLog& log);
+  // agent every later call is a cheap no. `stream`: the CUstream behind whose work tensors in
+  // device memory are captured and restored; null without any.
+  Checkpointing(const CheckpointingOptions& options, void* stream, EventLog& log);
   ~Checkpointing();
   Checkpointing(const Checkpointing&) = delete;
   Checkpointing& operator=(const Checkpointing&) = delete;
@@ -56,7 +57,8 @@ class Checkpointing {
 
   // Registers, and fills the buffers from the newest safe checkpoint, whatever its layout. `step`
   // is set on kRestored.
-  RestoreOutcome RegisterAndRestore(const std::string& layout_document, TrainingState& state,
+  RestoreOutcome RegisterAndRestore(const std::string& layout_document,
+                                    const std::vector<StateBuffer>& tensors,
                                     const std::vector<BlobSlot>& blobs, uint64_t& step);
   // A blob of the restored checkpoint; `old_rank` for a blob per rank, else -1.
   absl::StatusOr<std::string> RestoredBlob(const std::string& name, int64_t old_rank);
@@ -79,6 +81,7 @@ class Checkpointing {
   bool PrintReport(uint64_t step) const;
 
   const CheckpointingOptions options_;
+  void* const stream_;
   EventLog& log_;
   hf_job* job_ = nullptr;
   bool registered_ = false;

@@ -180,6 +180,10 @@ const std::vector<Flag>& Flags() {
          options.faults_path = text;
          return absl::OkStatus();
        }},
+      {"device", nullptr,
+       "tensors are in the memory of a CUDA device (libcuda.so.1, by LOCAL_RANK), fetched before "
+       "each step and stored behind it; what computes is the processor",
+       Switch(&TrainerOptions::use_device, true)},
       {"no-holdfast", nullptr, "train without checkpoints",
        Switch(&TrainerOptions::use_holdfast, false)},
       {"check-restore", nullptr, "print digests of all states after a restore, and at the end",

@@ -45,6 +45,7 @@ TEST(Flags, EveryFlagSetsItsOption) {
                                                             "8K",
                                                             "--faults",
                                                             "f",
+                                                            "--device",
                                                             "--no-holdfast",
                                                             "--check-restore",
                                                             "--no-wait-committed-at-end",
@@ -80,6 +81,7 @@ TEST(Flags, EveryFlagSetsItsOption) {
   EXPECT_EQ(parsed->all_reduce_bytes, 4096U);
   EXPECT_EQ(parsed->all_to_all_bytes, 8192U);
   EXPECT_EQ(parsed->faults_path, "f");
+  EXPECT_TRUE(parsed->use_device);
   EXPECT_FALSE(parsed->use_holdfast);
   EXPECT_TRUE(parsed->check_restore);
   EXPECT_FALSE(parsed->wait_committed_at_end);

@@ -43,6 +43,7 @@ struct TrainerOptions {
   double device_ms = 0;              // what forward and backward would take on a device
   double device_jitter_percent = 5;  // up to so much longer, from the rank's own generator
   bool use_holdfast = true;
+  bool use_device = false;  // the state is in the memory of a CUDA device
   bool check_restore = false;
   bool wait_committed_at_end = true;
   std::vector<BitFlip> bit_flips;

@@ -53,8 +53,9 @@ uint64_t RssMaxBytes() {
   return 0;
 }
 
-uint32_t RestartCount() {
-  const char* text = std::getenv("TORCHELASTIC_RESTART_COUNT");
+// 0 if there is none.
+uint32_t NumberIn(const char* variable) {
+  const char* text = std::getenv(variable);
   return text == nullptr ? 0 : static_cast<uint32_t>(std::strtoul(text, nullptr, 10));
 }
 
@@ -104,6 +105,7 @@ absl::StatusOr<std::unique_ptr<Trainer>> Trainer::Create(const TrainerOptions& o
                    collectives::Context::Create(ranks));
   std::unique_ptr<Trainer> trainer(new Trainer(options, layout, ranks.rank, std::move(corpus)));
   RETURN_IF_ERROR(trainer->Join(std::move(context)));
+  if (options.use_device) RETURN_IF_ERROR(trainer->PlaceOnDevice());
   return trainer;
 }
 
@@ -151,7 +153,7 @@ absl::Status Trainer::Join(std::unique_ptr<collectives::Context> context) {
 }
 
 absl::Status Trainer::Run() {
-  log_.set_attempt(RestartCount());
+  log_.set_attempt(NumberIn("TORCHELASTIC_RESTART_COUNT"));
   const absl::Status status = Train();
   if (!status.ok()) {
     log_.Print("failed",
@@ -159,6 +161,26 @@ absl::Status Trainer::Run() {
   }
   return status;
 }
+
+absl::Status Trainer::PlaceOnDevice() {
+  std::vector<std::span<std::byte>> host;
+  for (const StateBuffer& buffer : state_.Buffers()) {
+    host.emplace_back(static_cast<std::byte*>(buffer.data), buffer.bytes);
+  }
+  ASSIGN_OR_RETURN(device_, cuda::DeviceBuffers::Create(std::move(host), NumberIn("LOCAL_RANK")));
+  return Store();
+}
+
+std::vector<StateBuffer> Trainer::Tensors() {
+  std::vector<StateBuffer> tensors = state_.Buffers();
+  if (device_ == nullptr) return tensors;
+  for (size_t i = 0; i < tensors.size(); ++i) tensors[i].data = device_->data(i);
+  return tensors;
+}
+
+absl::Status Trainer::Fetch() { return device_ == nullptr ? absl::OkStatus() : device_->Fetch(); }
+
+absl::Status Trainer::Store() { return device_ == nullptr ? absl::OkStatus() : device_->Store(); }
 
 absl::Status Trainer::Train() {
   RETURN_IF_ERROR(Restore());
@@ -171,6 +193,7 @@ absl::Status Trainer::Train() {
     checkpointing_->CommitLast(step_, Blobs());
   }
   RETURN_IF_ERROR(metrics_ranks_->Barrier().Wait());
+  RETURN_IF_ERROR(Fetch());
   if (options_.check_restore) PrintDigests("final_digest");
   PrintFinished();
   return absl::OkStatus();
@@ -212,7 +235,8 @@ absl::Status Trainer::Restore() {
   // Makes the monitor's board, before the agent is asked for: so that it gets it.
   const Section section(nullptr, "restore");
   if (!options_.use_holdfast) return AgreeOn(RestoreOutcome::kNoHoldfast);
-  checkpointing_ = std::make_unique<Checkpointing>(options_.checkpointing, log_);
+  checkpointing_ = std::make_unique<Checkpointing>(
+      options_.checkpointing, device_ == nullptr ? nullptr : device_->stream(), log_);
   if (checkpointing_->attempt() != 0) log_.set_attempt(checkpointing_->attempt());
   const std::vector<BlobSlot> slots = {{"samples_consumed", false, 8},
                                        {"shuffle", false, 8},
@@ -220,10 +244,11 @@ absl::Status Trainer::Restore() {
                                        {"arguments", false, 4096},
                                        {"jitter", true, 8}};
   const RestoreOutcome outcome = checkpointing_->RegisterAndRestore(
-      LayoutDocument(table_, partition_.layout()), state_, slots, step_);
+      LayoutDocument(table_, partition_.layout()), Tensors(), slots, step_);
   RETURN_IF_ERROR(AgreeOn(outcome));
   if (outcome != RestoreOutcome::kRestored) return absl::OkStatus();
   RETURN_IF_ERROR(RestoreBlobs());
+  RETURN_IF_ERROR(Fetch());
   RETURN_IF_ERROR(state_.ballast.Verify(step_));
   log_.Print("ballast_verified",
              absl::StrFormat("\"step\":%d,\"pages\":%d", step_, state_.ballast.page_count()));
@@ -356,6 +381,7 @@ absl::Status Trainer::Step(uint64_t step) {
   hf_heartbeat(job(), step);
   BeginFaults(step);
   Phases phases;
+  RETURN_IF_ERROR(Fetch());
   const uint64_t first_sample = sampler_.state().samples_consumed;
   std::vector<Windows> micro_batches;
   {
@@ -388,6 +414,7 @@ absl::Status Trainer::Step(uint64_t step) {
   state_.ballast.Stamp(static_cast<uint64_t>(state_.optimizer_step));
   RETURN_IF_ERROR(FlipBits(step));
   ActBehindStep();
+  RETURN_IF_ERROR(Store());
   phases.End("optimizer");
   if (checkpointing_ != nullptr) {
     const bool due =

@@ -12,6 +12,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "examples/collectives/collectives.h"
+#include "examples/cuda/device_buffers.h"
 #include "examples/tiny_lm/checkpointing.h"
 #include "examples/tiny_lm/corpus.h"
 #include "examples/tiny_lm/data_parallel.h"
@@ -48,6 +49,13 @@ class Trainer {
   // Meets the other ranks.
   absl::Status Join(std::unique_ptr<collectives::Context> context);
   absl::Status Train();
+  // Makes the state's counterpart on the device, with --device.
+  absl::Status PlaceOnDevice();
+  // The buffers of the state where they are captured and restored: on the device, if there is one.
+  std::vector<StateBuffer> Tensors();
+  // The state as it is on the device, and to the device. Without one, nothing.
+  absl::Status Fetch();
+  absl::Status Store();
   absl::Status Restore();
   absl::Status RestoreBlobs();
   // Null without Holdfast.
@@ -104,6 +112,7 @@ class Trainer {
   std::unique_ptr<Model<float>> model_;
   std::unique_ptr<Pipeline> pipeline_;
   std::unique_ptr<DataParallel> data_parallel_;
+  std::unique_ptr<cuda::DeviceBuffers> device_;  // or null: the state is in host memory only
   std::unique_ptr<Checkpointing> checkpointing_;
   std::unique_ptr<Traffic> traffic_;  // or null: none
   std::unique_ptr<collectives::Context> context_;
