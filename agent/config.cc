@@ -17,6 +17,7 @@
 #include "agent/config_file.h"
 #include "agent/config_values.h"
 #include "agent/default_socket.h"
+#include "agent/http_server.h"
 #include "agent/process.h"
 #include "agent/recovery/settings.h"
 #include "agent/witness/ras_client.h"
@@ -112,6 +113,9 @@ void SetPathDefaults(const ConfigSources& sources, Values& values) {
   if (values["roots"].origin == "default") {
     values["roots"].text = absl::StrCat(values["state_directory"].text, "/checkpoints");
   }
+  if (values["http_token_file"].origin == "default") {
+    values["http_token_file"].text = absl::StrCat(values["state_directory"].text, "/http-token");
+  }
   if (values["socket"].origin == "default") {
     values["socket"].text =
         DefaultSocket(sources.user_id, Variable(sources, "XDG_RUNTIME_DIR").value_or("").c_str());
@@ -204,6 +208,12 @@ absl::Status SetField(const std::string& key, const std::string& text, AgentConf
   } else if (key == "kernel_log") {
     if (text == "off") return absl::OkStatus();
     ASSIGN_OR_RETURN(config.kernel_log, ParsePath(text));
+  } else if (key == "http") {
+    if (text == "off") return absl::OkStatus();
+    ASSIGN_OR_RETURN(config.http, ParseHttpAddress(text));
+  } else if (key == "http_token_file") {
+    if (text == "off") return absl::OkStatus();
+    ASSIGN_OR_RETURN(config.http_token_file, ParsePath(text));
   } else {
     return absl::InternalError(absl::StrCat("no field for the key ", key));
   }
@@ -217,6 +227,12 @@ absl::Status SetFields(AgentConfig& config) {
       return absl::InvalidArgumentError(
           absl::StrCat(key, " (", value.origin, "): ", std::string(set.message())));
     }
+  }
+  if (config.http.has_value() && !config.http->is_loopback() && config.http_token_file.empty()) {
+    return absl::InvalidArgumentError(absl::StrFormat(
+        "http_token_file (%s): expected a file, because http = %s can be reached from other "
+        "machines, found off",
+        config.values.at("http_token_file").origin, config.http->ToString()));
   }
   return absl::OkStatus();
 }

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -22,6 +23,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "io/open_ring.h"
+#include "io/tcp.h"
 
 namespace holdfast {
 
@@ -76,6 +78,8 @@ struct AgentConfig {
   absl::Duration verdicts_keep{};
   std::string ras_address;  // a RasAddress; empty: none
   std::string kernel_log;   // absolute; empty: none
+  std::optional<Endpoint> http;
+  std::string http_token_file;  // absolute; empty: no token is asked for
   RingOptions::Kind ring{};
   DirectIo direct{};
 

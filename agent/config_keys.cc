@@ -49,6 +49,13 @@ constexpr ConfigKey kKeys[] = {
      "suspected: host:port, or off."},
     {"kernel_log", "--kernel-log", "HOLDFAST_KERNEL_LOG", "/dev/kmsg",
      "Where the driver's Xid lines appear: /dev/kmsg, a file that lines are appended to, or off."},
+    {"http", "--http", "HOLDFAST_HTTP", "off",
+     "Where /metrics, /healthz, /readyz and /v1/status are served: a numeric ADDRESS:PORT "
+     "(127.0.0.1:9470), or off."},
+    {"http_token_file", "--http-token-file", "HOLDFAST_HTTP_TOKEN_FILE",
+     "<state_directory>/http-token",
+     "The token that /metrics and /v1/status ask for, in a file of mode 0600, which is made if it "
+     "is not there; off: none, on loopback only."},
     {"log_file", "--log-file", "HOLDFAST_LOG_FILE", "",
      "The log; at 8 MiB it becomes FILE.1. Empty: standard error; a private agent writes agent.log "
      "beside its socket."},

@@ -70,6 +70,8 @@ const std::map<std::string, std::vector<std::string>>& GoodValues() {
       {"verdicts_keep", {"1h", "60", "720h"}},
       {"ras_address", {"off", "10.0.0.1:1", "[::1]:2"}},
       {"kernel_log", {"off", "/k1", "/k2"}},
+      {"http", {"127.0.0.1:0", "[::1]:2", "10.0.0.1:9470"}},
+      {"http_token_file", {"/t1", "off", "/t2"}},
       {"log_file", {"/l1", "/l2", "/l3"}},
       {"log_level", {"debug", "warning", "error"}},
   };
@@ -122,6 +124,12 @@ TEST_F(ConfigTest, BadFilesAndValuesAreNamedWithWhatWasExpected) {
   EXPECT_THAT(ErrorOf("roots = \"relative\"\n"), HasSubstr("an absolute path, found \"relative\""));
   EXPECT_THAT(ErrorOf("every = 1.5\n"), HasSubstr("a whole number, found floating-point"));
   EXPECT_THAT(ErrorOf("every = -1\n"), HasSubstr("a number from 0"));
+  for (const char* bad : {"9470", "127.0.0.1", "host:9470", "::1:9470", "127.0.0.1:65536", ":1"}) {
+    EXPECT_THAT(ErrorOf(absl::StrCat("http = \"", bad, "\"\n")),
+                HasSubstr("expected off, or ADDRESS:PORT"));
+  }
+  EXPECT_THAT(ErrorOf("http = \"10.0.0.1:9470\"\nhttp_token_file = \"off\"\n"),
+              HasSubstr("http_token_file (" + directory_ + "/bad.toml): expected a file"));
   EXPECT_THAT(ErrorOf("block_bytes = 5000\n"), HasSubstr("a power of two"));
   EXPECT_THAT(ErrorOf("images_in_memory = 5\n"), HasSubstr("from 1 to 4"));
   EXPECT_THAT(ErrorOf("ring = \"iouring\"\n"), HasSubstr("did you mean \"io_uring\"?"));

@@ -92,6 +92,7 @@ int Worker::Run() {
     return 1;
   }
   WatchSignals();
+  StartHttp();
   TakeOver();
   loop_->Run();
   return exit_code_;
@@ -449,12 +450,19 @@ void Worker::TellStarter(const std::string& text) {
   keeper_->Drop(kReadyName);
 }
 
-std::string Worker::StatusText() const {
+nlohmann::json Worker::EngineStatus() const {
   nlohmann::json status = nlohmann::json::parse(engine_->StatusJson(), nullptr, false);
   if (!status.is_object()) status = {{"engine_status", "damaged"}};
-  status["screens"] = ScreensJson(
-      JobsNow({*engine_, status, *run_service_, *monitor_boards_, monitor_service_->findings()}),
-      clock_.Elapsed());
+  return status;
+}
+
+JobSources Worker::JobSourcesOf(const nlohmann::json& engine_status) const {
+  return {*engine_, engine_status, *run_service_, *monitor_boards_, monitor_service_->findings()};
+}
+
+std::string Worker::StatusText() const {
+  nlohmann::json status = EngineStatus();
+  status["screens"] = ScreensJson(JobsNow(JobSourcesOf(status)), clock_.Elapsed());
   status["monitor"] = nlohmann::json::parse(monitor_boards_->StatusJson());
   status["monitor_reports"] = nlohmann::json::parse(node_aggregator_->StatusJson());
   status["witnesses"] = nlohmann::json::parse(witness_service_->StatusJson());
@@ -481,6 +489,8 @@ std::string Worker::StatusText() const {
            {"waiting_processes", server_->waiting_count()},
            {"garbage_messages", server_->garbage_count()},
            {"open_files_max", OpenFilesLimit()}};
+  agent["http"] = http_ != nullptr ? http_->at().ToString() : "off";
+  if (!http_problem_.empty()) agent["http_problem"] = http_problem_;
   for (const auto& [key, value] : config_.values) {
     agent["config"][key] = {{"value", value.text}, {"origin", value.origin}};
   }

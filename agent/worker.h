@@ -6,7 +6,9 @@
 #define HOLDFAST_AGENT_WORKER_H_
 
 #include <memory>
+#include <nlohmann/json_fwd.hpp>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -14,6 +16,8 @@
 #include "agent/config.h"
 #include "agent/file_store.h"
 #include "agent/handover.h"
+#include "agent/http_server.h"
+#include "agent/job_snapshots.h"
 #include "agent/keeper_link.h"
 #include "agent/local_server.h"
 #include "agent/monitor/boards.h"
@@ -69,8 +73,16 @@ class Worker {
   void End(int exit_code, const std::string& why);
   bool IsFirst() const;  // whether nobody was served yet
   void TellStarter(const std::string& text);
+  nlohmann::json EngineStatus() const;
+  JobSources JobSourcesOf(const nlohmann::json& engine_status) const;
   std::string StatusText() const;
   std::string ImagesText() const;
+
+  // ---- worker_http.cc
+  void StartHttp();
+  std::vector<HttpServer::Page> HttpPages();
+  HttpServer::Answer Readiness() const;
+  std::string MetricsNow() const;
 
   AgentConfig config_;
   const uint32_t restart_count_;
@@ -95,6 +107,9 @@ class Worker {
   std::unique_ptr<ThreadPool> evidence_pool_;
   std::unique_ptr<RunService> run_service_;
   std::unique_ptr<LocalServer> server_;
+  // Serves while the world is being built, too.
+  std::unique_ptr<HttpServer> http_;
+  std::string http_problem_;  // why it does not; empty: it does, or is off
 
   UniqueFd signal_fd_;
   Caching flush_caching_ = Caching::kDirect;

@@ -18,9 +18,9 @@ export CCACHE_SLOPPINESS=pch_defines,time_macros
 BUILD_PACKAGES=(
   g++ cmake ninja-build ccache pkg-config git
   libabsl-dev libdw-dev libhdf5-dev libssl-dev liburing-dev libisal-dev libgtest-dev libgmock-dev
-  libcli11-dev libspdlog-dev nlohmann-json3-dev libtomlplusplus-dev libzstd-dev libre2-dev
+  libcli11-dev libmicrohttpd-dev libspdlog-dev nlohmann-json3-dev libtomlplusplus-dev libzstd-dev libre2-dev
 )
-TEST_PACKAGES=(python3 python3-h5py python3-jsonschema python3-numpy python3-venv hdf5-tools strace
+TEST_PACKAGES=(python3 python3-h5py python3-jsonschema python3-numpy python3-prometheus-client python3-venv hdf5-tools strace
   procps iproute2 nftables libfaketime)
 ANALYSIS_PACKAGES=(clang-19 libclang-rt-19-dev clang-tidy-19 clang-format-14)
 BENCH_PACKAGES=(fio eatmydata)
