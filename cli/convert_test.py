@@ -24,9 +24,9 @@ def run(*arguments):
     return done.returncode, done.stdout, done.stderr
 
 
-def safetensors(path, tensors):
+def safetensors(path, tensors, metadata=None):
     """{name: (dtype, shape, bytes)} as a file."""
-    header, data = {}, b""
+    header, data = {"__metadata__": metadata} if metadata else {}, b""
     for name, (dtype, shape, content) in tensors.items():
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(content)]}
         data += content
@@ -123,6 +123,18 @@ class ConvertTest(unittest.TestCase):
                          ["model_world_size_2_rank_0.pt", "model_world_size_2_rank_1.pt"])
         self.assertEqual(run("diff", self.file, self.path / "out")[0], 0)
         self.assertEqual(run("verify", self.path / "out")[0], 0)
+
+    def test_what_is_no_tensor_is_refused_or_dropped(self):
+        mask = {"mask": ("BOOL", [2], b"\0\1")}
+        self.file = safetensors(self.path / "told.safetensors", mask, {"author": "we", "format": "pt"})
+        for form in ("torch", "dcp", "safetensors", "fsdp"):
+            err = self.refused(form=form, code=1)
+            self.assertIn(f"--format {form} has no place for metadata; --drop objects leaves it out", err)
+        for kind in ("objects", "*"):
+            self.assertEqual(self.convert("--drop", kind, out=f"without-{kind}")["left_out"], ["metadata"])
+        # Which framework wrote a file is nothing about the model.
+        self.file = safetensors(self.path / "marked.safetensors", mask, {"format": "pt"})
+        self.assertEqual(self.convert(out="marked")["left_out"], [])
 
     def test_a_dry_run_says_what_would_be_written(self):
         before = sorted(self.path.iterdir())

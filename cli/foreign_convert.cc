@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "absl/time/clock.h"
 #include "base/random_bits.h"
 #include "base/status_macros.h"
@@ -280,6 +281,16 @@ class Conversion {
                         const std::vector<std::string>& left_out) {
     outcome_.bytes = bytes;
     outcome_.tensor_count = tensor_count;
+    const std::vector<std::string>& drop = options_.selection.drop;
+    const bool drops_objects =
+        options_.weights_only || std::any_of(drop.begin(), drop.end(), [](const std::string& kind) {
+          return kind == converter::kDropObjects || kind == converter::kDropNoWeights;
+        });
+    if (!left_out.empty() && !drops_objects) {
+      return absl::FailedPreconditionError(
+          absl::StrFormat("--format %s has no place for %s; --drop %s leaves it out",
+                          options_.format, absl::StrJoin(left_out, "; "), converter::kDropObjects));
+    }
     outcome_.left_out.insert(outcome_.left_out.end(), left_out.begin(), left_out.end());
     RETURN_IF_ERROR(SetWindow(0));
     return CheckRoom(file_system_, parent_, bytes);
@@ -493,7 +504,8 @@ void AddVerb(CLI::App& app, Invocation& invocation, const char* name, const char
   verb->add_option("--rename", options->rename_file,
                    "File of rules that give tensors other names: name, prefix, suffix, regex");
   verb->add_option("--drop", options->selection.drop,
-                   "Leave out: a state (exp_avg), '*' for all that are no weights, unreadable")
+                   "Leave out: a state (exp_avg), objects (what is no tensor), '*' for all that "
+                   "are no weights, unreadable")
       ->allow_extra_args(false);
   verb->add_option("--dtype", options->selection.dtypes,
                    "DTYPE of floating weights and buffers, or STATE=DTYPE: float32, bfloat16, "

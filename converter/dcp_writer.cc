@@ -12,6 +12,7 @@
 #include "base/zip_crc32.h"
 #include "converter/dcp_encoding.h"
 #include "converter/dcp_metadata.h"
+#include "converter/non_tensors.h"
 #include "converter/tensor_archive.h"
 
 namespace holdfast::converter {
@@ -47,9 +48,7 @@ class Planner {
  private:
   absl::Status AddObjects() {
     if (index_.format != "dcp") {
-      if (!index_.blobs.empty() || !index_.scalars.empty()) {
-        plan_.left_out.push_back("what is no tensor: numbers, text, optimizer groups, RNG states");
-      }
+      plan_.left_out = NonTensorsWithoutPlace(index_, [](const Fact&) { return false; });
       return absl::OkStatus();
     }
     for (uint32_t i = 0; i < index_.blobs.size(); ++i) {

@@ -9,6 +9,7 @@
 #include "absl/strings/str_join.h"
 #include "base/status_macros.h"
 #include "converter/deepspeed_model.h"
+#include "converter/non_tensors.h"
 #include "converter/optimizer_groups.h"
 #include "converter/rounding.h"
 
@@ -23,7 +24,6 @@ using Bytes = std::span<const std::byte>;
 constexpr char kDeepSpeedVersion[] = "0.19.8";
 constexpr uint64_t kSubGroupElements = 1'000'000'000;  // DeepSpeed's default
 constexpr double kUniversalVersion = 0.4;
-constexpr size_t kNamedMax = 8;
 constexpr uint64_t kComparedElements = uint64_t{1} << 20;
 
 // Facts that have their place in the files, or are about the files that were read.
@@ -276,27 +276,16 @@ absl::Status DeepSpeedOutput::CheckWeightIsMaster(ConversionSource& source,
 }
 
 std::vector<std::string> DeepSpeedOutput::LeftOut() const {
-  std::vector<std::string> names;
-  for (const Fact& fact : index_.scalars) {
+  std::vector<std::string> left_out = NonTensorsWithoutPlace(index_, [](const Fact& fact) {
     const bool known =
         std::find(kKnownFacts.begin(), kKnownFacts.end(), fact.name) != kKnownFacts.end();
     const bool has_words =
         fact.name == "lr_scheduler" && HasWords(Json::parse(fact.json, nullptr, false));
-    if (!known || has_words) names.push_back(fact.name);
-  }
-  std::vector<std::string> left_out;
+    return known && !has_words;
+  });
   if (!without_elements_.empty()) {
     left_out.push_back(absl::StrFormat("optimizer states of %d parameters without elements (%s)",
                                        without_elements_.size(), without_elements_.front()));
-  }
-  if (!names.empty()) {
-    const size_t more = names.size() - std::min(names.size(), kNamedMax);
-    names.resize(std::min(names.size(), kNamedMax));
-    left_out.push_back(absl::StrFormat("what is no tensor: %s%s", absl::StrJoin(names, ", "),
-                                       more > 0 ? absl::StrFormat(" and %d more", more) : ""));
-  }
-  if (!index_.blobs.empty()) {
-    left_out.push_back(absl::StrFormat("%d objects", index_.blobs.size()));
   }
   return left_out;
 }

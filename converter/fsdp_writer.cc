@@ -12,6 +12,7 @@
 #include "absl/strings/str_format.h"
 #include "base/check.h"
 #include "base/status_macros.h"
+#include "converter/non_tensors.h"
 #include "converter/optimizer_groups.h"
 #include "converter/rounding.h"
 
@@ -196,11 +197,8 @@ class FsdpPlanner {
       if (!groups_.empty()) AddOptimizer(rank);
     }
     plan_.tensor_count = index_.tensor_states.size();
-    const bool more = std::any_of(index_.scalars.begin(), index_.scalars.end(),
-                                  [](const Fact& fact) { return fact.name != kParamGroups; });
-    if (more || !index_.blobs.empty()) {
-      plan_.left_out.push_back("what is no tensor: numbers, text, schedulers, objects");
-    }
+    plan_.left_out =
+        NonTensorsWithoutPlace(index_, [](const Fact& fact) { return fact.name == kParamGroups; });
     return std::move(plan_);
   }
 

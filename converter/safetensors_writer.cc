@@ -11,6 +11,7 @@
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "base/status_macros.h"
+#include "converter/non_tensors.h"
 #include "converter/optimizer_groups.h"
 #include "converter/safetensors.h"
 
@@ -40,9 +41,7 @@ class Planner {
       if (!IsWeightState(state.state)) return Refuse(state);
       if (!aliases.contains(i)) RETURN_IF_ERROR(Add(i));
     }
-    if (!index_.scalars.empty() || !index_.blobs.empty()) {
-      plan_.left_out.push_back("what is no tensor: numbers, text, optimizer groups, objects");
-    }
+    plan_.left_out = NonTensorsWithoutPlace(index_, [](const Fact&) { return false; });
     Close();
     NameShards();
     return std::move(plan_);

@@ -58,11 +58,15 @@ class Selector {
   }
 
   absl::Status CheckDrops() const {
-    constexpr std::array<std::string_view, 2> kOthers = {kDropUnreadable, kDropNoWeights};
+    constexpr std::array<std::string_view, 3> kOthers = {kDropUnreadable, kDropObjects,
+                                                         kDropNoWeights};
     for (const std::string& kind : request_.drop) {
-      if (states_.contains(kind) || kind == kDropUnreadable || kind == kDropNoWeights) continue;
+      if (states_.contains(kind) ||
+          std::find(kOthers.begin(), kOthers.end(), kind) != kOthers.end()) {
+        continue;
+      }
       return absl::InvalidArgumentError(absl::StrFormat(
-          "--drop %s: expected unreadable, '*' or a state that is there (%s)%s",
+          "--drop %s: expected objects, unreadable, '*' or a state that is there (%s)%s",
           kind.substr(0, 200), absl::StrJoin(states_, ", "), Suggestion(kind, kOthers)));
     }
     return absl::OkStatus();

@@ -16,13 +16,14 @@ namespace holdfast::converter {
 
 // KIND of `--drop` that is no state.
 inline constexpr char kDropUnreadable[] = "unreadable";
-inline constexpr char kDropNoWeights[] = "*";
+inline constexpr char kDropObjects[] = "objects";  // what is no tensor (converter/non_tensors.h)
+inline constexpr char kDropNoWeights[] = "*";      // objects too
 
 struct SelectionRequest {
   std::vector<std::string> only =
       {};                   // patterns of names (format/name_pattern.h); empty: all tensors
   std::string rename = {};  // the contents of a file of rules (converter/rename_rules.h)
-  std::vector<std::string> drop = {};  // states, kDropUnreadable, kDropNoWeights
+  std::vector<std::string> drop = {};  // states, and the kinds above
   // "bfloat16": weights and buffers (states param, buffer, tensor, other, ema); "exp_avg=float16":
   // one state. Only floating tensors of 16 to 64 bits are cast, whatever is asked.
   std::vector<std::string> dtypes = {};

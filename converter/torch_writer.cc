@@ -1,6 +1,5 @@
 #include "converter/torch_writer.h"
 
-#include <algorithm>
 #include <array>
 #include <set>
 #include <string_view>
@@ -10,6 +9,7 @@
 
 #include "absl/strings/str_format.h"
 #include "base/status_macros.h"
+#include "converter/non_tensors.h"
 #include "converter/optimizer_groups.h"
 #include "converter/torch_file.h"
 
@@ -34,11 +34,9 @@ class TorchPlanner {
     TorchFilesPlan plan;
     plan.Add(std::move(draft_).Finish());
     plan.tensor_count = index_.tensor_states.size();
-    const bool more = std::any_of(index_.scalars.begin(), index_.scalars.end(),
-                                  [](const Fact& f) { return f.name != kParamGroups; });
-    if (more || !index_.blobs.empty()) {
-      plan.left_out.push_back("what is no tensor: numbers, text, schedulers, objects");
-    }
+    plan.left_out = NonTensorsWithoutPlace(index_, [this](const Fact& fact) {
+      return fact.name == kParamGroups || IsStep(fact, index_);
+    });
     return plan;
   }
 
