@@ -1,6 +1,7 @@
-// First screens of incidents: recorded ones (tests/faults/recordings, real jobs with real faults)
-// through the analysis and the policy, a false alarm, and a job whose monitor is off. The texts are
-// in screens/; HOLDFAST_WRITE_SCREENS=1 writes them anew, for a person to read.
+// First screens of incidents: recorded ones (tests/faults/recordings, real jobs with real faults;
+// tests/data/incidents, a false alarm) through the analysis and the policy, one of them also as if
+// the monitor were off; and states that were made for it. The texts are in screens/;
+// HOLDFAST_WRITE_SCREENS=1 writes them anew, for a person to read.
 //
 // Model of the supervisor: it tells what the recording shows (exits of processes, operations
 // finished as steps) and what the analysis finds; a checkpoint is committed after five seconds.
@@ -31,6 +32,8 @@ namespace {
 using testing::HasSubstr;
 
 const char kScreens[] = HOLDFAST_SOURCE_DIR "/agent/recovery/screens/";
+const char kFaults[] = HOLDFAST_SOURCE_DIR "/tests/faults/recordings/";
+const char kIncidents[] = HOLDFAST_SOURCE_DIR "/tests/data/incidents/";
 
 std::string ReadText(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
@@ -49,14 +52,14 @@ std::vector<Gpu> SlotsOf(uint32_t count) {
 enum class Eyes { kOpen, kClosed };
 constexpr absl::Duration kStepTimeout = absl::Seconds(10);
 
-// A recording, second by second, until something is done or asked about an incident.
+// A recording, second by second, until something is done or asked about an incident, or to its end.
 class Replayed {
  public:
-  explicit Replayed(const std::string& name, Settings settings = {}, Eyes eyes = Eyes::kOpen)
-      : settings_(std::move(settings)),
-        eyes_(eyes),
+  explicit Replayed(const std::string& name, Eyes eyes = Eyes::kOpen,
+                    const std::string& directory = kFaults)
+      : eyes_(eyes),
         analysis_(monitor::Thresholds{}, "llama"),
-        bytes_(ReadText(HOLDFAST_SOURCE_DIR "/tests/faults/recordings/" + name + ".hfmr")) {
+        bytes_(ReadText(absl::StrCat(directory, name, ".hfmr"))) {
     auto reader = monitor::RecordingReader::Create(bytes_);
     CHECK_OK(reader.status());
     while (history_.state == State::kIdle || history_.state == State::kStarting ||
@@ -67,11 +70,14 @@ class Replayed {
       if (auto* const step = std::get_if<monitor::RecordedStep>(&**recorded)) {
         Take(std::move(step->step));
       }
+      if (history_.state == State::kSuspected && suspected_.empty()) suspected_ = Shown();
     }
   }
 
   const History& history() const { return history_; }
   std::vector<std::string> Shown() const { return Screen(settings_, history_, now_); }
+  // When it was suspected first; empty: never.
+  const std::vector<std::string>& suspected() const { return suspected_; }
 
  private:
   template <typename What>
@@ -140,8 +146,9 @@ class Replayed {
     }
   }
 
-  const Settings settings_;
+  const Settings settings_ = {};
   const Eyes eyes_;
+  std::vector<std::string> suspected_;
   monitor::JobAnalysis analysis_;
   monitor::FindingLog log_;
   const std::string bytes_;
@@ -179,12 +186,20 @@ Read ReadScreen(const std::vector<std::string>& lines) {
   return read;
 }
 
-void ExpectScreen(const std::string& name, const std::vector<std::string>& lines) {
+// Returns the text, too.
+std::string ExpectText(const std::string& name, const std::vector<std::string>& lines) {
   const std::string path = absl::StrCat(kScreens, name, ".txt");
   const std::string text = absl::StrJoin(lines, "\n") + "\n";
   if (std::getenv("HOLDFAST_WRITE_SCREENS") != nullptr) std::ofstream(path) << text;
   EXPECT_EQ(ReadText(path), text);
   EXPECT_LE(lines.size(), 8);
+  return text;
+}
+
+// Of a job that is not well.
+void ExpectScreen(const std::string& name, const std::vector<std::string>& lines) {
+  const std::string text = ExpectText(name, lines);
+  ASSERT_FALSE(lines.empty());
   const Read read = ReadScreen(lines);
   EXPECT_NE(read.state, "") << text;
   EXPECT_NE(read.suspect, "") << text;
@@ -217,13 +232,29 @@ TEST(Screens, RecordedIncidents) {
 
 // The same as "stopped" above, of a job whose monitor is off.
 TEST(Screens, ARecordedHangThatNobodySees) {
-  const Replayed replayed("stopped", {}, Eyes::kClosed);
+  const Replayed replayed("stopped", Eyes::kClosed);
   ExpectScreen("stopped-blind", replayed.Shown());
   const Read read = ReadScreen(replayed.Shown());
   EXPECT_EQ(read.state, "COLLECTING EVIDENCE");
   EXPECT_EQ(read.suspect, "Nobody is named");
   EXPECT_THAT(read.action, HasSubstr("Restarting in place"));
   EXPECT_THAT(absl::StrJoin(replayed.Shown(), "\n"), HasSubstr("The monitor is blind"));
+}
+
+// Rank 3 pauses for 7 s, which nobody has told: an alarm, and nothing is wrong.
+TEST(Screens, ARecordedFalseAlarmIsShownAndPasses) {
+  const Replayed replayed("pauses-untold", Eyes::kOpen, kIncidents);
+  ExpectScreen("false-alarm-before", replayed.suspected());
+  const Read read = ReadScreen(replayed.suspected());
+  EXPECT_EQ(read.state, "SUSPECTED");
+  EXPECT_EQ(read.suspect, "rank 3");
+  EXPECT_THAT(read.action, HasSubstr("nothing is stopped on a suspicion"));
+  EXPECT_EQ(read.human, "nothing");
+  // In the end it is as if nothing had been.
+  ExpectText("false-alarm", replayed.Shown());
+  EXPECT_EQ(ReadScreen(replayed.Shown()).state, "RUNNING");
+  EXPECT_EQ(replayed.history().incident_count, 0);
+  EXPECT_EQ(replayed.history().restart_count, 0);
 }
 
 TEST(Screens, ARecordedJobThatIsWellIsNeverTouched) {
@@ -243,7 +274,7 @@ TEST(Screens, RecordedSlownessIsReported) {
 }
 
 // A hang that was seen, and passes before anything was stopped.
-TEST(Screens, AFalseAlarm) {
+TEST(Screens, AHangThatPasses) {
   TestJob job;
   job.Begin(4, 4);
   job.ComeUp(1);
@@ -256,15 +287,12 @@ TEST(Screens, AFalseAlarm) {
   told.timeout = absl::Seconds(90);
   job.Tell(told);
   job.Evidence();
-  ExpectScreen("false-alarm-before", Screen(job.settings(), job.history(), job.now()));
+  ExpectScreen("hang-that-passes-before", Screen(job.settings(), job.history(), job.now()));
   job.After(absl::Seconds(20));
   job.Tell(FindingWithdrawn{told.finding.id});
   job.Tell(StepDone{Launch{1}, Rank{2}, Step{41'901}});
   const auto lines = Screen(job.settings(), job.history(), job.now());
-  EXPECT_EQ(absl::StrJoin(lines, "\n") + "\n", ReadText(absl::StrCat(kScreens, "false-alarm.txt")));
-  if (std::getenv("HOLDFAST_WRITE_SCREENS") != nullptr) {
-    std::ofstream(absl::StrCat(kScreens, "false-alarm.txt")) << absl::StrJoin(lines, "\n") << "\n";
-  }
+  ExpectText("hang-that-passes", lines);
   EXPECT_EQ(ReadScreen(lines).state, "RUNNING");
   EXPECT_THAT(lines.back(), HasSubstr("withdrawn"));
 }
