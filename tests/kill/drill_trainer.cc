@@ -20,6 +20,12 @@
 //   stop    stops itself behind the last save, while that waits for its comparison. Prints
 //   stopping <step>
 //   torn    its optimizer does not wait for the capture of the last save; then it kills itself
+//   midway  kills itself in the middle of the capture of the last save, for which the fake driver
+//           copies slowly. Prints
+//   midway <blocks captured> <blocks>
+//
+// With HOLDFAST_DRILL_DEVICE the state is in the memory of a CUDA device.
+#include <dlfcn.h>
 #include <signal.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -29,11 +35,15 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "examples/cuda/device_buffers.h"
 #include "holdfast.h"
+#include "tests/support/fake_cuda/fake_cuda.h"
 
 namespace {
 
@@ -42,6 +52,8 @@ constexpr uint64_t kShardedElements = 48 * 1024;  // uint32; divides by 1, 2, 3,
 constexpr uint64_t kForkScale = 64;
 constexpr uint64_t kReplicatedElements = 5000;  // uint64
 constexpr int64_t kSecond = 1'000'000'000;
+// So slow that nobody misses the middle of a capture.
+constexpr uint64_t kMidwayBytesPerSecond = 16 << 10;
 
 uint64_t Mix(uint64_t step, uint64_t element) {
   uint64_t x = step * 0x9e3779b97f4a7c15u ^ element * 0xbf58476d1ce4e5b9u;
@@ -123,12 +135,15 @@ class Trainer {
       const timespec device = {step_ms / 1000, step_ms % 1000 * 1'000'000};
       nanosleep(&device, nullptr);
       Check("wait_captured", hf_wait_captured(job_, HF_ALL_GROUPS, 10 * kSecond, &error_), error_);
-      state_.Fill(++step_);
-      if (drill_ == "torn" && step_ == last / every_ * every_) AwaitCommit(step_ - every_);
+      Change(++step_);
+      const bool is_last_save = step_ == last / every_ * every_;
+      if ((drill_ == "torn" || drill_ == "midway") && is_last_save) AwaitCommit(step_ - every_);
+      if (drill_ == "midway" && is_last_save) SlowDownCopies();
       if (step_ % every_ == 0) Save();
       if (drill_ == "fork" && step_ % every_ == 0 && !Fork()) return 1;
-      if (drill_ == "torn" && step_ == last / every_ * every_) DieWithATornImage();
-      if (drill_ == "stop" && step_ == last / every_ * every_) {
+      if (drill_ == "torn" && is_last_save) DieWithATornImage();
+      if (drill_ == "midway" && is_last_save) DieMidway();
+      if (drill_ == "stop" && is_last_save) {
         Say("stopping " + std::to_string(step_));
         raise(SIGSTOP);
       }
@@ -145,9 +160,18 @@ class Trainer {
     info.struct_bytes = sizeof(info);
     hf_get_info(job_, &info);
     Say("opened " + std::to_string(info.attempt));
+    const std::span<std::byte> sharded = std::as_writable_bytes(std::span(state_.sharded));
+    const std::span<std::byte> replicated = std::as_writable_bytes(std::span(state_.replicated));
+    if (std::getenv("HOLDFAST_DRILL_DEVICE") != nullptr) {
+      absl::StatusOr<std::unique_ptr<cuda::DeviceBuffers>> device =
+          cuda::DeviceBuffers::Create({sharded, replicated}, static_cast<uint32_t>(rank_));
+      if (!IsDone(device.status())) return false;
+      device_ = *std::move(device);
+      stream_ = device_->stream();
+    }
     const hf_buffer buffers[] = {
-        {"param/sharded", state_.sharded.data(), state_.sharded.size() * 4, 0},
-        {"param/replicated", state_.replicated.data(), state_.replicated.size() * 8, 1}};
+        {"param/sharded", device_ ? device_->data(0) : sharded.data(), sharded.size(), 0},
+        {"param/replicated", device_ ? device_->data(1) : replicated.data(), replicated.size(), 1}};
     const hf_blob_slot blobs[] = {{"loader", HF_BLOB_GLOBAL, 64}, {"rng", HF_BLOB_RANK, 64}};
     return Check(
         "register",
@@ -157,18 +181,34 @@ class Trainer {
         error);
   }
 
+  static bool IsDone(const absl::Status& status) {
+    if (!status.ok()) Say("trouble device " + status.ToString());
+    return status.ok();
+  }
+
+  // The state of `step`, on its way to the device if it is there.
+  void Change(uint64_t step) {
+    state_.Fill(step);
+    if (device_ != nullptr) IsDone(device_->Store());
+  }
+
   int Restore() {
+    hf_restore_options options = {};
+    options.struct_bytes = sizeof(options);
+    options.streams = &stream_;
+    options.stream_count = 1;
     hf_restore_result result = {};
     result.struct_bytes = sizeof(result);
-    const hf_code code = hf_restore(job_, &result, 60 * kSecond, &error_);
+    const hf_code code = hf_restore_partial(job_, &options, &result, 60 * kSecond, &error_);
     if (code == HF_NOT_FOUND) {
-      state_.Fill(0);
+      Change(0);
       Say("restored none");
       return 0;
     }
     if (!Check("restore", code, error_)) return 1;
     step_ = result.step;
     Say("restored " + std::to_string(step_) + " " + std::to_string(result.attempt));
+    if (device_ != nullptr && !IsDone(device_->Fetch())) return 1;
     if (!state_.Is(step_)) {
       Say("wrong tensors");
       return 3;
@@ -205,6 +245,8 @@ class Trainer {
     options.struct_bytes = sizeof(options);
     options.blobs = blobs;
     options.blob_count = 2;
+    options.streams = &stream_;
+    options.stream_count = 1;
     options.wait_ns = 20 * kSecond;
     Check("save", hf_save(job_, step_, &options, &error_), error_);
   }
@@ -275,16 +317,39 @@ class Trainer {
           error_);
   }
 
-  // The bug that check_source finds, and a death before it can.
+  // The bug that check_source finds, and a death before it can. (What is on a device is compared
+  // by the copier, which may be quicker: then the save has failed.)
   void DieWithATornImage() {
-    state_.Fill(step_ + 1);
+    Change(step_ + 1);
     hf_save_report report = {};
     report.struct_bytes = sizeof(report);
     do {
       const timespec moment = {0, 100'000};
       nanosleep(&moment, nullptr);
-    } while (hf_report(job_, step_, &report) == HF_OK && report.blocks_captured < report.blocks);
+    } while (hf_report(job_, step_, &report) == HF_OK && report.state != HF_SAVE_FAILED &&
+             report.blocks_captured < report.blocks);
     Say("torn " + std::to_string(step_));
+    raise(SIGKILL);
+  }
+
+  static void SlowDownCopies() {
+    void* const driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD);
+    const auto fake = reinterpret_cast<decltype(&fake_cuda)>(dlsym(driver, "fake_cuda"));
+    if (fake == nullptr) {
+      Say("trouble device no fake driver");
+      std::exit(1);
+    }
+    fake()->SetCopyRate(kMidwayBytesPerSecond);
+  }
+
+  void DieMidway() {
+    hf_save_report report = {};
+    report.struct_bytes = sizeof(report);
+    do {
+      const timespec moment = {0, 100'000};
+      nanosleep(&moment, nullptr);
+    } while (hf_report(job_, step_, &report) == HF_OK && report.device_bytes == 0);
+    Say("midway " + std::to_string(report.blocks_captured) + " " + std::to_string(report.blocks));
     raise(SIGKILL);
   }
 
@@ -328,6 +393,8 @@ class Trainer {
   hf_job* job_ = nullptr;
   hf_error error_ = {};
   State state_;
+  std::unique_ptr<cuda::DeviceBuffers> device_;  // or null: the state is in host memory
+  void* stream_ = nullptr;                       // its, or null
   uint64_t step_ = 0;
   uint64_t committed_ = UINT64_MAX;
   uint32_t reconnect_count_ = 0;
