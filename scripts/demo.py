@@ -30,9 +30,10 @@ TRIES = 6
 
 
 def counters_text(images):
-    blocks = total(images, "blocks")
-    return (f"{total(images, 'blocks_captured')} of {blocks} blocks captured, "
-            f"{total(images, 'blocks_flushed')} flushed")
+    text = f"{total(images, 'blocks_captured')} of {total(images, 'blocks')} blocks captured"
+    if all("blocks_flushed" in image for image in images):
+        text += f", {total(images, 'blocks_flushed')} flushed"
+    return text
 
 
 def rank_that_is_there(images, place):
@@ -181,18 +182,18 @@ class Demo:
                 return
         raise Failure(f"{name}: {TRIES} kills missed")
 
-    def armed(self, run, steps, point, fraction):
+    def armed(self, run, steps, point, fraction, **options):
         """A run of 4 ranks whose first worker stops at `point`, after `fraction` of all blocks. Returns
         it and the worker, which has stopped."""
         count = max(1, int(self.block_count() * fraction))
-        training = self.train(run, 4, steps, drill=f"{point}:{count}:stop")
+        training = self.train(run, 4, steps, drill=f"{point}:{count}:stop", **options)
         return training, self.agent.wait_stopped_at(point)
 
-    def kill_rank(self, name, heading, point, fraction, place):
+    def kill_rank(self, name, heading, point, fraction, place, **options):
         """Kills a rank that is there while the worker stands still at `point`. `place`: "captured" or
         "flushed"."""
         def once(run, base, step):
-            training, worker = self.armed(run, step + SAVE_EVERY, point, fraction)
+            training, worker = self.armed(run, step + SAVE_EVERY, point, fraction, **options)
             # Nothing slow until the kill: only the worker stands still, captures go on.
             images = self.agent.images_at(point, step)
             attempt = max(image["attempt"] for image in images)
@@ -362,6 +363,8 @@ class Demo:
         self.start(2 * SAVE_EVERY)
         self.kill_rank("rank-capture", "A rank is killed in the middle of a capture",
                        "capture.begun", 0, "captured")
+        self.kill_rank("device-capture", "A rank is killed in the middle of a capture from device memory, "
+                       "by a driver without a GPU", "capture.block_checksummed", 0, "captured", device=True)
         self.kill_rank("rank-flush", "A rank is killed in the middle of a flush",
                        "flush.block_written", 0.6, "flushed")
         self.kill_worker("worker-capture", "The agent's worker is killed in a capture",
