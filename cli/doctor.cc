@@ -19,7 +19,9 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
+#include "absl/strings/strip.h"
 #include "agent/version.h"
 #include "agent/witness/helper.h"
 #include "agent/witness/ras_client.h"
@@ -40,6 +42,7 @@ constexpr char kPlugin[] = "libnccl-profiler-holdfast.so";
 // Of a node: 32 descriptors a session, and the agent's own (docs/OPERATING.md).
 constexpr uint64_t kOpenFilesGood = 4096;
 constexpr uint64_t kMemlockGood = uint64_t{64} << 20;
+constexpr int kCudaVersionMin = 10010;  // docs/GPU.md
 
 // The first line of a small file; nothing if it cannot be read.
 std::optional<std::string> FirstLine(const std::string& path) {
@@ -231,6 +234,45 @@ Check Nvml(const DoctorOptions& options) {
   return check;
 }
 
+// What a training process will find that has tensors in device memory.
+Check Cuda(const DoctorOptions& options) {
+  const auto text = RunHelpers(options.helper, {{"devices"}}, kHelperDeadline).front();
+  if (!text.ok()) {
+    const bool none = text.status().code() == absl::StatusCode::kNotFound;
+    return {"cuda", none ? Health::kAbsent : Health::kBad, std::string(text.status().message()),
+            none ? "" : "nvidia-smi, which says more"};
+  }
+  const json readings = json::parse(*text, nullptr, /*allow_exceptions=*/false);
+  if (!readings.is_object()) {
+    return {"cuda", Health::kBad, "the helper's answer is not understood",
+            "install agent and command from one release"};
+  }
+  const int version = readings.value("version", 0);
+  Check check{"cuda", Health::kGood, "", ""};
+  std::vector<std::string> names;
+  std::vector<std::string> troubles;
+  for (const json& device : readings.value("devices", json::array())) {
+    names.push_back(device.value("name", "?"));
+    if (!device.contains("trouble")) continue;
+    troubles.push_back(
+        absl::StrFormat("device %d %s", device.value("index", 0), device.value("trouble", "?")));
+  }
+  check.found = absl::StrFormat("CUDA %d.%d; %d devices (%s)", version / 1000, version % 1000 / 10,
+                                names.size(), absl::StrJoin(names, ", "));
+  if (version < kCudaVersionMin) {
+    check.health = Health::kBad;
+    absl::StrAppend(&check.found, "; older than 10.1: tensors in device memory are not captured");
+    check.fix = "a newer driver";
+  } else if (!troubles.empty()) {
+    check.health = Health::kLimited;
+    absl::StrAppend(&check.found, "; ", absl::StrJoin(troubles, "; "));
+    check.fix = "ulimit -l unlimited for the job; nvidia-smi -q, which says more";
+  } else {
+    absl::StrAppend(&check.found, "; each registers host memory");
+  }
+  return check;
+}
+
 Check Ras(const DoctorOptions& options) {
   const auto address = ParseRasAddress(options.ras);
   if (!address.ok()) {
@@ -260,14 +302,46 @@ std::string LimitText(rlim_t limit) {
   return limit == RLIM_INFINITY ? "unlimited" : absl::StrCat(limit);
 }
 
-Check Limit(const char* name, __rlimit_resource resource, uint64_t good, const char* fix) {
-  rlimit limit{};
-  getrlimit(resource, &limit);
+struct LimitCheck {
+  const char* name;
+  __rlimit_resource resource;
+  const char* kernel_name;  // in /proc/PID/limits
+  uint64_t good;
+  const char* fix;
+};
+
+// The hard limit of another process; nothing if it cannot be read.
+std::optional<rlim_t> LimitOf(const std::string& proc, int64_t pid, const char* kernel_name) {
+  std::ifstream file(absl::StrCat(proc, "/", pid, "/limits"));
+  std::string line;
+  while (std::getline(file, line)) {
+    absl::string_view rest = line;
+    if (!absl::ConsumePrefix(&rest, kernel_name)) continue;
+    const std::vector<absl::string_view> words =
+        absl::StrSplit(rest, ' ', absl::SkipWhitespace());  // soft, hard, unit
+    rlim_t limit = RLIM_INFINITY;
+    if (words.size() < 2 || (words[1] != "unlimited" && !absl::SimpleAtoi(words[1], &limit))) break;
+    return limit;
+  }
+  return std::nullopt;
+}
+
+// Of the agent if there is one, else of this process, which the agent of a job may be like.
+Check Limit(const DoctorOptions& options, const json& status, const LimitCheck& of) {
+  rlimit own{};
+  getrlimit(of.resource, &own);
+  std::optional<rlim_t> agents;
+  if (status.is_object()) {
+    const int64_t worker = status.value("agent", json::object()).value("worker_pid", int64_t{0});
+    if (worker > 0) agents = LimitOf(options.proc, worker, of.kernel_name);
+  }
   // The agent raises the soft one itself.
-  Check check{name, Health::kGood, LimitText(limit.rlim_max), ""};
-  if (limit.rlim_max != RLIM_INFINITY && limit.rlim_max < good) {
+  const rlim_t limit = agents.value_or(own.rlim_max);
+  Check check{of.name, Health::kGood, LimitText(limit), ""};
+  if (agents.has_value()) absl::StrAppend(&check.found, " (the agent's)");
+  if (limit != RLIM_INFINITY && limit < of.good) {
     check.health = Health::kLimited;
-    check.fix = fix;
+    check.fix = of.fix;
   }
   return check;
 }
@@ -334,12 +408,15 @@ std::vector<Check> Examine(const DoctorOptions& options) {
   checks.push_back(Stacks(options));
   checks.push_back(KernelLogCheck(options));
   checks.push_back(Nvml(options));
+  checks.push_back(Cuda(options));
   checks.push_back(Ras(options));
   checks.push_back(Uring());
-  checks.push_back(Limit("memlock", RLIMIT_MEMLOCK, kMemlockGood,
-                         "LimitMEMLOCK=infinity in the agent's unit, or ulimit -l unlimited"));
-  checks.push_back(Limit("open_files", RLIMIT_NOFILE, kOpenFilesGood,
-                         "LimitNOFILE=1048576 in the agent's unit, or ulimit -n 1048576"));
+  checks.push_back(Limit(options, status,
+                         {"memlock", RLIMIT_MEMLOCK, "Max locked memory", kMemlockGood,
+                          "LimitMEMLOCK=infinity in the agent's unit, or ulimit -l unlimited"}));
+  checks.push_back(Limit(options, status,
+                         {"open_files", RLIMIT_NOFILE, "Max open files", kOpenFilesGood,
+                          "LimitNOFILE=1048576 in the agent's unit, or ulimit -n 1048576"}));
   checks.push_back(HugePages(options));
   checks.push_back(Root(options, status));
   return checks;

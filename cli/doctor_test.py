@@ -2,8 +2,9 @@
 """holdfast doctor on this machine as it is, and with everything taken away that can be: what is found is
 said, what is missing has its fix, and the exit code says whether something is bad.
 
-Usage: doctor_test.py HOLDFAST HOLDFASTD PLUGIN_DIRECTORY
+Usage: doctor_test.py HOLDFAST HOLDFASTD PLUGIN_DIRECTORY FAKE_CUDA_DIRECTORY
 """
+import ctypes
 import json
 import os
 import pathlib
@@ -14,11 +15,11 @@ import sys
 import tempfile
 import unittest
 
-COMMAND, DAEMON, PLUGINS = sys.argv[1:4]
-del sys.argv[1:4]
+COMMAND, DAEMON, PLUGINS, FAKE_CUDA = sys.argv[1:5]
+del sys.argv[1:5]
 
-NAMES = ["agent", "boards", "plugin", "level", "proc", "stacks", "kernel_log", "nvml", "ras", "io_uring",
-         "memlock", "open_files", "huge_pages", "root"]
+NAMES = ["agent", "boards", "plugin", "level", "proc", "stacks", "kernel_log", "nvml", "cuda", "ras",
+         "io_uring", "memlock", "open_files", "huge_pages", "root"]
 
 
 class Doctor(unittest.TestCase):
@@ -88,6 +89,11 @@ class Doctor(unittest.TestCase):
         self.assertIn("NCCL_PROFILER_PLUGIN", checks["boards"]["fix"])
         self.assertEqual(checks["root"], {"name": "root", "health": "good",
                                           "found": f"{root} is writable", "fix": ""})
+        # The agent's limits, not those of whoever asks.
+        less = self.checks(preexec=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)))
+        for name in ("memlock", "open_files"):
+            self.assertIn("(the agent's)", checks[name]["found"])
+            self.assertEqual(less[name], checks[name])
 
     def test_a_plugin_that_is_not_found_is_bad(self):
         checks = self.checks(LD_LIBRARY_PATH="", code=1)
@@ -114,6 +120,39 @@ class Doctor(unittest.TestCase):
             self.assertEqual(checks[name]["health"], "limited", name)
             self.assertIn(fix, checks[name]["fix"])
         self.assertIn("light", self.checks(HOLDFAST_MONITOR="loud")["level"]["found"])
+
+    def cuda(self, mode="", **options):
+        return self.checks(LD_LIBRARY_PATH=f"{PLUGINS}:{FAKE_CUDA}", HOLDFAST_FAKE_CUDA=mode, **options)["cuda"]
+
+    def test_what_a_cuda_driver_grants_is_said(self):
+        self.assertEqual(self.cuda(), {
+            "name": "cuda", "health": "good", "fix": "",
+            "found": "CUDA 13.0; 2 devices (fake, fake); each registers host memory"})
+        absent = self.cuda("absent")
+        self.assertEqual((absent["health"], absent["fix"]), ("absent", ""))
+        self.assertIn("cuInit: CUDA_ERROR_NO_DEVICE (100)", absent["found"])
+        limited = self.cuda("pinless")
+        self.assertEqual(limited["health"], "limited")
+        for device in "01":
+            self.assertIn(f"device {device} registers no host memory, so that captures are slower: "
+                          "cuMemHostRegister: CUDA_ERROR_OUT_OF_MEMORY (2)", limited["found"])
+        self.assertIn("ulimit -l unlimited", limited["fix"])
+
+    def test_a_cuda_driver_that_does_not_work_is_bad(self):
+        bad = self.cuda("mismatch", code=1)
+        self.assertEqual((bad["health"], bad["fix"]), ("bad", "nvidia-smi, which says more"))
+        self.assertIn("cuInit: CUDA_ERROR_OF_THE_FAKE (803)", bad["found"])
+
+    def test_no_cuda_driver_is_no_fault(self):
+        try:
+            ctypes.CDLL("libcuda.so.1")
+            self.skipTest("there is an NVIDIA driver here: 1 skipped")
+        except OSError:
+            pass
+        self.assertEqual(self.checks()["cuda"], {
+            "name": "cuda", "health": "absent", "fix": "",
+            "found": "no CUDA driver: libcuda.so.1: cannot open shared object file: No such file or "
+                     "directory"})
 
     def test_a_port_of_somebody_else_is_said(self):
         with socket.socket() as listener:

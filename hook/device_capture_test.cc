@@ -414,14 +414,19 @@ TEST_F(DeviceCaptureTest, SavesAndCancellationsInAnyOrderNeverMixImages) {
   Open(3);
   TestBuffers buffers;
   const TestPlan plan = StraightPlan(buffers, {0, 1, 2}, 300'000, 4096, random_);
-  const PlacedBuffers placed(*devices_, buffers,
-                             [](size_t i) { return i == 1 ? PlacedBuffers::kHost : 0; });
+  // Another context, whose work is on its default stream.
+  const int other = devices_->count() - 1;
+  const PlacedBuffers placed(*devices_, buffers, [&](size_t i) {
+    return i == 0 ? 0 : i == 1 ? PlacedBuffers::kHost : other;
+  });
   Register(placed, plan);
   int captured = 0;
   for (uint64_t step = 1; step <= 150; ++step) {
     for (size_t i = 0; i < buffers.count(); ++i) {
       std::fill(buffers.data(i).begin(), buffers.data(i).end(), static_cast<std::byte>(step));
-      if (i != 1) devices_->Set(0, stream_, placed.data(i), static_cast<std::byte>(step), 300'000);
+      if (i == 1) continue;
+      devices_->Set(placed.place(i), i == 0 ? stream_ : nullptr, placed.data(i),
+                    static_cast<std::byte>(step), 300'000);
     }
     ASSERT_TRUE(Save(step).ok());
     const uint32_t patience = random_() % 3;

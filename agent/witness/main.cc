@@ -4,6 +4,7 @@
 //
 //   holdfast-witness stacks PROCESS    the native stacks of its threads
 //   holdfast-witness gpus              what NVML says
+//   holdfast-witness devices           what the CUDA driver grants
 #include <signal.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
@@ -14,6 +15,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/strings/numbers.h"
+#include "agent/witness/cuda.h"
 #include "agent/witness/native_stacks.h"
 #include "agent/witness/nvml.h"
 
@@ -48,8 +50,10 @@ int Main(int argc, char** argv) {
     text = NativeStacks(process);
   } else if (verb == "gpus" && argc == 2) {
     text = NvmlReadings();
+  } else if (verb == "devices" && argc == 2) {
+    text = CudaReadings();
   } else {
-    std::fprintf(stderr, "usage: holdfast-witness stacks PROCESS | gpus\n");
+    std::fprintf(stderr, "usage: holdfast-witness stacks PROCESS | gpus | devices\n");
     return kExitUsage;
   }
   if (!text.ok()) {
