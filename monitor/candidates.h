@@ -51,7 +51,8 @@ struct Mismatch {
   std::vector<Rank> odd;  // the minority; all of them if there is none
   bool tie = false;       // no majority says who is right
   absl::Duration standing = absl::ZeroDuration();
-  std::string what;  // "AllReduce of 4096 bytes where 7 others call ..."
+  // "rank 0 called Broadcast of 8 bytes as operation 9 of ..., where 7 ranks called ..."
+  std::string what;
 };
 std::vector<Mismatch> FindMismatches(const JobState& state);
 

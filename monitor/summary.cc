@@ -13,7 +13,17 @@
 namespace holdfast::monitor {
 namespace {
 
-constexpr Envelope kEnvelope = {"summary", "HFMS", 1, kSummaryBytesMax};
+constexpr Envelope kEnvelope = {"summary", "HFMS", 2, kSummaryBytesMax};
+// Of recordings from before operations were told.
+constexpr Envelope kFirstEnvelope = {"summary", "HFMS", 1, kSummaryBytesMax};
+constexpr size_t kOperationsOfTightBudget = 4;  // of a communicator
+
+const Envelope& EnvelopeOf(std::span<const std::byte> bytes) {
+  const size_t at = kFirstEnvelope.magic.size();
+  const bool first =
+      bytes.size() > at && std::to_integer<uint8_t>(bytes[at]) == kFirstEnvelope.version;
+  return first ? kFirstEnvelope : kEnvelope;
+}
 
 template <typename Codec>
 void Walk(Codec& codec, ConnectionReport& c) {
@@ -34,7 +44,18 @@ void Walk(Codec& codec, ConnectionReport& c) {
 }
 
 template <typename Codec>
-void Walk(Codec& codec, CommunicatorReport& c) {
+void Walk(Codec& codec, RecentOperation& o) {
+  codec.Enumerator("kind of an operation", o.kind, kOperationKinds);
+  codec.Number("bytes of an operation", o.bytes);
+  // 0: none.
+  uint64_t root = o.root == kNoRoot ? 0 : uint64_t{o.root} + 1;
+  codec.Number("root of an operation", root, kNoRoot);
+  o.root = root == 0 ? kNoRoot : static_cast<uint32_t>(root - 1);
+}
+
+// `version`: of the envelope.
+template <typename Codec>
+void Walk(Codec& codec, CommunicatorReport& c, uint8_t version) {
   codec.Number("communicator", c.id);
   codec.Number("communicator size", c.size);
   codec.Number("index in communicator", c.index);
@@ -55,10 +76,13 @@ void Walk(Codec& codec, CommunicatorReport& c) {
   codec.Number("time since begin", c.open_us);
   codec.Length("connections", c.connections, kConnectionsMax);
   for (ConnectionReport& connection : c.connections) Walk(codec, connection);
+  if (version == kFirstEnvelope.version) return;
+  codec.Length("operations", c.operations, kOperationsMax);
+  for (RecentOperation& operation : c.operations) Walk(codec, operation);
 }
 
 template <typename Codec>
-void Walk(Codec& codec, RankReport& r) {
+void Walk(Codec& codec, RankReport& r, uint8_t version) {
   uint32_t rank = Value(r.rank);
   codec.Number("rank", rank);
   r.rank = Rank{rank};
@@ -78,11 +102,16 @@ void Walk(Codec& codec, RankReport& r) {
     codec.Text("section name", section.name, kSectionNameBytesMax);
   }
   codec.Length("communicators", r.communicators, kCommunicatorsMax);
-  for (CommunicatorReport& communicator : r.communicators) Walk(codec, communicator);
+  for (CommunicatorReport& communicator : r.communicators) Walk(codec, communicator, version);
+  if (version == kFirstEnvelope.version) return;
+  // 0: not known.
+  uint64_t local_rank = r.local_rank == kNoLocalRank ? 0 : uint64_t{r.local_rank} + 1;
+  codec.Number("local rank", local_rank, uint64_t{kLocalRankMax} + 1);
+  r.local_rank = local_rank == 0 ? kNoLocalRank : static_cast<uint32_t>(local_rank - 1);
 }
 
 template <typename Codec>
-void Walk(Codec& codec, NodeSummary& s) {
+void Walk(Codec& codec, NodeSummary& s, uint8_t version) {
   codec.Number("node", s.node);
   uint32_t attempt = Value(s.attempt);
   codec.Number("attempt", attempt);
@@ -95,7 +124,7 @@ void Walk(Codec& codec, NodeSummary& s) {
   codec.Number("engine paused", paused, 1);
   s.engine_paused = paused == 1;
   codec.Length("ranks", s.ranks, kRanksMax);
-  for (RankReport& rank : s.ranks) Walk(codec, rank);
+  for (RankReport& rank : s.ranks) Walk(codec, rank, version);
 }
 
 void MergeChannels(CommunicatorReport& communicator) {
@@ -119,7 +148,7 @@ void MergeChannels(CommunicatorReport& communicator) {
 // Also of a summary that is too large to be encoded.
 size_t EncodedBytes(NodeSummary& summary) {
   ByteSizer sizer;
-  Walk(sizer, summary);
+  Walk(sizer, summary, kEnvelope.version);
   return kEnvelopeBytes + sizer.bytes();
 }
 
@@ -146,6 +175,14 @@ bool HalveConnections(NodeSummary& summary) {
   return true;
 }
 
+void KeepNewestOperations(NodeSummary& summary, size_t count) {
+  ForEachCommunicator(summary, [&](CommunicatorReport& communicator) {
+    std::vector<RecentOperation>& operations = communicator.operations;
+    const size_t kept = std::min(operations.size(), count);
+    operations.erase(operations.begin(), operations.end() - static_cast<ptrdiff_t>(kept));
+  });
+}
+
 // Takes away the communicators in which nothing is open, then half of the others; false if none are
 // left.
 bool HalveCommunicators(NodeSummary& summary) {
@@ -167,16 +204,17 @@ std::string EncodeSummary(const NodeSummary& summary) {
   OpenEnvelope(kEnvelope, bytes);
   ByteWriter writer(&bytes);
   NodeSummary copy = summary;  // Walk takes what it could also fill
-  Walk(writer, copy);
+  Walk(writer, copy, kEnvelope.version);
   SealEnvelope(kEnvelope, bytes);
   return bytes;
 }
 
 absl::StatusOr<NodeSummary> DecodeSummary(std::span<const std::byte> bytes) {
-  ASSIGN_OR_RETURN(const auto fields, FieldsIn(kEnvelope, bytes));
-  ByteReader reader(kEnvelope.name, fields);
+  const Envelope& envelope = EnvelopeOf(bytes);
+  ASSIGN_OR_RETURN(const auto fields, FieldsIn(envelope, bytes));
+  ByteReader reader(envelope.name, fields);
   NodeSummary summary;
-  Walk(reader, summary);
+  Walk(reader, summary, envelope.version);
   RETURN_IF_ERROR(reader.Finish());
   for (const RankReport& rank : summary.ranks) {
     for (const CommunicatorReport& c : rank.communicators) {
@@ -195,10 +233,14 @@ bool FitToBudget(NodeSummary& summary, size_t bytes_max) {
   if (fits()) return true;
   ForEachCommunicator(summary, MergeChannels);
   if (fits()) return true;
+  KeepNewestOperations(summary, kOperationsOfTightBudget);
+  if (fits()) return true;
   ForEachCommunicator(summary, [](CommunicatorReport& communicator) {
     std::erase_if(communicator.connections,
                   [](const ConnectionReport& c) { return c.state == WaitState::kNone; });
   });
+  if (fits()) return true;
+  KeepNewestOperations(summary, 0);
   while (!fits()) {
     if (!HalveConnections(summary) && !HalveCommunicators(summary)) return false;
   }

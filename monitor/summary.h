@@ -10,7 +10,8 @@
 // Bytes: magic "HFMS", version, body, CRC32C of all before it. The body is LEB128 varints in the
 // order of the fields below; signed numbers are zigzag, lists carry their length. Decode is strict:
 // the shortest form of every number, known enumerators, lengths within the limits, no byte left
-// over.
+// over. Version 2 is written; version 1, of older recordings, has neither
+// CommunicatorReport::operations nor RankReport::local_rank.
 #ifndef HOLDFAST_MONITOR_SUMMARY_H_
 #define HOLDFAST_MONITOR_SUMMARY_H_
 
@@ -28,9 +29,11 @@ namespace holdfast::monitor {
 
 // Limits. Decode refuses what is above them; Encode CHECKs them, FitToBudget brings a summary
 // below.
-inline constexpr size_t kRanksMax = 64;                // of one node
-inline constexpr size_t kCommunicatorsMax = 256;       // of one rank
-inline constexpr size_t kConnectionsMax = 4096;        // of one rank in one communicator
+inline constexpr size_t kRanksMax = 64;           // of one node
+inline constexpr size_t kCommunicatorsMax = 256;  // of one rank
+inline constexpr size_t kConnectionsMax = 4096;   // of one rank in one communicator
+inline constexpr size_t kOperationsMax = 16;      // of one communicator, as the board keeps
+inline constexpr uint32_t kLocalRankMax = 65'535;
 inline constexpr size_t kSectionsMax = 4;              // the innermost ones
 inline constexpr size_t kSectionNameBytesMax = 32;     // longer names are cut by the sender
 inline constexpr size_t kSummaryBytesMax = 1 << 20;    // of one encoded summary
@@ -55,6 +58,18 @@ inline constexpr size_t kOperationKinds = 12;
 constexpr bool IsPointToPoint(OperationKind kind) {
   return kind == OperationKind::kSend || kind == OperationKind::kReceive;
 }
+
+// What a collective was called with.
+inline constexpr uint32_t kNoRoot = UINT32_MAX;
+struct RecentOperation {
+  OperationKind kind{};
+  uint64_t bytes = 0;
+  uint32_t root = kNoRoot;  // index inside the communicator; kNoRoot: the kind has none
+  friend auto operator<=>(const RecentOperation&, const RecentOperation&) = default;
+};
+// A communicator's operations are told once it has stood for so long: of one that moves they would
+// be out of date on arrival, and cost as much as all the rest.
+inline constexpr uint64_t kOperationsToldAfterUs = 500'000;
 
 enum class Direction : uint8_t { kSend, kReceive };
 
@@ -144,11 +159,16 @@ struct CommunicatorReport {
   uint64_t last_sequence = 0;                             // of it, among those of its kind
   uint64_t open_us = 0;  // since the oldest unfinished operation began; 0 = none is open
   std::vector<ConnectionReport> connections;
+  // Its newest collectives, oldest first; the last is number Collectives().enqueued. Empty: it has
+  // moved within kOperationsToldAfterUs, or they are not known.
+  std::vector<RecentOperation> operations;
   friend bool operator==(const CommunicatorReport&, const CommunicatorReport&) = default;
 };
 
+inline constexpr uint32_t kNoLocalRank = UINT32_MAX;
 struct RankReport {
   Rank rank{};
+  uint32_t local_rank = kNoLocalRank;  // as it says itself (LOCAL_RANK); kNoLocalRank: not known
   ProcessState process{};
   ExitKind exit{};
   int32_t exit_value = 0;  // status or signal; 0 while it runs
@@ -190,9 +210,10 @@ absl::StatusOr<NodeSummary> DecodeSummary(std::span<const std::byte> bytes);
 
 // Makes the encoded form at most `bytes_max` long, by as little as is needed: merges the channels
 // of each (communicator, peer, direction) into one connection that carries their sums and the state
-// of the channel that waits the longest; then drops connections without an open operation, then
-// those that wait the least, then communicators, those without an open operation first. Returns
-// whether it fits: kRanksMax ranks do in kSummaryBytesBudget, whatever was in them.
+// of the channel that waits the longest; then drops all operations but the newest of each
+// communicator, connections without an open operation, all operations; then the connections that
+// wait the least, then communicators, those without an open operation first. Returns whether it
+// fits: kRanksMax ranks do in kSummaryBytesBudget, whatever was in them.
 bool FitToBudget(NodeSummary& summary, size_t bytes_max);
 
 // All operations, and those that every rank of the communicator calls.

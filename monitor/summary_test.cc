@@ -88,6 +88,11 @@ TEST(SummaryTest, WhatIsDecodedIsWhatWasEncoded) {
   node.ranks[3].process = ProcessState::kGone;
   node.ranks[3].exit = ExitKind::kError;
   node.ranks[3].exit_value = -17;
+  node.ranks[4].local_rank = 0;
+  node.ranks[5].local_rank = kLocalRankMax;
+  node.ranks[5].communicators[2].operations = {{OperationKind::kReduce, 0, 0},
+                                               {OperationKind::kAllReduce, UINT64_MAX, kNoRoot},
+                                               {OperationKind::kScatter, 1, kNoRoot - 1}};
   node.ranks[4].sections.clear();
   const std::string bytes = EncodeSummary(node);
   ASSERT_OK_AND_ASSIGN(const NodeSummary found, DecodeSummary(Bytes(bytes)));
@@ -146,9 +151,22 @@ TEST(SummaryTest, AByteLeftOverALongNumberAndAnotherVersionAreNamed) {
   EXPECT_THAT(DecodeSummary(Bytes(Sealed(padded))),
               StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("shortest form")));
   std::string newer = bytes;
-  newer[4] = 2;
+  newer[4] = 3;
   EXPECT_THAT(DecodeSummary(Bytes(Sealed(newer))),
-              StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("expected 1, found 2")));
+              StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("expected 2, found 3")));
+}
+
+// Recordings that were made before operations were told are still read.
+TEST(SummaryTest, VersionOneHasNoOperationsAndIsRead) {
+  NodeSummary node = MakeNode(0);
+  node.ranks.resize(1);
+  node.ranks[0].communicators.resize(1);
+  std::string first = EncodeSummary(node);
+  first[4] = 1;
+  // The last two fields before the checksum: how many operations, and the local rank.
+  first.erase(first.size() - 6, 2);
+  ASSERT_OK_AND_ASSIGN(const NodeSummary found, DecodeSummary(Bytes(Sealed(first))));
+  EXPECT_EQ(found, node);
 }
 
 TEST(SummaryTest, ANodeOfEightRanksInTenCommunicatorsKeepsItsBudget) {
@@ -160,6 +178,26 @@ TEST(SummaryTest, ANodeOfEightRanksInTenCommunicatorsKeepsItsBudget) {
     const auto& connections = node.ranks[0].communicators[0].connections;
     EXPECT_EQ(connections.size(), fits_as_it_is ? 2 * channels : 2u) << channels;
     RecordProperty("channels_" + std::to_string(channels),
+                   static_cast<int>(EncodeSummary(node).size()));
+  }
+}
+
+// The worst second: everything stands, and says what it has called.
+TEST(SummaryTest, ANodeInWhichEverythingStandsKeepsItsBudgetWithItsOperations) {
+  for (const uint32_t channels : {1u, 2u, 16u}) {
+    NodeSummary node = MakeNode(channels);
+    for (RankReport& rank : node.ranks) {
+      for (CommunicatorReport& communicator : rank.communicators) {
+        communicator.operations.assign(kOperationsMax,
+                                       {OperationKind::kBroadcast, uint64_t{1} << 30, 1000});
+      }
+    }
+    EXPECT_TRUE(FitToBudget(node, kSummaryBytesBudget)) << channels;
+    EXPECT_LE(EncodeSummary(node).size(), kSummaryBytesBudget) << channels;
+    const CommunicatorReport& communicator = node.ranks[7].communicators[9];
+    EXPECT_EQ(communicator.connections.size(), 2u) << channels;
+    EXPECT_EQ(communicator.operations.size(), kOperationsMax) << channels;
+    RecordProperty("standing_channels_" + std::to_string(channels),
                    static_cast<int>(EncodeSummary(node).size()));
   }
 }
@@ -180,6 +218,8 @@ TEST(SummaryTest, TheLargestSummaryThatThereCanBeFits) {
   connection.operation = connection.bytes = connection.wire_wait_us = UINT64_MAX;
   connection.peer = UINT32_MAX;
   communicator.connections.assign(8, connection);
+  communicator.operations.assign(kOperationsMax,
+                                 {OperationKind::kBarrier, UINT64_MAX, kNoRoot - 1});
   for (size_t i = 0; i < communicator.connections.size(); ++i) {
     communicator.connections[i].peer -= static_cast<uint32_t>(i);
     communicator.connections[i].waiting_us = UINT64_MAX - i;
@@ -192,6 +232,7 @@ TEST(SummaryTest, TheLargestSummaryThatThereCanBeFits) {
   // With room for some, those remain that wait the longest.
   node.ranks.assign(1, rank);
   node.ranks[0].communicators.resize(1);
+  node.ranks[0].communicators[0].operations.clear();
   const size_t all = EncodeSummary(node).size();
   EXPECT_TRUE(FitToBudget(node, all - 1));
   const auto& left = node.ranks[0].communicators.at(0).connections;

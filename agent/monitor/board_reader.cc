@@ -23,11 +23,17 @@ static_assert(static_cast<int>(OperationKind::kBarrier) ==
               static_cast<int>(abi::OperationKind::kBarrier));
 static_assert(static_cast<int>(monitor::WaitState::kReceiveGpuWait) ==
               static_cast<int>(abi::WaitState::kReceiveGpuWait));
+static_assert(monitor::kOperationsMax == abi::kRecentOperations);
 
 OperationKind KindOf(abi::OperationKind kind) {
   const auto number = static_cast<size_t>(kind);
   return number < monitor::kOperationKinds ? static_cast<OperationKind>(number)
                                            : OperationKind::kUnknown;
+}
+
+bool HasRoot(OperationKind kind) {
+  return kind == OperationKind::kBroadcast || kind == OperationKind::kReduce ||
+         kind == OperationKind::kGather || kind == OperationKind::kScatter;
 }
 
 size_t IndexOf(OperationKind kind) { return static_cast<size_t>(kind); }
@@ -68,6 +74,7 @@ struct BoardReader::Look {
   Place* FindPlace(uint32_t communicator);
   void Count(const Place& place, CommunicatorReport& communicator) const;
   void TakeLast(const Place& place, CommunicatorReport& communicator) const;
+  void TakeOperations(const Place& place, CommunicatorReport& communicator) const;
   uint64_t OperationUs(const Place& place) const;
 
   const abi::BoardView& board;
@@ -237,6 +244,29 @@ void BoardReader::Look::TakeLast(const Place& place, CommunicatorReport& communi
   communicator.open_us = std::max<uint64_t>(now.MicrosSince(began), 1);
 }
 
+void BoardReader::Look::TakeOperations(const Place& place, CommunicatorReport& communicator) const {
+  const abi::Communicator& from = board.communicators[place.index];
+  const abi::CommunicatorReading& reading = place.reading;
+  const uint64_t changed =
+      std::max({reading.enqueued_ticks, reading.started_ticks, reading.finished_ticks});
+  if (now.MicrosSince(changed) < monitor::kOperationsToldAfterUs) return;
+  std::vector<monitor::RecentOperation> newest;
+  for (uint64_t number = reading.enqueued; newest.size() < monitor::kOperationsMax; --number) {
+    abi::OperationReading operation;
+    if (!abi::ReadRecentOperation(from, number, &operation)) break;
+    const OperationKind kind = KindOf(operation.kind);
+    if (monitor::IsPointToPoint(kind)) continue;
+    newest.push_back(
+        {kind, operation.bytes, HasRoot(kind) ? operation.root_or_peer : monitor::kNoRoot});
+  }
+  // Were one enqueued while we look, all numbers could be wrong by one.
+  if (from.enqueued.load(kAcquire) != reading.enqueued ||
+      monitor::Total(communicator).enqueued != reading.enqueued) {
+    return;
+  }
+  communicator.operations.assign(newest.rbegin(), newest.rend());
+}
+
 uint64_t BoardReader::Look::OperationUs(const Place& place) const {
   if (place.has_kernels) return place.kernel_us;
   if (place.has_connections) return place.connection_us;
@@ -313,6 +343,7 @@ BoardReport BoardReader::Read(const TickInstant& now) {
     CommunicatorReport& communicator = look.report.communicators[place.report];
     look.Count(place, communicator);
     look.TakeLast(place, communicator);
+    look.TakeOperations(place, communicator);
     if (operation_times_.size() <= index) operation_times_.resize(index + 1);
     OperationTime& time = operation_times_[index];
     if (time.generation != place.reading.generation) time = {place.reading.generation, 0};

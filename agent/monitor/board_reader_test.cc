@@ -81,6 +81,49 @@ TEST_F(BoardReaderTest, ACommunicatorIsNamedAndCountedByKind) {
   EXPECT_THAT(Read().communicators, IsEmpty());
 }
 
+// Collectives by their numbers, with all that they were called with, once nothing has moved for a
+// while; point to point is not among them.
+TEST_F(BoardReaderTest, TheNewestCollectivesAreToldOfACommunicatorThatStands) {
+  const Token communicator = Open();
+  abi::Communicator& place = trainer_.board().communicator(0);
+  std::vector<monitor::RecentOperation> all;
+  const auto stand = [&](int64_t microseconds) {
+    const uint64_t then =
+        trainer_.board().Now() - static_cast<uint64_t>(microseconds) * uint64_t{1000};
+    for (auto* ticks : {&place.enqueued_ticks, &place.started_ticks, &place.finished_ticks}) {
+      ticks->store(then, kRelease);
+    }
+    return ReadOne().operations;
+  };
+  EXPECT_THAT(stand(10'000'000), IsEmpty());
+  for (uint32_t i = 0; i < 40; ++i) {
+    const bool rooted = i % 3 == 0;
+    const auto kind = rooted ? abi::OperationKind::kReduce : abi::OperationKind::kAllGather;
+    const Token operation = trainer_.events().BeginOperation(
+        communicator, {.kind = kind, .bytes = 100 + i, .root = i % 4});
+    all.push_back({rooted ? OperationKind::kReduce : OperationKind::kAllGather, 100 + i,
+                   rooted ? i % 4 : monitor::kNoRoot});
+    if (i % 2 == 0) trainer_.events().FinishOperation(operation);
+    const size_t kept = std::min(all.size(), monitor::kOperationsMax);
+    const std::vector<monitor::RecentOperation> newest(all.end() - static_cast<ptrdiff_t>(kept),
+                                                       all.end());
+    EXPECT_EQ(stand(monitor::kOperationsToldAfterUs), newest) << i;
+    // It moved an hour after the look: however slow we are, it has not stood.
+    EXPECT_THAT(stand(-3'600'000'000), IsEmpty()) << i;
+  }
+  EXPECT_EQ(monitor::Collectives(ReadOne()).enqueued, all.size());
+  // Of the 16 that are kept three are point to point now.
+  for (const auto kind :
+       {abi::OperationKind::kSend, abi::OperationKind::kReceive, abi::OperationKind::kSend}) {
+    Enqueue(communicator, kind, 64, 1);
+  }
+  const std::vector<monitor::RecentOperation> left(all.end() - 13, all.end());
+  EXPECT_EQ(stand(10'000'000), left);
+  // One that is being enqueued: its number is given, and it is not there yet.
+  place.enqueued.fetch_add(1, kRelease);
+  EXPECT_THAT(stand(10'000'000), IsEmpty());
+}
+
 TEST_F(BoardReaderTest, AnOpenOperationIsAsOldAsItself) {
   const Token communicator = Open();
   const Token operation = Enqueue(communicator, abi::OperationKind::kAllReduce);

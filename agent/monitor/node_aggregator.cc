@@ -418,6 +418,7 @@ void NodeAggregator::ReadBoards(Process& process) {
     process.proxy_threads.insert(process.proxy_threads.end(), found.proxy_threads.begin(),
                                  found.proxy_threads.end());
     if (IsHooks(*source.board)) report.sections = process.sections.Open(now);
+    if (header.local_rank <= monitor::kLocalRankMax) report.local_rank = header.local_rank;
     if (header.world_size <= kRanksOfJobMax) {
       process.world_size = std::max(process.world_size, header.world_size);
     }

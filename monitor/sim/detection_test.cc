@@ -186,7 +186,8 @@ TEST(DetectionTest, AProgramThatDisagreesIsNamedAsTheProgram) {
         const bool beside = (r + 1) % 8 == rank || r == rank || r == (rank + 1) % 8;
         if (beside || topology.options.traffic != Traffic::kAllToAll) ring.push_back(One(r));
       }
-      for (const FaultKind kind : {FaultKind::kWrongSize, FaultKind::kWrongKind}) {
+      for (const FaultKind kind :
+           {FaultKind::kWrongSize, FaultKind::kWrongKind, FaultKind::kExtraBroadcast}) {
         options.faults = {FaultOf(kind, rank, 0)};
         ExpectOnly(Observe(options, kOnset + absl::Seconds(20)),
                    {{FaultClass::kMismatch, Scope::kProgram, {One(rank)}}}, absl::Seconds(5),

@@ -31,6 +31,9 @@ CommunicatorReport World::Impl::ReportCommunicator(uint32_t rank, const Membersh
   report.last_kind = m.last_kind;
   report.last_bytes = m.last_bytes;
   report.last_sequence = m.counts[static_cast<size_t>(m.last_kind)].enqueued;
+  if (Micros(now_ - m.changed, agent) >= kOperationsToldAfterUs) {
+    report.operations.assign(m.newest.begin(), m.newest.end());
+  }
   const RankState& state = ranks[rank];
   if (state.in_operation && state.now.communicator == m.communicator) {
     report.open_us = Micros(now_ - state.opened, agent);
@@ -66,6 +69,7 @@ RankReport World::Impl::ReportRank(uint32_t rank, const Agent& agent) {
   const RankState& state = ranks[rank];
   RankReport report;
   report.rank = Rank{rank};
+  report.local_rank = rank % options.ranks_per_node;
   report.process = state.process;
   if (state.process == ProcessState::kRunning &&
       (state.asleep || (!state.in_operation && state.now.section == SectionKind::kData))) {

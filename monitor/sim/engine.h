@@ -87,6 +87,8 @@ struct Membership {
   OperationKind last_kind{};
   uint64_t last_bytes = 0;
   uint64_t collectives = 0;
+  std::deque<RecentOperation> newest;  // collectives, at most kOperationsMax
+  Nanos changed = 0;                   // when one was last enqueued or finished
 };
 
 struct RankState {
@@ -168,6 +170,7 @@ class World::Impl {
 
   // transport.cc: operations, GPUs, proxies, wire.
   void Open(uint32_t rank);
+  void Enqueue(Membership& m, OperationKind kind, uint64_t bytes);
   void OpenEnd(EndView& end, uint64_t operation, uint64_t steps, uint64_t tag, uint32_t unit);
   void OpenRing(uint32_t rank, Membership& m, uint64_t steps, uint64_t loops, uint64_t tag,
                 double step_bytes);

@@ -295,6 +295,15 @@ bool World::Impl::Distort(uint32_t rank) {
         if (reduces) state.now.operation = OperationKind::kReduceScatter;
         happened[f] = reduces;
         break;
+      case FaultKind::kExtraBroadcast:
+        if (reduces) {
+          // What it sends lies in its own buffers, so that for it the operation is over.
+          Membership& m = MembershipOf(rank, state.now.communicator);
+          Enqueue(m, OperationKind::kBroadcast, kLossBytes);
+          ++m.counts[static_cast<size_t>(OperationKind::kBroadcast)].finished;
+        }
+        happened[f] = reduces;
+        break;
       case FaultKind::kSwappedOrder:
         if (!state.program.empty() && state.now.communicator != world_ &&
             state.program.front().kind == Instruction::Kind::kOperation &&

@@ -28,6 +28,17 @@ void World::Impl::OpenEnd(EndView& end, uint64_t operation, uint64_t steps, uint
   end.unit = unit;
 }
 
+// Counts a collective as begun.
+void World::Impl::Enqueue(Membership& m, OperationKind kind, uint64_t bytes) {
+  OperationCounts& counts = m.counts[static_cast<size_t>(kind)];
+  ++counts.enqueued;
+  ++counts.started;
+  ++m.collectives;
+  m.newest.push_back({kind, bytes, kind == OperationKind::kBroadcast ? m.index : kNoRoot});
+  if (m.newest.size() > kOperationsMax) m.newest.pop_front();
+  m.changed = now_;
+}
+
 // Enqueues the operation that `rank` is at, and starts it.
 void World::Impl::Open(uint32_t rank) {
   RankState& state = ranks[rank];
@@ -51,10 +62,7 @@ void World::Impl::Open(uint32_t rank) {
     }
     OpenPairs(rank, m, tag);
   } else {
-    OperationCounts& counts = m.counts[static_cast<size_t>(op.operation)];
-    ++counts.enqueued;
-    ++counts.started;
-    ++m.collectives;
+    Enqueue(m, op.operation, op.bytes);
     m.last_kind = op.operation;
     const uint64_t members = c.ranks.size();
     if (op.operation == OperationKind::kAllToAll) {
@@ -68,6 +76,7 @@ void World::Impl::Open(uint32_t rank) {
     }
   }
   m.last_bytes = op.bytes;
+  m.changed = now_;
   for (uint32_t unit = 0; unit < state.units.size(); ++unit) Kick(rank, unit);
   for (const uint32_t id : c.connections[m.index]) {
     Connection& connection = connections_[id];
@@ -180,6 +189,7 @@ void World::Impl::CloseIfDone(uint32_t rank) {
   state.in_operation = false;
   state.operation_time += now_ - state.opened;
   Membership& m = MembershipOf(rank, state.now.communicator);
+  m.changed = now_;
   if (IsPointToPoint(state.now.operation)) {
     for (const auto& [peer, direction] : state.now.peers) {
       ++m.counts[static_cast<size_t>(direction == Direction::kSend ? OperationKind::kSend

@@ -33,16 +33,17 @@ enum class FaultKind : uint8_t {
   kSender,    // all that `rank` sends
   kReceiver,  // all that `rank` receives
   // Rank.
-  kSlowGpu,       // computes `factor` times as long
-  kGpuHang,       // its next GPU action in an operation never ends
-  kNeverEnters,   // sleeps for ever before its next operation
-  kEndlessLoop,   // the same, busy
-  kKilled,        // SIGKILL; the others hang, or, with `factor` > 0, exit with errors afterwards
-  kStopped,       // SIGSTOP, until `end`
-  kNodeDies,      // node of `rank`: its processes and its agent
-  kWrongSize,     // its next all-reduce has another size
-  kWrongKind,     // its next all-reduce is a reduce-scatter
-  kSwappedOrder,  // it calls the operations of two communicators in the other order
+  kSlowGpu,         // computes `factor` times as long
+  kGpuHang,         // its next GPU action in an operation never ends
+  kNeverEnters,     // sleeps for ever before its next operation
+  kEndlessLoop,     // the same, busy
+  kKilled,          // SIGKILL; the others hang, or, with `factor` > 0, exit with errors afterwards
+  kStopped,         // SIGSTOP, until `end`
+  kNodeDies,        // node of `rank`: its processes and its agent
+  kWrongSize,       // its next all-reduce has another size
+  kWrongKind,       // its next all-reduce is a reduce-scatter
+  kExtraBroadcast,  // calls a broadcast before its next all-reduce, and goes on, as its root may
+  kSwappedOrder,    // it calls the operations of two communicators in the other order
   kStarvedProxy,  // its proxy threads get no CPU; with `factor` > 0, each action comes that many ms
                   // late
   kSlowData,      // loading takes `factor` times the time of computing
@@ -56,7 +57,7 @@ enum class FaultKind : uint8_t {
   kSlowCompile,      // the first iteration computes `factor` seconds more, differently on each rank
   kLateObserver,     // the agent of `rank`'s node does not run for `factor` seconds
 };
-inline constexpr int kFaultKinds = 23;
+inline constexpr int kFaultKinds = 24;
 
 struct Fault {
   FaultKind kind{};
