@@ -22,6 +22,7 @@ BENCHMARKS = {
     "restore_memory": ("spine", "restore_memory"),
     "registration": ("spine", "registration"),
     "stamp_head": ("spine", "stamp_head"),
+    "device_overhead": ("device_overhead", "rows"),
     "planner": ("spine", "planner"),
     "view": ("view", "rows"),
     "monitor_detection": ("monitor", "detection"),

@@ -16,6 +16,7 @@
 #include <fstream>
 #include <functional>
 #include <iterator>
+#include <optional>
 #include <set>
 #include <sstream>
 #include <string>
@@ -209,6 +210,17 @@ TEST(LibraryTest, CallsWithoutAJobOrWithWrongStructsAreErrors) {
 
 constexpr uint32_t kBuffers = 10'000;
 
+// While it lives every buffer is in device memory, of a driver that costs nothing. Its copies move
+// nothing, so nothing is compared.
+struct NullDriver {
+  NullDriver() { setenv("HOLDFAST_CHECK_SOURCE", "none", 1); }
+  ~NullDriver() {
+    unsetenv("HOLDFAST_CHECK_SOURCE");
+    if (handle != nullptr) dlclose(handle);
+  }
+  void* handle = dlopen(HOLDFAST_TEST_NULL_CUDA, RTLD_NOW | RTLD_LOCAL);
+};
+
 // A registered job with many small buffers and a blob.
 struct ManyBuffers {
   ManyBuffers(const Library& used, uint32_t count) : library(used) {
@@ -251,10 +263,7 @@ struct ManyBuffers {
   bool ok = false;
 };
 
-TEST(LibraryTest, SaveAndCaptureAllocateNothing) {
-#ifdef HOLDFAST_TEST_SANITIZED
-  GTEST_SKIP() << "malloc is the sanitizer's";
-#endif
+void ExpectNoAllocations(uint64_t device_bytes) {
   Library library;
   ManyBuffers many(library, kBuffers);
   ASSERT_TRUE(many.ok) << many.error.text;
@@ -282,6 +291,10 @@ TEST(LibraryTest, SaveAndCaptureAllocateNothing) {
       });
     });
     EXPECT_EQ(allocations, 0) << "save " << step;
+    hf_save_report report = {};
+    report.struct_bytes = sizeof(report);
+    EXPECT_EQ(library.hf_report(many.job, step, &report), HF_OK);
+    EXPECT_EQ(report.device_bytes, device_bytes);
     many.agent.Grant(static_cast<uint32_t>(step - 1) % 2);
     many.agent.Grant(static_cast<uint32_t>(step) % 2);
   }
@@ -291,12 +304,32 @@ TEST(LibraryTest, SaveAndCaptureAllocateNothing) {
   EXPECT_EQ(count([&] { return many.Save(6) == HF_RESOURCE_EXHAUSTED ? HF_OK : HF_INTERNAL; }), 0);
 }
 
+TEST(LibraryTest, SaveAndCaptureAllocateNothing) {
+#ifdef HOLDFAST_TEST_SANITIZED
+  GTEST_SKIP() << "malloc is the sanitizer's";
+#endif
+  ExpectNoAllocations(0);
+}
+
+TEST(LibraryTest, SaveAndCaptureOfDeviceTensorsAllocateNothing) {
+#ifdef HOLDFAST_TEST_SANITIZED
+  GTEST_SKIP() << "malloc is the sanitizer's";
+#endif
+  const NullDriver driver;
+  ASSERT_NE(driver.handle, nullptr) << dlerror();
+  ExpectNoAllocations(kBuffers * 16);
+}
+
 // Marks for the tracer: a harmless prctl with an option that does not exist.
 constexpr int kMarkBegin = 0x48460001;
 constexpr int kMarkEnd = 0x48460002;
 constexpr uint64_t kTracedSaves = 5;
 
-[[noreturn]] void TracedChild(uint32_t buffers) {
+enum class Memory { kHost, kDevice };
+
+[[noreturn]] void TracedChild(uint32_t buffers, Memory memory) {
+  std::optional<NullDriver> driver;
+  if (memory == Memory::kDevice && driver.emplace().handle == nullptr) _exit(6);
   Library library;
   auto* many = new ManyBuffers(library, buffers);
   if (!many->ok) _exit(3);
@@ -313,11 +346,12 @@ constexpr uint64_t kTracedSaves = 5;
   _exit(0);
 }
 
-void ExpectAtMostTwoSystemCalls(uint32_t buffers) {
-  SCOPED_TRACE(std::to_string(buffers) + " buffers");
+void ExpectAtMostTwoSystemCalls(uint32_t buffers, Memory memory) {
+  SCOPED_TRACE(std::to_string(buffers) + " buffers" +
+               (memory == Memory::kDevice ? " on a device" : ""));
   const pid_t child = fork();
   ASSERT_GE(child, 0);
-  if (child == 0) TracedChild(buffers);
+  if (child == 0) TracedChild(buffers, memory);
   int status = 0;
   ASSERT_EQ(waitpid(child, &status, 0), child);
   ASSERT_TRUE(WIFSTOPPED(status)) << "child ended with status " << status;
@@ -360,7 +394,10 @@ TEST(LibraryTest, SaveMakesAtMostTwoSystemCalls) {
 #ifdef HOLDFAST_TEST_SANITIZED
   GTEST_SKIP() << "the sanitizer makes system calls of its own";
 #endif
-  for (const uint32_t buffers : {0u, 1u, kBuffers}) ExpectAtMostTwoSystemCalls(buffers);
+  for (const uint32_t buffers : {0u, 1u, kBuffers}) {
+    ExpectAtMostTwoSystemCalls(buffers, Memory::kHost);
+  }
+  ExpectAtMostTwoSystemCalls(kBuffers, Memory::kDevice);
 }
 
 // ---- Forked children
