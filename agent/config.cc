@@ -169,7 +169,14 @@ absl::Status SetField(const std::string& key, const std::string& text, AgentConf
   } else if (key == "host_memory") {
     ASSIGN_OR_RETURN(config.host_memory_bytes, ParseMemoryShare(text, config.memory_bytes));
   } else if (key == "every") {
-    ASSIGN_OR_RETURN(config.due_every_steps, ParseCount(text, 0, kStepsMax));
+    config.every_is_auto = text == "auto";
+    if (config.every_is_auto) return absl::OkStatus();
+    const absl::StatusOr<uint64_t> steps = ParseCount(text, 0, kStepsMax);
+    if (!steps.ok()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(std::string(steps.status().message()), "; or auto"));
+    }
+    config.due_every_steps = *steps;
   } else if (key == "images_in_memory") {
     ASSIGN_OR_RETURN(config.images_in_memory, ParseCount(text, 1, 4));
   } else if (key == "block_bytes") {

@@ -68,6 +68,7 @@ struct AgentConfig {
   std::string log_level;
   uint64_t host_memory_bytes = 0;
   uint64_t due_every_steps = 0;
+  bool every_is_auto = false;  // then due_every_steps is 0
   uint32_t images_in_memory = 0;
   uint64_t block_bytes = 0;
   uint32_t flush_writes_in_flight = 0;

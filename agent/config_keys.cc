@@ -21,7 +21,8 @@ constexpr ConfigKey kKeys[] = {
      "Memory for images, of all jobs together: a size (64GiB) or a share of what the machine and "
      "the control group have. A hard limit."},
     {"every", "--every", "HOLDFAST_EVERY", "0",
-     "A save is due every so many steps (hf_due); 0: never by itself."},
+     "A save is due every so many steps (hf_due); 0: never by itself; auto: as often as pays, from "
+     "what saves and failures cost."},
     {"images_in_memory", "--images-in-memory", "HOLDFAST_IMAGES_IN_MEMORY", "2",
      "Images per rank that may be in memory at once, 1 to 4; fewer where host_memory is short."},
     {"block_bytes", "--block-bytes", "HOLDFAST_BLOCK_BYTES", "4MiB",

@@ -57,7 +57,7 @@ const std::map<std::string, std::vector<std::string>>& GoodValues() {
       {"socket", {"/s1", "/s2", "/s3"}},
       {"state_directory", {"/d1", "/d2", "/d3"}},
       {"host_memory", {"1GiB", "2GiB", "3GiB"}},
-      {"every", {"1", "2", "3"}},
+      {"every", {"1", "auto", "3"}},
       {"images_in_memory", {"1", "3", "4"}},
       {"block_bytes", {"4096", "8KiB", "16KiB"}},
       {"flush_writes", {"1", "2", "3"}},
@@ -124,6 +124,7 @@ TEST_F(ConfigTest, BadFilesAndValuesAreNamedWithWhatWasExpected) {
   EXPECT_THAT(ErrorOf("roots = \"relative\"\n"), HasSubstr("an absolute path, found \"relative\""));
   EXPECT_THAT(ErrorOf("every = 1.5\n"), HasSubstr("a whole number, found floating-point"));
   EXPECT_THAT(ErrorOf("every = -1\n"), HasSubstr("a number from 0"));
+  EXPECT_THAT(ErrorOf("every = \"often\"\n"), HasSubstr("; or auto"));
   for (const char* bad : {"9470", "127.0.0.1", "host:9470", "::1:9470", "127.0.0.1:65536", ":1"}) {
     EXPECT_THAT(ErrorOf(absl::StrCat("http = \"", bad, "\"\n")),
                 HasSubstr("expected off, or ADDRESS:PORT"));

@@ -5,6 +5,7 @@
 #include <set>
 #include <utility>
 
+#include "agent/auto_saves.h"
 #include "agent/recovery/history.h"
 #include "agent/recovery/screen.h"
 #include "nlohmann/json.hpp"
@@ -85,6 +86,7 @@ std::vector<JobSnapshot> JobsNow(const JobSources& sources) {
   }
   for (auto& [name, job] : jobs) {
     job.watched_ranks = static_cast<uint32_t>(watched[name].size());
+    job.every = sources.auto_saves.SentenceOf(name);
     for (const monitor::FindingRecord* const record : sources.findings.Records(name)) {
       if (record->state != monitor::FindingState::kOpen) continue;
       const bool is_verdict = record->finding.grade == monitor::Grade::kVerdict;
@@ -110,8 +112,11 @@ std::string HumanStep(const JobSnapshot& job) {
 }
 
 std::vector<std::string> ScreenOf(const JobSnapshot& job, absl::Duration now) {
-  return job.run.has_value() ? recovery::Screen(job.run->settings, job.run->history, now)
-                             : recovery::Screen(Watched(job), now);
+  std::vector<std::string> lines = job.run.has_value()
+                                       ? recovery::Screen(job.run->settings, job.run->history, now)
+                                       : recovery::Screen(Watched(job), now);
+  if (!job.every.empty()) lines.push_back(job.every);
+  return lines;
 }
 
 nlohmann::json ScreensJson(std::span<const JobSnapshot> jobs, absl::Duration now) {

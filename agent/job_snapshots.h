@@ -22,6 +22,8 @@
 
 namespace holdfast {
 
+class AutoSaves;
+
 struct JobSnapshot {
   std::string job;
   // The newest attempt; 0: no rank has opened the job.
@@ -36,6 +38,7 @@ struct JobSnapshot {
   uint32_t suspicions = 0;                  // open findings by grade
   uint32_t verdicts = 0;
   std::optional<monitor::Finding> finding;  // the strongest of them
+  std::string every;                        // AutoSaves::SentenceOf
 };
 
 // All outlive the call. Snapshots are valid until the loop goes on.
@@ -45,6 +48,7 @@ struct JobSources {
   const RunService& runs;
   const MonitorBoards& boards;
   const monitor::FindingLog& findings;
+  const AutoSaves& auto_saves;
 };
 // By name of the job.
 std::vector<JobSnapshot> JobsNow(const JobSources& sources);

@@ -139,6 +139,7 @@ void Worker::TakeOver() {
 void Worker::DropWorld() {
   DescribeAtKillPoint(nullptr);
   server_.reset();
+  auto_saves_.reset();
   run_service_.reset();
   evidence_pool_.reset();
   witness_service_.reset();
@@ -250,6 +251,14 @@ absl::Status Worker::BuildEngine() {
   RETURN_IF_ERROR(AddWitnesses(server_options));
   RETURN_IF_ERROR(MakeRunService());
   server_options.run_service = run_service_.get();
+  auto_saves_ = std::make_unique<AutoSaves>(
+      AutoSaves::World{*loop_, clock_, [this] { return JobsNow(JobSourcesOf(EngineStatus())); },
+                       [this](const std::string& job, const std::string& key) {
+                         return engine_->ProgressOf(job, key);
+                       },
+                       [this](const std::string& job, const std::string& key) {
+                         return engine_->MakeDue(job, key);
+                       }});
   server_ = std::make_unique<LocalServer>(std::move(server_options), keeper_->Find(kListenerName),
                                           *engine_, *loop_, [this] { return StatusText(); });
   return absl::OkStatus();
@@ -320,6 +329,7 @@ void Worker::Recovered() {
   monitor_service_->Start();
   witness_service_->Start();
   run_service_->Recover();
+  if (config_.every_is_auto) auto_saves_->Start();
   if (draining_) run_service_->Terminate();
   server_->Start();
   idle_since_ = clock_.Elapsed();
@@ -457,12 +467,17 @@ nlohmann::json Worker::EngineStatus() const {
 }
 
 JobSources Worker::JobSourcesOf(const nlohmann::json& engine_status) const {
-  return {*engine_, engine_status, *run_service_, *monitor_boards_, monitor_service_->findings()};
+  return {*engine_,    engine_status, *run_service_, *monitor_boards_, monitor_service_->findings(),
+          *auto_saves_};
 }
 
 std::string Worker::StatusText() const {
   nlohmann::json status = EngineStatus();
   status["screens"] = ScreensJson(JobsNow(JobSourcesOf(status)), clock_.Elapsed());
+  for (nlohmann::json& job : status["jobs"]) {
+    const std::string saves = auto_saves_->SentenceOf(job.value("job", ""));
+    if (!saves.empty()) job["every"] = saves;
+  }
   status["monitor"] = nlohmann::json::parse(monitor_boards_->StatusJson());
   status["monitor_reports"] = nlohmann::json::parse(node_aggregator_->StatusJson());
   status["witnesses"] = nlohmann::json::parse(witness_service_->StatusJson());

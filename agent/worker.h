@@ -13,6 +13,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "agent/auto_saves.h"
 #include "agent/config.h"
 #include "agent/file_store.h"
 #include "agent/handover.h"
@@ -106,6 +107,7 @@ class Worker {
   std::unique_ptr<WitnessService> witness_service_;
   std::unique_ptr<ThreadPool> evidence_pool_;
   std::unique_ptr<RunService> run_service_;
+  std::unique_ptr<AutoSaves> auto_saves_;
   std::unique_ptr<LocalServer> server_;
   // Serves while the world is being built, too.
   std::unique_ptr<HttpServer> http_;

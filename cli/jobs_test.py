@@ -45,6 +45,9 @@ class JobsTest(unittest.TestCase):
         self.assertEqual(result.returncode, status, result.stdout + result.stderr)
         return result.stdout if status == 0 else result.stderr
 
+    def agent_socket(self):
+        return json.loads(self.holdfast('--json'))['jobs'][0]['agent']
+
     def until_first_line(self, pattern):
         def look():
             lines = self.holdfast().splitlines()
@@ -123,6 +126,24 @@ class JobsTest(unittest.TestCase):
         self.assertEqual(json.loads(self.holdfast('why', '--job', 'test', '--json'))['incidents'],
                          why['incidents'])
         self.assertIn('from its onset to the end', self.holdfast('why'))
+
+    def test_every_auto_saves_and_says_why(self):
+        config = ASK + 'failure_prior = "2s"\n'
+        job = Job(self.place, '--every', 'auto', '--', TINY_LM, '--corpus', CORPUS, '--save-wait-ms', '20000',
+                  '--steps', '1000000', '--device-ms', '20', config=config)
+        # Assumed is a second a save, and a failure in 2 s: saves come often.
+        wait_until(lambda: 'newest checkpoint: step' in self.holdfast(), 'a checkpoint')
+        measured = re.compile(r'^every = auto: a save every [0-9,]+ steps .*: a save takes [0-9.]+ s from '
+                              r'training, and a failure is expected every .* in 2.00 s assumed\)')
+        line = wait_until(lambda: next(filter(measured.match, self.holdfast().splitlines()), None),
+                          'what a save takes')
+        print(line)
+        status = json.loads(self.holdfast('status', '--json', '--socket', self.agent_socket()))
+        self.assertRegex(status['jobs'][0]['every'], measured)
+        self.holdfast('stop')
+        self.assertEqual(job.finish()[0], 75)
+        code, _, errors = Job(self.place, '--every', 'often', '--', 'true', HOLDFAST_JOB='other').finish()
+        self.assertEqual((code, 'or auto' in errors), (2, True), errors)
 
     def test_several_jobs_have_a_screen_each_and_no_order_falls_upon_the_wrong_one(self):
         jobs = [Job(self.place, '--', 'sleep', '1000', HOLDFAST_JOB=name) for name in ('one', 'two')]

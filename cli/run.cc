@@ -316,6 +316,13 @@ ExitCode RunJob(const RunFlags& flags, std::vector<std::string> words, bool as_j
                                 "/", abi::JobDirectoryName(agent.job), "/", abi::kAgentSocketName);
   }
   agent.socket = std::filesystem::absolute(agent.socket).string();
+  agent.every = flags.every;
+  if (!agent.every.empty() && !agent.may_start) {
+    return Report(absl::InvalidArgumentError(absl::StrFormat(
+        "--every: expected without an agent that is there already (%s): it has its own for all of "
+        "its jobs",
+        agent.socket)));
+  }
   return RunCommand(*std::move(plan), std::move(agent), as_json).Run();
 }
 

@@ -49,6 +49,10 @@ absl::Status StartAgent(const RunAgent& agent) {
     words.push_back("--config");
     words.push_back(agent.config);
   }
+  if (!agent.every.empty()) {
+    words.push_back("--every");
+    words.push_back(agent.every);
+  }
   std::vector<char*> arguments;
   for (std::string& word : words) arguments.push_back(word.data());
   arguments.push_back(nullptr);
@@ -81,8 +85,11 @@ absl::Status StartAgent(const RunAgent& agent) {
   int status = 0;
   while (waitpid(child, &status, 0) < 0 && errno == EINTR) continue;
   if (status == 0) return absl::OkStatus();
-  return absl::UnavailableError(
-      absl::StrCat(program, " did not start: ", FirstLineOf(errors.get())));
+  const std::string why = absl::StrCat(program, " did not start: ", FirstLineOf(errors.get()));
+  // Its flags and configuration do not become better by themselves.
+  constexpr int kUsage = 2;
+  const bool is_usage = WIFEXITED(status) && WEXITSTATUS(status) == kUsage;
+  return is_usage ? absl::InvalidArgumentError(why) : absl::UnavailableError(why);
 }
 
 }  // namespace

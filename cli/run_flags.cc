@@ -269,6 +269,8 @@ void AddRunFlags(CLI::App& verb, RunFlags& flags) {
                   "The job's name (default: $HOLDFAST_JOB, or made of command and directory)");
   verb.add_option("--config", flags.config,
                   "Configuration: the agent's keys, [recovery] and [elastic]");
+  verb.add_option("--every", flags.every,
+                  "A save is due every so many steps, or auto (the agent's key `every`)");
   verb.add_option(
       "--socket", flags.socket,
       "Use the agent that listens there (default: $HOLDFAST_SOCKET, or one of its own)");

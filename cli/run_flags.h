@@ -47,6 +47,7 @@ struct RunFlags {
   std::string job;
   std::string config;
   std::string socket;
+  std::string every;
 };
 
 // Adds the options to the verb, and says that everything from the first word that is none is the
