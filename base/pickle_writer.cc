@@ -63,6 +63,15 @@ void PickleWriter::Int(int64_t value) {
   Push();
 }
 
+void PickleWriter::BigInteger(std::string_view bytes) {
+  CHECK(bytes.size() <= INT32_MAX);
+  const bool is_short = bytes.size() <= 0xff;
+  Byte(is_short ? '\x8a' : '\x8b');  // LONG1, LONG4
+  LittleEndian(bytes.size(), is_short ? 1 : 4);
+  bytes_.append(bytes);
+  Push();
+}
+
 void PickleWriter::Float(double value) {
   const uint64_t bits = std::bit_cast<uint64_t>(value);
   Byte('G');

@@ -29,6 +29,8 @@ class PickleWriter {
   void None();
   void Bool(bool value);
   void Int(int64_t value);
+  // Of any size: two's complement, little-endian. CHECKs size < 2^31.
+  void BigInteger(std::string_view bytes);
   void Float(double value);
   // Python text, UTF-8 (lone surrogates as their three bytes). CHECKs size < 2^32.
   void String(std::string_view text);

@@ -17,6 +17,8 @@
 #include "cli/output.h"
 #include "cli/process.h"
 #include "cli/progress.h"
+#include "converter/megatron_layout.h"
+#include "converter/megatron_state.h"
 #include "converter/layout_file.h"
 #include "format/checkpoint_names.h"
 
@@ -95,8 +97,19 @@ absl::StatusOr<converter::ForeignSource> OpenOurs(Invocation& invocation, const 
     ours.pieces.push_back(piece);
   }
   for (const IndexBlob& blob : index.blobs) {
-    if (blob.scope != BlobScope::kGlobal || blob.name != kForeignFactsBlob) continue;
-    RETURN_IF_ERROR(TakeForeignFacts(*source.folder, blob, ours));
+    if (blob.scope != BlobScope::kGlobal) continue;
+    if (blob.name == kForeignFactsBlob) {
+      RETURN_IF_ERROR(TakeForeignFacts(*source.folder, blob, ours));
+      continue;
+    }
+    // Those that a writer has a place for.
+    if (!converter::IsMegatronStateBlob(blob.name) &&
+        !converter::ParseMegatronObject(blob.name).has_value()) {
+      continue;
+    }
+    const uint32_t extent =
+        ours.AddRaw(ours.extents[blob.image].file, blob.offset_bytes, blob.bytes);
+    ours.blobs.push_back({blob.name, extent});
   }
   RETURN_IF_ERROR(converter::Finish(ours));
   return source;

@@ -30,6 +30,7 @@
 #include "converter/dcp_writer.h"
 #include "converter/deepspeed_writer.h"
 #include "converter/fsdp_writer.h"
+#include "converter/megatron_dist_writer.h"
 #include "converter/safetensors_writer.h"
 #include "converter/selection.h"
 #include "converter/torch_output.h"
@@ -42,8 +43,8 @@ namespace holdfast::cli {
 namespace {
 
 // What each format is written by is Conversion::Write.
-constexpr std::array<std::string_view, 7> kFormats = {"holdfast",  "safetensors", "dcp", "torch",
-                                                      "deepspeed", "ucp",         "fsdp"};
+constexpr std::array<std::string_view, 8> kFormats = {
+    "holdfast", "safetensors", "dcp", "torch", "deepspeed", "ucp", "fsdp", "megatron"};
 constexpr uint64_t kBlobBytesMax = uint64_t{256} << 20;
 constexpr uint64_t kRenameFileBytesMax = uint64_t{16} << 20;
 // Of --memory: stacks, lists of files and what the allocator keeps; of a committed checkpoint its
@@ -79,8 +80,8 @@ absl::Status CheckFormat(const Options& options) {
     if (options.format == format) return absl::OkStatus();
   }
   return absl::InvalidArgumentError(
-      absl::StrFormat("--format: expected holdfast, safetensors, dcp, torch, deepspeed, ucp or "
-                      "fsdp, found \"%s\"%s",
+      absl::StrFormat("--format: expected holdfast, safetensors, dcp, torch, deepspeed, ucp, fsdp "
+                      "or megatron, found \"%s\"%s",
                       options.format, DidYouMean(options.format, kFormats)));
 }
 
@@ -232,6 +233,7 @@ class Conversion {
     if (format == "holdfast") return ToHoldfast();
     if (format == "safetensors") return ToSafetensors();
     if (format == "dcp") return ToDcp();
+    if (format == "megatron") return ToMegatron();
     if (format == "torch") return ToTorchFiles(converter::PlanTorch(index(), out_name_));
     if (format == "fsdp") return ToTorchFiles(converter::PlanFsdp(index(), target_.dp));
     if (target_.zero == 3) {
@@ -345,6 +347,23 @@ class Conversion {
     RETURN_IF_ERROR(TakePlan(plan.bytes, index().tensor_states.size(), plan.left_out));
     if (options_.dry_run) return absl::OkStatus();
     return converter::WriteDcp(file_system_, staged_->path(), *input_, plan, Watch());
+  }
+
+  // Megatron's torch_dist.
+  absl::Status ToMegatron() {
+    RETURN_IF_ERROR(SetWindow(0));
+    ASSIGN_OR_RETURN(const converter::MegatronDistPlan plan,
+                     converter::PlanMegatronDist(*input_, {.file_bytes = options_.shard_bytes}));
+    for (const converter::DcpPlan::File& file : plan.sharded.files) {
+      outcome_.files.push_back({plan.prefix + file.name, file.bytes});
+    }
+    outcome_.files.push_back({plan.prefix + ".metadata", plan.sharded.metadata.size()});
+    for (const converter::PlannedFile& file : plan.others.files) {
+      outcome_.files.push_back({file.path, file.bytes});
+    }
+    RETURN_IF_ERROR(TakePlan(plan.bytes(), plan.tensor_count, plan.others.left_out));
+    if (options_.dry_run) return absl::OkStatus();
+    return converter::WriteMegatronDist(file_system_, staged_->path(), *input_, plan, Watch());
   }
 
   // Everything: all states, and what is beside them as blobs. The job has the name of the output.
@@ -489,7 +508,8 @@ void AddVerb(CLI::App& app, Invocation& invocation, const char* name, const char
   if (!weights_only) {
     verb->add_option("--format", options->format,
                      "holdfast (OUT is ROOT/JOB), safetensors (a Hugging Face folder), dcp, torch, "
-                     "deepspeed, ucp (a universal folder of DeepSpeed's) or fsdp")
+                     "deepspeed, ucp (a universal folder of DeepSpeed's), fsdp or megatron "
+                     "(torch_dist)")
         ->required();
     verb->add_option("--to", options->to,
                      "AXIS=SIZE,...: zero=1 to 3 and dp of deepspeed, zero of ucp, dp of fsdp");
@@ -512,7 +532,7 @@ void AddVerb(CLI::App& app, Invocation& invocation, const char* name, const char
                    "float16, float64")
       ->allow_extra_args(false);
   verb->add_option("--shard-bytes", options->shard_bytes,
-                   "Tensors of one file, at most (safetensors, dcp)")
+                   "Tensors of one file, at most (safetensors, dcp, megatron)")
       ->transform(SizeValue(SizeValue::Units::kDecimal))
       ->check(CLI::PositiveNumber)
       ->capture_default_str();

@@ -1,5 +1,6 @@
 #include "converter/dcp_encoding.h"
 
+#include <algorithm>
 #include <span>
 #include <string_view>
 #include <utility>
@@ -28,10 +29,7 @@ class MetadataEncoder {
         }
       });
       out_.String("planner_data");
-      Dict([&] {
-        for (const DcpTensor& tensor : metadata_.tensors) Path(tensor.key, tensor.path);
-        for (const DcpObject& object : metadata_.objects) Path(object.key, object.path);
-      });
+      PlannerData();
       out_.String("storage_data");
       Dict([&] { Storage(); });
       out_.String("storage_meta");
@@ -118,6 +116,19 @@ class MetadataEncoder {
         });
       }
       out_.Appends();
+    });
+  }
+
+  // As Megatron, None where no key has a path.
+  void PlannerData() {
+    const auto has_path = [](const auto& entry) { return !entry.path.empty(); };
+    if (std::ranges::none_of(metadata_.tensors, has_path) &&
+        std::ranges::none_of(metadata_.objects, has_path)) {
+      return out_.None();
+    }
+    Dict([&] {
+      for (const DcpTensor& tensor : metadata_.tensors) Path(tensor.key, tensor.path);
+      for (const DcpObject& object : metadata_.objects) Path(object.key, object.path);
     });
   }
 

@@ -33,28 +33,26 @@ std::vector<std::string> PathOf(const TensorState& state) {
 class Planner {
  public:
   Planner(const ForeignIndex& index, const DcpWriteOptions& options)
-      : index_(index), options_(options) {}
+      : index_(index), builder_(index, options), metadata_(builder_.metadata()) {}
 
   absl::StatusOr<DcpPlan> Run() {
-    metadata_.version = "1.0.0";
-    metadata_.transforms.emplace_back();
     RETURN_IF_ERROR(AddObjects());  // before the tensors, as PyTorch
     for (uint32_t i = 0; i < index_.tensor_states.size(); ++i) RETURN_IF_ERROR(AddTensor(i));
-    plan_.metadata = EncodeDcpMetadata(metadata_);
-    plan_.bytes += plan_.metadata.size();
-    return std::move(plan_);
+    DcpPlan plan = std::move(builder_).Finish();
+    plan.left_out = std::move(left_out_);
+    return plan;
   }
 
  private:
   absl::Status AddObjects() {
     if (index_.format != "dcp") {
-      plan_.left_out = NonTensorsWithoutPlace(index_, [](const Fact&) { return false; });
+      left_out_ = NonTensorsWithoutPlace(index_, [](const Fact&) { return false; });
       return absl::OkStatus();
     }
     for (uint32_t i = 0; i < index_.blobs.size(); ++i) {
       const ForeignBlob& blob = index_.blobs[i];
       RETURN_IF_ERROR(TakeKey(blob.name));
-      const uint32_t item = AddItem(index_.extents[blob.extent].decoded_bytes, true, i);
+      const uint32_t item = builder_.Add({.kind = DcpPlannedItem::Kind::kBlob, .number = i});
       metadata_.objects.push_back({.key = blob.name, .item = item});
     }
     return absl::OkStatus();
@@ -69,9 +67,8 @@ class Planner {
                      .chunks_end = metadata_.chunks.size() + 1};
     tensor.key = absl::StrJoin(tensor.path, ".");
     RETURN_IF_ERROR(TakeKey(tensor.key));
-    const uint64_t bytes = TensorArchive(state.dtype, state.shape).bytes();
-    metadata_.chunks.push_back(
-        {.offsets = metadata_.numbers.size(), .item = AddItem(bytes, false, number)});
+    metadata_.chunks.push_back({.offsets = metadata_.numbers.size(),
+                                .item = builder_.Add({.number = number, .dtype = state.dtype})});
     metadata_.numbers.insert(metadata_.numbers.end(), state.shape.size(), 0);
     metadata_.numbers.insert(metadata_.numbers.end(), state.shape.begin(), state.shape.end());
     metadata_.tensors.push_back(std::move(tensor));
@@ -85,63 +82,108 @@ class Planner {
         JsonQuote(key)));
   }
 
-  uint32_t AddItem(uint64_t bytes, bool object, uint32_t number) {
-    if (plan_.files.empty() || plan_.files.back().bytes >= options_.file_bytes) {
-      plan_.files.push_back({.name = absl::StrCat("__0_", plan_.files.size(), ".distcp")});
-      metadata_.files.push_back(plan_.files.back().name);
-    }
-    DcpPlan::File& file = plan_.files.back();
-    const auto file_number = static_cast<uint32_t>(plan_.files.size() - 1);
-    metadata_.items.push_back(
-        {.file = file_number, .offset_bytes = file.bytes, .stored_bytes = bytes});
-    plan_.items.push_back({.file = file_number, .object = object, .number = number});
-    file.bytes += bytes;
-    plan_.bytes += bytes;
-    return static_cast<uint32_t>(metadata_.items.size() - 1);
-  }
-
   const ForeignIndex& index_;
-  const DcpWriteOptions& options_;
   std::unordered_set<std::string> keys_;
-  DcpMetadata metadata_;
-  DcpPlan plan_;
+  DcpPlanBuilder builder_;
+  DcpMetadata& metadata_;
+  std::vector<std::string> left_out_;
 };
 
-absl::Status WriteTensor(ConversionSource& source, uint32_t number, OutputFiles& files) {
-  const TensorState& state = source.index().tensor_states[number];
-  const TensorArchive archive(state.dtype, state.shape);
+// The tensor's archive: its shape has the item's leading axes.
+TensorArchive ArchiveOf(const ForeignIndex& index, const DcpPlannedItem& item) {
+  std::vector<uint64_t> shape(item.leading_axes, 1);
+  const std::vector<uint64_t>& own = index.tensor_states[item.number].shape;
+  shape.insert(shape.end(), own.begin(), own.end());
+  return TensorArchive(item.dtype, shape);
+}
+
+absl::Status WriteTensor(ConversionSource& source, const DcpPlannedItem& item, OutputFiles& files) {
+  const TensorArchive archive = ArchiveOf(source.index(), item);
+  const uint64_t elements = source.index().tensor_states[item.number].ElementCount();
   RETURN_IF_ERROR(files.Append(archive.head()));
   uint32_t crc32 = 0;
-  RETURN_IF_ERROR(source.Read(number, [&](std::span<const std::byte> bytes) {
-    crc32 = ExtendZipCrc32(crc32, bytes);
-    return files.Append(bytes);
-  }));
+  RETURN_IF_ERROR(source.ReadElements(item.number, 0, elements, item.dtype,
+                                      [&](std::span<const std::byte> bytes) {
+                                        crc32 = ExtendZipCrc32(crc32, bytes);
+                                        return files.Append(bytes);
+                                      }));
   return files.Append(archive.Tail(crc32));
 }
 
 }  // namespace
 
+DcpPlanBuilder::DcpPlanBuilder(const ForeignIndex& index, const DcpWriteOptions& options)
+    : index_(index), options_(options) {
+  metadata_.version = "1.0.0";
+  metadata_.transforms.emplace_back();
+}
+
+uint32_t DcpPlanBuilder::Add(DcpPlannedItem item) {
+  using Kind = DcpPlannedItem::Kind;
+  const uint64_t bytes = item.kind == Kind::kTensor ? ArchiveOf(index_, item).bytes()
+                         : item.kind == Kind::kBlob
+                             ? index_.extents[index_.blobs[item.number].extent].decoded_bytes
+                             : plan_.given[item.number].size();
+  if (plan_.files.empty() || plan_.files.back().bytes >= options_.file_bytes) {
+    plan_.files.push_back({.name = absl::StrCat("__0_", plan_.files.size(), ".distcp")});
+    metadata_.files.push_back(plan_.files.back().name);
+  }
+  DcpPlan::File& file = plan_.files.back();
+  item.file = static_cast<uint32_t>(plan_.files.size() - 1);
+  metadata_.items.push_back({.file = item.file, .offset_bytes = file.bytes, .stored_bytes = bytes});
+  plan_.items.push_back(item);
+  file.bytes += bytes;
+  plan_.bytes += bytes;
+  return static_cast<uint32_t>(metadata_.items.size() - 1);
+}
+
+uint32_t DcpPlanBuilder::AddGiven(std::string object) {
+  plan_.given.push_back(std::move(object));
+  return Add({.kind = DcpPlannedItem::Kind::kGiven,
+              .number = static_cast<uint32_t>(plan_.given.size() - 1)});
+}
+
+DcpPlan DcpPlanBuilder::Finish() && {
+  plan_.metadata = EncodeDcpMetadata(metadata_);
+  plan_.bytes += plan_.metadata.size();
+  return std::move(plan_);
+}
+
 absl::StatusOr<DcpPlan> PlanDcp(const ForeignIndex& index, const DcpWriteOptions& options) {
   return Planner(index, options).Run();
+}
+
+absl::Status WriteDcpFiles(OutputFiles& files, const std::string& prefix, ConversionSource& source,
+                           const DcpPlan& plan) {
+  size_t next = 0;
+  for (uint32_t i = 0; i < plan.files.size(); ++i) {
+    RETURN_IF_ERROR(files.Open(prefix + plan.files[i].name));
+    for (; next < plan.items.size() && plan.items[next].file == i; ++next) {
+      const DcpPlannedItem& item = plan.items[next];
+      switch (item.kind) {
+        case DcpPlannedItem::Kind::kTensor:
+          RETURN_IF_ERROR(WriteTensor(source, item, files));
+          break;
+        case DcpPlannedItem::Kind::kBlob:
+          RETURN_IF_ERROR(
+              source.ReadBlob(item.number, [&](auto bytes) { return files.Append(bytes); }));
+          break;
+        case DcpPlannedItem::Kind::kGiven:
+          RETURN_IF_ERROR(files.Append(plan.given[item.number]));
+          break;
+      }
+    }
+    RETURN_IF_ERROR(files.Close());
+  }
+  // Last: without it there is no checkpoint.
+  return files.WriteWhole(prefix + std::string(kMetadataName), plan.metadata);
 }
 
 absl::Status WriteDcp(FileSystem& file_system, const std::string& directory,
                       ConversionSource& source, const DcpPlan& plan,
                       const ConversionProgress& progress) {
   OutputFiles files(file_system, directory, plan.bytes, progress);
-  size_t next = 0;
-  for (uint32_t i = 0; i < plan.files.size(); ++i) {
-    RETURN_IF_ERROR(files.Open(plan.files[i].name));
-    for (; next < plan.items.size() && plan.items[next].file == i; ++next) {
-      const DcpPlannedItem& item = plan.items[next];
-      RETURN_IF_ERROR(item.object ? source.ReadBlob(item.number,
-                                                    [&](auto bytes) { return files.Append(bytes); })
-                                  : WriteTensor(source, item.number, files));
-    }
-    RETURN_IF_ERROR(files.Close());
-  }
-  // Last: without it there is no checkpoint.
-  RETURN_IF_ERROR(files.WriteWhole(std::string(kMetadataName), plan.metadata));
+  RETURN_IF_ERROR(WriteDcpFiles(files, "", source, plan));
   return files.Finish();
 }
 

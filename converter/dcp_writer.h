@@ -16,8 +16,10 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "converter/conversion_source.h"
+#include "converter/dcp_metadata.h"
 #include "converter/foreign_index.h"
 #include "converter/output_files.h"
+#include "format/dtype.h"
 #include "io/file_system.h"
 
 namespace holdfast::converter {
@@ -28,9 +30,14 @@ struct DcpWriteOptions {
 
 // One item of a file, in the order of their bytes.
 struct DcpPlannedItem {
-  uint32_t file = 0;    // index into DcpPlan::files
-  bool object = false;  // number is of ForeignIndex::blobs, else of tensor_states
-  uint32_t number = 0;
+  enum class Kind : uint8_t { kTensor, kBlob, kGiven };
+  uint32_t file = 0;  // index into DcpPlan::files
+  Kind kind = Kind::kTensor;
+  uint32_t number = 0;  // of ForeignIndex::tensor_states, of its blobs, or of DcpPlan::given
+  // Of tensors: cast to this dtype (IsCastable, if it is another one), and with as many dimensions
+  // of 1 before its own.
+  Dtype dtype = Dtype::kFloat32;
+  uint32_t leading_axes = 0;
 };
 
 struct DcpPlan {
@@ -40,9 +47,31 @@ struct DcpPlan {
   };
   std::vector<File> files;
   std::vector<DcpPlannedItem> items;
+  std::vector<std::string> given;     // objects, as torch.save would have written them
   std::string metadata;               // the contents of .metadata
   uint64_t bytes = 0;                 // of all files
   std::vector<std::string> left_out;  // in words
+};
+
+// A plan in the making: gives items their places in files, one behind the other.
+//
+// Threads: one. Lifetime: the index outlives it.
+class DcpPlanBuilder {
+ public:
+  DcpPlanBuilder(const ForeignIndex& index, const DcpWriteOptions& options);
+
+  DcpMetadata& metadata() { return metadata_; }
+  // The number of the new item of the metadata. Its file need not be filled in.
+  uint32_t Add(DcpPlannedItem item);
+  uint32_t AddGiven(std::string object);
+  // Encodes the metadata.
+  DcpPlan Finish() &&;
+
+ private:
+  const ForeignIndex& index_;
+  const DcpWriteOptions options_;
+  DcpMetadata metadata_;
+  DcpPlan plan_;
 };
 
 // Errors: kFailedPrecondition: two tensors that would have one key.
@@ -53,6 +82,9 @@ absl::StatusOr<DcpPlan> PlanDcp(const ForeignIndex& index, const DcpWriteOptions
 absl::Status WriteDcp(FileSystem& file_system, const std::string& directory,
                       ConversionSource& source, const DcpPlan& plan,
                       const ConversionProgress& progress);
+// The same among other files; `prefix` ("iter_0000007/") is put before the names.
+absl::Status WriteDcpFiles(OutputFiles& files, const std::string& prefix, ConversionSource& source,
+                           const DcpPlan& plan);
 
 }  // namespace holdfast::converter
 

@@ -14,6 +14,7 @@
 #include "converter/deepspeed_states.h"
 #include "converter/megatron_optimizer.h"
 #include "converter/megatron_reader.h"
+#include "converter/megatron_state.h"
 #include "converter/names_file.h"
 #include "converter/torch_index.h"
 
@@ -122,7 +123,8 @@ class Reader {
       : folder_(folder),
         files_(files),
         options_(options),
-        dtensors_(files.kind == MegatronFiles::Kind::kFsdpDTensor) {}
+        dtensors_(files.kind == MegatronFiles::Kind::kFsdpDTensor),
+        keeper_(folder) {}
 
   absl::StatusOr<ForeignIndex> Read() {
     ASSIGN_OR_RETURN(const NamesFile names, ParseNamesFile(options_.names));
@@ -159,6 +161,7 @@ class Reader {
     }
     RETURN_IF_ERROR(AddSteps());
     RETURN_IF_ERROR(AddTied());
+    keeper_.Finish(table_.index());
     Describe();
     return table_.Take();
   }
@@ -178,8 +181,12 @@ class Reader {
                           uint64_t begin_bytes) {
     if (!root.Is(TorchValue::Kind::kDict)) return root.Mismatch("a dict of what ranks share");
     ASSIGN_OR_RETURN(dist_.arguments, ReadMegatronArguments(root.Find("args")));
+    const MegatronKeptFrom from{.torch = &torch, .file = file, .begin_bytes = begin_bytes};
+    keeper_.AddCommon(from, root);
+    uint32_t number = 0;
     for (const TorchValue& optimizer : MegatronOptimizers(root.Find("optimizer"))) {
       TakeStep(torch, MegatronInnerOptimizer(optimizer), file, begin_bytes);
+      keeper_.AddOptimizer(from, number++, optimizer);
     }
     return AddMegatronFacts(root, table_.index());
   }
@@ -210,6 +217,8 @@ class Reader {
     if (object.key.starts_with(kCommon)) {
       return TakeCommon(*opened.torch, value, *file, opened.place.begin_bytes);
     }
+    Keep({.torch = opened.torch.get(), .file = *file, .begin_bytes = opened.place.begin_bytes},
+         object.key, value);
     if (dtensors_ && object.key == "args") {
       ASSIGN_OR_RETURN(dist_.arguments, ReadMegatronArguments(value));
     }
@@ -230,6 +239,34 @@ class Reader {
     table_.index().scalars.push_back(
         {object.key, TorchJson(attributes.present() ? attributes : value, kShownBytesMax)});
     return absl::OkStatus();
+  }
+
+  // What writers need of an object beside its bytes.
+  void Keep(const MegatronKeptFrom& from, std::string_view key, const TorchValue& value) {
+    if (dtensors_ && !Contains(key, ".") && !Contains(key, "/")) {
+      return keeper_.AddCommonEntry(from, key, value);
+    }
+    const auto sharded = ParseMegatronObject(key);
+    if (!sharded.has_value()) return;
+    if (sharded->key == "rng_state" && sharded->offsets.size() >= 2) {
+      const uint64_t expert = sharded->offsets.size() > 2 ? sharded->offsets[2] : 0;
+      return keeper_.AddRandom(
+          from, absl::StrCat(sharded->offsets[0], ".", sharded->offsets[1], ".", expert), value);
+    }
+    if (sharded->key.ends_with("_extra_state")) {
+      const MegatronKey model = ParseMegatronKey(sharded->key);
+      // Grouped experts have one state together, cut by ranks.
+      if (model.expert_axis && dist_.arguments.grouped_experts) return;
+      const uint64_t first = sharded->offsets.front();
+      return keeper_.AddExtra(
+          from,
+          MegatronNameOf(model, model.layer_axis ? first : 0,
+                         model.expert_axis ? sharded->offsets.back() : 0, dist_.arguments),
+          value);
+    }
+    if (std::string_view of = key; Contains(key, ".optimizer/shard_")) {
+      keeper_.AddOptimizer(from, TakeOptimizer(of), value);
+    }
   }
 
   // A list of dicts, one per buffer, of lists, one number per bucket.
@@ -309,22 +346,22 @@ class Reader {
     const uint64_t layers = model.layer_axis ? tensor.shape[0] : 1;
     const uint64_t experts = model.expert_axis ? tensor.shape[axes - 1] : 1;
     const size_t chunks = tensor.chunks_end - tensor.chunks_begin;
-    if (layers > chunks || experts > chunks || layers * experts > chunks) {
+    // Of states of the optimizer those of frozen layers are not there.
+    const bool whole = key.state.empty();
+    if (whole && (layers > chunks || experts > chunks || layers * experts > chunks)) {
       return absl::DataLossError(
           absl::StrFormat("expected a chunk of each of %d layers and %d experts, found %d", layers,
                           experts, chunks));
     }
     const Shape shape(tensor.shape.begin() + static_cast<ptrdiff_t>(axes), tensor.shape.end());
     RETURN_IF_ERROR(ElementCount(shape, "a tensor").status());
-    for (uint64_t l = 0; l < layers; ++l) {
+    for (uint64_t l = 0; whole && l < layers; ++l) {
       for (uint64_t e = 0; e < experts; ++e) {
         RETURN_IF_ERROR(TensorOf(key, model, l, e, *dtype, shape).status());
       }
     }
     for (size_t c = tensor.chunks_begin; c < tensor.chunks_end; ++c) {
       const DcpChunk& chunk = metadata_.chunks[c];
-      ASSIGN_OR_RETURN(std::optional<StoredTensor> stored, ReadItem(items, tensor, chunk));
-      if (!stored.has_value()) continue;
       const std::span<const uint64_t> offsets = metadata_.OffsetsOf(tensor, chunk);
       const std::span<const uint64_t> sizes = metadata_.SizesOf(tensor, chunk);
       for (size_t d = 0; d < axes; ++d) {
@@ -333,12 +370,15 @@ class Reader {
             absl::StrFormat("expected chunks of one layer and expert, found one of [%s]",
                             absl::StrJoin(sizes, ", ")));
       }
-      const auto cut = static_cast<ptrdiff_t>(axes);
-      stored->shape.erase(stored->shape.begin(), stored->shape.begin() + cut);
-      stored->strides.erase(stored->strides.begin(), stored->strides.begin() + cut);
+      // Before its bytes: if they are missing, the tensor lacks them.
       ASSIGN_OR_RETURN(MegatronDistTensor* const of,
                        TensorOf(key, model, model.layer_axis ? offsets[0] : 0,
                                 model.expert_axis ? offsets[axes - 1] : 0, *dtype, shape));
+      ASSIGN_OR_RETURN(std::optional<StoredTensor> stored, ReadItem(items, tensor, chunk));
+      if (!stored.has_value()) continue;
+      const auto cut = static_cast<ptrdiff_t>(axes);
+      stored->shape.erase(stored->shape.begin(), stored->shape.begin() + cut);
+      stored->strides.erase(stored->strides.begin(), stored->strides.begin() + cut);
       MegatronFragment fragment{.lo = Shape(offsets.begin() + cut, offsets.end()),
                                 .size = Shape(sizes.begin() + cut, sizes.end()),
                                 .begin = 0,
@@ -552,6 +592,7 @@ class Reader {
   DcpMetadata metadata_;
   PieceTable table_;
   MegatronDist dist_;
+  MegatronKeeper keeper_;
   std::map<std::string, Shape> weights_;  // shapes as stored, by key
   std::map<MegatronBufferKey, std::vector<std::vector<uint64_t>>> bucket_sizes_;
   std::set<std::string> objects_;

@@ -382,4 +382,58 @@ std::string MegatronNameOf(const MegatronKey& key, uint64_t layer, uint64_t expe
   return name;
 }
 
+std::optional<MegatronObjectKey> ParseMegatronObject(std::string_view key) {
+  constexpr std::string_view kShard = "/shard_";
+  constexpr size_t kNumbersMax = 8;
+  const size_t at = key.rfind(kShard);
+  if (at == std::string_view::npos) return std::nullopt;
+  MegatronObjectKey parsed{.key = key.substr(0, at), .offsets = {}, .shape = {}};
+  std::string_view rest = key.substr(at + kShard.size());
+  const size_t middle = rest.find('_');
+  if (middle == std::string_view::npos) return std::nullopt;
+  for (const auto& [text, numbers] : {std::pair(rest.substr(0, middle), &parsed.offsets),
+                                      std::pair(rest.substr(middle + 1), &parsed.shape)}) {
+    for (const std::string_view digits : ComponentsOf(text)) {
+      const auto number = ParseDecimal(digits);
+      if (!number.has_value() || numbers->size() == kNumbersMax) return std::nullopt;
+      numbers->push_back(*number);
+    }
+  }
+  if (parsed.offsets.size() != parsed.shape.size()) return std::nullopt;
+  return parsed;
+}
+
+MegatronPlace MegatronPlaceOf(std::string_view name, MegatronLayers layers, bool local_modules) {
+  MegatronPlace place{.key = {.text = std::string(name)}};
+  std::string& text = place.key.text;
+  if (const auto expert = ParseMegatronExpert(text); expert.has_value()) {
+    constexpr std::string_view kLocal = "local_experts.";
+    std::string before(expert->before);
+    std::string after(expert->after);
+    if (before.ends_with(kLocal)) {
+      before.replace(before.size() - kLocal.size(), kLocal.size(), "experts.");
+      after.erase(0, after.starts_with('.') ? 1 : 0);
+    } else {
+      before.replace(before.find(".experts."), 9, ".experts.experts.");
+    }
+    place.expert = expert->number;
+    place.key.expert_axis = true;
+    text = before + after;
+  }
+  const auto layer = ParseMegatronLayer(text);
+  if (!layer.has_value()) return place;
+  std::string rest(layer->rest);
+  if (local_modules) {
+    absl::StrReplaceAll({{".input_layernorm.", ".self_attention.linear_qkv.layer_norm_"},
+                         {".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"}},
+                        &rest);
+  }
+  place.layer = layer->number;
+  place.key.layer_axis = layers == MegatronLayers::kAxis;
+  // The prefix ends in a dot, the rest begins with one.
+  text = place.key.layer_axis ? absl::StrCat(std::string(layer->prefix), rest.substr(1))
+                              : absl::StrCat(std::string(layer->prefix), layer->number, rest);
+  return place;
+}
+
 }  // namespace holdfast::converter

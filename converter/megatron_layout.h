@@ -106,10 +106,28 @@ struct MegatronKey {
   std::string text = {};
 };
 MegatronKey ParseMegatronKey(std::string_view key);
+// A sharded object's key: "rng_state/shard_0.1_1.2", of which the numbers are the shard's place and
+// how many there are. Nothing for another key.
+struct MegatronObjectKey {
+  std::string_view key;  // "rng_state"
+  Shape offsets;         // at least one, at most 8
+  Shape shape;           // as many
+};
+std::optional<MegatronObjectKey> ParseMegatronObject(std::string_view key);
+
 // The module's name: layer and expert put in, and the norms of Megatron's own layers named after
 // their modules.
 std::string MegatronNameOf(const MegatronKey& key, uint64_t layer, uint64_t expert,
                            const MegatronArguments& arguments);
+
+// The inverse: the key, and where on its axes a tensor is that the model calls so.
+struct MegatronPlace {
+  MegatronKey key;
+  uint64_t layer = 0;
+  uint64_t expert = 0;
+};
+enum class MegatronLayers : uint8_t { kAxis, kNumbered };  // how keys say which layer it is
+MegatronPlace MegatronPlaceOf(std::string_view name, MegatronLayers layers, bool local_modules);
 
 }  // namespace holdfast::converter
 

@@ -18,8 +18,10 @@ namespace {
 
 constexpr uint64_t kChunksMax = uint64_t{1} << 12;
 constexpr size_t kNestingMax = 16;
+constexpr std::string_view kExtraState = "_extra_state";
 
-// Tensors of a dict of dicts (files before megatron-core nest them), names joined with dots.
+// Tensors, and extra states, of a dict of dicts (files before megatron-core nest them), names
+// joined with dots.
 absl::Status Flatten(const TorchFile& torch, const TorchValue& dict, const std::string& prefix,
                      size_t depth, std::vector<std::pair<std::string, TorchValue>>& tensors,
                      std::vector<std::string>& others) {
@@ -36,7 +38,7 @@ absl::Status Flatten(const TorchFile& torch, const TorchValue& dict, const std::
     const TorchValue value = dict.Entry(i);
     if (value.Is(TorchValue::Kind::kDict)) {
       RETURN_IF_ERROR(Flatten(torch, value, name, depth + 1, tensors, others));
-    } else if (value.Is(TorchValue::Kind::kTensor)) {
+    } else if (value.Is(TorchValue::Kind::kTensor) || name.ends_with(kExtraState)) {
       tensors.emplace_back(name, value);
     } else if (!value.Is(TorchValue::Kind::kNone)) {
       others.push_back(name);
@@ -103,12 +105,19 @@ absl::Status MegatronModel::CollectTensors(MegatronRank& rank) {
     std::vector<std::string> others;
     RETURN_IF_ERROR(Flatten(torch, dict, "", 0, tensors, others));
     for (auto& [name, value] : tensors) {
-      ASSIGN_OR_RETURN(const TorchTensor* const tensor, value.Tensor());
       // TransformerEngine's own state, of its FP8 recipe: bytes of a pickle, not numbers.
-      if (name.ends_with("_extra_state")) {
-        if (tensor->ElementCount() > 0) others.push_back(name);
+      if (name.ends_with(kExtraState)) {
+        const bool nothing = value.Is(TorchValue::Kind::kTensor)
+                                 ? (*value.Tensor())->ElementCount() == 0
+                                 : value.Is(TorchValue::Kind::kNone);
+        if (!nothing) others.push_back(name);
+        rank.extras.push_back({.local = std::move(name),
+                               .global = {},
+                               .chunk = static_cast<uint32_t>(chunk),
+                               .value = value});
         continue;
       }
+      ASSIGN_OR_RETURN(const TorchTensor* const tensor, value.Tensor());
       absl::StatusOr<StoredTensor> stored = Locate(torch, rank.files->model, *tensor);
       if (!stored.ok()) {
         table_.index().unreadable.push_back({absl::StrCat(rank.files->directory, ": ", name),
@@ -221,20 +230,29 @@ absl::Status MegatronModel::NameGlobally() {
       uint64_t& count = counts[absl::StrCat(tensor.chunk, " ", std::string(expert->before))];
       count = std::max(count, expert->number + 1);
     }
+    const auto global_of = [&](const std::string& local_name, uint32_t chunk) {
+      std::string name = local_name;
+      if (const auto layer = ParseMegatronLayer(local_name); layer.has_value()) {
+        const auto of_prefix = layers.find(layer->prefix);
+        uint64_t before = 0;
+        if (of_prefix != layers.end()) {
+          const auto place = of_prefix->second.find({chunk, rank.stage});
+          if (place != of_prefix->second.end()) before = place->second;
+        }
+        name = absl::StrCat(std::string(layer->prefix), before + layer->number,
+                            std::string(layer->rest));
+      }
+      if (const auto local = ParseMegatronExpert(local_name); local.has_value()) {
+        const auto global = ParseMegatronExpert(name);
+        const uint64_t count = counts[absl::StrCat(chunk, " ", std::string(local->before))];
+        name = absl::StrCat(std::string(global->before), rank.expert * count + local->number,
+                            std::string(global->after));
+      }
+      return name;
+    };
+    for (MegatronExtra& extra : rank.extras) extra.global = global_of(extra.local, extra.chunk);
     for (MegatronTensor& tensor : rank.tensors) {
-      tensor.global = tensor.local;
-      if (const auto layer = ParseMegatronLayer(tensor.local); layer.has_value()) {
-        const uint64_t before = layers.find(layer->prefix)->second.at({tensor.chunk, rank.stage});
-        tensor.global = absl::StrCat(std::string(layer->prefix), before + layer->number,
-                                     std::string(layer->rest));
-      }
-      if (const auto local = ParseMegatronExpert(tensor.local); local.has_value()) {
-        const auto global = ParseMegatronExpert(tensor.global);
-        const uint64_t count = counts[absl::StrCat(tensor.chunk, " ", std::string(local->before))];
-        tensor.global =
-            absl::StrCat(std::string(global->before), rank.expert * count + local->number,
-                         std::string(global->after));
-      }
+      tensor.global = global_of(tensor.local, tensor.chunk);
       tensor.expert = IsMegatronExpert(tensor.global);
       tensor.buffer = IsMegatronBuffer(tensor.global);
       shapes_[tensor.global][ShardRank(tensor.expert, rank.tensor)] = tensor.stored.shape;

@@ -30,6 +30,14 @@ struct MegatronTensor {
   StoredTensor stored;
 };
 
+// What a module has stored beside its tensors (`..._extra_state`), whatever it is: it may be None.
+struct MegatronExtra {
+  std::string local;
+  std::string global;
+  uint32_t chunk = 0;
+  TorchValue value;
+};
+
 struct MegatronRank {
   const MegatronRankFiles* files = nullptr;
   uint32_t tensor = 0;
@@ -37,6 +45,7 @@ struct MegatronRank {
   uint32_t expert = 0;
   std::unique_ptr<TorchFile> torch = nullptr;
   std::vector<MegatronTensor> tensors = {};  // in the order of the model
+  std::vector<MegatronExtra> extras = {};
 };
 
 // Threads: one. Lifetime: folder, files and table outlive it.

@@ -13,6 +13,7 @@
 #include "converter/deepspeed_states.h"
 #include "converter/megatron_model.h"
 #include "converter/megatron_optimizer.h"
+#include "converter/megatron_state.h"
 #include "converter/names_file.h"
 #include "converter/torch_index.h"
 
@@ -87,6 +88,29 @@ absl::Status AddRandomStates(const MegatronRank& rank, PieceTable& table) {
   return absl::OkStatus();
 }
 
+// What the tensors of the index are not.
+void Keep(const ForeignFolder& folder, const MegatronModel& model, ForeignIndex& index) {
+  MegatronKeeper keeper(folder);
+  for (const MegatronRank& rank : model.ranks()) {
+    const MegatronKeptFrom from{
+        .torch = rank.torch.get(), .file = rank.files->model, .begin_bytes = 0};
+    const TorchValue root = rank.torch->root();
+    if (&rank == &model.ranks().front()) {
+      keeper.AddCommon(from, root);
+      uint32_t number = 0;
+      for (const TorchValue& optimizer : MegatronOptimizers(root.Find("optimizer"))) {
+        keeper.AddOptimizer(from, number++, optimizer);
+      }
+    }
+    keeper.AddRandom(from, absl::StrCat(rank.stage, ".", rank.tensor, ".", rank.expert),
+                     root.Find("rng_state"));
+    for (const MegatronExtra& extra : rank.extras) {
+      keeper.AddExtra(from, extra.global, extra.value);
+    }
+  }
+  keeper.Finish(index);
+}
+
 }  // namespace
 
 void DescribeMegatron(const MegatronFiles& files, const MegatronArguments& arguments,
@@ -149,6 +173,7 @@ absl::StatusOr<ForeignIndex> ReadMegatronLegacy(const ForeignFolder& folder,
   table.index().variant = distributed ? "legacy, distributed optimizer" : "legacy";
   DescribeMegatron(files, model->arguments(), table.index());
   RETURN_IF_ERROR(AddMegatronFacts(model->ranks().front().torch->root(), table.index()));
+  Keep(folder, *model, table.index());
   return table.Take();
 }
 

@@ -147,6 +147,8 @@ class TorchValue {
   // The same number for the same object: aliases. Less than the file's value_count().
   uint32_t number() const { return value_.number(); }
   PickleValue pickle() const { return value_; }
+  // Another value of the same document, as it is understood.
+  TorchValue Same(PickleValue value) const;
   // `a dict`, `an object of os.system`: for errors; bounded.
   std::string Describe() const;
   absl::Status Mismatch(std::string_view expected) const;
@@ -158,7 +160,6 @@ class TorchValue {
   PickleValue Opaque() const;  // what an opaque node's accessors look at
   PickleValue Contents() const;
   TorchValue FindInDict(std::string_view key) const;
-  TorchValue Same(PickleValue value) const;  // of the same file
 
   const TorchFile* file_ = nullptr;
   PickleValue value_;

@@ -140,26 +140,43 @@ PlannedFile TorchDraft::Finish() && {
   return std::move(file_);
 }
 
+std::string TorchFileBytes(const PlannedFile& file) {
+  TorchArchive archive(file.pickle);
+  std::string bytes;
+  for (const PlannedStorage& storage : file.storages) {
+    std::string elements;
+    for (const ElementRange& range : storage.ranges) {
+      CHECK(range.tensor_state >= kGivenElements);
+      if (range.tensor_state == kGivenElements) elements += storage.given;
+      if (range.tensor_state == kZeroElements) {
+        elements.append((range.end - range.begin) * ElementBytes(storage.dtype), '\0');
+      }
+    }
+    bytes += archive.BeginStorage(elements.size()) + elements;
+    bytes += archive.EndStorage(ExtendZipCrc32(0, std::as_bytes(std::span(elements))));
+  }
+  return bytes + archive.Finish();
+}
+
+absl::Status WriteTorchFile(OutputFiles& files, ConversionSource& source, const PlannedFile& file) {
+  if (file.pickle.empty()) return files.WriteWhole(file.path, file.text);
+  RETURN_IF_ERROR(files.Open(file.path));
+  TorchArchive archive(file.pickle);
+  for (const PlannedStorage& storage : file.storages) {
+    RETURN_IF_ERROR(files.Append(archive.BeginStorage(storage.Bytes())));
+    StorageWriter writer(source, files);
+    RETURN_IF_ERROR(writer.Write(storage));
+    RETURN_IF_ERROR(files.Append(archive.EndStorage(writer.crc32())));
+  }
+  RETURN_IF_ERROR(files.Append(archive.Finish()));
+  return files.Close();
+}
+
 absl::Status WriteTorchFiles(FileSystem& file_system, const std::string& directory,
                              ConversionSource& source, const TorchFilesPlan& plan,
                              const ConversionProgress& progress) {
   OutputFiles files(file_system, directory, plan.bytes, progress);
-  for (const PlannedFile& file : plan.files) {
-    if (file.pickle.empty()) {
-      RETURN_IF_ERROR(files.WriteWhole(file.path, file.text));
-      continue;
-    }
-    RETURN_IF_ERROR(files.Open(file.path));
-    TorchArchive archive(file.pickle);
-    for (const PlannedStorage& storage : file.storages) {
-      RETURN_IF_ERROR(files.Append(archive.BeginStorage(storage.Bytes())));
-      StorageWriter writer(source, files);
-      RETURN_IF_ERROR(writer.Write(storage));
-      RETURN_IF_ERROR(files.Append(archive.EndStorage(writer.crc32())));
-    }
-    RETURN_IF_ERROR(files.Append(archive.Finish()));
-    RETURN_IF_ERROR(files.Close());
-  }
+  for (const PlannedFile& file : plan.files) RETURN_IF_ERROR(WriteTorchFile(files, source, file));
   return files.Finish();
 }
 

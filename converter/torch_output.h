@@ -97,6 +97,12 @@ class TorchDraft {
   std::vector<uint32_t> used_;
 };
 
+// The bytes of a file of which all storages are given or zero.
+std::string TorchFileBytes(const PlannedFile& file);
+
+// Writes one file of a plan.
+absl::Status WriteTorchFile(OutputFiles& files, ConversionSource& source, const PlannedFile& file);
+
 // Writes all files of the plan below `directory`, which exists and has none of them. `source` has
 // the index of the plan. After OK they are durable; their names in `directory` itself are not.
 absl::Status WriteTorchFiles(FileSystem& file_system, const std::string& directory,

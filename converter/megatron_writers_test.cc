@@ -1,0 +1,400 @@
+// Goal: whatever Megatron checkpoint is written as Megatron's again, every tensor and state is the
+// same, bit for bit, under the keys that Megatron itself gives them; what else it held is there,
+// class by class; what has no place is refused by name.
+// Method: MegatronSample's checkpoints of many configurations, and those that Megatron-LM itself
+// wrote (../shared/fixtures/megatron, where they are), written and read back; the keys are compared
+// with those of the sample's, and Megatron's, own torch_dist files. That Megatron loads what is
+// written is in tests/interop.
+#include <algorithm>
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "base/sha256.h"
+#include "converter/byte_source.h"
+#include "converter/conversion_source.h"
+#include "converter/dcp_metadata.h"
+#include "converter/format_reader.h"
+#include "converter/megatron_dist_writer.h"
+#include "converter/megatron_sample.h"
+#include "converter/optimizer_groups.h"
+#include "converter/prove.h"
+#include "converter/torch_index.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "io/posix_file_system.h"
+#include "tests/support/status_matchers.h"
+#include "tests/support/temporary_directory.h"
+
+namespace holdfast::converter {
+namespace {
+
+namespace fs = std::filesystem;
+using absl::StatusCode;
+using ::testing::HasSubstr;
+using Key = std::pair<std::string, std::string>;  // tensor, class of state
+using Records = std::map<Key, std::string>;
+
+constexpr char kMemory[] = "/dev/shm";
+constexpr size_t kJsonBytesMax = size_t{1} << 20;
+
+struct Opened {
+  std::unique_ptr<ForeignFolder> folder;
+  ForeignIndex index;
+};
+
+class MegatronWriters : public testing::Test {
+ protected:
+  std::string Write(const MegatronSample::Files& files) {
+    const std::string root = directory_.Join("source");
+    fs::remove_all(root);
+    for (const auto& [path, bytes] : files) {
+      fs::create_directories((fs::path(root) / path).parent_path());
+      std::ofstream(fs::path(root) / path, std::ios::binary) << bytes;
+    }
+    return root;
+  }
+
+  absl::StatusOr<Opened> Open(const std::string& path) {
+    Opened opened;
+    auto folder = ForeignFolder::Open(*file_system_, path);
+    if (!folder.ok()) return folder.status();
+    opened.folder = *std::move(folder);
+    const auto reader = RecognizeFormat(*opened.folder);
+    if (!reader.ok()) return reader.status();
+    if (*reader == nullptr) return absl::NotFoundError("no reader knows it");
+    EXPECT_EQ((*reader)->name, "megatron");
+    auto index = ReadFormat(**reader, *opened.folder, {});
+    if (!index.ok()) return index.status();
+    opened.index = *std::move(index);
+    return opened;
+  }
+
+  // Weights count as one; random states are objects in torch_dist.
+  static Records RecordsOf(ConversionSource& source) {
+    Records records;
+    for (uint32_t i = 0; i < source.index().tensor_states.size(); ++i) {
+      const TensorState& state = source.index().tensor_states[i];
+      if (state.state == "rng") continue;
+      Sha256 hash;
+      EXPECT_THAT(source.Read(i,
+                              [&](std::span<const std::byte> bytes) {
+                                hash.Add(bytes);
+                                return absl::OkStatus();
+                              }),
+                  IsOk());
+      records[{state.tensor, IsOptimizerState(state.state) ? state.state : "a tensor"}] =
+          absl::StrCat(std::string(DtypeName(state.dtype)), " ", absl::StrJoin(state.shape, ","),
+                       " ", Hex(hash.Finish()));
+    }
+    return records;
+  }
+
+  std::string Fresh() {
+    const std::string out = directory_.Join("out");
+    fs::remove_all(out);
+    fs::create_directory(out);
+    return out;
+  }
+
+  absl::Status WriteDist(ConversionSource& source, const std::string& out) {
+    const auto plan = PlanMegatronDist(source, {.file_bytes = 20'000});
+    if (!plan.ok()) return plan.status();
+    uint64_t done = 0;
+    const auto status =
+        WriteMegatronDist(*file_system_, out, source, *plan, [&](uint64_t now, uint64_t of) {
+          EXPECT_EQ(of, plan->bytes());
+          done = now;
+          return true;
+        });
+    if (!status.ok()) return status;
+    EXPECT_EQ(done, plan->bytes());
+    uint64_t on_disk = 0;
+    for (const auto& entry : fs::recursive_directory_iterator(out)) {
+      if (entry.is_regular_file()) on_disk += entry.file_size();
+    }
+    EXPECT_EQ(on_disk, plan->bytes());
+    return absl::OkStatus();
+  }
+
+  // Writes it, reads it back, and compares. `masters`: the source has them.
+  void RoundTrip(const std::string& path, bool masters) {
+    ASSERT_OK_AND_ASSIGN(Opened opened, Open(path));
+    EXPECT_TRUE(opened.index.unreadable.empty());
+    const uint64_t step = opened.index.step;
+    ConversionSource source(*opened.folder, std::move(opened.index));
+    const Records expected = RecordsOf(source);
+    const std::string out = Fresh();
+    ASSERT_THAT(WriteDist(source, out), IsOk());
+    ASSERT_OK_AND_ASSIGN(Opened back, Open(out));
+    EXPECT_EQ(back.index.step, step);
+    EXPECT_EQ(back.index.variant, "torch_dist");
+    EXPECT_TRUE(back.index.unreadable.empty() && back.index.losses.empty());
+    EXPECT_TRUE(back.index.repairs.empty());
+    ASSERT_OK_AND_ASSIGN(const ProofReport proof, Prove(*back.folder, back.index, {}));
+    EXPECT_EQ(proof.soundness, Soundness::kGood);
+    ConversionSource again(*back.folder, std::move(back.index));
+    Records found = RecordsOf(again);
+    for (const auto& [key, record] : expected) {
+      const auto at = found.find(key);
+      // A step of states that Megatron has lost.
+      const auto of = expected.lower_bound({key.first, "exp_avg"});
+      if (key.second == "step" &&
+          (of == expected.end() || of->first.second != "exp_avg" || of->first.first != key.first)) {
+        continue;
+      }
+      EXPECT_EQ(at == found.end() ? "missing" : at->second, record)
+          << key.first << ", " << key.second;
+      if (at != found.end()) found.erase(at);
+    }
+    for (const auto& [key, record] : found) {
+      // Where there were no masters they are the weights.
+      EXPECT_TRUE(!masters && key.second == "fp32")
+          << "not expected: " << key.first << ", " << key.second;
+    }
+  }
+
+  // "key float32 [2,3]" of tensors, "key" of objects; sorted.
+  static std::vector<std::string> KeysIn(const fs::path& metadata_file) {
+    std::ifstream file(metadata_file, std::ios::binary);
+    std::string bytes(std::istreambuf_iterator<char>(file), {});
+    const auto metadata = ParseDcpMetadata(std::move(bytes), metadata_file.string());
+    EXPECT_THAT(metadata, IsOk());
+    std::vector<std::string> keys;
+    if (!metadata.ok()) return keys;
+    for (const DcpTensor& tensor : metadata->tensors) {
+      keys.push_back(
+          absl::StrCat(tensor.key, " ", tensor.dtype, " [", absl::StrJoin(tensor.shape, ","), "]"));
+    }
+    for (const DcpObject& object : metadata->objects) keys.push_back(object.key);
+    std::ranges::sort(keys);
+    return keys;
+  }
+
+  static std::vector<std::string> TensorsOf(std::vector<std::string> keys) {
+    std::erase_if(keys, [](const std::string& key) { return !key.ends_with(']'); });
+    EXPECT_GE(keys.size(), 30);
+    return keys;
+  }
+
+  // What common.pt says, as JSON text, by key.
+  std::map<std::string, std::string> CommonOf(const std::string& path) {
+    std::map<std::string, std::string> common;
+    const auto folder = ForeignFolder::Open(*file_system_, fs::path(path).parent_path().string());
+    EXPECT_THAT(folder, IsOk());
+    const auto file = (*folder)->Find("common.pt");
+    EXPECT_TRUE(file.has_value());
+    const auto torch = TorchFile::Open(FolderSource(**folder, *file));
+    EXPECT_THAT(torch, IsOk());
+    if (!torch.ok()) return common;
+    const TorchValue root = (*torch)->root();
+    for (size_t i = 0; i < *root.EntryCount(); ++i) {
+      const TorchValue value = root.Entry(i);
+      const TorchValue attributes = value.attributes();
+      common[std::string(*root.Key(i).String())] =
+          TorchJson(attributes.present() ? attributes : value, kJsonBytesMax);
+    }
+    return common;
+  }
+
+  const std::unique_ptr<FileSystem> file_system_ = NewPosixFileSystem();
+  TemporaryDirectory directory_{fs::is_directory(kMemory) ? kMemory : "."};
+};
+
+std::vector<MegatronSampleConfig> Configurations() {
+  std::vector<MegatronSampleConfig> configs = {
+      {},
+      {.gated = false, .bias = true},
+      {.tp = 2, .etp = 2, .bias = true},
+      {.tp = 2, .pp = 2, .etp = 2, .tied = true, .bucket = 300},
+      {.pp = 2, .vpp = 2, .layers_per_chunk = 2, .gated = false, .tied = true},
+      {.tp = 2, .etp = 2, .weights = Dtype::kFloat32},
+      {.ep = 2, .experts = 4, .bucket = 500},
+      {.tp = 2, .pp = 2, .ep = 2, .etp = 2, .dp = 4, .experts = 4, .tied = true},
+      {.tp = 2, .etp = 2, .layers_per_chunk = 3, .experts = 3},
+  };
+  for (size_t i = 0; i < configs.size(); ++i) configs[i].seed = 300 + i;
+  return configs;
+}
+
+TEST_F(MegatronWriters, EveryTensorIsTheSameFromEveryForm) {
+  for (const MegatronSampleConfig& config : Configurations()) {
+    for (const bool distributed : {true, false}) {
+      MegatronSampleConfig each = config;
+      each.distributed = distributed;
+      SCOPED_TRACE(absl::StrCat("seed ", config.seed, distributed ? "" : ", ordinary optimizer"));
+      const MegatronSample sample(each);
+      const bool masters = distributed || config.weights != Dtype::kFloat32;
+      RoundTrip(Write(sample.Legacy()), masters);
+      if (!distributed) continue;
+      RoundTrip(Write(sample.TorchDist(MegatronSample::Form::kReshardable)), masters);
+      RoundTrip(Write(sample.TorchDist(MegatronSample::Form::kBuckets)), masters);
+    }
+  }
+}
+
+TEST_F(MegatronWriters, KeysAreThoseThatMegatronGives) {
+  for (const MegatronSampleConfig& config : Configurations()) {
+    SCOPED_TRACE(config.seed);
+    const MegatronSample sample(config);
+    const std::string own = Write(sample.TorchDist(MegatronSample::Form::kReshardable));
+    const std::vector<std::string> expected = TensorsOf(KeysIn(own + "/iter_0000007/.metadata"));
+    ASSERT_OK_AND_ASSIGN(Opened opened, Open(Write(sample.Legacy())));
+    ConversionSource source(*opened.folder, std::move(opened.index));
+    const std::string out = Fresh();
+    ASSERT_THAT(WriteDist(source, out), IsOk());
+    EXPECT_EQ(TensorsOf(KeysIn(out + "/iter_0000007/.metadata")), expected);
+  }
+}
+
+TEST_F(MegatronWriters, WhatMegatronItselfWroteIsWrittenWithItsKeysAndState) {
+  const fs::path root = fs::path(HOLDFAST_SOURCE_DIR) / "../shared/fixtures/megatron";
+  if (!fs::exists(root)) GTEST_SKIP() << "no ../shared/fixtures";
+  size_t count = 0;
+  for (const auto& entry : fs::directory_iterator(root)) {
+    const std::string name = entry.path().filename().string();
+    SCOPED_TRACE(name);
+    ++count;
+    const std::string from = entry.path() / "ckpt";
+    RoundTrip(from, name != "fsdp-dtensor-dp2");
+    const std::string out = directory_.Join("out/iter_0000003/.metadata");
+    const std::string own = from + "/iter_0000003/.metadata";
+    if (name.starts_with("dist-fully-tp2") || name == "moe-dist-ep2" ||
+        name == "dist-async-vpp2-pp2-dp2") {
+      EXPECT_EQ(KeysIn(out), KeysIn(own));
+    }
+    if (!fs::exists(from + "/iter_0000003/common.pt")) continue;
+    const auto expected = CommonOf(own);
+    const auto found = CommonOf(out);
+    ASSERT_GE(expected.size(), 6);
+    for (const auto& [key, json] : expected) {
+      // Another form of the optimizer's states.
+      const bool another = name == "dist-tp2-pp2-bf16" || name == "dist-bucket-tp2-dp2";
+      if (another && (key == "optimizer" || key == "content_metadata")) continue;
+      EXPECT_EQ(found.contains(key) ? found.at(key) : "missing", json) << key;
+    }
+  }
+  EXPECT_GE(count, 11);
+}
+
+// Of the legacy files of a real job: what each rank and module had besides.
+TEST_F(MegatronWriters, RandomAndExtraStatesOfLegacyFilesBecomeObjects) {
+  const fs::path from =
+      fs::path(HOLDFAST_SOURCE_DIR) / "../shared/fixtures/megatron/legacy-moe-pp2-ep2/ckpt";
+  if (!fs::exists(from)) GTEST_SKIP() << "no ../shared/fixtures";
+  ASSERT_OK_AND_ASSIGN(Opened opened, Open(from.string()));
+  ConversionSource source(*opened.folder, std::move(opened.index));
+  const std::string out = Fresh();
+  ASSERT_THAT(WriteDist(source, out), IsOk());
+  const std::vector<std::string> keys = KeysIn(out + "/iter_0000003/.metadata");
+  for (const char* key :
+       {"rng_state/shard_1.0.1_2.1.2",
+        "decoder.layers.self_attention.linear_qkv._extra_state/shard_1_2",
+        "decoder.layers.mlp.experts.experts.linear_fc1._extra_state/shard_1.3_2.4"}) {
+    EXPECT_THAT(keys, testing::Contains(key));
+  }
+  // Each opens, and holds what the rank's file does.
+  ASSERT_OK_AND_ASSIGN(const Opened back, Open(out));
+  size_t objects = 0;
+  for (const Fact& fact : back.index.scalars) {
+    if (!fact.name.starts_with("rng_state/shard_")) continue;
+    ++objects;
+    EXPECT_THAT(fact.json, HasSubstr("random_rng_state"));
+  }
+  EXPECT_EQ(objects, 4);
+}
+
+class Refusals : public MegatronWriters {
+ protected:
+  // The message with which a sample is refused of which `change` has changed the index.
+  template <typename Change>
+  void ExpectRefused(const MegatronSampleConfig& config, Change change, const std::string& words) {
+    SCOPED_TRACE(words);
+    ASSERT_OK_AND_ASSIGN(Opened opened, Open(Write(MegatronSample(config).Legacy())));
+    change(opened.index);
+    ConversionSource source(*opened.folder, std::move(opened.index));
+    const std::string out = Fresh();
+    EXPECT_THAT(WriteDist(source, out),
+                StatusIs(StatusCode::kFailedPrecondition, HasSubstr(words)));
+    EXPECT_TRUE(fs::is_empty(out));
+  }
+
+  static TensorState& Find(ForeignIndex& index, std::string_view tensor, std::string_view state) {
+    const auto found = std::ranges::find_if(index.tensor_states, [&](const TensorState& each) {
+      return each.tensor == tensor && each.state == state;
+    });
+    EXPECT_NE(found, index.tensor_states.end()) << tensor << " " << state;
+    return *found;
+  }
+};
+
+TEST_F(Refusals, NameWhatHasNoPlace) {
+  const std::string norm = "decoder.final_layernorm.weight";
+  ExpectRefused(
+      {}, [&](ForeignIndex& i) { Find(i, norm, "exp_avg").state = "ema"; },
+      "no place for it; --drop ema");
+  ExpectRefused(
+      {}, [&](ForeignIndex& i) { Find(i, norm, "exp_avg").state = "some.thing"; },
+      "end a state's name at a dot");
+  ExpectRefused(
+      {}, [&](ForeignIndex& i) { Find(i, norm, "exp_avg").state = "buffer"; },
+      "two tensors of this name");
+  ExpectRefused(
+      {}, [&](ForeignIndex& i) { Find(i, norm, "param").tensor = "another"; },
+      "has optimizer states and no weights");
+  ExpectRefused(
+      {},
+      [&](ForeignIndex& i) {
+        TensorState& state = Find(i, norm, "exp_avg");
+        state.shape.insert(state.shape.begin(), 1);
+      },
+      "of their weights' shape only; --drop exp_avg");
+  ExpectRefused(
+      {}, [&](ForeignIndex& i) { Find(i, norm, "exp_avg_sq").state = "step"; },
+      "expected one number");
+  ExpectRefused(
+      {.experts = 2},
+      [&](ForeignIndex& i) {
+        for (TensorState& state : i.tensor_states) {
+          const size_t at = state.tensor.find("local_experts.1.");
+          if (at != std::string::npos) state.tensor[at + 14] = '2';
+        }
+      },
+      "expected all of 3 experts");
+  ExpectRefused(
+      {.pp = 2, .tied = true},
+      [&](ForeignIndex& i) {
+        std::swap(Find(i, "output_layer.weight", "exp_avg").state,
+                  Find(i, "output_layer.weight", "exp_avg_sq").state);
+      },
+      "args say that it is tied");
+}
+
+TEST_F(Refusals, StepsThatDifferAreNoneOfMegatrons) {
+  ASSERT_OK_AND_ASSIGN(Opened opened, Open(Write(MegatronSample({}).Legacy())));
+  ForeignIndex& index = opened.index;
+  // One parameter has another step.
+  const auto last = std::ranges::find_if(index.tensor_states,
+                                         [](const TensorState& s) { return s.state == "step"; });
+  ASSERT_NE(last, index.tensor_states.end());
+  const auto number = static_cast<uint32_t>(last - index.tensor_states.begin());
+  const float other = 99;
+  const uint32_t extent = index.AddInline({reinterpret_cast<const char*>(&other), sizeof other});
+  for (ForeignPiece& piece : index.pieces) {
+    if (piece.piece.tensor_state != number) continue;
+    piece.extent = extent;
+    piece.offset_bytes = 0;
+  }
+  ConversionSource source(*opened.folder, std::move(opened.index));
+  EXPECT_THAT(WriteDist(source, Fresh()),
+              StatusIs(StatusCode::kFailedPrecondition, HasSubstr("one step for all parameters")));
+}
+
+}  // namespace
+}  // namespace holdfast::converter
