@@ -1,5 +1,5 @@
 """The part of gpu-check that captures from the GPU and restores to it: the tests of the hook library's device
-code, on the real driver, and the figures of bench/device_capture.py."""
+code, on the real driver; tiny_lm with its tensors on the GPU; and the figures of bench/device_capture.py."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import sys
 
 TESTS = ("device_driver_test", "device_capture_test", "device_restore_test")
 TEST_SECONDS = 60
+TRAINING_SECONDS = 60
 BENCH_SECONDS = 180
 REHEARSAL_BYTES = 8 << 20
 
@@ -36,6 +37,41 @@ class Capture:
         path.write_text(f'#!/bin/sh\nLD_LIBRARY_PATH="{libraries}" exec "{agent}" "$@"\n')
         path.chmod(0o755)
         return path
+
+    def train(self, steps, *flags):
+        """One rank of tiny_lm, to that step: step -> loss, and the events of its saves and its restore."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HOLDFAST_")}
+        place = self.check.directory / "tiny_lm"
+        place.mkdir(exist_ok=True)
+        environment.update(
+            LD_LIBRARY_PATH=f"{self.here / 'lib'}:{os.environ.get('LD_LIBRARY_PATH', '')}",
+            HOLDFASTD=str(self.agent_command()), HOLDFAST_JOB="tiny_lm", HOLDFAST_ROOT=str(place / "root"),
+            HOLDFAST_RUNTIME_DIR=str(place), HOLDFAST_HOST_MEMORY="256MiB", HOLDFAST_LINGER="1s")
+        result = subprocess.run(
+            [sys.executable, self.here / "launch", "--nproc", "1", "--", self.here / "bin" / "tiny_lm", "--corpus",
+             self.here / "device_capture.py", "--bytes", "64M", "--steps", str(steps), "--save-every", "2", *flags],
+            env=environment, capture_output=True, text=True, timeout=TRAINING_SECONDS)
+        with open(self.check.files / "tiny_lm.log", "a") as log:
+            log.write(result.stdout + result.stderr)
+        if result.returncode != 0:
+            raise self.failure(f"tiny_lm: exit status {result.returncode}; {result.stderr[-400:]}")
+        events = [json.loads(line.split(" ", 1)[1]) for line in result.stdout.splitlines()]
+        losses = {event["step"]: event["loss"] for event in events if event["event"] == "step"}
+        return losses, [event for event in events if event["event"] in ("save_ended", "restored")]
+
+    def tiny_lm(self):
+        """Trained on the GPU in two runs, of which the second goes on from what the first has saved, it has
+        the losses of a run in host memory."""
+        expected, _ = self.train(8, "--no-holdfast")
+        first, saves = self.train(4, "--device")
+        second, ended = self.train(8, "--device")
+        restored = [event["step"] for event in ended if event["event"] == "restored"]
+        if {**first, **second} != expected or restored != [4] or set(first) & set(second):
+            raise self.failure(f"losses or the restored step differ: {first}, {second}, restored {restored}; "
+                               f"in host memory {expected}")
+        if not all(event["device_bytes"] > 64 << 20 for event in saves):
+            raise self.failure(f"not all was captured from the device: {saves}")
+        return f"{len(expected)} losses bit for bit, {len(saves)} saves, restored on the device from step 4"
 
     def bench(self):
         out = self.check.files / "device_capture.json"
@@ -70,4 +106,8 @@ class Capture:
                 self.check.say("skipped", name, "there is no driver in a rehearsal")
             else:
                 self.check.step(name, lambda name=name: self.test(name))
+        if self.check.rehearse:
+            self.check.say("skipped", "tiny_lm --device", "there is no driver in a rehearsal")
+        else:
+            self.check.step("tiny_lm --device", self.tiny_lm)
         self.check.step("capture and restore, measured", self.bench)
