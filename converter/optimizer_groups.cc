@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <compare>
 #include <map>
 #include <optional>
 #include <unordered_set>
@@ -94,6 +95,67 @@ std::vector<OptimizerGroup> ToldGroups(const ForeignIndex& index) {
   return groups;
 }
 
+// Megatron's groups have no names. Its rule (megatron/core/optimizer:
+// get_standard_config_overrides): vectors and biases without weight decay, everything else with it;
+// what expert parallelism spreads is apart. Of all optimizers, of all ranks.
+struct MegatronKey {
+  bool decays = true;
+  bool of_experts = false;
+  friend auto operator<=>(const MegatronKey&, const MegatronKey&) = default;
+};
+
+// Nothing, unless the groups are Megatron's and no two have the same key.
+std::map<MegatronKey, OptimizerGroup> MegatronGroups(const ForeignIndex& index) {
+  std::map<MegatronKey, OptimizerGroup> groups;
+  for (const Fact& fact : index.scalars) {
+    Json list;
+    if (IsGroupList(fact.name)) list = Parsed(fact.json);
+    if (fact.name.find(".optimizer/shard_") != std::string::npos) {  // of dp_reshardable
+      const Json object = Parsed(fact.json);
+      if (object.is_object()) list = object.value(kParamGroups, Json());
+    }
+    if (!list.is_array()) continue;
+    for (const Json& each : list) {
+      if (!each.is_object() || !each.value("wd_mult", Json()).is_number() ||
+          !each.value("is_expert_parallel", Json()).is_boolean()) {
+        return {};
+      }
+      const MegatronKey key{.decays = each["wd_mult"] != 0,
+                            .of_experts = each["is_expert_parallel"].get<bool>()};
+      OptimizerGroup group = GroupOf(each);
+      const auto [place, is_new] = groups.emplace(key, group);
+      if (!is_new && place->second.values != group.values) return {};
+    }
+  }
+  return groups;
+}
+
+// The parameters in Megatron's groups; nothing if one of them fits none.
+std::vector<OptimizerGroup> NamedByMegatronsRule(const ForeignIndex& index,
+                                                 const std::vector<std::string>& optimized) {
+  std::map<MegatronKey, OptimizerGroup> groups = MegatronGroups(index);
+  if (groups.empty()) return {};
+  std::map<std::string_view, size_t> dims;
+  for (const TensorState& state : index.tensor_states) {
+    size_t& most = dims[state.tensor];
+    most = std::max(most, state.shape.size());
+  }
+  const bool apart = std::any_of(groups.begin(), groups.end(),
+                                 [](const auto& group) { return group.first.of_experts; });
+  for (const std::string& name : optimized) {
+    const bool of_experts = name.find(".experts.") != std::string::npos;
+    const auto group = groups.find(
+        {.decays = dims[name] > 1 && !name.ends_with(".bias"), .of_experts = apart && of_experts});
+    if (group == groups.end()) return {};
+    group->second.parameters.push_back(name);
+  }
+  std::vector<OptimizerGroup> named;
+  for (auto group = groups.rbegin(); group != groups.rend(); ++group) {  // with decay first
+    named.push_back(std::move(group->second));
+  }
+  return named;
+}
+
 }  // namespace
 
 bool IsOptimizerState(std::string_view state) {
@@ -117,6 +179,10 @@ absl::StatusOr<std::vector<OptimizerGroup>> OptimizerGroupsOf(const ForeignIndex
     std::erase_if(group.parameters, [&](const std::string& name) { return left.erase(name) == 0; });
   }
   if (left.empty()) return groups;
+  if (left.size() == optimized.size()) {
+    std::vector<OptimizerGroup> named = NamedByMegatronsRule(index, optimized);
+    if (!named.empty()) return named;
+  }
   if (groups.size() > 1) {
     return absl::FailedPreconditionError(absl::StrFormat(
         "the optimizer has %d parameter groups, and nothing says in which of them \"%s\" and %d "

@@ -33,10 +33,10 @@ bool IsOptimizerState(std::string_view state);
 bool IsWeightState(std::string_view state);
 
 // The groups of the parameters that have an optimizer's state (fp32 included), each exactly once:
-// those that the scalars tell; what they do not tell, where one group is possible only: one of all
-// of them, in the order of the index. Groups that the index has no parameters of are empty ones.
-// Empty: no parameter has such a state. Errors: kFailedPrecondition (several groups, and nothing
-// says which parameter is in which).
+// those that the scalars tell; Megatron's, which have no names, by its rule; what nothing tells,
+// where one group is possible only: one of all of them, in the order of the index. Groups that the
+// index has no parameters of are empty ones. Empty: no parameter has such a state. Errors:
+// kFailedPrecondition (several groups, and nothing says which parameter is in which).
 absl::StatusOr<std::vector<OptimizerGroup>> OptimizerGroupsOf(const ForeignIndex& index);
 
 // In their place in the scalars.

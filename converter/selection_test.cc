@@ -161,5 +161,43 @@ TEST(OptimizerGroups, AreWhatTheScalarsTell) {
               StatusIs(StatusCode::kFailedPrecondition, HasSubstr("2 parameter groups")));
 }
 
+// Weight decay for matrices, none for vectors and biases, experts apart.
+TEST(OptimizerGroups, MegatronsAreNamedByItsRule) {
+  ForeignIndex index;
+  for (const auto& [name, shape] : std::vector<std::pair<std::string, std::vector<uint64_t>>>{
+           {"decoder.norm.weight", {4}},
+           {"decoder.fc.weight", {4, 4}},
+           {"decoder.odd.bias", {4, 4}},
+           {"decoder.mlp.experts.fc1.weight", {4, 4}},
+           {"decoder.mlp.shared_experts.fc1.weight", {4, 4}}}) {
+    index.AddState({name, "exp_avg", Dtype::kFloat32, shape});
+  }
+  const std::string dense = R"([{"wd_mult": 1.0, "is_expert_parallel": false, "lr": 0.5},
+                                {"wd_mult": 0.0, "is_expert_parallel": false, "lr": 0.25}])";
+  const std::string experts = R"([{"wd_mult": 1.0, "is_expert_parallel": true, "lr": 0.125}])";
+  index.scalars = {{"optimizer.0.param_groups", dense}, {"optimizer.1.param_groups", experts}};
+  ASSERT_OK_AND_ASSIGN(std::vector<OptimizerGroup> groups, OptimizerGroupsOf(index));
+  ASSERT_EQ(groups.size(), 3u);
+  EXPECT_THAT(groups[0].parameters, ElementsAre("decoder.mlp.experts.fc1.weight"));
+  EXPECT_EQ(groups[0].values["lr"], 0.125);
+  EXPECT_THAT(groups[1].parameters,
+              ElementsAre("decoder.fc.weight", "decoder.mlp.shared_experts.fc1.weight"));
+  EXPECT_THAT(groups[2].parameters, ElementsAre("decoder.norm.weight", "decoder.odd.bias"));
+  EXPECT_EQ(groups[2].values["lr"], 0.25);
+  // In one optimizer, where experts are not spread, and told once for each rank.
+  index.scalars = {{"optimizer.distributed.dp_group_idx_0.optimizer/shard_0_1",
+                    R"({"param_groups": )" + dense + "}"},
+                   {"optimizer.distributed.dp_group_idx_1.optimizer/shard_0_1",
+                    R"({"param_groups": )" + dense + "}"}};
+  ASSERT_OK_AND_ASSIGN(groups, OptimizerGroupsOf(index));
+  ASSERT_EQ(groups.size(), 2u);
+  EXPECT_EQ(groups[0].parameters.size(), 3u);
+  // Two groups of one kind: another rule than Megatron's standard one.
+  index.scalars = {{"optimizer.param_groups",
+                    R"([{"wd_mult": 1.0, "is_expert_parallel": false, "lr": 0.5},
+                        {"wd_mult": 1.0, "is_expert_parallel": false, "lr": 0.25}])"}};
+  EXPECT_THAT(OptimizerGroupsOf(index), StatusIs(StatusCode::kFailedPrecondition));
+}
+
 }  // namespace
 }  // namespace holdfast::converter
