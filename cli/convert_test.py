@@ -5,6 +5,7 @@ which names, in which dtypes and formats, in how much memory.
 Usage: convert_test.py HOLDFAST
 """
 
+import hashlib
 import json
 import random
 import struct
@@ -109,6 +110,35 @@ class ConvertTest(unittest.TestCase):
         (self.path / "out").unlink()
         self.assertIn("did you mean \"bfloat16\"", self.refused("--dtype", "bflot16"))
         self.assertIn("expected STATE=DTYPE", self.refused("--dtype", "exp_avg=float32"))
+
+    def test_other_frameworks_names_and_blocks(self):
+        rules = self.path / "my.map"
+        rules.write_text("blocks.{n}.weight = concat(2 * a.{n}, b.{n})\nshape a.{n} [rows columns]\n")
+        self.assertIn("expected a rule for \"mask\"", self.refused("--map", rules, code=1))
+        said = self.convert("--map", rules, "--drop", "unmapped")
+        self.assertEqual(said["left_out"], [f"mask, for which --map {rules} has no rule"])
+        found = tensors_in(self.path / "out")
+        self.assertEqual({name: each["shape"] for name, each in found.items()},
+                         {f"{part}.{i}": [rows, 4] for i in range(3) for part, rows in (("a", 2), ("b", 1))})
+        content = struct.pack("<4f", *self.numbers["blocks.1.weight"][8:])
+        self.assertEqual(found["b.1"]["sha256"], hashlib.sha256(content).hexdigest())
+        # The same file the other way round.
+        code, _, err = run("convert", self.path / "out", self.path / "back", "--format", "torch", "--map", rules)
+        self.assertEqual((code, err), (0, ""))
+        source = tensors_in(self.file)
+        self.assertEqual({name: each["sha256"] for name, each in tensors_in(self.path / "back").items()},
+                         {name: each["sha256"] for name, each in source.items() if name != "mask"})
+        (self.path / "out").unlink()
+        self.assertIn("did you mean \"llama\"", self.refused("--map", "lama"))
+        self.assertIn("did you mean \"megatron\"", self.refused("--map", "llama:megatrn"))
+        self.assertIn("expected names of llama", self.refused("--map", "llama", code=1))
+        self.assertIn("--set: expected --map", self.refused("--set", "heads=4"))
+        self.assertIn("--drop unmapped: expected --map", self.refused("--drop", "unmapped"))
+        self.assertIn("did you mean \"heads\"", self.refused_after(rules, "heads * a.{n}, b.{n}", "heds=2"))
+
+    def refused_after(self, rules, parts, number):
+        rules.write_text(f"blocks.{{n}}.weight = concat({parts})\ndrop mask\n")
+        return self.refused("--map", rules, "--set", "heads=2", "--set", number)
 
     def test_layouts(self):
         for form, to, expected in (("torch", "dp=2", "expected a format with a layout"),

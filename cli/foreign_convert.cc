@@ -21,6 +21,7 @@
 #include "base/suggestion.h"
 #include "checkpoint/single_image.h"
 #include "cli/foreign.h"
+#include "cli/foreign_map.h"
 #include "cli/interrupt.h"
 #include "cli/output.h"
 #include "cli/process.h"
@@ -68,6 +69,7 @@ struct Options {
   std::string to;
   std::string rename_file;
   converter::SelectionRequest selection;
+  MapOptions map;
   uint64_t shard_bytes = 5'000'000'000;
   bool force = false;
   bool dry_run = false;
@@ -225,6 +227,11 @@ class Conversion {
       ASSIGN_OR_RETURN(request.rename,
                        file_system_.ReadSmallFile(options_.rename_file, kRenameFileBytesMax));
     }
+    ASSIGN_OR_RETURN(
+        request.map,
+        MappingOf(file_system_, options_.map,
+                  {.format = options_.format, .to = options_.to, .model = options_.foreign.model},
+                  source_));
     return request;
   }
 
@@ -523,9 +530,10 @@ void AddVerb(CLI::App& app, Invocation& invocation, const char* name, const char
       ->allow_extra_args(false);
   verb->add_option("--rename", options->rename_file,
                    "File of rules that give tensors other names: name, prefix, suffix, regex");
+  AddMapOptions(*verb, options->map);
   verb->add_option("--drop", options->selection.drop,
                    "Leave out: a state (exp_avg), objects (what is no tensor), '*' for all that "
-                   "are no weights, unreadable")
+                   "are no weights, unreadable, unmapped")
       ->allow_extra_args(false);
   verb->add_option("--dtype", options->selection.dtypes,
                    "DTYPE of floating weights and buffers, or STATE=DTYPE: float32, bfloat16, "

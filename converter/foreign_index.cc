@@ -133,8 +133,8 @@ absl::Status CheckForeignPiece(const ForeignIndex& index, const ForeignPiece& pi
     return Wrong(absl::StrFormat("%s: %s is neither conjugated nor negated", Describe(state),
                                  DtypeName(state.dtype)));
   }
-  if (piece.rounded && (piece.strides != kContiguous || state.dtype == Dtype::kFloat32 ||
-                        !CanRound(Dtype::kFloat32, state.dtype))) {
+  if (piece.rounded &&
+      (state.dtype == Dtype::kFloat32 || !CanRound(Dtype::kFloat32, state.dtype))) {
     return Wrong(absl::StrFormat("%s: %s is not rounded from float32", Describe(state),
                                  DtypeName(state.dtype)));
   }

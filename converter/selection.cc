@@ -39,6 +39,10 @@ class Selector {
     ASSIGN_OR_RETURN(const std::vector<bool> wanted, Wanted());
     Keep(wanted);
     RETURN_IF_ERROR(Rename());
+    if (request_.map != nullptr) {
+      const Unmapped unmapped = Drops(kDropUnmapped) ? Unmapped::kLeaveOut : Unmapped::kRefuse;
+      RETURN_IF_ERROR(request_.map(index(), unmapped, selection_.left_out));
+    }
     RETURN_IF_ERROR(ChooseDtypes());
     return std::move(selection_);
   }
@@ -58,15 +62,18 @@ class Selector {
   }
 
   absl::Status CheckDrops() const {
-    constexpr std::array<std::string_view, 3> kOthers = {kDropUnreadable, kDropObjects,
-                                                         kDropNoWeights};
+    constexpr std::array<std::string_view, 4> kOthers = {kDropUnreadable, kDropObjects,
+                                                         kDropNoWeights, kDropUnmapped};
     for (const std::string& kind : request_.drop) {
+      if (kind == kDropUnmapped && request_.map == nullptr && !states_.contains(kind)) {
+        return absl::InvalidArgumentError("--drop unmapped: expected --map, found none");
+      }
       if (states_.contains(kind) ||
           std::find(kOthers.begin(), kOthers.end(), kind) != kOthers.end()) {
         continue;
       }
       return absl::InvalidArgumentError(absl::StrFormat(
-          "--drop %s: expected objects, unreadable, '*' or a state that is there (%s)%s",
+          "--drop %s: expected objects, unreadable, unmapped, '*' or a state that is there (%s)%s",
           kind.substr(0, 200), absl::StrJoin(states_, ", "), Suggestion(kind, kOthers)));
     }
     return absl::OkStatus();

@@ -4,12 +4,14 @@
 #define HOLDFAST_CONVERTER_SELECTION_H_
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "absl/status/statusor.h"
 #include "converter/foreign_index.h"
+#include "converter/mapping.h"
 #include "format/dtype.h"
 
 namespace holdfast::converter {
@@ -18,12 +20,17 @@ namespace holdfast::converter {
 inline constexpr char kDropUnreadable[] = "unreadable";
 inline constexpr char kDropObjects[] = "objects";  // what is no tensor (converter/non_tensors.h)
 inline constexpr char kDropNoWeights[] = "*";      // objects too
+inline constexpr char kDropUnmapped[] = "unmapped";
 
 struct SelectionRequest {
   std::vector<std::string> only =
       {};                   // patterns of names (format/name_pattern.h); empty: all tensors
   std::string rename = {};  // the contents of a file of rules (converter/rename_rules.h)
   std::vector<std::string> drop = {};  // states, and the kinds above
+  // Makes other tensors of what is chosen and renamed (converter/model_families.h).
+  using Mapping = std::function<absl::Status(ForeignIndex& index, Unmapped unmapped,
+                                             std::vector<std::string>& left_out)>;
+  Mapping map = {};
   // "bfloat16": weights and buffers (states param, buffer, tensor, other, ema); "exp_avg=float16":
   // one state. Only floating tensors of 16 to 64 bits are cast, whatever is asked.
   std::vector<std::string> dtypes = {};

@@ -181,8 +181,8 @@ absl::Status WholeTensorReader::ReadPiece(const ForeignPiece& piece, uint64_t be
   const uint64_t element_bytes = ElementBytes(state.dtype);
   CHECK(begin <= end && end <= piece.piece.ElementCount());
   CHECK(out.size() == (end - begin) * element_bytes);
-  if (piece.rounded) return ReadRounded(piece, begin, end, out);
   if (piece.strides == kContiguous) {
+    if (piece.rounded) return ReadRounded(piece, begin, end, out);
     RETURN_IF_ERROR(extents_.Read(piece.extent, piece.offset_bytes + begin * element_bytes, out));
     Normalize(state.dtype, piece, out);
     return absl::OkStatus();
