@@ -93,6 +93,14 @@ class NotingEngine final : public Engine {
     });
   }
 
+  void SetRestoreOrder(const std::string&, std::optional<RestoreOrder> order) override {
+    restore_orders.push_back(std::move(order));
+  }
+  void ReadCheckpoints(
+      const std::string&,
+      std::function<void(absl::StatusOr<std::vector<KnownCheckpoint>>)> done) override {
+    Answer([this, done = std::move(done)] { done(checkpoints); });
+  }
   void CancelRestore(SessionId session) override { cancelled.insert(session); }
   void Doorbell(SessionId session) override { rung.insert(session); }
   void Close(SessionId session) override { closed.insert(session); }
@@ -117,7 +125,7 @@ class NotingEngine final : public Engine {
   std::vector<UncommittedSave> uncommitted_saves() const override { return {}; }
   Activity ActivityOf(const std::string&, const std::string&) const override { return {}; }
   std::vector<RankProgress> ProgressOf(const std::string&, const std::string&) const override {
-    return {};
+    return progress;
   }
   absl::StatusOr<Step> MakeDue(const std::string&, const std::string&) override {
     return absl::UnimplementedError("no saves here");
@@ -126,7 +134,10 @@ class NotingEngine final : public Engine {
 
   bool immediate = true;
   size_t map_count = 2;
-  std::vector<std::function<void()>> answers;  // not immediate: the test runs them
+  std::vector<KnownCheckpoint> checkpoints;
+  std::vector<RankProgress> progress;
+  std::vector<std::optional<RestoreOrder>> restore_orders;  // as they were given
+  std::vector<std::function<void()>> answers;               // not immediate: the test runs them
   std::vector<OpenParameters> opened;
   std::vector<std::string> documents;
   std::vector<RestoreSelection> selections;

@@ -137,6 +137,14 @@ struct RestoreBegun {
   std::vector<Map> maps;
 };
 
+// What the attempt of one key begins from, instead of the newest checkpoint.
+struct RestoreOrder {
+  std::string attempt_key;
+  // Of the job itself: this one and no other. Nothing: as if the job had none (a restore_from is
+  // what it begins from then).
+  std::optional<CheckpointId> checkpoint;
+};
+
 struct RestoreEnded {
   uint64_t bytes = 0;
   uint64_t bytes_from_memory = 0;
@@ -181,6 +189,29 @@ class Engine {
   virtual void Restore(SessionId session, uint64_t registration_id, RestoreSelection selection,
                        std::function<void(absl::StatusOr<RestoreBegun>)> begun,
                        std::function<void(absl::StatusOr<RestoreEnded>)> ended) = 0;
+  // Counts for restore points that are not decided yet: said before the attempt's first rank opens
+  // the job, and to each next worker again (it is not kept). A job has one order at a time, the
+  // last; nothing: none any more. An attempt whose order cannot be followed is told so by Restore:
+  // kDataLoss (the checkpoint is neither in memory nor on storage), kFailedPrecondition (it is
+  // marked bad, or the attempt's own).
+  virtual void SetRestoreOrder(const std::string& job, std::optional<RestoreOrder> order) = 0;
+
+  // What a job has to begin from: the checkpoints of its current branch on storage, and those that
+  // all ranks have sealed in this agent's memory.
+  struct KnownCheckpoint {
+    CheckpointId id;
+    bool in_memory = false;
+    bool on_storage = false;  // committed
+    bool marked_bad = false;
+    friend bool operator==(const KnownCheckpoint&, const KnownCheckpoint&) = default;
+  };
+  static constexpr size_t kKnownCheckpointsMax = 64;
+  // The newest kKnownCheckpointsMax, ascending; none of a job that there is not. Errors:
+  // ReadCatalog's.
+  virtual void ReadCheckpoints(
+      const std::string& job,
+      std::function<void(absl::StatusOr<std::vector<KnownCheckpoint>>)> done) = 0;
+
   // The trainer waits for no restore any more: what it held is free again, `begun` or `ended` says
   // kAborted. One that a trainer has left without a word is ended when it begins a save.
   virtual void CancelRestore(SessionId session) = 0;

@@ -111,13 +111,17 @@ const EngineImpl::Entry* EngineImpl::Find(SessionId id) const {
 }
 
 std::unique_ptr<Job> EngineImpl::NewJob(const std::string& name) const {
-  return std::make_unique<Job>(Job::Options{.root = options_.root,
-                                            .name = name,
-                                            .writer = options_.writer,
-                                            .caching = options_.restore_caching,
-                                            .blobs_bytes_max = options_.blobs_bytes_max,
-                                            .on_warning = options_.on_warning},
-                               world_);
+  auto job = std::make_unique<Job>(Job::Options{.root = options_.root,
+                                                .name = name,
+                                                .writer = options_.writer,
+                                                .caching = options_.restore_caching,
+                                                .blobs_bytes_max = options_.blobs_bytes_max,
+                                                .on_warning = options_.on_warning},
+                                   world_);
+  if (const auto order = restore_orders_.find(name); order != restore_orders_.end()) {
+    job->SetRestoreOrder(order->second);
+  }
+  return job;
 }
 
 Job& EngineImpl::JobOf(const std::string& name) {

@@ -12,6 +12,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "checkpoint/catalog.h"
 #include "checkpoint/engine.h"
 #include "checkpoint/job.h"
 #include "checkpoint/memory_budget.h"
@@ -36,6 +37,10 @@ class EngineImpl final : public Engine {
   void Restore(SessionId session, uint64_t registration_id, RestoreSelection selection,
                std::function<void(absl::StatusOr<RestoreBegun>)> begun,
                std::function<void(absl::StatusOr<RestoreEnded>)> ended) override;
+  void SetRestoreOrder(const std::string& job, std::optional<RestoreOrder> order) override;
+  void ReadCheckpoints(
+      const std::string& job,
+      std::function<void(absl::StatusOr<std::vector<KnownCheckpoint>>)> done) override;
   void CancelRestore(SessionId session) override;
   void Doorbell(SessionId session) override;
   void Close(SessionId session) override;
@@ -107,6 +112,8 @@ class EngineImpl final : public Engine {
   // Destroys the session if nothing of it is left; looks again later if something is in flight.
   void ReapLater(SessionId id);
   void Reap(SessionId id);
+  std::vector<KnownCheckpoint> KnownCheckpoints(const std::string& name,
+                                                const Catalog& catalog) const;
   Entry* Find(SessionId id);
   const Entry* Find(SessionId id) const;
 
@@ -117,7 +124,8 @@ class EngineImpl final : public Engine {
   const SessionWorld session_world_;
   uint64_t next_session_id_;
   std::vector<std::string> warnings_;
-  std::map<std::string, std::unique_ptr<Job>> jobs_;  // outlive their sessions
+  std::map<std::string, std::unique_ptr<Job>> jobs_;    // outlive their sessions
+  std::map<std::string, RestoreOrder> restore_orders_;  // by job
   // Their directories were replaced. They stay, for their sessions and whoever waits in a queue.
   std::vector<std::unique_ptr<Job>> orphaned_jobs_;
   std::map<SessionId, Entry> sessions_;

@@ -16,8 +16,9 @@
 //      worker, reading every block in memory that holds replicas, one pool job for each rank; and,
 //      of replicas that differ, reading the first.
 //   1. The catalog is read; the candidate is the newest of its branch, or a newer checkpoint that
-//      all ranks of an older attempt have sealed in this agent's memory. If there is neither, and
-//      the attempt was begun with a checkpoint of another job to start from, it is that one.
+//      all ranks of an older attempt have sealed in this agent's memory; where it was ordered
+//      (SetRestoreOrder) that one, or none. If there is none, and the attempt was begun with a
+//      checkpoint of another job to start from, it is that one.
 //   2. Every directory of an older attempt without a manifest is fenced, but the candidate's.
 //   3. The catalog is read again; another newest: from 1.
 //   4. The point is recorded in the store; what was recorded before wins.
@@ -124,6 +125,8 @@ class Job final : private SaveGroups::Host {
   // kDataLoss: it is neither in memory nor on storage any more, or not readable.
   void OpenSource(const RestorePoint& point,
                   std::function<void(absl::StatusOr<std::shared_ptr<RestoreSource>>)> done);
+  // As in Engine.
+  void SetRestoreOrder(std::optional<RestoreOrder> order) { restore_order_ = std::move(order); }
   // What the attempt was begun with; empty if nothing, or if the attempt is unknown.
   std::string restore_from(Attempt attempt) const;
   // Nothing: not decided yet, or the attempt is unknown.
@@ -204,6 +207,9 @@ class Job final : private SaveGroups::Host {
   void Propose(Attempt attempt, bool from_nothing, int tries_left,
                std::function<void(absl::StatusOr<RestorePoint>)> then);
   absl::StatusOr<RestorePoint> Choose(const Catalog& catalog, Attempt attempt) const;
+  absl::StatusOr<RestorePoint> ChooseNewest(const Catalog& catalog, Attempt attempt) const;
+  absl::StatusOr<RestorePoint> ChooseOrdered(const Catalog& catalog, Attempt attempt,
+                                             CheckpointId ordered) const;
   void FenceAndRecord(Attempt attempt, bool from_nothing, int tries_left, const Catalog& catalog,
                       const RestorePoint& candidate,
                       std::function<void(absl::StatusOr<RestorePoint>)> then);
@@ -251,6 +257,7 @@ class Job final : private SaveGroups::Host {
   bool abandoned_ = false;
   std::map<RestorePoint, std::weak_ptr<RestoreSource>> sources_;  // in use
   absl::Status recovery_error_;
+  std::optional<RestoreOrder> restore_order_;
   std::map<SessionId, Session*> sessions_;
   std::map<Attempt, AttemptState> attempts_;
   std::set<CheckpointId> committed_;  // on storage, as far as known here

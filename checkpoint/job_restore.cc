@@ -122,6 +122,39 @@ void Job::Propose(Attempt attempt, bool from_nothing, int tries_left,
 }
 
 absl::StatusOr<RestorePoint> Job::Choose(const Catalog& catalog, Attempt attempt) const {
+  if (!restore_order_.has_value() ||
+      restore_order_->attempt_key != attempts_.at(attempt).record.key) {
+    return ChooseNewest(catalog, attempt);
+  }
+  if (!restore_order_->checkpoint.has_value()) return RestorePoint{};
+  return ChooseOrdered(catalog, attempt, *restore_order_->checkpoint);
+}
+
+absl::StatusOr<RestorePoint> Job::ChooseOrdered(const Catalog& catalog, Attempt attempt,
+                                                CheckpointId ordered) const {
+  if (ordered.attempt >= attempt) {
+    return absl::FailedPreconditionError(
+        absl::StrFormat("attempt %d of job %s cannot begin from %s, which is not older",
+                        Value(attempt), options_.name, Describe(ordered)));
+  }
+  const CatalogEntry* const entry = catalog.Find(ordered);
+  if (entry != nullptr && !entry->bad_marks.empty()) {
+    return absl::FailedPreconditionError(absl::StrFormat(
+        "attempt %d of job %s was to begin from %s, which is marked bad: %s", Value(attempt),
+        options_.name, Describe(ordered), entry->bad_marks.back().reason));
+  }
+  const SaveGroup* const group = groups_.Find(ordered);
+  const bool in_memory = group != nullptr && group->sealed;
+  if (in_memory || (entry != nullptr && entry->state == CatalogEntry::State::kCommitted)) {
+    return RestorePoint{ordered};
+  }
+  return absl::DataLossError(absl::StrFormat(
+      "attempt %d of job %s was to begin from %s, which is neither in memory nor on storage%s",
+      Value(attempt), options_.name, Describe(ordered),
+      entry == nullptr ? "" : absl::StrCat(": ", entry->why)));
+}
+
+absl::StatusOr<RestorePoint> Job::ChooseNewest(const Catalog& catalog, Attempt attempt) const {
   // The newest that all ranks of an older attempt have sealed in this agent's memory.
   std::optional<CheckpointId> in_memory;
   for (const auto& [id, group] : groups_.groups()) {

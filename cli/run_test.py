@@ -83,6 +83,7 @@ class Job:
             HOLDFAST_HOST_MEMORY='256MiB', XDG_STATE_HOME=str(self.place / 'state'),
             HOLDFAST_MONITOR='off')
         variables.update(environment)
+        self.variables = variables
         # Files, because nobody reads while the test does something else.
         self.output = self.logs / 'output'
         self.errors = self.logs / 'errors'
@@ -136,9 +137,9 @@ class Job:
         return None
 
 
-def tiny_lm(*flags, save_every=4):
+def tiny_lm(*flags, save_every=4, steps=STEPS):
     return [TINY_LM, '--corpus', CORPUS, '--check-restore', '--save-wait-ms', '20000', '--steps',
-            str(STEPS), '--save-every', str(save_every), *flags]
+            str(steps), '--save-every', str(save_every), *flags]
 
 
 def undisturbed():
@@ -347,6 +348,27 @@ class RunTest(RunCase):
         status, _, errors = job.finish()
         self.assertEqual(status, 1, errors)
         self.assertIn('status 42', errors)
+
+    def test_a_checkpoint_that_crashed_twice_is_not_tried_a_third_time(self):
+        # Steps 4 and 8 are on storage.
+        before = Job(self.place, '--nproc-per-node', '2', '--', *tiny_lm(steps=8))
+        status, _, errors = before.finish()
+        self.assertEqual(status, 0, errors + before.errors_of_ranks())
+        # Whoever begins from step 8 dies, every time.
+        faults = pathlib.Path(self.place, 'faults')
+        faults.write_text('exit rank=1 status=7 from_step=10\n')
+        job = Job(self.place, '--nproc-per-node', '2', '--', 'sh', '-c',
+                  'if [ $TORCHELASTIC_RESTART_COUNT -lt 2 ]; then exec "$@" --faults %s; fi; '
+                  'exec "$@"' % faults, 'sh', *tiny_lm())
+        status, _, errors = job.finish()
+        self.assertEqual(status, 0, errors + job.errors_of_ranks())
+        self.assertEqual([job.events('restored', attempt)[0]['step'] for attempt in range(3)],
+                         [8, 8, 4], errors)
+        self.assertIn('passed over: step 8 (crashed 2 times)', errors)
+        losses = job.losses()
+        for step, values in before.losses().items():
+            losses.setdefault(step, set()).update(values)
+        self.assertEqual(losses, self.reference)
 
     # ---- Ends that are wanted
 

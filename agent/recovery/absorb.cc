@@ -430,7 +430,6 @@ void Machine::Take(const CheckpointsRead& read) {
       if (known.facts.id != facts.id) continue;
       record.captured_at = known.captured_at;
       record.crashes = known.crashes;
-      record.facts.marked_bad |= known.facts.marked_bad;
       record.facts.non_finite |= known.facts.non_finite;
       record.facts.under_anomaly |= known.facts.under_anomaly;
     }
@@ -483,16 +482,6 @@ void Machine::Take(const Save&) {
 }
 
 void Machine::Take(const Stop&) { End({75, "a person stopped it", true}); }
-
-void Machine::Take(const MarkBad& mark) {
-  for (auto record = h_.checkpoints.rbegin(); record != h_.checkpoints.rend(); ++record) {
-    if (record->facts.id.step != mark.step) continue;
-    record->facts.marked_bad = true;
-    Emit(PublishBad{record->facts.id, Text(mark.reason)});
-    return;
-  }
-  Say(absl::StrCat("mark-bad: there is no checkpoint of step ", Value(mark.step)));
-}
 
 void Machine::Take(const SignalCame& signal) {
   switch (signal.signal) {

@@ -50,10 +50,6 @@ std::string Text(const RecordLemon& a) {
   return absl::StrCat(a.lemon.excluded.has_value() ? "exclude " : "mark ", Name(a.lemon.gpu, ""));
 }
 std::string Text(const ForgetLemon& a) { return absl::StrCat("readmit ", Name(a.gpu, "")); }
-std::string Text(const PublishBad& a) {
-  return absl::StrFormat("mark step %s of attempt %d bad: %s", CountText(Value(a.checkpoint.step)),
-                         Value(a.checkpoint.attempt), a.reason);
-}
 
 }  // namespace
 

@@ -94,14 +94,8 @@ struct ForgetLemon {
   Gpu gpu;
 };
 
-// To be published as BAD.<n>.
-struct PublishBad {
-  CheckpointId checkpoint;
-  std::string reason;
-};
-
 using Action = std::variant<CollectEvidence, RequestSave, StopRanks, StartRanks, ExitJob, Ask,
-                            Notice, RecordLemon, ForgetLemon, PublishBad>;
+                            Notice, RecordLemon, ForgetLemon>;
 
 // One line for a log.
 std::string Describe(const Action& action);

@@ -34,8 +34,8 @@ struct Exit {
 // What the policy must know of a committed checkpoint on the current branch.
 struct CheckpointFacts {
   CheckpointId id;
-  bool marked_bad = false;
-  bool non_finite = false;     // a tensor holds NaN or infinities, as INDEX says
+  bool marked_bad = false;     // on storage (BAD.<n>)
+  bool non_finite = false;     // a tensor holds NaN or infinities; nobody counts them yet
   bool under_anomaly = false;  // captured while a verdict of broken hardware was open
   friend bool operator==(const CheckpointFacts&, const CheckpointFacts&) = default;
 };
@@ -151,7 +151,8 @@ struct CheckpointCommitted {
 struct SaveFailed {  // the one that was asked for
   Launch launch{};
 };
-// The catalog, anew: replaces what was known; what the policy itself has learned of them stays.
+// The catalog, anew: replaces what was known; what the policy itself has learned of them stays. A
+// mark that was in one of these and is not in the next was taken back.
 struct CheckpointsRead {
   std::vector<CheckpointFacts> checkpoints;
 };
@@ -174,10 +175,6 @@ struct Readmit {
 };
 struct Save {};
 struct Stop {};
-struct MarkBad {
-  Step step{};
-  std::string reason;
-};
 enum class EndSignal : uint8_t { kInterrupt, kTerminate, kAllocationEnds };
 struct SignalCame {
   EndSignal signal{};
@@ -192,7 +189,7 @@ struct Event {
   std::variant<Tick, RunBegun, AgentRestarted, RankStarted, RankOpened, RankRestored, StepDone,
                RankExited, RankTimedOut, RankBeats, FindingTold, FindingWithdrawn, SightChanged,
                XidSeen, NodeGone, NodeBack, EvidenceCollected, CheckpointCommitted, SaveFailed,
-               CheckpointsRead, Approve, Veto, Hold, Readmit, Save, Stop, MarkBad, SignalCame>
+               CheckpointsRead, Approve, Veto, Hold, Readmit, Save, Stop, SignalCame>
       what;
 };
 

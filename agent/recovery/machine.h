@@ -57,7 +57,6 @@ class Machine {
   void Take(const Readmit& readmit);
   void Take(const Save& save);
   void Take(const Stop& stop);
-  void Take(const MarkBad& mark);
   void Take(const SignalCame& signal);
 
   void End(EndRequest request);

@@ -368,16 +368,29 @@ TEST(PolicyCheckpoints, ABadOneIsNeverChosen) {
   }
 }
 
-TEST(PolicyCheckpoints, MarkBadTakesOneOutOfTheChoice) {
+TEST(PolicyCheckpoints, AMarkCountsWhileItIsOnStorage) {
+  CheckpointFacts bad = CheckpointAt(200);
+  bad.marked_bad = true;
+  const std::vector<CheckpointFacts> clean = {CheckpointAt(100), CheckpointAt(200)};
+  const std::vector<CheckpointFacts> marked = {CheckpointAt(100), bad};
   TestJob job = Training();
   job.Train(200, absl::Minutes(1));
   job.Commit(200);
-  const auto marks = Only<PublishBad>(job.Tell(MarkBad{Step{200}, "loss is NaN"}));
-  ASSERT_THAT(marks, SizeIs(1));
-  EXPECT_EQ(marks[0].checkpoint, CheckpointAt(200).id);
+  const auto is_marked = [&] { return job.history().checkpoints.back().facts.marked_bad; };
+  job.Tell(CheckpointsRead{marked});
+  EXPECT_TRUE(is_marked());
+  job.Tell(CheckpointsRead{clean});
+  EXPECT_FALSE(is_marked());
+  job.Tell(CheckpointsRead{marked});
   PauseOf(job);
-  EXPECT_EQ(job.history().restore_rule.checkpoint->step, Step{100});
-  EXPECT_THAT(Only<Notice>(job.Tell(MarkBad{Step{7}, ""})), SizeIs(1));
+  EXPECT_EQ(job.history().restore_rule,
+            (RestoreRule{RestoreRule::Kind::kExactly, CheckpointAt(100).id}));
+  job.Begin(4, 4, {}, marked);
+  EXPECT_EQ(job.history().restore_rule,
+            (RestoreRule{RestoreRule::Kind::kExactly, CheckpointAt(100).id}));
+  job.Begin(4, 4, {}, clean);
+  EXPECT_EQ(job.history().restore_rule,
+            (RestoreRule{RestoreRule::Kind::kNewest, CheckpointAt(200).id}));
 }
 
 TEST(PolicyCheckpoints, OneThatWasCapturedUnderAnAnomalyIsUsedOnlyIfAPersonSaysSo) {

@@ -109,7 +109,7 @@ class World {
       case 16:
         return Tell(SaveFailed{launch});
       case 17:
-        return Tell(MarkBad{Step{1000 + Below(40)}, "a person says so"});
+        return MarkOne();
       case 18:
         return Answer(!Chance(4));
       case 19:
@@ -275,6 +275,16 @@ class World {
     for (const CheckpointRecord& record : history_.checkpoints) {
       if (!Chance(4)) facts.push_back(record.facts);
     }
+    Tell(CheckpointsRead{facts});
+  }
+
+  // A person marks one, or takes that back.
+  void MarkOne() {
+    std::vector<CheckpointFacts> facts;
+    for (const CheckpointRecord& record : history_.checkpoints) facts.push_back(record.facts);
+    if (facts.empty()) return;
+    bool& marked_bad = facts[Below(facts.size())].marked_bad;
+    marked_bad = !marked_bad;
     Tell(CheckpointsRead{facts});
   }
 
@@ -591,8 +601,13 @@ std::vector<Named> Everything() {
        [](World& w) {
          w.Tell(CheckpointCommitted{Launch{1}, CheckpointAt(200), w.now(), absl::ZeroDuration()});
        }},
-      {"mark bad", tell([](const History&) {
-         return MarkBad{Step{100}, "x"};
+      {"mark bad", tell([](const History& h) {
+         CheckpointsRead read;
+         for (const CheckpointRecord& record : h.checkpoints) {
+           read.checkpoints.push_back(record.facts);
+           read.checkpoints.back().marked_bad |= record.facts.id.step == Step{100};
+         }
+         return read;
        })},
       {"readmit", tell([](const History&) { return Readmit{GpusOf(6)[2]}; })},
       {"hold", tell([](const History&) {

@@ -49,6 +49,7 @@ std::string JobSupervisor::SummaryOf(const recovery::CollectEvidence& action) co
 
 // The policy goes on when it is collected, or at its deadline, whichever is first.
 void JobSupervisor::CarryOut(const recovery::CollectEvidence& action) {
+  ReadCheckpoints();  // for the choice that may follow
   Evidence evidence;
   evidence.directory = IncidentDirectory(action.incident);
   evidence.summary = SummaryOf(action);

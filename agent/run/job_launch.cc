@@ -111,10 +111,13 @@ void JobSupervisor::StartGroup(const recovery::StartRanks& action) {
     known_.clear();
     processes_.clear();
     committed_.reset();
+    any_restored_ = false;
     stops_ = false;
     started_ = world_.clock.Elapsed();
   }
   KillPoint("run.launch_starting");
+  OrderRestore(action.launch, action.restore);
+  ReadCheckpoints();
   absl::StatusOr<uint32_t> port = PortOf(LaunchDirectory(action.launch));
   absl::Status started = port.status();
   if (port.ok()) port_ = *port;

@@ -34,8 +34,6 @@ constexpr absl::Duration kPollRunning = absl::Seconds(1);
 // A former worker's shims answer at once; one that does not counts as it was.
 constexpr absl::Duration kFoundDeadline = absl::Seconds(2);
 
-constexpr int kExitNoRestart = 93;
-
 std::vector<recovery::Gpu> GpusOf(const RunSpec& spec, const std::string& node) {
   std::vector<recovery::Gpu> gpus;
   for (uint32_t i = 0; i < spec.ranks; ++i) gpus.push_back({node, i, ""});
@@ -77,7 +75,7 @@ JobSupervisor::JobSupervisor(Options options, World world, RunSpec spec,
 
 JobSupervisor::~JobSupervisor() {
   for (const EventLoop::TimerId timer :
-       {timer_, gone_timer_, kill_timer_, poll_timer_, owner_timer_}) {
+       {timer_, gone_timer_, kill_timer_, poll_timer_, owner_timer_, begin_timer_}) {
     world_.loop.CancelTimer(timer);
   }
   if (owner_) world_.loop.Unwatch(owner_.get());
@@ -122,6 +120,7 @@ absl::StatusOr<std::unique_ptr<JobSupervisor>> JobSupervisor::Begin(
   std::error_code error;
   std::filesystem::remove_all(options.runtime_directory, error);
   RETURN_IF_ERROR(MakeDirectories(options.runtime_directory));
+  spec.run_number = history->run_count + 1;
   RETURN_IF_ERROR(
       ReplaceFile(absl::StrCat(options.runtime_directory, "/", kRunName), EncodeRunSpec(spec)));
   std::unique_ptr<JobSupervisor> supervisor(new JobSupervisor(std::move(options), std::move(world),
@@ -129,14 +128,7 @@ absl::StatusOr<std::unique_ptr<JobSupervisor>> JobSupervisor::Begin(
                                                               std::move(on_change)));
   supervisor->history_ = *std::move(history);
   supervisor->told_incident_ = supervisor->history_.incident_count;
-  recovery::RunBegun begun;
-  begun.job = supervisor->spec_.job;
-  begun.world_size = supervisor->spec_.ranks;
-  if (const auto lemons = ReadLemons(supervisor->options_.lemons_path); lemons.ok()) {
-    begun.lemons = *lemons;
-  }
-  begun.gpus = GpusOf(supervisor->spec_, supervisor->node_);
-  supervisor->Take(std::move(begun));
+  supervisor->BeginRun();
   return supervisor;
 }
 
@@ -160,6 +152,17 @@ absl::StatusOr<std::unique_ptr<JobSupervisor>> JobSupervisor::Recover(
                                                               std::move(on_change)));
   JobSupervisor& self = *supervisor;
   self.history_ = std::move(history);
+  const std::weak_ptr<bool> alive(self.alive_);
+  self.owner_timer_ = self.world_.loop.RunAfter(kOwnerDeadline, [&self] {
+    self.owner_timer_ = 0;
+    if (!self.FindOwner()) self.OwnerDied();
+  });
+  if (self.history_.run_count < self.spec_.run_number) {
+    // Nothing was decided yet. What the history says is of an earlier run.
+    self.told_incident_ = self.history_.incident_count;
+    self.BeginRun();
+    return supervisor;
+  }
   // Told by the worker before this one, but for the one that may be open.
   self.told_incident_ = self.history_.past.empty() ? 0 : self.history_.past.back().number;
   self.recovering_ = true;
@@ -169,15 +172,11 @@ absl::StatusOr<std::unique_ptr<JobSupervisor>> JobSupervisor::Recover(
   if (const auto port = self.PortOf(self.LaunchDirectory(self.group_launch_)); port.ok()) {
     self.port_ = *port;
   }
-  const std::weak_ptr<bool> alive(self.alive_);
+  self.OrderRestore(self.history_.launch, self.history_.restore_rule);
   self.world_.loop.RunAfter(self.group_->count() == 0 ? absl::ZeroDuration() : kFoundDeadline,
                             [&self, alive] {
                               if (!alive.expired()) self.EndRecovery();
                             });
-  self.owner_timer_ = self.world_.loop.RunAfter(kOwnerDeadline, [&self] {
-    self.owner_timer_ = 0;
-    if (!self.FindOwner()) self.OwnerDied();
-  });
   return supervisor;
 }
 
@@ -194,7 +193,25 @@ void JobSupervisor::EndRecovery() {
   if (!owner_ && spec_.owner_pid != 0 && !OpenPidfd(static_cast<pid_t>(spec_.owner_pid)).ok()) {
     OwnerDied();
   }
+  ReadCheckpoints();
   Poll();
+}
+
+// The policy is told of the run when it is known what the job has to begin from. What comes before
+// that waits.
+void JobSupervisor::BeginRun() {
+  recovery::RunBegun begun;
+  begun.job = spec_.job;
+  begun.world_size = spec_.ranks;
+  if (const auto lemons = ReadLemons(options_.lemons_path); lemons.ok()) begun.lemons = *lemons;
+  begun.gpus = GpusOf(spec_, node_);
+  begun_ = std::move(begun);
+  begin_timer_ = world_.loop.RunAfter(kCatalogDeadline, [this] {
+    begin_timer_ = 0;
+    CatalogRead(absl::DeadlineExceededError(absl::StrFormat(
+        "storage has not answered within %s", absl::FormatDuration(kCatalogDeadline))));
+  });
+  ReadCheckpoints();
 }
 
 // ---- Events and decisions
@@ -205,7 +222,7 @@ void JobSupervisor::Push(recovery::Event event) {
 }
 
 void JobSupervisor::Pump() {
-  if (pumping_ || writing_ || recovering_) return;
+  if (pumping_ || writing_ || recovering_ || begun_.has_value()) return;
   pumping_ = true;
   while (!events_.empty() && !writing_) {
     const recovery::Event event = std::move(events_.front());
@@ -284,7 +301,7 @@ void JobSupervisor::ArmTimer() {
 
 void JobSupervisor::OnTimer() {
   timer_ = 0;
-  if (writing_ || recovering_) return ArmTimer();
+  if (writing_ || recovering_ || begun_.has_value()) return ArmTimer();
   Take(recovery::Tick{});
 }
 
@@ -310,6 +327,7 @@ void JobSupervisor::CarryOut(const recovery::RequestSave& action) {
 void JobSupervisor::CarryOut(const recovery::StopRanks& action) {
   if (group_ == nullptr || action.launch != group_launch_) return;
   stops_ = true;
+  ReadCheckpoints();  // for the choice that follows
   group_->Signal(SIGTERM);
   KillPoint("run.ranks_stopping");
   world_.loop.CancelTimer(kill_timer_);
@@ -323,14 +341,6 @@ void JobSupervisor::CarryOut(const recovery::StopRanks& action) {
 
 void JobSupervisor::CarryOut(const recovery::StartRanks& action) {
   if (!history_.past.empty()) WriteIncident(history_.past.back());
-  if (action.restore.kind != recovery::RestoreRule::Kind::kNewest) {
-    if (std::exchange(finishing_, true)) return;
-    exit_code_ = kExitNoRestart;
-    Say("the newest checkpoint must not be used again, and an older one cannot be chosen yet: mark "
-        "it "
-        "bad (BAD.1 in its directory) and start the job again");
-    return WhenGone([this] { Finish(); });
-  }
   if (group_ != nullptr && group_launch_ == action.launch) return StartGroup(action);
   WhenGone([this, action] { StartGroup(action); });
 }
@@ -380,13 +390,6 @@ void JobSupervisor::CarryOut(const recovery::ForgetLemon& action) {
   Say(absl::StrFormat("%s is used again", recovery::Name(action.gpu, node_)));
 }
 
-// Comes of recovery::MarkBad alone, which nobody can say here.
-void JobSupervisor::CarryOut(const recovery::PublishBad& action) {
-  LogError(absl::StrFormat("job %s: step %d of attempt %d is not marked bad: not offered",
-                           spec_.job, Value(action.checkpoint.step),
-                           Value(action.checkpoint.attempt)));
-}
-
 void JobSupervisor::Finish() {
   is_over_ = true;
   collector_.Stop();
@@ -398,6 +401,7 @@ void JobSupervisor::Finish() {
   poll_timer_ = 0;
   world_.loop.CancelTimer(owner_timer_);
   owner_timer_ = 0;
+  world_.engine.SetRestoreOrder(spec_.job, std::nullopt);
   if (on_change_) on_change_();
 }
 
@@ -435,6 +439,11 @@ void JobSupervisor::TakeProgress(const Engine::RankProgress& progress, absl::Dur
     Take(recovery::RankOpened{group_launch_, progress.rank, progress.attempt});
   }
   if (progress.is_restored && !std::exchange(known.restored, true)) {
+    // What the attempt begins from is decided: of those before, no more will be committed.
+    if (!std::exchange(any_restored_, true)) {
+      ReadCheckpoints();
+      TellIfOlder(progress.restored_from);
+    }
     Take(recovery::RankRestored{group_launch_, progress.rank, progress.restored_from});
   }
   // A heartbeat may stand at a step's beginning or at its end: with the second one a step is done.

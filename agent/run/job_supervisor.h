@@ -71,6 +71,9 @@ class JobSupervisor {
   // How long the last processes of a launch may take to be gone after KILL, before the next launch
   // is started, or the job ends, without them.
   static constexpr absl::Duration kGoneDeadline = absl::Seconds(10);
+  // How long a run waits to be told what the job has on storage; then it begins with what is known
+  // from earlier runs.
+  static constexpr absl::Duration kCatalogDeadline = absl::Seconds(30);
   // Lines for people that are kept.
   static constexpr size_t kLinesMax = 256;
 
@@ -142,7 +145,6 @@ class JobSupervisor {
   void CarryOut(const recovery::Notice& action);
   void CarryOut(const recovery::RecordLemon& action);
   void CarryOut(const recovery::ForgetLemon& action);
-  void CarryOut(const recovery::PublishBad& action);
   void ChangeLemons(const std::function<void(recovery::LemonList&)>& change);
 
   // Runs `then` when nothing of the group is left, or after kGoneDeadline.
@@ -157,6 +159,12 @@ class JobSupervisor {
   void TellMonitor(uint32_t rank, const RankEnd& end);
   void EndRecovery();
   void Finish();
+
+  void BeginRun();
+  void ReadCheckpoints();
+  void CatalogRead(absl::StatusOr<std::vector<Engine::KnownCheckpoint>> known);
+  void OrderRestore(recovery::Launch launch, const recovery::RestoreRule& rule);
+  void TellIfOlder(std::optional<CheckpointId> restored);
 
   void Poll();
   void TakeProgress(const Engine::RankProgress& progress, absl::Duration now);
@@ -199,8 +207,15 @@ class JobSupervisor {
   };
   std::map<uint32_t, Known> known_;
   std::map<uint32_t, int32_t> processes_;  // by rank: those that live
+  bool any_restored_ = false;
   std::optional<Step> committed_;
   EventLoop::TimerId poll_timer_ = 0;
+
+  // Until the policy was told of the run.
+  std::optional<recovery::RunBegun> begun_;
+  EventLoop::TimerId begin_timer_ = 0;
+  bool reading_ = false;  // the catalog
+  bool read_again_ = false;
 
   // While a former worker's ranks are being found.
   bool recovering_ = false;

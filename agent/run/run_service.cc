@@ -238,6 +238,14 @@ std::string RunService::StateJson(const JobSupervisor& supervisor, Attempt of) {
       {"exit_code",
        view.is_over ? nlohmann::ordered_json(view.exit_code) : nlohmann::ordered_json()},
       {"lines", nlohmann::ordered_json::array()}};
+  state["checkpoints"] = nlohmann::ordered_json::array();
+  for (const recovery::CheckpointRecord& record : history.checkpoints) {
+    state["checkpoints"].push_back({{"attempt", Value(record.facts.id.attempt)},
+                                    {"step", Value(record.facts.id.step)},
+                                    {"marked_bad", record.facts.marked_bad},
+                                    {"under_anomaly", record.facts.under_anomaly},
+                                    {"crashes", record.crashes}});
+  }
   for (const JobSupervisor::Line& line : view.lines) {
     state["lines"].push_back({{"number", line.number}, {"text", line.text}});
   }

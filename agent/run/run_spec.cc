@@ -144,6 +144,7 @@ std::string EncodeRunSpec(const RunSpec& spec) {
   for (const std::string& gpu : spec.gpus) fields.Add("gpu", gpu);
   fields.Add("owner_pid", spec.owner_pid);
   fields.Add("boot_id", spec.boot_id);
+  fields.Add("run_number", spec.run_number);
   for (const ShimSpec::Limit& limit : spec.limits) {
     fields.Add("limit_resource", limit.resource);
     fields.Add("limit_soft", std::to_string(limit.soft));
@@ -186,6 +187,7 @@ absl::StatusOr<RunSpec> DecodeRunSpec(std::string_view bytes) {
   }
   spec.owner_pid = static_cast<uint32_t>(reader.Number("owner_pid", 0, INT32_MAX));
   spec.boot_id = reader.Text("boot_id", 0, 64);
+  spec.run_number = static_cast<uint32_t>(reader.Number("run_number", 0, UINT32_MAX));
   spec.command = reader.All("command");
   if (spec.command.empty()) reader.Refuse("command", "one");
   spec.environment = reader.All("environment");

@@ -39,6 +39,9 @@ struct RunSpec {
   std::vector<std::string> gpus;
   uint32_t owner_pid = 0;  // of `holdfast run`, in the agent's pid namespace; 0: not known
   std::string boot_id;     // of the machine, when the run began: after another boot it is over
+  // recovery::History::run_count once the policy was told of this run; while that is smaller, it
+  // was not.
+  uint32_t run_number = 0;
 };
 
 std::string EncodeRunSpec(const RunSpec& spec);

@@ -41,6 +41,7 @@ RunSpec Spec() {
   spec.log_directory = "/logs/x";
   spec.recovery_toml = "[recovery]\nmode = \"ask\"\n";
   spec.max_restarts = 4;
+  spec.run_number = UINT32_MAX;
   return spec;
 }
 
@@ -57,6 +58,7 @@ TEST(RunSpecTest, ComesBackAsItWas) {
     EXPECT_EQ(back->environment, spec.environment);
     EXPECT_EQ(back->max_restarts, spec.max_restarts);
     EXPECT_EQ(back->gpus, spec.gpus);
+    EXPECT_EQ(back->run_number, spec.run_number);
     EXPECT_EQ(back->limits[1].soft, UINT64_MAX);
   }
 }
