@@ -293,6 +293,7 @@ absl::Status Worker::MakeRunService() {
   options.runtime_directory = std::filesystem::path(config_.socket).parent_path().string();
   options.socket = config_.socket;
   options.shim_program = ShimPath();
+  options.root = config_.root;
   run_service_ = std::make_unique<RunService>(
       std::move(options),
       JobSupervisor::World{

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "CLI/CLI.hpp"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
@@ -150,20 +151,47 @@ CLI::App* AddVerb(CLI::App& app, Invocation& invocation, const char* name, const
 
 // ---- mark-bad
 
+constexpr size_t kStepsNamedMax = 8;
+
 struct MarkOptions {
-  std::string directory;  // of the checkpoint
+  JobOptions job;
+  std::string which;  // a checkpoint's directory, or a step of a running job
   std::string reason = "a person said so";
   bool undo = false;
 };
 
+// Of the checkpoints of that step that a run may go back to, the oldest first; there is one.
+absl::StatusOr<std::vector<std::string>> DirectoriesOf(const JobOptions& job, uint64_t step) {
+  ASSIGN_OR_RETURN(const std::string socket, FindAgent(job));
+  ASSIGN_OR_RETURN(const std::string state,
+                   OrderRun(socket, {abi::RunCommandKind::kView, job.choice.job, 0, ""}, kTimeout));
+  const nlohmann::json view = nlohmann::json::parse(state, nullptr, false);
+  if (!view.is_object()) return absl::InternalError("the agent's answer is no JSON object");
+  std::vector<std::string> directories;
+  std::vector<std::string> steps;
+  for (const nlohmann::json& one : view.value("checkpoints", nlohmann::json::array())) {
+    const uint64_t its_step = one.value("step", uint64_t{0});
+    if (its_step == step) directories.push_back(one.value("directory", ""));
+    steps.push_back(absl::StrCat(its_step));
+  }
+  if (!directories.empty()) return directories;
+  if (steps.size() > kStepsNamedMax) {
+    steps.erase(steps.begin(), steps.end() - static_cast<std::ptrdiff_t>(kStepsNamedMax));
+  }
+  return absl::NotFoundError(absl::StrFormat(
+      "job %s: expected a checkpoint of step %d, found %s", view.value("job", ""), step,
+      steps.empty() ? "none" : absl::StrCat("as the newest ", absl::StrJoin(steps, ", "))));
+}
+
 // Of any job, whether it runs or not: agents look when an attempt begins.
-absl::Status Mark(const MarkOptions& options, FileSystem& file_system) {
-  ASSIGN_OR_RETURN(const CatalogEntry entry, Locate(file_system, options.directory));
+absl::Status MarkDirectory(const MarkOptions& options, const std::string& named,
+                           FileSystem& file_system) {
+  ASSIGN_OR_RETURN(const CatalogEntry entry, Locate(file_system, named));
   std::error_code error;
   // ROOT/JOB is its newest one elsewhere; here that would be a guess.
-  if (!std::filesystem::equivalent(options.directory, entry.directory, error)) {
+  if (!std::filesystem::equivalent(named, entry.directory, error)) {
     return absl::InvalidArgumentError(
-        absl::StrFormat("%s: expected a checkpoint's directory, found a job's", options.directory));
+        absl::StrFormat("%s: expected a checkpoint's directory, found a job's", named));
   }
   const std::filesystem::path directory(entry.directory);
   ASSIGN_OR_RETURN(const JobPath job, SplitJobPath(directory.parent_path().string()));
@@ -173,12 +201,29 @@ absl::Status Mark(const MarkOptions& options, FileSystem& file_system) {
                  {options.reason, absl::StrFormat("cli%016x", RandomBits()), absl::Now()});
 }
 
+absl::Status Mark(const MarkOptions& options, FileSystem& file_system) {
+  uint64_t step = 0;
+  if (!absl::SimpleAtoi(options.which, &step)) {
+    return MarkDirectory(options, options.which, file_system);
+  }
+  ASSIGN_OR_RETURN(std::vector<std::string> directories, DirectoriesOf(options.job, step));
+  // Several attempts may have come to that step: the newest is what would be restored.
+  if (!options.undo) directories.erase(directories.begin(), directories.end() - 1);
+  for (const std::string& directory : directories) {
+    RETURN_IF_ERROR(MarkDirectory(options, directory, file_system));
+  }
+  return absl::OkStatus();
+}
+
 void AddMarkBad(CLI::App& app, Invocation& invocation) {
   const auto options = std::make_shared<MarkOptions>();
   CLI::App* const verb =
       app.add_subcommand("mark-bad", "Never restore a checkpoint, until that is taken back");
-  verb->add_option("DIRECTORY", options->directory, "Of the checkpoint: ROOT/JOB/sSTEP.aATTEMPT")
+  verb->add_option("WHICH", options->which,
+                   "A step of a running job; or of any job a checkpoint's directory, "
+                   "ROOT/JOB/sSTEP.aATTEMPT")
       ->required();
+  AddJobChoice(*verb, options->job.choice);
   verb->add_option("--reason", options->reason, "Why")->capture_default_str();
   verb->add_flag("--undo", options->undo, "Take all marks against it back");
   verb->callback([&invocation, options] {
@@ -186,7 +231,7 @@ void AddMarkBad(CLI::App& app, Invocation& invocation) {
       if (const absl::Status marked = Mark(*options, invocation.file_system); !marked.ok()) {
         return Report(marked);
       }
-      std::printf("%s: %s\n", Printable(options->directory).c_str(),
+      std::printf("%s: %s\n", Printable(options->which).c_str(),
                   options->undo ? "no mark is against it any more" : "marked bad");
       return kExitOk;
     };

@@ -370,6 +370,48 @@ class RunTest(RunCase):
             losses.setdefault(step, set()).update(values)
         self.assertEqual(losses, self.reference)
 
+    def test_a_marked_checkpoint_is_not_restored_until_that_is_taken_back(self):
+        def verb(*arguments):
+            return subprocess.run([HOLDFAST, *arguments], env=job.variables, capture_output=True,
+                                  text=True, timeout=TIMEOUT_SECONDS)
+
+        def checkpoints():
+            done = verb('--json', 'why')
+            return [] if done.returncode != 0 else [
+                one['step'] for one in json.loads(done.stdout)['checkpoints']]
+
+        before = job = Job(self.place, '--nproc-per-node', '2', '--', *tiny_lm(steps=8))
+        status, _, errors = job.finish()
+        self.assertEqual(status, 0, errors + job.errors_of_ranks())
+        newest = self.place + '/root/test/s000000000008.a0001'
+        self.assertEqual(verb('mark-bad', newest, '--reason', 'the loss was NaN').returncode, 0)
+        # By its step only of a job that runs.
+        self.assertEqual(verb('mark-bad', '4').returncode, 5)
+
+        # It saves step 12 and stands still behind it.
+        faults = pathlib.Path(self.place, 'faults')
+        faults.write_text('never-enter rank=all from_step=14\n')
+        job = Job(self.place, '--nproc-per-node', '2', '--', 'sh', '-c',
+                  'if [ $TORCHELASTIC_RESTART_COUNT = 0 ]; then exec "$@" --faults %s; fi; '
+                  'exec "$@"' % faults, 'sh', *tiny_lm(save_every=12))
+        wait_until(lambda: 12 in checkpoints(), 'step 12')
+        self.assertEqual(job.events('restored', 0)[0]['step'], 4)
+        done = verb('mark-bad', '7')
+        self.assertEqual(done.returncode, 5)
+        self.assertIn('step 7, found as the newest 4, ', done.stderr)
+        for flags in (('12',), ('--undo', '12'), ('12', '--reason', 'a spike')):
+            done = verb('mark-bad', *flags)
+            self.assertEqual(done.returncode, 0, done.stderr)
+        os.kill(wait_until(lambda: job.rank_pid(1), 'the rank'), signal.SIGKILL)
+        status, _, errors = job.finish()
+        self.assertEqual(status, 0, errors + job.errors_of_ranks())
+        self.assertEqual(job.events('restored', 1)[0]['step'], 4, errors)
+        self.assertIn('passed over: step 12 (marked bad)', errors)
+        losses = job.losses()
+        for step, values in before.losses().items():
+            losses.setdefault(step, set()).update(values)
+        self.assertEqual(losses, self.reference)
+
     # ---- Ends that are wanted
 
     def test_a_signal_saves_and_ends_with_75_and_the_job_goes_on_from_there(self):

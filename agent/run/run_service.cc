@@ -13,6 +13,7 @@
 #include "agent/recovery/why.h"
 #include "agent/run/small_files.h"
 #include "base/status_macros.h"
+#include "format/checkpoint_names.h"
 #include "nlohmann/json.hpp"
 
 namespace holdfast {
@@ -217,7 +218,7 @@ void RunService::Tell(const std::string& name) {
   }
 }
 
-std::string RunService::StateJson(const JobSupervisor& supervisor, Attempt of) {
+std::string RunService::StateJson(const JobSupervisor& supervisor, Attempt of) const {
   const JobSupervisor::View view = supervisor.view();
   const recovery::History& history = view.history;
   nlohmann::ordered_json state = {
@@ -240,11 +241,14 @@ std::string RunService::StateJson(const JobSupervisor& supervisor, Attempt of) {
       {"lines", nlohmann::ordered_json::array()}};
   state["checkpoints"] = nlohmann::ordered_json::array();
   for (const recovery::CheckpointRecord& record : history.checkpoints) {
-    state["checkpoints"].push_back({{"attempt", Value(record.facts.id.attempt)},
-                                    {"step", Value(record.facts.id.step)},
-                                    {"marked_bad", record.facts.marked_bad},
-                                    {"under_anomaly", record.facts.under_anomaly},
-                                    {"crashes", record.crashes}});
+    state["checkpoints"].push_back(
+        {{"attempt", Value(record.facts.id.attempt)},
+         {"step", Value(record.facts.id.step)},
+         {"directory", absl::StrCat(options_.root, "/", view.spec.job, "/",
+                                    CheckpointDirectoryName(record.facts.id))},
+         {"marked_bad", record.facts.marked_bad},
+         {"under_anomaly", record.facts.under_anomaly},
+         {"crashes", record.crashes}});
   }
   for (const JobSupervisor::Line& line : view.lines) {
     state["lines"].push_back({{"number", line.number}, {"text", line.text}});

@@ -34,6 +34,7 @@ class RunService {
     std::string runtime_directory;  // runs/JOB is below it; only ours
     std::string socket;
     std::string shim_program;
+    std::string root;  // of checkpoints, for whoever asks where one is
   };
   RunService(Options options, JobSupervisor::World world);
   ~RunService();
@@ -87,7 +88,7 @@ class RunService {
   void Changed(const std::string& job);
   void Tell(const std::string& job);
   // `of`: only incidents that happened to this attempt; 0: all.
-  static std::string StateJson(const JobSupervisor& supervisor, Attempt of = {});
+  std::string StateJson(const JobSupervisor& supervisor, Attempt of = {}) const;
 
   const Options options_;
   const JobSupervisor::World world_;
