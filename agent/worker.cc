@@ -268,6 +268,9 @@ absl::Status Worker::AddWitnesses(LocalServer::Options& server_options) {
   WitnessService::Options options;
   options.kernel_log = config_.kernel_log;
   options.warn = LogWarning;
+  options.on_xid = [this](const XidSighting& sighting) {
+    if (run_service_ != nullptr) run_service_->TakeXid(sighting);
+  };
   if (!config_.ras_address.empty()) {
     ASSIGN_OR_RETURN(options.ras, ParseRasAddress(config_.ras_address));
   }
@@ -315,6 +318,10 @@ MonitorService::Options Worker::MonitorOptions() const {
   options.mesh_of = [this](const std::string& job) { return engine_->MeshOf(job); };
   options.on_change = [this](const monitor::FindingRecord& record, monitor::FindingChange change) {
     if (run_service_ != nullptr) run_service_->TakeFinding(record, change);
+  };
+  options.on_sight = [this](const std::string& job, const std::string& key,
+                            const monitor::Sight& sight) {
+    if (run_service_ != nullptr) run_service_->TakeSight(job, key, sight);
   };
   options.log = LogInfo;
   options.warn = LogWarning;

@@ -260,8 +260,10 @@ class Engine {
     bool is_restored = false;  // it has asked for a restore, which is over
     std::optional<CheckpointId>
         restored_from;  // of the job itself; nothing: from elsewhere, or nowhere
+    bool is_open = false;
     uint64_t heartbeat_count = 0;
-    Step step{};  // of the last heartbeat
+    Step step{};                        // of the last heartbeat
+    std::vector<std::string> sections;  // that it says it is in, outermost first
     // The newest save of this attempt that survives the death of any process, if there is one.
     std::optional<Step> committed;
     std::optional<absl::Duration> committed_begun;  // when it was captured, on the engine's clock

@@ -35,7 +35,9 @@ std::vector<Engine::RankProgress> EngineImpl::ProgressOf(const std::string& job,
       progress.is_restored = point.has_value();
       if (point.has_value()) progress.restored_from = point->checkpoint;
     }
+    progress.is_open = entry.session->is_open();
     const SaveReports& reports = entry.session->reports();
+    progress.sections = reports.sections();
     const SaveReports::Heartbeat heartbeat = reports.heartbeat();
     progress.heartbeat_count = heartbeat.count;
     progress.step = Step{heartbeat.step};

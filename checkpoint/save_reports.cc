@@ -5,12 +5,14 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <climits>
 #include <cstring>
 #include <utility>
 
 #include "base/check.h"
 #include "base/status_macros.h"
+#include "base/utf8.h"
 
 namespace holdfast {
 namespace {
@@ -107,6 +109,23 @@ SaveReports::Heartbeat SaveReports::heartbeat() const {
   heartbeat.count = page().heartbeat_count.load(std::memory_order_acquire);
   heartbeat.step = page().heartbeat_step.load(std::memory_order_relaxed);
   return heartbeat;
+}
+
+std::vector<std::string> SaveReports::sections() const {
+  std::vector<std::string> sections;
+  const uint32_t depth = std::min<uint32_t>(page().section_depth.load(std::memory_order_acquire),
+                                            abi::kSectionDepthMax);
+  for (uint32_t level = 0; level < depth; ++level) {
+    std::string name;
+    for (const char& byte : page().section_names[level]) {
+      // The trainer may be writing it.
+      const char c = std::atomic_ref<char>(const_cast<char&>(byte)).load(std::memory_order_relaxed);
+      if (c == 0) break;
+      name += c;
+    }
+    sections.push_back(IsUtf8(name) ? std::move(name) : "?");
+  }
+  return sections;
 }
 
 std::optional<SaveReports::Committed> SaveReports::committed(Survives survives) const {

@@ -9,6 +9,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -81,6 +82,8 @@ class SaveReports {
     uint64_t step = 0;
   };
   Heartbeat heartbeat() const;
+  // The sections that it says it is in, outermost first, as text whatever the bytes are.
+  std::vector<std::string> sections() const;
   // The newest step that is committed; `begun` of its save, if that is still known.
   struct Committed {
     Step step{};

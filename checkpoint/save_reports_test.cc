@@ -2,9 +2,12 @@
 #include "checkpoint/save_reports.h"
 
 #include <fcntl.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
 
 #include <cstring>
 #include <string>
+#include <vector>
 
 #include "tests/support/status_matchers.h"
 
@@ -49,6 +52,21 @@ TEST_F(SaveReportsTest, ANewPageIsEmpty) {
   EXPECT_EQ(page().committed_power_step.load(), abi::kNoStep);
   EXPECT_EQ(Of(0), nullptr);  // step 0 is a step
   EXPECT_EQ(page().fenced_by.load(), 0u);
+}
+
+TEST_F(SaveReportsTest, SectionsAreTextWhateverTheTrainerWrites) {
+  EXPECT_THAT(reports->sections(), testing::IsEmpty());
+  strcpy(page().section_names[0], "step");
+  strcpy(page().section_names[1], "data");
+  page().section_depth.store(2);
+  EXPECT_THAT(reports->sections(), testing::ElementsAre("step", "data"));
+  memset(page().section_names, 'x', sizeof(page().section_names));  // no NUL anywhere
+  page().section_names[1][0] = '\xff';
+  page().section_depth.store(UINT32_MAX);
+  const std::vector<std::string> sections = reports->sections();
+  ASSERT_EQ(sections.size(), abi::kSectionDepthMax);
+  EXPECT_EQ(sections[0], std::string(abi::kSectionNameBytes, 'x'));
+  EXPECT_EQ(sections[1], "?");
 }
 
 TEST_F(SaveReportsTest, TheLastSixteenSavesAreKept) {

@@ -333,6 +333,44 @@ class RunTest(RunCase):
         self.assertEqual(subprocess.run([HOLDFAST, 'incident', 'show', file], env={}, stdout=subprocess.DEVNULL,
                                         stderr=subprocess.DEVNULL).returncode, 4)
 
+    def test_silence_is_found_without_the_monitor_by_the_time_out(self):
+        faults = pathlib.Path(self.place, 'faults')
+        faults.write_text('never-enter rank=1 from_step=30\n')
+        job = Job(self.place, '--nproc-per-node', '2', '--', 'sh', '-c',
+                  'if [ $TORCHELASTIC_RESTART_COUNT = 0 ]; then exec "$@" --faults %s; fi; '
+                  'exec "$@"' % faults, 'sh', *tiny_lm('--device-ms', '20'),
+                  config=RECOVERY + 'hang_timeout = "4s"\n')
+        wait_until(lambda: 'beyond the time-out of ' in job.errors.read_text(), 'the time-out')
+        done = subprocess.run([HOLDFAST, '--json', 'why'], env=job.variables, capture_output=True,
+                              text=True, timeout=TIMEOUT_SECONDS)
+        status, _, errors = job.finish()
+        self.assertEqual(status, 0, errors + job.errors_of_ranks())
+        self.assertEqual(job.losses(), self.reference)
+        shown = json.loads(done.stdout)['timeouts'][0]
+        self.assertEqual(shown['of'], 'heartbeat')
+        self.assertGreaterEqual(shown['seconds'], 4)
+
+    def test_an_xid_takes_the_gpu_of_its_process_out_of_use(self):
+        log = pathlib.Path(self.place, 'kernel.log')
+        log.write_text('')
+        job = Job(self.place, '--nproc-per-node', '2', '--', *tiny_lm('--device-ms', '40'),
+                  config='kernel_log = "%s"\n%scapacity_wait = "0s"\n' % (log, RECOVERY))
+        wait_until(lambda: job.last_step(0) >= 10, 'step 10')
+        victim = wait_until(lambda: job.rank_pid(1), 'the rank')
+        with log.open('a') as lines:
+            # Of somebody else's process, and one that says nothing of the GPU.
+            lines.write('NVRM: Xid (PCI:0000:5e:00): 79, pid=1, name=init, gone\n')
+            lines.write('NVRM: Xid (PCI:0000:3b:00): 43, pid=%d, name=tiny_lm, Ch 1\n' % victim)
+            lines.write('NVRM: Xid (PCI:0000:3b:00): 79, pid=%d, name=tiny_lm, GPU has fallen off '
+                        'the bus.\n' % victim)
+        status, _, errors = job.finish()
+        # There is none in its place.
+        self.assertEqual(status, 75, errors + job.errors_of_ranks())
+        self.assertIn('GPU 1: Xid 79', errors)
+        self.assertNotIn('GPU 0', errors)
+        lemons = json.loads(pathlib.Path(self.place, 'state/holdfast/lemons.json').read_text())
+        self.assertEqual([lemon['gpu'] for lemon in lemons['lemons']], [1])
+
     def test_a_rank_that_ends_while_the_worker_is_dead_is_known_to_have(self):
         job = Job(self.place, '--max-restarts', '0', '--', 'sh', '-c',
                   'echo begun; read line <%s/go; exit 42' % self.place)

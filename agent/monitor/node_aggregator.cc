@@ -122,15 +122,7 @@ void NodeAggregator::Look() {
 void NodeAggregator::SampleEngine(const GroupKey& key, Group& group, absl::Duration now) {
   const Engine::Activity activity = activity_of_(std::get<0>(key), std::get<1>(key));
   group.attempt = std::max(group.attempt, activity.attempt);
-  const auto pauses = [now](bool is_active, std::optional<absl::Duration>& since,
-                            absl::Duration pause_max) {
-    if (!is_active) since.reset();
-    if (is_active && !since.has_value()) since = now;
-    return is_active && now - *since < pause_max;
-  };
-  group.engine_paused |= activity.restoring;
-  group.engine_paused |= pauses(activity.flushing, group.flushing_since, kFlushPauseMax);
-  group.engine_paused |= pauses(activity.capturing, group.capturing_since, kCapturePauseMax);
+  group.engine_paused |= group.engine_pause.Holds(activity, now);
 }
 
 // ---- Boards and processes

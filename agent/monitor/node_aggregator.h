@@ -35,6 +35,7 @@
 #include "absl/time/time.h"
 #include "agent/monitor/board_reader.h"
 #include "agent/monitor/boards.h"
+#include "agent/monitor/engine_pause.h"
 #include "agent/monitor/exits.h"
 #include "agent/monitor/process_witness.h"
 #include "agent/monitor/sections.h"
@@ -55,10 +56,6 @@ class NodeAggregator {
   static constexpr absl::Duration kReportEvery = absl::Seconds(1);
   // How long an attempt is reported whose last process on this node has ended.
   static constexpr absl::Duration kEndedAge = absl::Seconds(60);
-  // A flush that takes longer holds nobody up any more: training has gone on beside it. A capture
-  // that does has no end: its rank never came to wait for it, because it hangs elsewhere.
-  static constexpr absl::Duration kFlushPauseMax = absl::Seconds(60);
-  static constexpr absl::Duration kCapturePauseMax = absl::Seconds(60);
   // Attempts and node names at once; what comes beyond is not reported (unreported_count()).
   static constexpr size_t kGroupsMax = 64;
   // Greater ranks and world sizes are not believed.
@@ -130,8 +127,7 @@ class NodeAggregator {
     absl::Duration last_alive{};      // or the last word of an end
     std::map<uint32_t, uint64_t> of;  // by rank: first board of the process that counts
     bool engine_paused = false;       // in this window
-    std::optional<absl::Duration> flushing_since;
-    std::optional<absl::Duration> capturing_since;
+    EnginePause engine_pause;
     Attempt attempt{};
     uint32_t world_size = 0;
     size_t report_bytes = 0;

@@ -378,13 +378,13 @@ TEST_F(NodeAggregatorTest, WhatTheEngineDoesInBetweenIsAPause) {
   activity_.attempt = Attempt{5};
   EXPECT_TRUE(Next().engine_paused);
   EXPECT_EQ(Value(Next().attempt), 5u);
-  executor_.AdvanceTime(NodeAggregator::kFlushPauseMax);
+  executor_.AdvanceTime(EnginePause::kFlushMax);
   EXPECT_FALSE(Next().engine_paused);
   // Nor does a rank that hangs before it waits for its capture hide behind it for ever.
   activity_.flushing = false;
   activity_.capturing = true;
   EXPECT_TRUE(Next().engine_paused);
-  executor_.AdvanceTime(NodeAggregator::kCapturePauseMax);
+  executor_.AdvanceTime(EnginePause::kCaptureMax);
   EXPECT_FALSE(Next().engine_paused);
 }
 

@@ -345,6 +345,9 @@ void MonitorService::StepDone(const std::shared_ptr<Job>& job, monitor::JobAnaly
   const FindingLog::When when = Now(now);
   if (result.new_attempt) job->roles.clear();
   job->ended = result.ended;
+  if (options_.on_sight) {
+    options_.on_sight(job->analysis.job(), job->analysis.attempt_key(), result.analysis.sight);
+  }
   Tell(log_.Take(job->analysis, result, when));
   if (!job->gave_up_unwatched && now - job->first_stepped >= kUnwatchedFor) {
     job->gave_up_unwatched = true;

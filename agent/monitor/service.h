@@ -108,6 +108,10 @@ class MonitorService final : public monitor::ReportSink {
     std::function<void(const monitor::FindingRecord&)> on_finding;
     // Every change of a finding: whoever acts on them. May be null.
     std::function<void(const monitor::FindingRecord&, monitor::FindingChange)> on_change;
+    // How much of the job is seen, with each step. May be null.
+    std::function<void(const std::string& job, const std::string& attempt_key,
+                       const monitor::Sight& sight)>
+        on_sight;
   };
 
   MonitorService(Options options, FileSystem& file_system, EventLoop& loop, WorkPool& pool,

@@ -175,6 +175,25 @@ TEST_F(MonitorServiceTest, AFaultIsSuspectedThenAVerdictThenWithdrawn) {
   EXPECT_THAT(warnings_, IsEmpty());
 }
 
+TEST_F(MonitorServiceTest, HowMuchIsSeenIsToldWithEachStep) {
+  std::vector<std::pair<std::string, monitor::Sight>> seen;
+  options_.on_sight = [&](const std::string& job, const std::string& key,
+                          const monitor::Sight& sight) {
+    EXPECT_EQ(job, "llama");
+    seen.emplace_back(key, sight);
+  };
+  StartService();
+  StartWorld({});
+  Run(10);
+  ASSERT_FALSE(seen.empty());
+  EXPECT_EQ(seen.back().first, "run/0");
+  EXPECT_TRUE(seen.back().second.IsWhole());
+  world_.reset();
+  Run(10);
+  EXPECT_EQ(seen.back().second.ranks, static_cast<uint32_t>(kRanks));
+  EXPECT_EQ(seen.back().second.ranks_reporting, 0u);
+}
+
 TEST_F(MonitorServiceTest, AWorkersDeathInAHangChangesNeitherIdNorGradeAndTellsNothingTwice) {
   StartService();
   StartWorld({FaultOf(FaultKind::kGpuHang, 3, 0)});

@@ -35,7 +35,7 @@ constexpr SettingsKey kKeys[] = {
     {"recovery.healthy_after", "15m", "An attempt that has trained for so long was healthy."},
     {"recovery.hang_timeout", "10m",
      "A hang that one source alone explains is acted on after this, where no time-out was "
-     "learned."},
+     "learned; and heartbeats that stop, where none is longer."},
     {"recovery.start_wait", "1h",
      "From the start of a job that tells its steps to the first new step of every rank."},
     {"recovery.evidence_wait", "5s", "How long evidence is waited for before ranks are stopped."},

@@ -112,6 +112,9 @@ void JobSupervisor::StartGroup(const recovery::StartRanks& action) {
     processes_.clear();
     committed_.reset();
     any_restored_ = false;
+    silence_.BeginLaunch();
+    engine_pause_ = EnginePause();
+    sight_.reset();
     stops_ = false;
     started_ = world_.clock.Elapsed();
   }
@@ -164,6 +167,7 @@ std::string JobSupervisor::Describe(const RankEnd& end) const {
 void JobSupervisor::RankStarted(Launch launch, uint32_t rank, int32_t process_id) {
   LogInfo(absl::StrFormat("job %s: rank %d of launch %d is process %d", spec_.job, rank,
                           Value(launch), process_id));
+  known_[rank].process_id = process_id;
   if (recovering_) {
     recovered_.try_emplace(rank);
     processes_[rank] = process_id;

@@ -69,6 +69,7 @@ JobSupervisor::JobSupervisor(Options options, World world, RunSpec spec,
       node_(NodeOf(spec_)),
       settings_(std::move(settings)),
       on_change_(std::move(on_change)),
+      silence_(monitor::Thresholds(), settings_.hang_timeout),
       collector_(world_.evidence, spec_.job),
       // Greater than those of the worker before this one.
       next_line_(static_cast<uint64_t>(absl::ToInt64Microseconds(world_.clock.Elapsed()))) {}
@@ -423,10 +424,10 @@ void JobSupervisor::Poll() {
   poll_timer_ = 0;
   if (is_over_ || group_ == nullptr) return;
   const absl::Duration now = world_.clock.Elapsed();
-  for (const Engine::RankProgress& progress :
-       world_.engine.ProgressOf(spec_.job, AttemptKeyOf(spec_, group_launch_))) {
-    TakeProgress(progress, now);
-  }
+  const std::vector<Engine::RankProgress> ranks =
+      world_.engine.ProgressOf(spec_.job, AttemptKeyOf(spec_, group_launch_));
+  for (const Engine::RankProgress& progress : ranks) TakeProgress(progress, now);
+  LookForSilence(ranks, now);
   poll_timer_ = world_.loop.RunAfter(PollEvery(), [this] {
     poll_timer_ = 0;
     Poll();
@@ -506,7 +507,7 @@ void JobSupervisor::Say(std::string text) {
 }
 
 JobSupervisor::View JobSupervisor::view() const {
-  return {spec_, settings_, history_, lines_, port_, is_over_, exit_code_};
+  return {spec_, settings_, history_, lines_, port_, is_over_, exit_code_, silence_.timeouts()};
 }
 
 std::optional<Launch> JobSupervisor::LaunchOf(const std::string& attempt_key) const {

@@ -31,6 +31,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "agent/monitor/engine_pause.h"
 #include "agent/monitor/exits.h"
 #include "agent/recovery/actions.h"
 #include "agent/recovery/events.h"
@@ -39,10 +40,13 @@
 #include "agent/run/evidence_collector.h"
 #include "agent/run/rank_group.h"
 #include "agent/run/run_spec.h"
+#include "agent/run/silence_watch.h"
+#include "agent/witness/witnesses.h"
 #include "base/clock.h"
 #include "base/executor.h"
 #include "checkpoint/engine.h"
 #include "io/unique_fd.h"
+#include "monitor/analyzer.h"
 
 namespace holdfast {
 
@@ -103,6 +107,12 @@ class JobSupervisor {
     Push({world_.clock.Elapsed(), world_.clock.WallTime(), std::move(what)});
   }
 
+  // Of the ranks of the newest launch. The policy is told of changes only.
+  void TakeSight(const monitor::Sight& sight);
+  // Told to the policy if it concerns a GPU of the job: by its number, or because the process that
+  // it names is a rank or was started by one.
+  void TakeXid(const XidSighting& sighting);
+
   struct Line {
     uint64_t number = 0;  // from 1, of this agent's process
     std::string text;
@@ -115,6 +125,7 @@ class JobSupervisor {
     uint32_t port = 0;
     bool is_over = false;
     int exit_code = 0;
+    std::vector<SilenceWatch::Timeout> timeouts;
   };
   View view() const;
   bool is_over() const { return is_over_; }
@@ -168,6 +179,7 @@ class JobSupervisor {
 
   void Poll();
   void TakeProgress(const Engine::RankProgress& progress, absl::Duration now);
+  void LookForSilence(const std::vector<Engine::RankProgress>& ranks, absl::Duration now);
   absl::Duration PollEvery() const;
 
   bool FindOwner();
@@ -203,10 +215,14 @@ class JobSupervisor {
     bool restored = false;
     bool stepped = false;
     uint64_t step = 0;
-    absl::Duration told;  // of the last StepDone
+    absl::Duration told;     // of the last StepDone
+    int32_t process_id = 0;  // 0: not started yet. Stays when it has ended
   };
   std::map<uint32_t, Known> known_;
   std::map<uint32_t, int32_t> processes_;  // by rank: those that live
+  SilenceWatch silence_;
+  EnginePause engine_pause_;
+  std::optional<recovery::Sight> sight_;  // as last told
   bool any_restored_ = false;
   std::optional<Step> committed_;
   EventLoop::TimerId poll_timer_ = 0;

@@ -6,6 +6,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <fstream>
@@ -16,6 +17,8 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/ascii.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "agent/local_server_testing.h"
 #include "agent/run/small_files.h"
@@ -188,6 +191,22 @@ TEST_F(JobSupervisorTest, ThatTheEngineHadToTakeAnOlderOneIsSaid) {
     EXPECT_EQ(Finish(), 0);
     EXPECT_EQ(Said("begin from step 4: step 8"), older);
   }
+}
+
+TEST_F(JobSupervisorTest, AnXidIsOfTheRankWhoseTreeItNames) {
+  Begin("sleep 1000 & echo $! >up; read line <go");
+  ASSERT_TRUE(Pump([&] { return Written("up").ends_with('\n'); }));
+  XidSighting sighting;
+  sighting.xid.code = 79;
+  sighting.xid.process = getpid();  // its grandmother
+  supervisor_->TakeXid(sighting);
+  ASSERT_TRUE(absl::SimpleAtoi(absl::StripAsciiWhitespace(Written("up")), &sighting.xid.process));
+  EXPECT_FALSE(Said("Xid"));
+  supervisor_->TakeXid(sighting);
+  EXPECT_TRUE(Pump([&] { return !supervisor_->view().history.gpu_faults.empty(); }));
+  supervisor_->Take(recovery::Stop{});
+  EXPECT_EQ(Finish(), 75);
+  EXPECT_TRUE(Said("GPU 0: Xid 79"));
 }
 
 }  // namespace

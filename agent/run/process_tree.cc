@@ -85,6 +85,18 @@ bool SignalIfBelow(pid_t process, pid_t parent, pid_t root, int signal_number) {
 
 }  // namespace
 
+bool IsDescendant(pid_t process, pid_t root) {
+  // Deeper than trees are; and parents that change meanwhile may lead round.
+  constexpr int kDepthMax = 256;
+  for (int depth = 0; depth < kDepthMax && process > 1; ++depth) {
+    const Stat stat = ReadStat(process);
+    if (stat.state == 0) return false;
+    if (stat.parent == root) return true;
+    process = stat.parent;
+  }
+  return false;
+}
+
 size_t SignalDescendants(pid_t root, int signal_number) {
   std::unordered_map<pid_t, std::vector<pid_t>> children;
   for (const pid_t process : AllProcesses()) {

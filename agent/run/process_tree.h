@@ -23,6 +23,9 @@ size_t SignalDescendants(pid_t root, int signal_number);
 // this one, and returns to how many: where there is no root of the tree any more.
 size_t SignalByVariable(const std::string& variable, int signal_number);
 
+// Whether `process` lives below `root`, by its parents now.
+bool IsDescendant(pid_t process, pid_t root);
+
 // The state letter of /proc/PID/stat ('R', 'S', 'D', 'T', 't', 'Z', ...); 0 if there is no such
 // process.
 char ProcessState(pid_t process);

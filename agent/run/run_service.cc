@@ -175,6 +175,22 @@ void RunService::TakeFinding(const monitor::FindingRecord& record, monitor::Find
   supervisor.Take(std::move(told));
 }
 
+void RunService::TakeSight(const std::string& job, const std::string& attempt_key,
+                           const monitor::Sight& sight) {
+  const auto found = jobs_.find(job);
+  if (found == jobs_.end() || found->second.supervisor->is_over() ||
+      !found->second.supervisor->LaunchOf(attempt_key).has_value()) {
+    return;
+  }
+  found->second.supervisor->TakeSight(sight);
+}
+
+void RunService::TakeXid(const XidSighting& sighting) {
+  for (auto& [name, job] : jobs_) {
+    if (!job.supervisor->is_over()) job.supervisor->TakeXid(sighting);
+  }
+}
+
 void RunService::Terminate() {
   for (auto& [name, job] : jobs_) {
     if (!job.supervisor->is_over()) {
@@ -249,6 +265,15 @@ std::string RunService::StateJson(const JobSupervisor& supervisor, Attempt of) c
          {"marked_bad", record.facts.marked_bad},
          {"under_anomaly", record.facts.under_anomaly},
          {"crashes", record.crashes}});
+  }
+  state["timeouts"] = nlohmann::ordered_json::array();
+  for (const SilenceWatch::Timeout& timeout : view.timeouts) {
+    state["timeouts"].push_back(
+        {{"of", timeout.section.empty() ? "heartbeat" : absl::StrCat("section ", timeout.section)},
+         {"seconds", absl::ToDoubleSeconds(timeout.timeout)},
+         {"learned", timeout.is_learned},
+         {"longest_seconds", absl::ToDoubleSeconds(timeout.longest)},
+         {"seen", timeout.seen}});
   }
   for (const JobSupervisor::Line& line : view.lines) {
     state["lines"].push_back({{"number", line.number}, {"text", line.text}});

@@ -17,8 +17,10 @@
 #include "absl/status/statusor.h"
 #include "agent/monitor/service.h"
 #include "agent/run/job_supervisor.h"
+#include "agent/witness/witnesses.h"
 #include "hook/abi/messages.h"
 #include "io/unique_fd.h"
+#include "monitor/analyzer.h"
 #include "monitor/finding_log.h"
 
 namespace holdfast {
@@ -63,6 +65,12 @@ class RunService {
 
   // What the monitor says of a job's ranks, if it is one of ours and of its newest launch.
   void TakeFinding(const monitor::FindingRecord& record, monitor::FindingChange change);
+
+  // How much the monitor sees of a job, with each of its steps.
+  void TakeSight(const std::string& job, const std::string& attempt_key,
+                 const monitor::Sight& sight);
+  // A line of the kernel's log.
+  void TakeXid(const XidSighting& sighting);
 
   // The agent is to end: every run is saved and stopped.
   void Terminate();

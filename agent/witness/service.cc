@@ -90,6 +90,7 @@ WitnessService::WitnessService(Options options, EventLoop& loop, WorkPool& pool,
   asked.ras = std::move(options.ras);
   asked.kernel_log = std::move(options.kernel_log);
   asked.warn = std::move(options.warn);
+  asked.on_xid = std::move(options.on_xid);
   witnesses_ = std::make_unique<Witnesses>(
       std::move(asked),
       Witnesses::World{loop, pool, clock, waiting_, [this] { return Processes(); },

@@ -32,11 +32,12 @@ class WitnessService {
   static constexpr absl::Duration kGpusEvery = absl::Seconds(30);
 
   struct Options {
-    std::string node;                              // for people; empty: the host's name
-    std::string helper_path;                       // empty: HelperPath()
-    std::optional<RasAddress> ras;                 // nothing: not asked
-    std::string kernel_log;                        // path; empty: not read
-    std::function<void(const std::string&)> warn;  // may be null
+    std::string node;                                // for people; empty: the host's name
+    std::string helper_path;                         // empty: HelperPath()
+    std::optional<RasAddress> ras;                   // nothing: not asked
+    std::string kernel_log;                          // path; empty: not read
+    std::function<void(const std::string&)> warn;    // may be null
+    std::function<void(const XidSighting&)> on_xid;  // as in Witnesses::Options
   };
   // `pool`: of Witnesses::kPoolThreads threads, which nobody else needs: they may be blocked.
   WitnessService(Options options, EventLoop& loop, WorkPool& pool, const Clock& clock,

@@ -439,11 +439,14 @@ void Witnesses::OnKernelLine(std::string_view line) {
     return;
   }
   std::vector<int64_t> processes = {xid->process};
+  XidSighting sighting{*xid, std::nullopt};
   for (const monitor::GpuReading& gpu : gpus_) {
     if (gpu.pci_address == xid->pci_address) {
+      sighting.gpu_index = gpu.index;
       processes.insert(processes.end(), gpu.processes.begin(), gpu.processes.end());
     }
   }
+  if (options_.on_xid) options_.on_xid(sighting);
   std::map<std::string, std::vector<Process>> by_job;
   for (Process& process : world_.processes()) by_job[process.job].push_back(std::move(process));
   bool known = false;

@@ -31,8 +31,15 @@
 #include "monitor/witness/gpu.h"
 #include "monitor/witness/ras.h"
 #include "monitor/witness/stacks.h"
+#include "monitor/witness/xid.h"
 
 namespace holdfast {
+
+// A fault of a GPU, as the kernel's log has just told it.
+struct XidSighting {
+  monitor::Xid xid;
+  std::optional<uint32_t> gpu_index;  // as NVML numbers it, if it has told; nothing: not known
+};
 
 // Threads: the event loop's, but for the pool's work.
 // Lifetime: loop, pool, clock and waiting processes outlive it; what is on its way when it goes is
@@ -90,6 +97,8 @@ class Witnesses {
     std::string kernel_log;         // path; empty: not read
     uint64_t learn_operations_min = 20;
     std::function<void(const std::string&)> warn;  // an Xid, for the log; may be null
+    // Every Xid, whomever it concerns: whoever acts on them. May be null.
+    std::function<void(const XidSighting&)> on_xid;
   };
   struct World {
     EventLoop& loop;

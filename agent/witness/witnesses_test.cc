@@ -74,6 +74,7 @@ class WitnessesTest : public testing::Test {
     options.ras = std::move(ras);
     options.kernel_log = log_path_;
     options.warn = [this](const std::string& text) { warnings_.push_back(text); };
+    options.on_xid = [this](const XidSighting& sighting) { xids_.push_back(sighting); };
     return options;
   }
   void Make(std::optional<RasAddress> ras) {
@@ -135,6 +136,7 @@ class WitnessesTest : public testing::Test {
   std::vector<UniqueFd> parts_;
   std::vector<Witnesses::Hearing> heard_;
   std::vector<std::string> warnings_;
+  std::vector<XidSighting> xids_;
   bool over_ = false;
   std::unique_ptr<Witnesses> witnesses_;
 };
@@ -203,6 +205,10 @@ TEST_F(WitnessesTest, AnXidIsToldToTheRankWhoseGpuItIs) {
   EXPECT_EQ(heard_[0].testimonies[0].code, 79);
   EXPECT_THAT(heard_[0].testimonies[0].ranks, ElementsAre(Rank{12}));
   EXPECT_THAT(warnings_, ElementsAre(HasSubstr("of rank 12")));
+  ASSERT_THAT(xids_, SizeIs(1));
+  EXPECT_EQ(xids_[0].xid.code, 79);
+  EXPECT_EQ(xids_[0].xid.process, 1002);
+  EXPECT_EQ(xids_[0].gpu_index, std::nullopt);  // NVML was not asked yet
 
   // The line names no process, and nobody knows the GPU yet: said to the operator only.
   heard_.clear();
@@ -219,6 +225,10 @@ TEST_F(WitnessesTest, AnXidIsToldToTheRankWhoseGpuItIs) {
   Log("NVRM: Xid (PCI:0000:3b:00): 48, pid='<unknown>', name=<unknown>, DBE");
   ASSERT_THAT(heard_, SizeIs(1));
   EXPECT_THAT(heard_[0].testimonies[0].ranks, ElementsAre(Rank{11}));
+  // Whomever it concerns, and with the GPU's number once that is known.
+  ASSERT_THAT(xids_, SizeIs(3));
+  EXPECT_EQ(xids_[1].gpu_index, std::nullopt);
+  EXPECT_TRUE(xids_[2].gpu_index.has_value());
 
   // No Xid, one that says nothing of the GPU, and one of another GPU.
   heard_.clear();

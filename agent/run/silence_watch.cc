@@ -1,0 +1,123 @@
+#include "agent/run/silence_watch.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "agent/monitor/sections.h"
+
+namespace holdfast {
+namespace {
+
+bool IsPause(const std::string& section) {
+  const monitor::SectionKind kind = SectionKindOf(section);
+  return kind != monitor::SectionKind::kCompute && kind != monitor::SectionKind::kData;
+}
+
+}  // namespace
+
+void SilenceWatch::Learned::Add(absl::Duration silence) {
+  longest = std::max(longest, silence);
+  ++seen;
+}
+
+// As if it had not passed.
+void SilenceWatch::Forgive(absl::Duration passed) {
+  for (auto& [rank, state] : ranks_) {
+    state.since += passed;
+    for (Section& section : state.sections) section.since += passed;
+  }
+}
+
+// Whether a pause has ended.
+bool SilenceWatch::TakeSections(State& state, const Rank& rank, absl::Duration now) {
+  bool has_ended = false;
+  size_t same = 0;
+  while (same < state.sections.size() && same < rank.sections.size() &&
+         state.sections[same].name == rank.sections[same]) {
+    ++same;
+  }
+  for (size_t level = same; level < state.sections.size(); ++level) {
+    const Section& over = state.sections[level];
+    if (!IsPause(over.name)) continue;
+    has_ended = true;
+    if (pauses_.size() < kNamesMax || pauses_.contains(over.name)) {
+      pauses_[over.name].Add(now - over.since);
+    }
+  }
+  state.sections.resize(same);
+  for (size_t level = same; level < rank.sections.size(); ++level) {
+    state.sections.push_back({rank.sections[level], now});
+  }
+  return has_ended;
+}
+
+SilenceWatch::Timeout SilenceWatch::TimeoutOf(const std::string& section,
+                                              const Learned& learned) const {
+  const absl::Duration beyond =
+      std::min(thresholds_.section_timeout, learned.longest * thresholds_.busy_factor);
+  return {section, std::max(configured_, beyond) + patience_, learned.longest, learned.seen,
+          beyond > configured_};
+}
+
+SilenceWatch::Timeout SilenceWatch::OfHeartbeat() const { return TimeoutOf("", heartbeats_); }
+
+SilenceWatch::Timeout SilenceWatch::OfPause(const std::string& name) const {
+  if (const auto known = pauses_.find(name); known != pauses_.end()) {
+    return TimeoutOf(name, known->second);
+  }
+  return {name, std::max(configured_, thresholds_.section_timeout) + patience_,
+          absl::ZeroDuration(), 0, false};
+}
+
+std::vector<SilenceWatch::Said> SilenceWatch::Look(absl::Duration now,
+                                                   const std::vector<Rank>& ranks, Engine engine,
+                                                   Monitor monitor) {
+  patience_ = monitor == Monitor::kSees ? kMonitorFirst : absl::ZeroDuration();
+  const absl::Duration passed = now - looked_.value_or(now);
+  looked_ = now;
+  if (engine == Engine::kWorks || passed > thresholds_.receiver_gap_max) Forgive(passed);
+  std::vector<Said> said;
+  for (const Rank& rank : ranks) {
+    const auto [at, is_new] = ranks_.try_emplace(rank.rank);
+    State& state = at->second;
+    if (is_new) {
+      state.heartbeat_count = rank.heartbeat_count;
+      state.since = now;
+    }
+    bool has_come = false;
+    if (TakeSections(state, rank, now)) {
+      state.since = now;
+      has_come = true;
+    }
+    const auto pause = std::find_if(state.sections.begin(), state.sections.end(),
+                                    [](const Section& section) { return IsPause(section.name); });
+    const bool pauses = pause != state.sections.end();
+    if (rank.heartbeat_count != state.heartbeat_count) {
+      // How long the first step takes says nothing of the others.
+      const bool counts = state.is_clean && !pauses && state.heartbeat_count >= 2;
+      if (counts) heartbeats_.Add(now - state.since);
+      state.heartbeat_count = rank.heartbeat_count;
+      state.since = now;
+      state.is_clean = true;
+      has_come = true;
+    }
+    if (has_come && std::exchange(state.is_late, false))
+      said.push_back({rank.rank, false, "", {}, {}});
+    if (pauses) state.is_clean = false;
+    if (state.heartbeat_count < 2 || state.is_late) continue;
+    const absl::Duration since = pauses ? std::max(pause->since, state.since) : state.since;
+    const Timeout timeout = pauses ? OfPause(pause->name) : OfHeartbeat();
+    if (now - since < timeout.timeout) continue;
+    state.is_late = true;
+    said.push_back({rank.rank, true, timeout.section, now - since, timeout.timeout});
+  }
+  return said;
+}
+
+std::vector<SilenceWatch::Timeout> SilenceWatch::timeouts() const {
+  std::vector<Timeout> all = {OfHeartbeat()};
+  for (const auto& [name, learned] : pauses_) all.push_back(OfPause(name));
+  return all;
+}
+
+}  // namespace holdfast

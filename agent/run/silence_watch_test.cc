@@ -1,0 +1,196 @@
+// Goal: a rank that has gone silent is called late once its time-out is over, never before; what is
+// in order (a pause that is named, what the engine takes, a watcher that did not look) is never
+// called so.
+#include "agent/run/silence_watch.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace holdfast {
+namespace {
+
+using testing::ElementsAre;
+using testing::IsEmpty;
+using Engine = SilenceWatch::Engine;
+using Said = SilenceWatch::Said;
+
+constexpr absl::Duration kConfigured = absl::Minutes(10);
+
+// Rank 0, looked at once a second.
+class Watched {
+ public:
+  explicit Watched(absl::Duration configured = kConfigured) : watch_({}, configured) {}
+
+  std::vector<Said> After(absl::Duration duration, Engine engine = Engine::kIdle) {
+    std::vector<Said> all;
+    const absl::Duration end = now_ + duration;
+    do {
+      now_ = std::min(end, now_ + absl::Seconds(1));
+      const std::vector<Said> said = watch_.Look(now_, {{0, beats_, sections_}}, engine, monitor_);
+      all.insert(all.end(), said.begin(), said.end());
+    } while (now_ < end);
+    return all;
+  }
+  std::vector<Said> BeatAfter(absl::Duration duration) {
+    std::vector<Said> all = After(duration - absl::Seconds(1));
+    ++beats_;
+    const std::vector<Said> said = After(absl::Seconds(1));
+    all.insert(all.end(), said.begin(), said.end());
+    return all;
+  }
+  // Enough beats to have learned from, each `apart`.
+  void Learn(absl::Duration apart) {
+    for (int i = 0; i < 25; ++i) EXPECT_THAT(BeatAfter(apart), IsEmpty());
+  }
+  void Enter(const std::string& section) { sections_.push_back(section); }
+  void Leave() { sections_.pop_back(); }
+  // Nobody looks meanwhile.
+  void Sleep(absl::Duration duration) { now_ += duration; }
+
+  SilenceWatch watch_;
+  absl::Duration now_ = absl::Hours(5);
+  uint64_t beats_ = 0;
+  std::vector<std::string> sections_;
+  SilenceWatch::Monitor monitor_ = SilenceWatch::Monitor::kBlind;
+};
+
+Said Late(absl::Duration silent, absl::Duration timeout, const std::string& section = "") {
+  return {0, true, section, silent, timeout};
+}
+const Said kBack = {0, false, "", {}, {}};
+
+TEST(SilenceWatch, LearnsToBeMorePatientFromTheLongestThatEndedByItself) {
+  struct Case {
+    absl::Duration apart, timeout;
+  };
+  for (const Case& one : {Case{absl::Seconds(1), kConfigured},           // never less
+                          Case{absl::Seconds(90), absl::Minutes(15)},    // busy_factor
+                          Case{absl::Minutes(9), absl::Minutes(30)}}) {  // section_timeout
+    Watched rank;
+    rank.Learn(one.apart);
+    EXPECT_THAT(rank.After(one.timeout - absl::Seconds(1)), IsEmpty());
+    EXPECT_THAT(rank.After(absl::Minutes(5)), ElementsAre(Late(one.timeout, one.timeout)));
+    EXPECT_EQ(rank.watch_.timeouts()[0].is_learned, one.timeout > kConfigured);
+    EXPECT_THAT(rank.BeatAfter(absl::Seconds(5)), ElementsAre(kBack));
+    // It was none.
+    const SilenceWatch::Timeout now = rank.watch_.timeouts()[0];
+    EXPECT_TRUE(now.is_learned);
+    EXPECT_GT(now.longest, one.timeout);
+    EXPECT_EQ(now.timeout, absl::Minutes(30));
+  }
+  Watched impatient(absl::Seconds(3));
+  impatient.Learn(absl::Seconds(1));
+  EXPECT_THAT(impatient.After(absl::Minutes(1)),
+              ElementsAre(Late(absl::Seconds(10), absl::Seconds(10))));
+}
+
+// Which has the same time-out, and says who it is.
+TEST(SilenceWatch, TheMonitorIsGivenTheFirstWord) {
+  Watched rank;
+  rank.monitor_ = SilenceWatch::Monitor::kSees;
+  rank.Learn(absl::Seconds(1));
+  const absl::Duration timeout = kConfigured + SilenceWatch::kMonitorFirst;
+  EXPECT_THAT(rank.After(timeout - absl::Seconds(1)), IsEmpty());
+  EXPECT_THAT(rank.After(absl::Seconds(1)), ElementsAre(Late(timeout, timeout)));
+  EXPECT_EQ(rank.watch_.timeouts()[0].timeout, timeout);
+}
+
+TEST(SilenceWatch, WhoHasNotBeatenTwiceIsNeverLate) {
+  Watched rank;
+  EXPECT_THAT(rank.After(absl::Hours(24)), IsEmpty());
+  EXPECT_THAT(rank.BeatAfter(absl::Seconds(1)), IsEmpty());
+  EXPECT_THAT(rank.After(absl::Hours(24)), IsEmpty());
+  // Nor is the time until the second one something to learn from.
+  rank.BeatAfter(absl::Seconds(1));
+  EXPECT_EQ(rank.watch_.timeouts()[0].seen, 0u);
+  rank.watch_.BeginLaunch();
+  rank.beats_ = 1;
+  EXPECT_THAT(rank.After(absl::Hours(24)), IsEmpty());
+}
+
+TEST(SilenceWatch, APauseThatIsNamedHasATimeoutOfItsOwn) {
+  Watched rank;
+  rank.Learn(absl::Seconds(1));
+  // Its first is given half an hour.
+  rank.Enter("evaluation");
+  EXPECT_THAT(rank.After(absl::Minutes(20)), IsEmpty());
+  rank.Leave();
+  rank.Learn(absl::Seconds(1));
+  // From then on, ten times as much as it took; here that is more than half an hour.
+  rank.Enter("evaluation");
+  EXPECT_THAT(rank.After(absl::Minutes(31)),
+              ElementsAre(Late(absl::Minutes(30), absl::Minutes(30), "evaluation")));
+  rank.Leave();
+  EXPECT_THAT(rank.After(absl::Seconds(1)), ElementsAre(kBack));
+  rank.BeatAfter(absl::Seconds(1));
+  // The pauses were no silence to learn from.
+  EXPECT_EQ(rank.watch_.timeouts()[0].timeout, kConfigured);
+  EXPECT_EQ(rank.watch_.timeouts().size(), 2u);
+}
+
+TEST(SilenceWatch, WhatAPauseOfThatNameTookIsItsMeasure) {
+  for (const auto& [took, timeout] : {std::pair{absl::Seconds(12), kConfigured},
+                                      std::pair{absl::Seconds(121), absl::Minutes(20)}}) {
+    Watched rank;
+    rank.Learn(absl::Seconds(1));
+    rank.Enter("compile");
+    EXPECT_THAT(rank.After(took), IsEmpty());
+    rank.Leave();
+    rank.BeatAfter(absl::Seconds(1));
+    rank.Enter("compile");
+    // It was seen for a second less, from one look to another; and this one is from the next look.
+    EXPECT_THAT(rank.After(timeout), IsEmpty());
+    EXPECT_THAT(rank.After(absl::Seconds(1)), ElementsAre(Late(timeout, timeout, "compile")));
+  }
+}
+
+TEST(SilenceWatch, WhoBeatsInsideOfAPauseIsAlive) {
+  Watched rank;
+  rank.Learn(absl::Seconds(1));
+  rank.Enter("evaluation");
+  for (int i = 0; i < 10; ++i) EXPECT_THAT(rank.BeatAfter(absl::Minutes(9)), IsEmpty());
+}
+
+TEST(SilenceWatch, OtherSectionsArePartOfTheStep) {
+  Watched rank;
+  rank.Learn(absl::Seconds(1));
+  rank.Enter("data");
+  rank.Enter("forward");
+  EXPECT_THAT(rank.After(absl::Minutes(11)), ElementsAre(Late(kConfigured, kConfigured)));
+  EXPECT_EQ(rank.watch_.timeouts().size(), 1u);
+}
+
+TEST(SilenceWatch, WhatTheEngineTakesAndWhatNobodyLookedAtIsNoSilence) {
+  for (const bool engine : {true, false}) {
+    Watched rank;
+    rank.Learn(absl::Seconds(1));
+    rank.After(absl::Minutes(9));
+    if (engine) {
+      EXPECT_THAT(rank.After(absl::Hours(1), Engine::kWorks), IsEmpty());
+    } else {
+      rank.Sleep(absl::Hours(1));  // the agent was stopped, or the machine slept
+    }
+    EXPECT_THAT(rank.After(absl::Seconds(50)), IsEmpty());
+    EXPECT_THAT(rank.After(absl::Seconds(20)), testing::SizeIs(1));
+  }
+}
+
+TEST(SilenceWatch, NamesBeyondTheLimitHaveWhatIsConfigured) {
+  Watched rank;
+  rank.Learn(absl::Seconds(1));
+  for (size_t i = 0; i < SilenceWatch::kNamesMax + 10; ++i) {
+    rank.Enter("eval " + std::to_string(i));
+    rank.After(absl::Seconds(1));
+    rank.Leave();
+    rank.After(absl::Seconds(1));
+  }
+  EXPECT_EQ(rank.watch_.timeouts().size(), SilenceWatch::kNamesMax + 1);
+}
+
+}  // namespace
+}  // namespace holdfast
