@@ -514,5 +514,47 @@ class AgentDeathsTest(RunCase):
         self.assertEqual(job.losses(), self.reference)
 
 
+# Runs of a job, one for each instant: two minutes or more, so scripts/nightly's.
+class KillPointsTest(RunCase):
+    """The worker dies at each named instant (base/kill_point.h) of the first attempt, of its end, or of
+    the second one, whichever comes to it first."""
+    # What every such run must come to, or nothing was shown.
+    MET = {'worker.started', 'worker.recovered', 'request.received', 'reply.sending', 'reply.sent',
+           'open.attempt_begun', 'open.session_made', 'register.memory_made', 'capture.begun',
+           'capture.sealed', 'flush.durable', 'commit.manifest_durable', 'commit.reported',
+           'restore.point_decided', 'restore.planned', 'restore.ended', 'run.ranks_stopping',
+           'run.launch_starting', 'run.rank_started'}
+
+    def test_a_worker_that_dies_anywhere_costs_no_step_and_no_bit(self):
+        header = pathlib.Path(__file__).resolve().parent.parent / 'base' / 'kill_point.h'
+        points = [line.split('"')[1] for line in header.read_text().splitlines()
+                  if line.startswith('    "') and '.' in line.split('"')[1]]
+        self.assertGreater(len(points), 30)
+        met = set()
+        for point in points:
+            if point.startswith('keeper.'):
+                continue
+            with self.subTest(point), tempfile.TemporaryDirectory() as place:
+                self.place = place
+                met |= {point} if self.dies_at(point) else set()
+                self.end_everything()
+        print('not met: ' + ', '.join(sorted(set(points) - met)))
+        self.assertLessEqual(self.MET, met)
+
+    def dies_at(self, point):
+        faults = pathlib.Path(self.place, 'faults')
+        faults.write_text('exit rank=1 status=7 from_step=10\n')
+        job = Job(self.place, '--nproc-per-node', '2', '--', 'sh', '-c',
+                  'if [ $TORCHELASTIC_RESTART_COUNT = 0 ]; then exec "$@" --faults %s; fi; '
+                  'exec "$@"' % faults, 'sh', *tiny_lm(), HOLDFAST_KILL_AT=point)
+        status, _, errors = job.finish()
+        self.assertEqual(status, 0, errors + job.errors_of_ranks())
+        self.assertEqual(job.attempts(), 2, errors)
+        self.assertEqual(job.losses(), self.reference)
+        self.assertGreater(job.events('restored', 1)[0]['step'], 0)
+        logs = ''.join(log.read_text() for log in pathlib.Path(self.place).rglob('agent.log'))
+        return 'kill point %s reached' % point in logs
+
+
 if __name__ == '__main__':
     unittest.main()

@@ -242,9 +242,13 @@ Error Job::SetPointers(Registration& registration, void* const* pointers) const 
 }
 
 // A slot whose blocks are free and all in the memory, claimed: the agent leaves it alone.
+// HF_ABORTED: the registration is another one now, and none of this will be granted any more.
 Result<uint32_t> Job::ClaimGrantedSlot(const Registration& registration, uint64_t step,
-                                       Deadline deadline) const {
+                                       Deadline deadline) {
   for (;;) {
+    if (Fresh().ready && snapshot_.registration.get() != &registration) {
+      return Error(HF_ABORTED, "a new agent has another registration");
+    }
     abi::RankPage& page = link_->page();
     const uint32_t events = page.agent_events.load(std::memory_order_acquire);
     for (uint32_t slot = 0; slot < registration.slot_count(); ++slot) {
@@ -303,12 +307,19 @@ Error Job::WriteBlobs(const Registration& registration, uint32_t slot,
 
 Error Job::Save(uint64_t step, const hf_save_options& options) {
   const int64_t called_ns = MonotonicNs();
-  if (Error error = CheckMaySave(step); !error.ok()) return error;
-  const std::shared_ptr<Registration> registration = snapshot_.registration;
+  const Deadline deadline = Deadline::After(options.wait_ns);
   const std::span<const hf_blob> blobs(options.blobs, options.blob_count);
-  if (Error error = CheckBlobs(*registration, step, blobs); !error.ok()) return error;
-  if (Error error = SetPointers(*registration, options.pointers); !error.ok()) return error;
-  Result<uint32_t> slot = ClaimGrantedSlot(*registration, step, Deadline::After(options.wait_ns));
+  std::shared_ptr<Registration> registration;
+  Result<uint32_t> slot = Error(HF_ABORTED, "not asked for yet");
+  // An agent that has died with its keeper takes the images that were waited for with it; the next
+  // one grants its own.
+  while (!slot.ok() && slot.error().code() == HF_ABORTED) {
+    if (Error error = CheckMaySave(step); !error.ok()) return error;
+    registration = snapshot_.registration;
+    if (Error error = CheckBlobs(*registration, step, blobs); !error.ok()) return error;
+    if (Error error = SetPointers(*registration, options.pointers); !error.ok()) return error;
+    slot = ClaimGrantedSlot(*registration, step, deadline);
+  }
   if (!slot.ok()) return slot.error();
   if (Error error = WriteBlobs(*registration, slot.value(), blobs); !error.ok()) {
     Unclaim(*registration, slot.value());

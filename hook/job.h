@@ -86,7 +86,7 @@ class Job {
                    std::span<const hf_blob> blobs) const;
   Error SetPointers(Registration& registration, void* const* pointers) const;
   Result<uint32_t> ClaimGrantedSlot(const Registration& registration, uint64_t step,
-                                    Deadline deadline) const;
+                                    Deadline deadline);
   Error WriteBlobs(const Registration& registration, uint32_t slot,
                    std::span<const hf_blob> blobs) const;
   Error CaptureFailed(const Error& error);

@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <functional>
 #include <random>
 #include <string>
@@ -161,6 +162,27 @@ TEST_F(LinkTest, ANewAgentGetsTheRegistrationAgainAndSectionsReturn) {
   EXPECT_EQ(FirstDifference(agent_.Image(0), OracleImage(plan_, buffers_)), -1);
   // The step that was lost may be saved again.
   EXPECT_TRUE(SaveAndWait(1).ok());
+}
+
+// Worker and keeper have died: what it waits for went with them, however long it would wait.
+TEST_F(LinkTest, ASaveThatWaitsForAnImageOfADeadAgentTakesOneOfTheNext) {
+  std::atomic<int> registrations = 0;
+  agent_.SetPlan([&](const TestDocument&) {
+    TestPlan plan = plan_;
+    if (registrations.fetch_add(1) == 0) plan.granted = 0;
+    return plan;
+  });
+  OpenAndRegister();
+  hf_save_options patient = NoOptions();
+  patient.wait_ns = 24 * 3600 * kNsPerSecond;
+  Error saved(HF_INTERNAL, "not yet");
+  std::thread saver([&] { saved = job_->Save(1, patient); });
+  agent_.ReplaceAgent();
+  saver.join();
+  ASSERT_TRUE(saved.ok()) << saved.text();
+  ASSERT_TRUE(job_->WaitCaptured(HF_ALL_GROUPS, Deadline::After(kPatienceNs)).ok());
+  EXPECT_EQ(FirstDifference(agent_.Image(0), OracleImage(plan_, buffers_)), -1);
+  EXPECT_EQ(registrations.load(), 2);
 }
 
 TEST_F(LinkTest, ANewAgentThatRefusesTheRegistrationIsQuotedByTheSave) {
