@@ -56,6 +56,13 @@ struct Mismatch {
 };
 std::vector<Mismatch> FindMismatches(const JobState& state);
 
+// When even a rank that is busy counts as hung in the operations of a communicator.
+struct HangTimeout {
+  absl::Duration timeout;
+  bool is_learned = false;  // else it is the configured one
+};
+HangTimeout HangTimeoutOf(const JobState& state, uint64_t communicator);
+
 // Texts that several analyses use.
 std::string RankName(const JobState& state, Rank rank);      // "rank 12 (node 3)", "rank 12"
 std::string NodeName(const JobState& state, uint32_t node);  // "3", "gpu-07"; "": not known

@@ -7,6 +7,7 @@
 #define HOLDFAST_MONITOR_FINDING_H_
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -89,6 +90,14 @@ struct Finding {
   std::vector<std::string> evidence;
   std::string changes_mind;  // what would make this wrong
   absl::Duration since;      // on the receiver's clock: when the incident was opened
+
+  // Of a standstill, for whoever acts on it; not told to people as such.
+  uint64_t communicator = 0;  // that stands; 0: none, or several
+  // What the program calls it ("dp"): named by whoever knows the layout, never by the analysis.
+  std::string group;
+  absl::Duration standing;  // for how long it had stood when it was seen last
+  // Beyond it a busy suspect counts as hung, too: learned, or configured while nothing was.
+  std::optional<absl::Duration> timeout;
 };
 
 std::string_view Name(Grade grade);

@@ -26,6 +26,7 @@ struct Patience {
   // With one or two witnesses more, who say of their own who it is.
   absl::Duration verdict_with_one = absl::InfiniteDuration();
   absl::Duration verdict_with_two = absl::InfiniteDuration();
+  uint64_t communicator = 0;
 };
 
 // `witnesses`: how many of the telemetry itself name the suspect.
@@ -33,20 +34,28 @@ Patience PatienceFor(const JobState& state, uint64_t communicator, int witnesses
   const Thresholds& t = state.thresholds();
   const std::optional<absl::Duration> normal = state.NormalStandstill(communicator);
   // No baseline: no verdict before the configured time-out.
-  if (!normal.has_value()) return {t.hang_suspicion, t.busy_timeout, t.busy_timeout};
+  if (!normal.has_value()) {
+    return {.suspicion = t.hang_suspicion,
+            .verdict = t.busy_timeout,
+            .busy = t.busy_timeout,
+            .communicator = communicator};
+  }
   const absl::Duration beyond = *normal * t.standstill_factor;
   const absl::Duration agreed = std::max(t.hang_verdict, beyond);
   const absl::Duration alone = std::max(t.hang_verdict_alone, beyond);
   return {std::max(t.hang_suspicion, beyond), witnesses > 1 ? agreed : alone,
           std::max(t.busy_timeout_min, std::min(t.busy_timeout, *normal * t.busy_factor)),
           // The first witness of a standstill whose telemetry names nobody is alone.
-          witnesses > 0 ? agreed : alone, agreed};
+          witnesses > 0 ? agreed : alone, agreed, communicator};
 }
 
 // Where no witness shortens the wait for a verdict: the rank is about something that may be in
 // order.
-Patience Unhurried(absl::Duration suspicion, absl::Duration verdict) {
-  return {suspicion, verdict, verdict};
+Patience Unhurried(const Patience& patience, absl::Duration suspicion, absl::Duration verdict) {
+  return {.suspicion = suspicion,
+          .verdict = verdict,
+          .busy = verdict,
+          .communicator = patience.communicator};
 }
 
 // What is known of the waits that end at one node.
@@ -136,6 +145,9 @@ class HangSearch {
     explained_ = true;
     if (standing < patience.suspicion) return;
     finding.grade = standing >= patience.verdict ? Grade::kVerdict : Grade::kSuspicion;
+    finding.communicator = patience.communicator;
+    finding.standing = standing;
+    if (patience.busy > absl::ZeroDuration()) finding.timeout = patience.busy;
     out_.found.push_back({std::move(key), std::move(finding), standing, patience.verdict_with_one,
                           patience.verdict_with_two});
   }
@@ -379,14 +391,14 @@ class HangSearch {
       finding.fault = FaultClass::kPauseOverdue;
       finding.sentence = absl::StrCat(name, " does not come back from a pause: ", waits, ".");
       finding.changes_mind = "A pause that is known to take so long.";
-      patience = Unhurried(thresholds.section_timeout, thresholds.section_timeout);
+      patience = Unhurried(patience, thresholds.section_timeout, thresholds.section_timeout);
       return Add(key, std::move(finding), pressure.standing, patience);
     }
     if (section != nullptr && section->kind == SectionKind::kData) {
       finding.fault = FaultClass::kLateData;
       finding.sentence = absl::StrCat(name, " waits for its data: ", waits, ".");
       finding.changes_mind = "Its leaving the section without the others going on.";
-      patience = Unhurried(patience.suspicion, patience.busy);
+      patience = Unhurried(patience, patience.suspicion, patience.busy);
       return Add(key, std::move(finding), pressure.standing, patience);
     }
     const auto idle =
@@ -403,7 +415,7 @@ class HangSearch {
       finding.evidence.push_back(absl::StrFormat("it uses %.2f of a CPU, beyond the time-out of %s",
                                                  track.cpu_share, SecondsText(patience.busy)));
       finding.sentence = sentence;
-      patience = Unhurried(patience.busy, patience.busy);
+      patience = Unhurried(patience, patience.busy, patience.busy);
       return Add(key, std::move(finding), pressure.standing, patience);
     }
     finding.scope = Scope::kProcess;
@@ -535,6 +547,11 @@ class HangSearch {
 };
 
 }  // namespace
+
+HangTimeout HangTimeoutOf(const JobState& state, uint64_t communicator) {
+  return {PatienceFor(state, communicator, 0).busy,
+          state.NormalStandstill(communicator).has_value()};
+}
 
 void FindHangs(const JobState& state, Candidates& out) { HangSearch(state, out).Run(); }
 

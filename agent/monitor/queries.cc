@@ -83,12 +83,15 @@ ordered_json CommunicatorsOf(const JobState& state) {
     const auto seen = std::count_if(knowledge->members.begin(), knowledge->members.end(),
                                     [](int64_t member) { return member >= 0; });
     const Standing& one = standing[id];
+    const monitor::HangTimeout timeout = monitor::HangTimeoutOf(state, id);
     list.push_back({{"id", IdText(id)},
                     {"size", knowledge->size},
                     {"ranks_seen", seen},
                     {"finished", knowledge->finished_max},
                     {"ranks_inside", one.open},
-                    {"standing_seconds", absl::ToDoubleSeconds(one.longest)}});
+                    {"standing_seconds", absl::ToDoubleSeconds(one.longest)},
+                    {"timeout_seconds", absl::ToDoubleSeconds(timeout.timeout)},
+                    {"timeout_learned", timeout.is_learned}});
   }
   return list;
 }

@@ -88,6 +88,33 @@ std::vector<monitor::RankRole> RolesFromMesh(const std::vector<MeshAxis>& mesh,
   return roles;
 }
 
+std::string GroupFromMesh(const std::vector<MeshAxis>& mesh, const std::vector<int64_t>& members) {
+  if (mesh.empty() || members.empty()) return "";
+  std::vector<std::set<uint64_t>> coordinates(mesh.size());
+  std::set<int64_t> distinct;
+  for (const int64_t member : members) {
+    if (member < 0 || !distinct.insert(member).second) return "";
+    auto rest = static_cast<uint64_t>(member);
+    // The last axis varies fastest.
+    for (size_t axis = mesh.size(); axis-- > 0;) {
+      if (mesh[axis].size == 0) return "";
+      coordinates[axis].insert(rest % mesh[axis].size);
+      rest /= mesh[axis].size;
+    }
+    if (rest != 0) return "";  // beyond the mesh
+  }
+  std::string name;
+  uint64_t ranks = 1;
+  for (size_t axis = 0; axis < mesh.size(); ++axis) {
+    if (coordinates[axis].size() == 1 && mesh[axis].size != 1) continue;
+    if (coordinates[axis].size() != mesh[axis].size) return "";
+    ranks *= mesh[axis].size;
+    if (ranks > members.size()) return "";
+    if (mesh[axis].size > 1) absl::StrAppend(&name, name.empty() ? "" : "+", mesh[axis].name);
+  }
+  return ranks == members.size() ? name : "";
+}
+
 std::optional<MonitorStream::Item> MonitorStream::Take() {
   if (waiting_.empty()) return std::nullopt;
   Item item = std::move(waiting_.front());
@@ -279,6 +306,18 @@ void MonitorService::UpdateRoles(Job& job, monitor::JobStep& step) {
   step.roles = std::move(roles);
 }
 
+// While nothing of the job is on the pool.
+void MonitorService::NameGroups(const Job& job, std::vector<monitor::Finding>& findings) const {
+  if (findings.empty() || !options_.mesh_of || job.analysis.analyzer() == nullptr) return;
+  const std::vector<MeshAxis> mesh = options_.mesh_of(job.analysis.job());
+  const auto& known = job.analysis.analyzer()->state().communicators();
+  for (monitor::Finding& finding : findings) {
+    const auto communicator = known.find(finding.communicator);
+    if (communicator == known.end()) continue;
+    finding.group = GroupFromMesh(mesh, communicator->second.members);
+  }
+}
+
 void MonitorService::StepJob(const std::shared_ptr<Job>& job, absl::Duration now) {
   monitor::JobStep step;
   step.elapsed = now;
@@ -345,6 +384,7 @@ void MonitorService::StepDone(const std::shared_ptr<Job>& job, monitor::JobAnaly
   const FindingLog::When when = Now(now);
   if (result.new_attempt) job->roles.clear();
   job->ended = result.ended;
+  NameGroups(*job, result.analysis.findings);
   if (options_.on_sight) {
     options_.on_sight(job->analysis.job(), job->analysis.attempt_key(), result.analysis.sight);
   }

@@ -46,6 +46,11 @@ namespace holdfast {
 std::vector<monitor::RankRole> RolesFromMesh(const std::vector<MeshAxis>& mesh,
                                              uint32_t world_size);
 
+// What a mesh calls the ranks that a communicator joins: the axes along which they differ, if they
+// are all that differ along these ("dp", "dp+tp"). Empty: it has no such name, or not all members
+// (-1) are known.
+std::string GroupFromMesh(const std::vector<MeshAxis>& mesh, const std::vector<int64_t>& members);
+
 // What a subscriber has not taken yet. Filled by the service, emptied by whoever asked for it.
 //
 // Threads: the event loop's.
@@ -164,6 +169,7 @@ class MonitorService final : public monitor::ReportSink {
                 absl::Duration now);
   void RunNext(const std::shared_ptr<Job>& job);
   void UpdateRoles(Job& job, monitor::JobStep& step);
+  void NameGroups(const Job& job, std::vector<monitor::Finding>& findings) const;
   void Record(const Job& job, const monitor::JobStep& step);
   void GiveUpUnheard(absl::Duration now);
   void EndJob(const std::shared_ptr<Job>& job, absl::Duration now);

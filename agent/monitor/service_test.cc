@@ -175,6 +175,32 @@ TEST_F(MonitorServiceTest, AFaultIsSuspectedThenAVerdictThenWithdrawn) {
   EXPECT_THAT(warnings_, IsEmpty());
 }
 
+// What recovery needs besides the finding: which group stands, for how long, and until when it may.
+TEST_F(MonitorServiceTest, AStandstillIsToldWithItsGroupItsAgeAndItsTimeout) {
+  std::vector<FindingRecord> changed;
+  options_.on_change = [&](const FindingRecord& record, monitor::FindingChange) {
+    changed.push_back(record);
+  };
+  options_.mesh_of = [](const std::string&) { return std::vector<MeshAxis>{{"dp", kRanks}}; };
+  StartService();
+  StartWorld({FaultOf(FaultKind::kGpuHang, 3, 0)});
+  Run(90);
+  ASSERT_FALSE(changed.empty());
+  const monitor::Finding& finding = changed.back().finding;
+  EXPECT_EQ(finding.grade, monitor::Grade::kVerdict);
+  EXPECT_NE(finding.communicator, 0u);
+  EXPECT_EQ(finding.group, "dp");
+  EXPECT_GE(finding.standing, options_.thresholds.hang_verdict);
+  ASSERT_TRUE(finding.timeout.has_value());
+  EXPECT_GE(*finding.timeout, options_.thresholds.busy_timeout_min);
+  EXPECT_LE(*finding.timeout, options_.thresholds.busy_timeout);
+  // Shown, with whether it was learned.
+  const json status = AskWell(abi::MonitorQueryKind::kStatus, "llama");
+  const json& communicator = status["jobs"][0]["communicators"][0];
+  EXPECT_EQ(communicator["timeout_seconds"].get<double>(), absl::ToDoubleSeconds(*finding.timeout));
+  EXPECT_EQ(communicator["timeout_learned"], true);
+}
+
 TEST_F(MonitorServiceTest, HowMuchIsSeenIsToldWithEachStep) {
   std::vector<std::pair<std::string, monitor::Sight>> seen;
   options_.on_sight = [&](const std::string& job, const std::string& key,
@@ -606,6 +632,34 @@ TEST(RolesFromMeshTest, TheLastAxisVariesFastest) {
   for (uint32_t rank = 0; rank < 12; ++rank) {
     EXPECT_EQ(roles[rank], (monitor::RankRole{rank / 6, rank % 2})) << rank;
   }
+}
+
+TEST(GroupFromMeshTest, IsTheAxesAlongWhichTheMembersDiffer) {
+  const std::vector<MeshAxis> mesh = {{"pp", 2}, {"dp", 3}, {"tp", 2}};
+  EXPECT_EQ(GroupFromMesh(mesh, {0, 6}), "pp");
+  EXPECT_EQ(GroupFromMesh(mesh, {1, 3, 5}), "dp");
+  EXPECT_EQ(GroupFromMesh(mesh, {5, 1, 3}), "dp");
+  EXPECT_EQ(GroupFromMesh(mesh, {10, 11}), "tp");
+  EXPECT_EQ(GroupFromMesh(mesh, {0, 1, 2, 3, 4, 5}), "dp+tp");
+  EXPECT_EQ(GroupFromMesh(mesh, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11}), "pp+dp+tp");
+  EXPECT_EQ(GroupFromMesh({{"dp", 4}, {"tp", 1}}, {0, 1, 2, 3}), "dp");
+}
+
+TEST(GroupFromMeshTest, WhatIsNoGroupOfTheMeshHasNoName) {
+  const std::vector<MeshAxis> mesh = {{"pp", 2}, {"dp", 3}, {"tp", 2}};
+  for (const std::vector<int64_t>& members : {std::vector<int64_t>{},
+                                              {0},
+                                              {0, 3},
+                                              {0, 1, 2},
+                                              {1, 3},
+                                              {0, -1},
+                                              {0, 0},
+                                              {0, 12},
+                                              {0, INT64_MAX}}) {
+    EXPECT_EQ(GroupFromMesh(mesh, members), "");
+  }
+  EXPECT_EQ(GroupFromMesh({}, {0, 1}), "");
+  EXPECT_EQ(GroupFromMesh({{"dp", 0}}, {0, 1}), "");
 }
 
 TEST(RolesFromMeshTest, WhatSaysNothingOfRolesGivesNone) {

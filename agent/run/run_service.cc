@@ -171,7 +171,10 @@ void RunService::TakeFinding(const monitor::FindingRecord& record, monitor::Find
   recovery::FindingTold told;
   told.launch = *launch;
   told.finding = record.finding;
-  told.standing = world_.clock.Elapsed() - record.finding.since;
+  told.group = record.finding.group;
+  told.timeout = record.finding.timeout;
+  // When it was opened it had stood for a while already.
+  told.standing = std::max(world_.clock.Elapsed() - record.finding.since, record.finding.standing);
   supervisor.Take(std::move(told));
 }
 
