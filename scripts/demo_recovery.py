@@ -1,6 +1,7 @@
 #!/usr/bin/python3
 """One job under `holdfast run` that goes on by itself: a rank is killed, one stands still, one loops for ever,
-and the agent's worker dies three times in one recovery. Nobody restarts anything.
+the agent's worker dies three times in one recovery, a GPU is reported broken and its rank ends, so that the job
+goes on with fewer ranks in another layout, and grows back. Nobody restarts anything.
 
 Before each fault it says whom recovery will suspect, what it will do, and in which layout the job goes on,
 and compares afterwards. At the end the losses are compared with an undisturbed run, bit by bit, and the
@@ -37,6 +38,7 @@ SAVE_EVERY = 4
 OPERATIONS = 30
 # A last resort: everything waits for its condition, on a busy machine for a long time.
 WAIT_SECONDS = 3600
+SMALLER = "tp=1,pp=3,zero=0"  # for RANKS - 1
 # The goals of the project, for a process of this size on an idle machine.
 RESUME_GOAL_SECONDS = 3
 DETECT_GOAL_SECONDS = 10
@@ -46,7 +48,7 @@ CONFIG = f"""
 every = {SAVE_EVERY}
 host_memory = "256MiB"
 ras_address = "off"
-kernel_log = "off"
+kernel_log = "{{kernel_log}}"
 
 [recovery]
 # Many faults in a row are what is shown.
@@ -54,6 +56,9 @@ max_restarts = 20
 restarts_in_window = 64
 pause_first = "10ms"
 pause_max = "10ms"
+
+[elastic]
+layouts = {{{{ {RANKS - 1} = "{SMALLER}" }}}}
 """
 
 
@@ -77,6 +82,7 @@ class RecoveryDemo:
         self.place = place
         self.report = report
         self.is_short = is_short
+        self.kernel_log = place / "kern.log"
         self.faults = place / "faults"
         self.logs = place / "logs"
         self.process = None
@@ -107,7 +113,8 @@ class RecoveryDemo:
         # Somebody may edit the documents meanwhile; the trainer refuses to go on with another corpus.
         shutil.copytree(ROOT / "docs", self.place / "corpus")
         config = self.place / "holdfast.toml"
-        config.write_text(CONFIG)
+        self.kernel_log.write_text("")
+        config.write_text(CONFIG.format(kernel_log=self.kernel_log))
         with open(self.place / "run.err", "wb") as errors:
             self.process = subprocess.Popen(
                 [self.build / "cli/holdfast", "run", "--nproc-per-node", str(RANKS), "--config", config,
@@ -281,6 +288,28 @@ class RecoveryDemo:
         self.report.check("worker", "workers that were started again", len(points),
                           self.ask("status")["agent"]["worker_restarts"])
 
+    def break_gpu(self):
+        last = RANKS - 1
+        def make():
+            pid = self.pid_of(last)
+            self.struck_at = time.monotonic()
+            with self.kernel_log.open("a") as log:
+                log.write(f"NVRM: Xid (PCI:0000:3b:00): 79, pid={pid}, name=tiny_lm, GPU has fallen off the bus.\n")
+            # Whoever recovery has stopped meanwhile meets it no more, and there is no such rank then.
+            self.make_fault(f"exit rank={last} status=1")
+        self.fault(f"The kernel reports Xid 79 of GPU {last}, and its rank ends with an error",
+                   Expected("gpu", [last], f"restart without GPU {last}", RANKS - 1, SMALLER), make)
+        self.faults.unlink()
+        self.report.check("gpu", "GPUs in use", [f"GPU {gpu}" for gpu in range(RANKS - 1)], self.state()["gpus"])
+
+    def readmit(self):
+        def make():
+            self.struck_at = time.monotonic()
+            self.wait(lambda: self.holdfast("readmit", str(RANKS - 1)) is not None, "an agent that hears it")
+        self.fault(f"A person readmits GPU {RANKS - 1}", Expected(
+            "grown", [], f"go on with {RANKS} ranks instead of {RANKS - 1} at the next checkpoint"), make)
+        self.report.check("grown", "GPUs in use", [f"GPU {gpu}" for gpu in range(RANKS)], self.state()["gpus"])
+
     # ---- All of it
 
     def run(self):
@@ -288,7 +317,7 @@ class RecoveryDemo:
         self.report.heading(f"holdfast run: {RANKS} ranks, tp=2 dp=2, a save every {SAVE_EVERY} steps")
         # The stop of that recovery is the worker's own so manieth.
         self.start(f"run.ranks_stopping:{len(faults) + 1},run.launch_starting:1,run.rank_started:2")
-        for fault in (*faults, self.kill_worker):
+        for fault in (*faults, self.kill_worker, self.break_gpu, self.readmit):
             fault()
         self.wait(self.healthy, "a job in health")
         self.report.heading("Where the time went (holdfast why)")

@@ -238,6 +238,38 @@ absl::StatusOr<uint64_t> ParseSize(const std::string& text) {
   return value * factor;
 }
 
+absl::Status ApplyLayout(const std::string& text, uint32_t world_size, ParallelOptions& options) {
+  ParallelOptions changed = options;
+  uint32_t dp = 0;  // not named
+  std::set<std::string> given;
+  for (const absl::string_view part : absl::StrSplit(text, ',')) {
+    const std::pair<std::string, std::string> item = absl::StrSplit(part, absl::MaxSplits('=', 1));
+    uint32_t value = 0;
+    const bool is_zero = item.first == "zero";
+    uint32_t* const axis = item.first == "pp"   ? &changed.pp
+                           : item.first == "dp" ? &dp
+                           : item.first == "tp" ? &changed.tp
+                                                : nullptr;
+    const bool is_valid =
+        absl::SimpleAtoi(item.second, &value) &&
+        (is_zero ? value <= 3 : axis != nullptr && value >= 1 && value <= kAxisMax);
+    if (!is_valid || !given.insert(item.first).second) {
+      return Expected("AXIS=SIZE,... of pp, dp and tp, and zero=STAGE, each once", text);
+    }
+    if (is_zero) {
+      changed.zero = static_cast<Zero>(value);
+    } else {
+      *axis = value;
+    }
+  }
+  if (dp != 0 && uint64_t{dp} * changed.pp * changed.tp != world_size) {
+    return Expected(absl::StrFormat("a layout of %d ranks", world_size).c_str(), text);
+  }
+  if (given.count("pp") != 0) changed.pp_layers.clear();
+  options = std::move(changed);
+  return absl::OkStatus();
+}
+
 absl::StatusOr<TrainerOptions> ParseFlags(const std::vector<std::string>& arguments) {
   TrainerOptions options;
   for (size_t i = 0; i < arguments.size(); ++i) {

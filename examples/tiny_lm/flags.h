@@ -23,6 +23,12 @@ absl::StatusOr<uint64_t> ParseSize(const std::string& text);
 // kInvalidArgument, naming the flag, what it expects and what was found.
 absl::StatusOr<TrainerOptions> ParseFlags(const std::vector<std::string>& arguments);
 
+// What `holdfast run` says in HOLDFAST_LAYOUT when the job goes on with fewer ranks: AXIS=SIZE,...
+// of pp, dp and tp, and zero=STAGE, as `holdfast reshard --to` has it. What is not named stays as
+// it is; with pp the stages are even. Errors: kInvalidArgument, also if dp is not what is left of
+// `world_size`.
+absl::Status ApplyLayout(const std::string& text, uint32_t world_size, ParallelOptions& options);
+
 }  // namespace tiny_lm
 
 #endif  // HOLDFAST_EXAMPLES_TINY_LM_FLAGS_H_

@@ -131,6 +131,29 @@ TEST(Flags, WhatIsWrongIsNamed) {
   }
 }
 
+TEST(Flags, ALayoutReplacesWhatItNames) {
+  ParallelOptions options;
+  options.tp = 2;
+  options.pp = 2;
+  options.pp_layers = {2, 0};
+  ASSERT_TRUE(ApplyLayout("dp=3", 12, options).ok());
+  EXPECT_EQ(options.tp, 2U);
+  EXPECT_EQ(options.pp_layers.size(), 2U);
+  EXPECT_EQ(options.zero, Zero::kOptimizer);
+  ASSERT_TRUE(ApplyLayout("tp=1,pp=3,dp=1,zero=0", 3, options).ok());
+  EXPECT_EQ(options.tp, 1U);
+  EXPECT_EQ(options.pp, 3U);
+  EXPECT_TRUE(options.pp_layers.empty());
+  EXPECT_EQ(options.zero, Zero::kReplicated);
+  for (const char* text : {"", "tp", "tp=", "tp=0", "tp=1025", "tp=2,tp=2", "zero=4", "zero=-1",
+                           "sp=2", "tp=2,", "dp=2"}) {
+    const absl::Status status = ApplyLayout(text, 3, options);
+    EXPECT_TRUE(absl::IsInvalidArgument(status)) << text;
+    EXPECT_THAT(std::string(status.message()), HasSubstr(text));
+    EXPECT_EQ(options.pp, 3U);
+  }
+}
+
 TEST(Flags, SizesHaveUnitsAndALimit) {
   EXPECT_EQ(*ParseSize("0"), 0U);
   EXPECT_EQ(*ParseSize("4096"), 4096U);

@@ -27,6 +27,16 @@ int main(int argc, char** argv) {
   }
   const char* const faults = std::getenv("COLLECTIVES_FAULTS");
   if (options->faults_path.empty() && faults != nullptr) options->faults_path = faults;
+  if (const char* const layout = std::getenv("HOLDFAST_LAYOUT"); layout != nullptr) {
+    const char* const world_size = std::getenv("WORLD_SIZE");
+    const absl::Status taken = tiny_lm::ApplyLayout(
+        layout, world_size == nullptr ? 1 : static_cast<uint32_t>(std::atoi(world_size)),
+        options->parallel);
+    if (!taken.ok()) {
+      std::cerr << "tiny_lm: HOLDFAST_LAYOUT: " << taken.message() << "\n";
+      return 2;
+    }
+  }
   // Before there are threads: whatever of Holdfast is in this process names the same job.
   setenv("HOLDFAST_JOB", "tiny_lm", 0);
   absl::StatusOr<std::unique_ptr<tiny_lm::Trainer>> trainer = tiny_lm::Trainer::Create(*options);
