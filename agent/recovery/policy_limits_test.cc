@@ -99,7 +99,7 @@ TEST(PolicyModes, AskDoesNothingBeforeItIsApprovedAndThenWhatWasApproved) {
     EXPECT_THAT(Only<RequestSave>(actions), IsEmpty());
     EXPECT_EQ(job.state(), State::kWaitingForApproval);
     const std::string id = Only<Ask>(actions)[0].id;
-    EXPECT_EQ(HumanStep(job.settings(), job.history()), "holdfast approve " + id);
+    EXPECT_EQ(HumanStep(job.settings(), job.history()), "holdfast approve " + id + " --job llama");
     EXPECT_THAT(Only<Notice>(job.Tell(Approve{"p99"})), SizeIs(1));
     EXPECT_EQ(job.state(), State::kWaitingForApproval);
     auto approved = job.Tell(Approve{id});
@@ -143,7 +143,7 @@ TEST(PolicyModes, AVetoHoldsForThatAndAnotherFaultIsAskedAnew) {
   job.Tell(Veto{asked[0].id});
   EXPECT_EQ(job.state(), State::kStalled);
   EXPECT_THAT(job.Wait(absl::Hours(1)), IsEmpty());
-  EXPECT_EQ(HumanStep(job.settings(), job.history()), "holdfast stop");
+  EXPECT_EQ(HumanStep(job.settings(), job.history()), "holdfast stop --job llama");
   const auto again = Only<Ask>(job.Dies(2));
   ASSERT_THAT(again, SizeIs(1));
   EXPECT_NE(again[0].id, asked[0].id);
@@ -174,7 +174,7 @@ TEST(PolicyPeople, AHoldHoldsUntilItsEnd) {
   job.Dies(2);
   EXPECT_THAT(Only<StopRanks>(job.Evidence()), IsEmpty());
   EXPECT_EQ(job.state(), State::kHolding);
-  EXPECT_EQ(HumanStep(job.settings(), job.history()), "holdfast hold 0");
+  EXPECT_EQ(HumanStep(job.settings(), job.history()), "holdfast hold 0 --job llama");
   EXPECT_THAT(Only<StopRanks>(job.Wait(absl::Hours(2) - absl::Seconds(1))), IsEmpty());
   EXPECT_THAT(Only<StopRanks>(job.Wait(absl::Seconds(1))), SizeIs(1));
   // And while no rank lives.
@@ -461,7 +461,7 @@ TEST(PolicyLemons, WhatAnEarlierJobExcludedIsLeftOutOrAskedOrIgnored) {
   TestJob none(settings);
   EXPECT_THAT(Only<StartRanks>(none.Begin(4, 4, lemons)), IsEmpty());
   EXPECT_EQ(none.state(), State::kWaitingForCapacity);
-  EXPECT_EQ(HumanStep(settings, none.history()), "holdfast readmit 1");
+  EXPECT_EQ(HumanStep(settings, none.history()), "holdfast readmit 1 --job llama");
   EXPECT_THAT(Only<StartRanks>(none.Tell(Readmit{GpusOf(4)[1]})), SizeIs(1));
 
   settings.lemons = LemonPolicy::kIgnore;
