@@ -155,6 +155,11 @@ def check_training_state(holdfast, model, family, folder):
         holdfast.run("convert", there, back, "--format", "torch", "--map", f"{family}:{own}", "--model", folder / "hf")
         holdfast.run("diff", state, back)
         holdfast.run("diff", state, there, codes=(1,))
+    # A folder of Megatron's own, which holds masters besides.
+    options = ("--map", f"{family}:{own}", "--model", folder / "hf", "--drop", "objects", "--drop", "fp32")
+    holdfast.run("convert", state, folder / "torch_dist", "--format", "megatron", "--map", family, "--model", folder / "hf")
+    holdfast.run("convert", folder / "torch_dist", folder / "from-torch_dist.pt", "--format", "torch", *options)
+    holdfast.run("diff", state, folder / "from-torch_dist.pt")
     found = torch.load(back, weights_only=True)["optimizer"]["state"]
     if {key for each in found.values() for key in each} != {"exp_avg", "exp_avg_sq", "step"}:
         raise AssertionError(f"states of AdamW: {found[0].keys()}")
