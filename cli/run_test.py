@@ -522,8 +522,8 @@ class KillPointsTest(RunCase):
     MET = {'worker.started', 'worker.recovered', 'request.received', 'reply.sending', 'reply.sent',
            'open.attempt_begun', 'open.session_made', 'register.memory_made', 'capture.begun',
            'capture.sealed', 'flush.durable', 'commit.manifest_durable', 'commit.reported',
-           'restore.point_decided', 'restore.planned', 'restore.ended', 'run.ranks_stopping',
-           'run.launch_starting', 'run.rank_started'}
+           'restore.point_decided', 'restore.planned', 'restore.ended', 'run.launch_starting',
+           'run.rank_started'}
 
     def test_a_worker_that_dies_anywhere_costs_no_step_and_no_bit(self):
         header = pathlib.Path(__file__).resolve().parent.parent / 'base' / 'kill_point.h'
