@@ -136,6 +136,23 @@ class ConvertTest(unittest.TestCase):
         self.assertIn("--drop unmapped: expected --map", self.refused("--drop", "unmapped"))
         self.assertIn("did you mean \"heads\"", self.refused_after(rules, "heads * a.{n}, b.{n}", "heds=2"))
 
+    def test_built_in_mappings_are_files(self):
+        code, out, _ = run("mapping")
+        self.assertEqual(code, 0)
+        self.assertIn("llama:megatron", out.split())
+        self.assertEqual(run("mapping", "mixtral")[1].split(), [each for each in out.split() if each[0] == "m"])
+        code, table, _ = run("mapping", "llama:titan")
+        self.assertEqual(code, 0)
+        rules = self.path / "titan.map"
+        rules.write_text(table)
+        source = safetensors(self.path / "norm.safetensors", {"norm.weight": ("F32", [1], struct.pack("<f", 5))})
+        code, _, err = run("convert", source, self.path / "out", "--format", "torch", "--map", rules)
+        self.assertEqual((code, err), (0, ""))
+        self.assertEqual(set(tensors_in(self.path / "out")), {"model.norm.weight"})
+        code, _, err = run("mapping", "llama:titen")
+        self.assertEqual(code, 2)
+        self.assertIn("did you mean \"titan\"", err)
+
     def refused_after(self, rules, parts, number):
         rules.write_text(f"blocks.{{n}}.weight = concat({parts})\ndrop mask\n")
         return self.refused("--map", rules, "--set", "heads=2", "--set", number)

@@ -2,6 +2,8 @@
 
 #include <CLI/CLI.hpp>
 #include <cstdint>
+#include <cstdio>
+#include <memory>
 #include <optional>
 #include <utility>
 
@@ -42,7 +44,36 @@ uint64_t TensorRanks(std::string_view to) {
   return 1;
 }
 
+// The table of FAMILY:NAMES, as a file for --map; or which there are.
+ExitCode ShowMapping(const std::string& text) {
+  if (!text.empty()) {
+    const absl::Status status = converter::CheckMap({.text = text});
+    if (!status.ok()) return Report(status);
+  }
+  const size_t colon = text.find(':');
+  if (colon != std::string::npos) {
+    std::printf("%s",
+                converter::FamilyTable(text.substr(0, colon), text.substr(colon + 1)).c_str());
+    return kExitOk;
+  }
+  for (const std::string_view family : converter::FamilyNames()) {
+    if (!text.empty() && text != family) continue;
+    for (const std::string_view naming : converter::NamingsOf(family)) {
+      std::printf("%s:%s\n", std::string(family).c_str(), std::string(naming).c_str());
+    }
+  }
+  return kExitOk;
+}
+
 }  // namespace
+
+void AddMapping(CLI::App& app, Invocation& invocation) {
+  CLI::App* verb = app.add_subcommand(
+      "mapping", "Show the equations of a built-in --map, as a file that --map takes");
+  auto text = std::make_shared<std::string>();
+  verb->add_option("mapping", *text, "FAMILY:NAMES, or nothing: which there are");
+  verb->callback([&invocation, text] { invocation.run = [text] { return ShowMapping(*text); }; });
+}
 
 void AddMapOptions(CLI::App& verb, MapOptions& options) {
   verb.add_option("--map", options.maps,

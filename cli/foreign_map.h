@@ -1,4 +1,5 @@
-// The options by which a conversion maps one framework's tensors to another's: --map and --set.
+// The options by which a conversion maps one framework's tensors to another's: --map and --set; and
+// the verb that shows the built-in mappings.
 #ifndef HOLDFAST_CLI_FOREIGN_MAP_H_
 #define HOLDFAST_CLI_FOREIGN_MAP_H_
 
@@ -18,6 +19,8 @@ struct MapOptions {
   std::vector<std::string> set;   // NAME=NUMBER
 };
 void AddMapOptions(CLI::App& verb, MapOptions& options);
+
+void AddMapping(CLI::App& app, Invocation& invocation);
 
 struct MapTarget {
   std::string_view format;  // --format

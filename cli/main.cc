@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cli/foreign.h"
+#include "cli/foreign_map.h"
 #include "cli/incident.h"
 #include "cli/jobs.h"
 #include "cli/output.h"
@@ -66,6 +67,7 @@ int main(int argc, char** argv) {
   AddReshard(app, invocation);
   AddConvert(app, invocation);
   AddExport(app, invocation);
+  AddMapping(app, invocation);
   AddPreflight(app, invocation);
   AddRun(app, invocation);
   AddJobs(app, invocation);
