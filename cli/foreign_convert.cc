@@ -32,6 +32,7 @@
 #include "converter/deepspeed_writer.h"
 #include "converter/fsdp_writer.h"
 #include "converter/megatron_dist_writer.h"
+#include "converter/megatron_legacy_writer.h"
 #include "converter/safetensors_writer.h"
 #include "converter/selection.h"
 #include "converter/torch_output.h"
@@ -91,6 +92,8 @@ absl::Status CheckFormat(const Options& options) {
 struct Target {
   uint64_t zero = 1;
   uint64_t dp = 1;
+  uint64_t tp = 1;
+  uint64_t pp = 1;
 };
 
 absl::StatusOr<Target> ParseTarget(const Options& options) {
@@ -100,9 +103,11 @@ absl::StatusOr<Target> ParseTarget(const Options& options) {
   if (options.format == "deepspeed") axes = {"zero", "dp"};
   if (options.format == "ucp") axes = {"zero"};
   if (options.format == "fsdp") axes = {"dp"};
+  if (options.format == "megatron") axes = {"tp", "pp"};
   if (axes.empty()) {
     return absl::InvalidArgumentError(absl::StrFormat(
-        "--to: expected a format with a layout (deepspeed, ucp, fsdp), found %s", options.format));
+        "--to: expected a format with a layout (deepspeed, ucp, fsdp, megatron), found %s",
+        options.format));
   }
   ASSIGN_OR_RETURN(const std::vector<AxisSize> sizes, ParseAxisSizes(options.to));
   for (const AxisSize& size : sizes) {
@@ -113,7 +118,7 @@ absl::StatusOr<Target> ParseTarget(const Options& options) {
     };
     if (!size.mesh.empty() || std::find(axes.begin(), axes.end(), size.axis) == axes.end()) {
       return refuse(absl::StrFormat("an axis of %s (%s%s)", options.format, axes[0],
-                                    axes.size() > 1 ? ", dp" : "") +
+                                    axes.size() > 1 ? ", " + std::string(axes[1]) : "") +
                     DidYouMean(size.axis, axes));
     }
     if (size.axis == "zero") {
@@ -123,7 +128,10 @@ absl::StatusOr<Target> ParseTarget(const Options& options) {
       if (size.size < 1 || size.size > converter::kFsdpRanksMax) {
         return refuse(absl::StrFormat("1 to %d ranks", converter::kFsdpRanksMax));
       }
-      target.dp = size.size;
+      (size.axis == "dp" ? target.dp : size.axis == "tp" ? target.tp : target.pp) = size.size;
+      if (target.tp * target.pp > converter::kMegatronRanksMax) {
+        return refuse(absl::StrFormat("at most %d ranks in all", converter::kMegatronRanksMax));
+      }
     }
   }
   return target;
@@ -356,9 +364,13 @@ class Conversion {
     return converter::WriteDcp(file_system_, staged_->path(), *input_, plan, Watch());
   }
 
-  // Megatron's torch_dist.
+  // Megatron's torch_dist; for chosen degrees its legacy files, which are those of ranks.
   absl::Status ToMegatron() {
     RETURN_IF_ERROR(SetWindow(0));
+    if (!options_.to.empty()) {
+      return ToTorchFiles(
+          converter::PlanMegatronLegacy(*input_, {.tensor = target_.tp, .pipeline = target_.pp}));
+    }
     ASSIGN_OR_RETURN(const converter::MegatronDistPlan plan,
                      converter::PlanMegatronDist(*input_, {.file_bytes = options_.shard_bytes}));
     for (const converter::DcpPlan::File& file : plan.sharded.files) {
@@ -516,10 +528,12 @@ void AddVerb(CLI::App& app, Invocation& invocation, const char* name, const char
     verb->add_option("--format", options->format,
                      "holdfast (OUT is ROOT/JOB), safetensors (a Hugging Face folder), dcp, torch, "
                      "deepspeed, ucp (a universal folder of DeepSpeed's), fsdp or megatron "
-                     "(torch_dist)")
+                     "(torch_dist, or with --to its legacy format)")
         ->required();
-    verb->add_option("--to", options->to,
-                     "AXIS=SIZE,...: zero=1 to 3 and dp of deepspeed, zero of ucp, dp of fsdp");
+    verb->add_option(
+        "--to", options->to,
+        "AXIS=SIZE,...: zero=1 to 3 and dp of deepspeed, zero of ucp, dp of fsdp, tp and "
+        "pp of megatron");
   } else {
     verb->add_option("--format", options->format, "safetensors or torch")
         ->check(CLI::IsMember({"safetensors", "torch"}))

@@ -262,6 +262,7 @@ void MegatronSample::Arguments(PickleWriter& pickle) const {
   Entry(pickle, "expert_model_parallel_size", config_.ep);
   Entry(pickle, "expert_tensor_parallel_size", config_.etp);
   Entry(pickle, "data_parallel_size", config_.dp);
+  Entry(pickle, "num_attention_heads", 4);
   Entry(pickle, "num_layers", static_cast<int64_t>(Layers()));
   Flag(pickle, "swiglu", config_.gated);
   Flag(pickle, "untie_embeddings_and_output_weights", !config_.tied);

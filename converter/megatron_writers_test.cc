@@ -6,10 +6,13 @@
 // with those of the sample's, and Megatron's, own torch_dist files. That Megatron loads what is
 // written is in tests/interop.
 #include <algorithm>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <map>
 #include <memory>
+#include <optional>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -22,6 +25,7 @@
 #include "converter/dcp_metadata.h"
 #include "converter/format_reader.h"
 #include "converter/megatron_dist_writer.h"
+#include "converter/megatron_legacy_writer.h"
 #include "converter/megatron_sample.h"
 #include "converter/optimizer_groups.h"
 #include "converter/prove.h"
@@ -42,6 +46,7 @@ using Key = std::pair<std::string, std::string>;  // tensor, class of state
 using Records = std::map<Key, std::string>;
 
 constexpr char kMemory[] = "/dev/shm";
+constexpr float kSampleGap = 12345.0F;
 constexpr size_t kJsonBytesMax = size_t{1} << 20;
 
 struct Opened {
@@ -123,24 +128,58 @@ class MegatronWriters : public testing::Test {
     return absl::OkStatus();
   }
 
-  // Writes it, reads it back, and compares. `masters`: the source has them.
-  void RoundTrip(const std::string& path, bool masters) {
-    ASSERT_OK_AND_ASSIGN(Opened opened, Open(path));
-    EXPECT_TRUE(opened.index.unreadable.empty());
-    const uint64_t step = opened.index.step;
-    ConversionSource source(*opened.folder, std::move(opened.index));
-    const Records expected = RecordsOf(source);
+  absl::Status WriteLegacy(ConversionSource& source, const MegatronDegrees& degrees,
+                           const std::string& out) {
+    const auto plan = PlanMegatronLegacy(source, degrees);
+    if (!plan.ok()) return plan.status();
+    return WriteTorchFiles(*file_system_, out, source, *plan, nullptr);
+  }
+
+  // A tied embedding's copy is listed where some stage has one.
+  static void LeaveOutCopies(Records& records) {
+    const auto embedding = records.find({"embedding.word_embeddings.weight", "a tensor"});
+    const auto output = records.find({"output_layer.weight", "a tensor"});
+    if (embedding == records.end() || output == records.end()) return;
+    if (embedding->second != output->second) return;
+    std::erase_if(records,
+                  [](const auto& each) { return each.first.first == "output_layer.weight"; });
+  }
+
+  // Writes it, reads it back, and compares. Of legacy files these degrees; `masters`: the source
+  // has them. False: refused, because the degrees do not divide it.
+  bool RoundTrip(const std::string& path, std::optional<MegatronDegrees> legacy, bool masters) {
+    auto opened = Open(path);
+    EXPECT_THAT(opened, IsOk());
+    if (!opened.ok()) return false;
+    EXPECT_TRUE(opened->index.unreadable.empty());
+    const uint64_t step = opened->index.step;
+    ConversionSource source(*opened->folder, std::move(opened->index));
+    Records expected = RecordsOf(source);
     const std::string out = Fresh();
-    ASSERT_THAT(WriteDist(source, out), IsOk());
-    ASSERT_OK_AND_ASSIGN(Opened back, Open(out));
-    EXPECT_EQ(back.index.step, step);
-    EXPECT_EQ(back.index.variant, "torch_dist");
-    EXPECT_TRUE(back.index.unreadable.empty() && back.index.losses.empty());
-    EXPECT_TRUE(back.index.repairs.empty());
-    ASSERT_OK_AND_ASSIGN(const ProofReport proof, Prove(*back.folder, back.index, {}));
-    EXPECT_EQ(proof.soundness, Soundness::kGood);
-    ConversionSource again(*back.folder, std::move(back.index));
+    const absl::Status written =
+        legacy.has_value() ? WriteLegacy(source, *legacy, out) : WriteDist(source, out);
+    if (legacy.has_value() && absl::IsFailedPrecondition(written)) {
+      EXPECT_THAT(written.message(), HasSubstr("expected a divisor of"));
+      EXPECT_TRUE(fs::is_empty(out));
+      return false;
+    }
+    EXPECT_THAT(written, IsOk());
+    auto back = Open(out);
+    EXPECT_THAT(back, IsOk());
+    if (!back.ok()) return false;
+    EXPECT_EQ(back->index.step, step);
+    EXPECT_EQ(back->index.variant == "torch_dist", !legacy.has_value());
+    for (const Unreadable& each : back->index.unreadable) {
+      ADD_FAILURE() << each.name << ": " << each.reason;
+    }
+    EXPECT_TRUE(back->index.losses.empty() && back->index.repairs.empty());
+    const auto proof = Prove(*back->folder, back->index, {});
+    EXPECT_THAT(proof, IsOk());
+    EXPECT_TRUE(proof.ok() && proof->soundness == Soundness::kGood);
+    ConversionSource again(*back->folder, std::move(back->index));
     Records found = RecordsOf(again);
+    LeaveOutCopies(expected);
+    LeaveOutCopies(found);
     for (const auto& [key, record] : expected) {
       const auto at = found.find(key);
       // A step of states that Megatron has lost.
@@ -158,6 +197,68 @@ class MegatronWriters : public testing::Test {
       EXPECT_TRUE(!masters && key.second == "fp32")
           << "not expected: " << key.first << ", " << key.second;
     }
+    return true;
+  }
+
+  // What a torch file has: "float32 2,3 at 64 of 512 <sha256>" of every tensor below `key` ("" for
+  // the whole), by its name there or its number.
+  std::map<std::string, std::string> TensorsOf(const std::string& path, const std::string& key) {
+    std::map<std::string, std::string> found;
+    const auto folder = ForeignFolder::Open(*file_system_, path);
+    EXPECT_THAT(folder, IsOk());
+    const FolderSource bytes(**folder, 0);
+    const auto torch = TorchFile::Open(bytes);
+    EXPECT_THAT(torch, IsOk());
+    if (!torch.ok()) return found;
+    const auto describe = [&](const TorchTensor& tensor) {
+      const TorchStorage& storage = (*torch)->storages()[tensor.storage];
+      const auto text = bytes.ReadText(storage.offset + tensor.offset * ElementBytes(tensor.dtype),
+                                       tensor.Bytes());
+      EXPECT_THAT(text, IsOk());
+      std::string content = *text;
+      // Gaps of the sample's buffers; ours, and Megatron's, are zero.
+      for (size_t at = 0; tensor.dtype == Dtype::kFloat32 && at < content.size(); at += 4) {
+        if (std::memcmp(&content[at], &kSampleGap, 4) == 0) content.replace(at, 4, 4, '\0');
+      }
+      Sha256 hash;
+      hash.Add(std::as_bytes(std::span(content)));
+      return absl::StrCat(std::string(DtypeName(tensor.dtype)), " ",
+                          absl::StrJoin(tensor.shape, ","), " at ", tensor.offset, " of ",
+                          storage.bytes, " ", Hex(hash.Finish()));
+    };
+    if (key.empty()) {
+      for (size_t i = 0; i < (*torch)->tensors().size(); ++i) {
+        found[absl::StrCat(i)] = describe((*torch)->tensors()[i]);
+      }
+      return found;
+    }
+    const TorchValue dict = (*torch)->root().Find(key);
+    for (size_t i = 0; i < *dict.EntryCount(); ++i) {
+      if (!dict.Entry(i).Is(TorchValue::Kind::kTensor)) continue;
+      found[std::string(*dict.Key(i).String())] = describe(**dict.Entry(i).Tensor());
+    }
+    return found;
+  }
+
+  void ExpectSameFiles(const std::string& path, const std::string& iteration,
+                       const MegatronDegrees& degrees) {
+    ASSERT_OK_AND_ASSIGN(Opened opened, Open(path));
+    ConversionSource source(*opened.folder, std::move(opened.index));
+    const std::string out = Fresh();
+    ASSERT_THAT(WriteLegacy(source, degrees, out), IsOk());
+    size_t ranks = 0;
+    for (const auto& entry : fs::directory_iterator(fs::path(path) / iteration)) {
+      ++ranks;
+      const std::string rank = "/" + iteration + "/" + entry.path().filename().string();
+      SCOPED_TRACE(rank);
+      for (const auto& [file, key] :
+           {std::pair{"/distrib_optim.pt", ""}, std::pair{"/model_optim_rng.pt", "model"}}) {
+        const auto expected = TensorsOf(path + rank + file, key);
+        EXPECT_FALSE(expected.empty());
+        EXPECT_EQ(TensorsOf(out + rank + file, key), expected) << file;
+      }
+    }
+    EXPECT_EQ(ranks, degrees.tensor * degrees.pipeline);
   }
 
   // "key float32 [2,3]" of tensors, "key" of objects; sorted.
@@ -177,7 +278,7 @@ class MegatronWriters : public testing::Test {
     return keys;
   }
 
-  static std::vector<std::string> TensorsOf(std::vector<std::string> keys) {
+  static std::vector<std::string> OnlyTensors(std::vector<std::string> keys) {
     std::erase_if(keys, [](const std::string& key) { return !key.ends_with(']'); });
     EXPECT_GE(keys.size(), 30);
     return keys;
@@ -224,19 +325,47 @@ std::vector<MegatronSampleConfig> Configurations() {
 }
 
 TEST_F(MegatronWriters, EveryTensorIsTheSameFromEveryForm) {
+  const std::vector<std::optional<MegatronDegrees>> targets = {
+      std::nullopt, MegatronDegrees{}, MegatronDegrees{.tensor = 2},
+      MegatronDegrees{.tensor = 2, .pipeline = 2}, MegatronDegrees{.tensor = 4, .pipeline = 3}};
+  size_t written = 0;
   for (const MegatronSampleConfig& config : Configurations()) {
     for (const bool distributed : {true, false}) {
       MegatronSampleConfig each = config;
       each.distributed = distributed;
-      SCOPED_TRACE(absl::StrCat("seed ", config.seed, distributed ? "" : ", ordinary optimizer"));
       const MegatronSample sample(each);
       const bool masters = distributed || config.weights != Dtype::kFloat32;
-      RoundTrip(Write(sample.Legacy()), masters);
-      if (!distributed) continue;
-      RoundTrip(Write(sample.TorchDist(MegatronSample::Form::kReshardable)), masters);
-      RoundTrip(Write(sample.TorchDist(MegatronSample::Form::kBuckets)), masters);
+      for (const auto& target : targets) {
+        SCOPED_TRACE(absl::StrCat(
+            "seed ", config.seed, distributed ? "" : ", ordinary optimizer",
+            target.has_value() ? absl::StrCat(", tp ", target->tensor, ", pp ", target->pipeline)
+                               : ""));
+        written += RoundTrip(Write(sample.Legacy()), target, masters) ? 1 : 0;
+        if (!distributed) continue;
+        written +=
+            RoundTrip(Write(sample.TorchDist(MegatronSample::Form::kReshardable)), target, masters)
+                ? 1
+                : 0;
+        if (target.has_value()) continue;
+        RoundTrip(Write(sample.TorchDist(MegatronSample::Form::kBuckets)), target, masters);
+      }
     }
   }
+  EXPECT_EQ(written, 93);
+}
+
+// Written for the degrees that they had, they are the files that they were.
+TEST_F(MegatronWriters, LegacyFilesOfTheSameDegreesAreTheSame) {
+  for (const MegatronSampleConfig& config : Configurations()) {
+    if (config.vpp > 1 || config.ep > 1) continue;
+    SCOPED_TRACE(config.seed);
+    const std::string source_path = Write(MegatronSample(config).Legacy());
+    ExpectSameFiles(source_path, "iter_0000007", {.tensor = config.tp, .pipeline = config.pp});
+  }
+  const fs::path own =
+      fs::path(HOLDFAST_SOURCE_DIR) / "../shared/fixtures/megatron/legacy-distopt-tp2-dp2/ckpt";
+  if (!fs::exists(own)) GTEST_SKIP() << "no ../shared/fixtures";
+  ExpectSameFiles(own.string(), "iter_0000003", {.tensor = 2});
 }
 
 TEST_F(MegatronWriters, KeysAreThoseThatMegatronGives) {
@@ -244,12 +373,12 @@ TEST_F(MegatronWriters, KeysAreThoseThatMegatronGives) {
     SCOPED_TRACE(config.seed);
     const MegatronSample sample(config);
     const std::string own = Write(sample.TorchDist(MegatronSample::Form::kReshardable));
-    const std::vector<std::string> expected = TensorsOf(KeysIn(own + "/iter_0000007/.metadata"));
+    const std::vector<std::string> expected = OnlyTensors(KeysIn(own + "/iter_0000007/.metadata"));
     ASSERT_OK_AND_ASSIGN(Opened opened, Open(Write(sample.Legacy())));
     ConversionSource source(*opened.folder, std::move(opened.index));
     const std::string out = Fresh();
     ASSERT_THAT(WriteDist(source, out), IsOk());
-    EXPECT_EQ(TensorsOf(KeysIn(out + "/iter_0000007/.metadata")), expected);
+    EXPECT_EQ(OnlyTensors(KeysIn(out + "/iter_0000007/.metadata")), expected);
   }
 }
 
@@ -262,7 +391,12 @@ TEST_F(MegatronWriters, WhatMegatronItselfWroteIsWrittenWithItsKeysAndState) {
     SCOPED_TRACE(name);
     ++count;
     const std::string from = entry.path() / "ckpt";
-    RoundTrip(from, name != "fsdp-dtensor-dp2");
+    const bool masters = name != "fsdp-dtensor-dp2";
+    // Layers of unequal stages do not divide, whatever the degrees were.
+    EXPECT_TRUE(RoundTrip(from, MegatronDegrees{}, masters));
+    EXPECT_TRUE(RoundTrip(from, MegatronDegrees{.tensor = 2}, masters));
+    RoundTrip(from, MegatronDegrees{.tensor = 2, .pipeline = 2}, masters);
+    EXPECT_TRUE(RoundTrip(from, std::nullopt, masters));
     const std::string out = directory_.Join("out/iter_0000003/.metadata");
     const std::string own = from + "/iter_0000003/.metadata";
     if (name.starts_with("dist-fully-tp2") || name == "moe-dist-ep2" ||
@@ -374,6 +508,41 @@ TEST_F(Refusals, NameWhatHasNoPlace) {
                   Find(i, "output_layer.weight", "exp_avg_sq").state);
       },
       "args say that it is tied");
+}
+
+TEST_F(Refusals, OfLegacyFilesNameWhatDegreesDoNotDivide) {
+  const auto refused = [&](const MegatronDegrees& degrees, auto change) {
+    auto opened = Open(Write(MegatronSample({.layers_per_chunk = 3}).Legacy()));
+    EXPECT_THAT(opened, IsOk());
+    change(opened->index);
+    ConversionSource source(*opened->folder, std::move(opened->index));
+    return WriteLegacy(source, degrees, Fresh());
+  };
+  const auto nothing = [](ForeignIndex&) {};
+  const auto without = [](ForeignIndex& index) {  // what is no tensor
+    index.blobs.clear();
+    index.scalars.clear();
+  };
+  EXPECT_THAT(refused({.pipeline = 2}, nothing),
+              StatusIs(StatusCode::kFailedPrecondition, HasSubstr("a divisor of the 3 layers")));
+  EXPECT_THAT(refused({.tensor = 3}, nothing),
+              StatusIs(StatusCode::kFailedPrecondition, HasSubstr("4 groups of attention heads")));
+  EXPECT_THAT(refused({.tensor = 2},
+                      [](ForeignIndex& index) {
+                        for (TensorState& state : index.tensor_states) {
+                          const size_t at = state.tensor.find("linear_proj");
+                          if (at != std::string::npos) state.tensor.replace(at, 11, "linear_else");
+                        }
+                      }),
+              StatusIs(StatusCode::kFailedPrecondition, HasSubstr("do not say how it is cut")));
+  EXPECT_THAT(refused({.tensor = 2},
+                      [](ForeignIndex& index) {
+                        Find(index, "decoder.final_layernorm.weight", "exp_avg").state = "momentum";
+                      }),
+              StatusIs(StatusCode::kFailedPrecondition, HasSubstr("--drop momentum")));
+  EXPECT_THAT(refused({}, without), IsOk());
+  EXPECT_THAT(refused({.tensor = 2}, without),
+              StatusIs(StatusCode::kFailedPrecondition, HasSubstr("how many attention heads")));
 }
 
 TEST_F(Refusals, StepsThatDifferAreNoneOfMegatrons) {

@@ -12,6 +12,7 @@ namespace holdfast::converter {
 namespace {
 
 constexpr size_t kZeroBlockBytes = size_t{64} << 10;
+constexpr uint64_t kRepeatedWindowBytes = uint64_t{1} << 20;
 
 class StorageWriter {
  public:
@@ -23,6 +24,8 @@ class StorageWriter {
         RETURN_IF_ERROR(Append(std::as_bytes(std::span(storage.given))));
       } else if (range.tensor_state == kZeroElements) {
         RETURN_IF_ERROR(WriteZeros((range.end - range.begin) * ElementBytes(storage.dtype)));
+      } else if (range.repeat_count != 1) {
+        RETURN_IF_ERROR(WriteRepeated(range, storage.dtype));
       } else {
         RETURN_IF_ERROR(
             source_.ReadElements(range.tensor_state, range.begin, range.end, storage.dtype,
@@ -40,6 +43,34 @@ class StorageWriter {
     return files_.Append(bytes);
   }
 
+  // Reads what lies between the parts too, in windows of whole strides: one read instead of many
+  // small ones.
+  absl::Status WriteRepeated(const ElementRange& range, Dtype dtype) {
+    const uint64_t element_bytes = ElementBytes(dtype);
+    const uint64_t width = range.end - range.begin;
+    const uint64_t stride_bytes = std::max<uint64_t>(range.repeat_stride * element_bytes, 1);
+    const uint64_t step = std::max<uint64_t>(kRepeatedWindowBytes / stride_bytes, 1);
+    for (uint64_t at = 0; at < range.repeat_count; at += step) {
+      const uint64_t count = std::min(step, range.repeat_count - at);
+      const uint64_t begin = range.begin + at * range.repeat_stride;
+      window_.clear();
+      RETURN_IF_ERROR(source_.ReadElements(
+          range.tensor_state, begin, begin + (count - 1) * range.repeat_stride + width, dtype,
+          [this](std::span<const std::byte> bytes) {
+            window_.insert(window_.end(), bytes.begin(), bytes.end());
+            return absl::OkStatus();
+          }));
+      parts_.clear();
+      for (uint64_t i = 0; i < count; ++i) {
+        const auto part = std::span(window_).subspan(i * range.repeat_stride * element_bytes,
+                                                     width * element_bytes);
+        parts_.insert(parts_.end(), part.begin(), part.end());
+      }
+      RETURN_IF_ERROR(Append(parts_));
+    }
+    return absl::OkStatus();
+  }
+
   absl::Status WriteZeros(uint64_t bytes) {
     const std::vector<std::byte> zeros(std::min<uint64_t>(bytes, kZeroBlockBytes));
     for (uint64_t left = bytes; left > 0;) {
@@ -52,6 +83,8 @@ class StorageWriter {
 
   ConversionSource& source_;
   OutputFiles& files_;
+  std::vector<std::byte> window_;
+  std::vector<std::byte> parts_;
   uint32_t crc32_ = 0;
 };
 
@@ -59,7 +92,7 @@ class StorageWriter {
 
 uint64_t PlannedStorage::ElementCount() const {
   uint64_t elements = 0;
-  for (const ElementRange& range : ranges) elements += range.end - range.begin;
+  for (const ElementRange& range : ranges) elements += range.ElementCount();
   return elements;
 }
 
@@ -123,6 +156,16 @@ void TorchDraft::View(Dtype dtype, uint64_t elements, std::vector<ElementRange> 
   CHECK(elements <= all);
   const std::vector<uint64_t> shape = {elements};
   pickle_.Tensor(dtype, shape, {.storage = storage, .storage_elements = all, .offset = 0});
+}
+
+uint32_t TorchDraft::Buffer(Dtype dtype, std::vector<ElementRange> ranges) {
+  return AddStorage({.dtype = dtype, .ranges = std::move(ranges), .given = {}});
+}
+
+void TorchDraft::ViewOf(uint32_t buffer, std::span<const uint64_t> shape, uint64_t begin) {
+  const uint64_t elements = file_.storages[buffer].ElementCount();
+  pickle_.Tensor(file_.storages[buffer].dtype, shape,
+                 {.storage = buffer, .storage_elements = elements, .offset = begin});
 }
 
 void TorchDraft::Given(Dtype dtype, std::span<const uint64_t> shape, std::string bytes) {

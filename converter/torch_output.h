@@ -26,10 +26,16 @@ inline constexpr uint32_t kZeroElements = std::numeric_limits<uint32_t>::max();
 // Of elements that stand in PlannedStorage::bytes.
 inline constexpr uint32_t kGivenElements = kZeroElements - 1;
 
+// Elements [begin, end) of a tensor state's row-major order, and of those at the same distance as
+// often as it says: columns of a matrix.
 struct ElementRange {
   uint32_t tensor_state = 0;
   uint64_t begin = 0;
   uint64_t end = 0;
+  uint64_t repeat_count = 1;   // in all; more than 1 of tensor states only
+  uint64_t repeat_stride = 0;  // from one begin to the next, at least end - begin
+
+  uint64_t ElementCount() const { return (end - begin) * repeat_count; }
 };
 
 struct PlannedStorage {
@@ -80,6 +86,10 @@ class TorchDraft {
               bool requires_grad = false);
   // Little-endian elements that are given here.
   void Given(Dtype dtype, std::span<const uint64_t> shape, std::string bytes);
+  // A storage for several views: its number.
+  uint32_t Buffer(Dtype dtype, std::vector<ElementRange> ranges);
+  // Elements of a buffer from number `begin` on, as a tensor of this shape.
+  void ViewOf(uint32_t buffer, std::span<const uint64_t> shape, uint64_t begin);
   // The first `elements` of a flat tensor of `ranges`, which are more: a view.
   void View(Dtype dtype, uint64_t elements, std::vector<ElementRange> ranges);
 

@@ -141,7 +141,7 @@ def arguments(case):
         pipeline_model_parallel_size=1, virtual_pipeline_model_parallel_size=None, expert_model_parallel_size=1,
         expert_tensor_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(), context_parallel_size=1,
-        num_layers=case["layers"], swiglu=case["gated"], untie_embeddings_and_output_weights=not case["tied"],
+        num_layers=case["layers"], num_attention_heads=4, group_query_attention=True, num_query_groups=2, swiglu=case["gated"], untie_embeddings_and_output_weights=not case["tied"],
         transformer_impl="local", use_distributed_optimizer=True, overlap_grad_reduce=False, ddp_bucket_size=None,
         params_dtype=torch.bfloat16, model_type=ModelType.encoder_or_decoder, num_experts=None, moe_layer_freq=1)
 

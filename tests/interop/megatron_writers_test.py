@@ -1,5 +1,5 @@
-"""What holdfast writes for Megatron, Megatron-core resumes from: torch_dist (`--format megatron`), loaded into another world
-by dist_checkpointing and DistributedOptimizer. What is loaded is what Megatron's own checkpoint gives there, bit for bit,
+"""What holdfast writes for Megatron, Megatron-core resumes from: torch_dist (`--format megatron`) and legacy files (with
+`--to`), loaded into another world by dist_checkpointing and DistributedOptimizer. What is loaded is what Megatron's own checkpoint gives there, bit for bit,
 and training goes on with the same loss.
 
     megatron_writers_test.py HOLDFAST [SEED]
@@ -65,9 +65,16 @@ def check(holdfast, case, ranks, target, seed, folder):
         holdfast.run("verify", folder / name)
     checkpoints = {name: ("load_dist", str(folder / name)) for name in ("own", "written", "from_legacy", "from_ours")}
     aim = dict(case, tp=target["tp"])
+    for name in ("own", "legacy"):
+        out = folder / f"{name}_as_legacy"
+        holdfast.run("convert", folder / name, out, "--format", "megatron", "--to", f"tp={target['tp']}")
+        holdfast.run("diff", own, out)
+        checkpoints[out.name] = ("load_legacy", str(out))
     for rank, found in enumerate(maker.world(aim, target["ranks"], resume, seed, checkpoints)):
         for name in checkpoints:
-            check_equal(found[name], found["own"], f"rank {rank}, {name}")
+            # Legacy files are those of ranks: their degrees are the target's.
+            degrees = ("tensor_model_parallel_size", "expert_tensor_parallel_size") if "_as_" in name else ()
+            check_equal(found[name], found["own"], f"rank {rank}, {name}", degrees)
 
 
 def main():
