@@ -25,6 +25,7 @@
 #include "base/suggestion.h"
 #include "io/errno_status.h"
 #include "io/unique_fd.h"
+#include "monitor/topology.h"
 #include "nlohmann/json.hpp"
 
 #define TOML_EXCEPTIONS 0
@@ -47,10 +48,11 @@ std::optional<std::string> Variable(const ConfigSources& sources, const char* na
   return value;
 }
 
-absl::StatusOr<std::string> ReadFile(const std::string& path) {
+// `what`: for the message of an error.
+absl::StatusOr<std::string> ReadFile(const char* what, const std::string& path, size_t bytes_max) {
   const UniqueFd file(open(path.c_str(), O_RDONLY | O_CLOEXEC));
-  if (!file) return ErrnoStatus(errno, "open configuration", path);
-  return ReadAll(file.get(), kFileBytesMax);
+  if (!file) return ErrnoStatus(errno, absl::StrCat("open ", what), path);
+  return ReadAll(file.get(), bytes_max);
 }
 
 // One value of the file as text; a list of one path counts as the path.
@@ -74,7 +76,7 @@ absl::StatusOr<std::string> TextOf(const std::string& key, const toml::node& nod
 }
 
 absl::Status AddFile(const std::string& path, Values& values) {
-  ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
+  ASSIGN_OR_RETURN(const std::string text, ReadFile("configuration", path, kFileBytesMax));
   const toml::parse_result parsed = toml::parse(text, path);
   if (!parsed) {
     return absl::InvalidArgumentError(absl::StrFormat("%s line %d: %s", path,
@@ -221,6 +223,9 @@ absl::Status SetField(const std::string& key, const std::string& text, AgentConf
   } else if (key == "http_token_file") {
     if (text == "off") return absl::OkStatus();
     ASSIGN_OR_RETURN(config.http_token_file, ParsePath(text));
+  } else if (key == "topology") {
+    if (text.empty()) return absl::OkStatus();
+    ASSIGN_OR_RETURN(config.topology, ParsePath(text));
   } else {
     return absl::InternalError(absl::StrCat("no field for the key ", key));
   }
@@ -268,6 +273,16 @@ absl::StatusOr<AgentConfig> ResolveConfig(const ConfigSources& sources) {
   return config;
 }
 
+absl::Status ReadTopology(AgentConfig& config) {
+  if (config.topology.empty()) return absl::OkStatus();
+  ASSIGN_OR_RETURN(config.topology_document,
+                   ReadFile("topology", config.topology, monitor::kTopologyBytesMax));
+  const absl::Status parsed = monitor::Topology::Parse(config.topology_document).status();
+  if (parsed.ok()) return parsed;
+  return absl::InvalidArgumentError(
+      absl::StrCat(config.topology, ": ", std::string(parsed.message())));
+}
+
 std::string AgentConfig::Print() const {
   std::string text;
   for (const ConfigKey& key : ConfigKeys()) {
@@ -282,8 +297,10 @@ std::string AgentConfig::Print() const {
 }
 
 std::string AgentConfig::Serialize() const {
-  nlohmann::json object = {
-      {"memory_bytes", memory_bytes}, {"is_private", is_private}, {"job", job}};
+  nlohmann::json object = {{"memory_bytes", memory_bytes},
+                           {"is_private", is_private},
+                           {"job", job},
+                           {"topology_document", topology_document}};
   for (const auto& [key, value] : values) {
     object["values"][key] = {{"text", value.text}, {"origin", value.origin}};
   }
@@ -297,6 +314,7 @@ absl::StatusOr<AgentConfig> DeserializeConfig(const std::string& text) {
   config.memory_bytes = object.value("memory_bytes", uint64_t{0});
   config.is_private = object.value("is_private", false);
   config.job = object.value("job", "");
+  config.topology_document = object.value("topology_document", "");
   for (const auto& [key, value] : object["values"].items()) {
     config.values[key] = {value["text"], value["origin"]};
   }

@@ -81,8 +81,12 @@ struct AgentConfig {
   std::string kernel_log;   // absolute; empty: none
   std::optional<Endpoint> http;
   std::string http_token_file;  // absolute; empty: no token is asked for
+  std::string topology;         // absolute; empty: none
   RingOptions::Kind ring{};
   DirectIo direct{};
+
+  // What the file `topology` holds (monitor/topology.h), once ReadTopology has read it.
+  std::string topology_document;
 
   std::map<std::string, ConfigValue> values;  // every key
   uint64_t memory_bytes = 0;                  // as in ConfigSources
@@ -96,6 +100,10 @@ struct AgentConfig {
 // Errors: kInvalidArgument: the file (line), the key or the value, with what was expected;
 // kNotFound: the file that was named.
 absl::StatusOr<AgentConfig> ResolveConfig(const ConfigSources& sources);
+
+// Reads the file that `config.topology` names, if it names one, and checks it; later processes get
+// what was in it (Serialize). Errors, which name the file: as open(2), ReadAll and Topology::Parse.
+absl::Status ReadTopology(AgentConfig& config);
 
 absl::StatusOr<AgentConfig> DeserializeConfig(const std::string& text);
 

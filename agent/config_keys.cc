@@ -57,6 +57,9 @@ constexpr ConfigKey kKeys[] = {
      "<state_directory>/http-token",
      "The token that /metrics and /v1/status ask for, in a file of mode 0600, which is made if it "
      "is not there; off: none, on loopback only."},
+    {"topology", "--topology", "HOLDFAST_TOPOLOGY", "",
+     "A JSON document that tells the monitor which NIC, rail and switch each GPU of each node has. "
+     "Empty: none, and a NIC is never named."},
     {"log_file", "--log-file", "HOLDFAST_LOG_FILE", "",
      "The log; at 8 MiB it becomes FILE.1. Empty: standard error; a private agent writes agent.log "
      "beside its socket."},

@@ -72,6 +72,7 @@ const std::map<std::string, std::vector<std::string>>& GoodValues() {
       {"kernel_log", {"off", "/k1", "/k2"}},
       {"http", {"127.0.0.1:0", "[::1]:2", "10.0.0.1:9470"}},
       {"http_token_file", {"/t1", "off", "/t2"}},
+      {"topology", {"/t1", "/t2", "/t3"}},
       {"log_file", {"/l1", "/l2", "/l3"}},
       {"log_level", {"debug", "warning", "error"}},
   };
@@ -196,6 +197,34 @@ TEST_F(ConfigTest, SurvivesBeingHandedOverAndPrinted) {
   for (const ConfigKey& key : ConfigKeys()) {
     EXPECT_EQ(read->values.at(key.name).text, before.values.at(key.name).text) << key.name;
   }
+}
+
+TEST_F(ConfigTest, TheTopologyIsReadOnceAndHandedOver) {
+  const std::string good =
+      R"({"schema_version": 1, "nodes": {"n\u0031": {"gpus": [{"nic": "mlx5_0"}]}}})";
+  AgentConfig none = *ResolveConfig(sources_);
+  EXPECT_TRUE(ReadTopology(none).ok());
+  EXPECT_EQ(none.topology_document, "");
+  sources_.flags["topology"] = WriteFile("topology.json", good);
+  AgentConfig config = *ResolveConfig(sources_);
+  ASSERT_TRUE(ReadTopology(config).ok());
+  EXPECT_EQ(config.topology_document, good);
+  // It may be gone by the time a later worker starts.
+  WriteFile("topology.json", "broken");
+  const absl::StatusOr<AgentConfig> after = DeserializeConfig(config.Serialize());
+  ASSERT_TRUE(after.ok()) << after.status();
+  EXPECT_EQ(after->topology_document, good);
+  // Its errors name the file and the place.
+  const auto error_of = [&](const std::string& text) {
+    WriteFile("topology.json", text);
+    return std::string(ReadTopology(config).message());
+  };
+  EXPECT_THAT(error_of("{\n  \"nodes\": oops}"),
+              ::testing::AllOf(HasSubstr("topology.json: "), HasSubstr("line 2")));
+  EXPECT_THAT(error_of(R"({"schema_version": 1, "nodes": {"a": {"gpus": [{"rail": 1}]}}})"),
+              HasSubstr("topology.json: nodes.a.gpus[0]: expected the key \"nic\""));
+  config.topology = absl::StrCat(directory_, "/none.json");
+  EXPECT_EQ(ReadTopology(config).code(), absl::StatusCode::kNotFound);
 }
 
 TEST_F(ConfigTest, TheTablesOfRecoveryMayStandInTheFileAndAreChecked) {

@@ -48,6 +48,8 @@ constexpr absl::Duration kOtherAgentDeadline = absl::Seconds(20);
 // How long the foreground process waits for its agent.
 constexpr absl::Duration kStartDeadline = absl::Seconds(120);
 constexpr absl::Duration kLook = absl::Milliseconds(10);
+// Of a configuration that is handed over: a topology document, escaped, and little else.
+constexpr size_t kConfigBytesMax = size_t{32} << 20;
 
 constexpr char kFooter[] =
     "The configuration's keys, file and variables: docs/CONFIGURATION.md.\n"
@@ -104,6 +106,7 @@ absl::StatusOr<AgentConfig> MakeConfig(const CommandLine& line) {
   sources.user_id = geteuid();
   sources.memory_bytes = ReadHostMemory().bytes;
   ASSIGN_OR_RETURN(AgentConfig config, ResolveConfig(sources));
+  RETURN_IF_ERROR(ReadTopology(config));
   config.is_private = line.is_private;
   config.job = line.job;
   if (line.is_private && config.log_file.empty()) {
@@ -135,7 +138,7 @@ KeeperLimits KeeperLimitsOf(const AgentConfig& config) {
 absl::StatusOr<AgentConfig> ConfigOf(const Handover& handover) {
   for (const KeptDescriptor& kept : handover.descriptors) {
     if (kept.name != kConfigName) continue;
-    ASSIGN_OR_RETURN(const std::string text, ReadAll(kept.fd.get(), 1 << 20));
+    ASSIGN_OR_RETURN(const std::string text, ReadAll(kept.fd.get(), kConfigBytesMax));
     return DeserializeConfig(text);
   }
   return absl::InternalError("no configuration was handed over");

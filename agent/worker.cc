@@ -315,6 +315,7 @@ MonitorService::Options Worker::MonitorOptions() const {
                                       Crc32c(std::as_bytes(std::span(config_.socket))));
   options.verdicts_keep = config_.verdicts_keep;
   options.on_verdict = config_.on_verdict;
+  options.topology = config_.topology_document;
   options.mesh_of = [this](const std::string& job) { return engine_->MeshOf(job); };
   options.on_change = [this](const monitor::FindingRecord& record, monitor::FindingChange change) {
     if (run_service_ != nullptr) run_service_->TakeFinding(record, change);

@@ -23,7 +23,12 @@ LiveCase.programs = Programs(HOLDFASTD, HOLDFAST, LAUNCH)
 class Live(LiveCase):
     def test_every_verb_shows_a_stopped_rank_and_what_became_of_it(self):
         events = self.directory / "events"
-        self.start_agent("--on-verdict", f'echo "$HOLDFAST_EVENT $HOLDFAST_FAULT $HOLDFAST_RANKS" >> {events}')
+        topology = self.directory / "topology.json"
+        topology.write_text(json.dumps({
+            "schema_version": 1,
+            "node_kinds": {"box": {"gpus": [{"nic": f"mlx5_{i}", "rail": i} for i in range(RANKS)]}},
+            "nodes": {f"n{rank}": {"kind": "box", "switch": "leaf-1"} for rank in range(RANKS)}}))
+        self.start_agent("--topology", topology, "--on-verdict", f'echo "$HOLDFAST_EVENT $HOLDFAST_FAULT $HOLDFAST_RANKS" >> {events}')
         recorder = self.start_recorder("--job", "ring", stderr=subprocess.PIPE)
         follower = self.start(HOLDFAST, "monitor", "verdicts", "--follow", "--json", "--socket", self.socket,
                               stdout=subprocess.PIPE, text=True)
@@ -36,6 +41,9 @@ class Live(LiveCase):
         self.assertIn("ring (attempt live:0, 4 ranks)  green", text)
         self.assertIn("4 of 4 ranks report, 4 of them with plugin or hook events", text)
         self.assertIn("no layout with stages", text)
+        self.assertIn("the topology file has the NICs of all ranks", text)
+        # It was read when the agent started; no later worker needs it.
+        topology.unlink()
         self.assertIn("Nothing has been found", self.text("monitor", "verdicts"))
         # Its sends never wait, so no cell of the matrix is judged.
         self.assertEqual([job["job"] for job in self.ask("monitor", "matrix")["jobs"]], ["ring"])
@@ -63,6 +71,8 @@ class Live(LiveCase):
         os.kill(worker, signal.SIGKILL)
         self.until("a new worker", lambda: (lambda answer: answer and answer["findings"])(self.ask("monitor", "verdicts")))
         self.assertEqual([one["id"] for one in self.ask("monitor", "verdicts")["findings"]], [found["id"]])
+        self.until("the same topology", lambda: (job := self.job_status()) and
+                   job["topology"] == {"given": True, "ranks_placed": RANKS, "first_left_out": None})
 
         changes = []
         while True:

@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <memory>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -23,6 +24,7 @@
 #include "io/unique_fd.h"
 #include "monitor/finding_record.h"
 #include "monitor/recording.h"
+#include "monitor/topology.h"
 
 namespace holdfast::cli {
 namespace {
@@ -172,6 +174,15 @@ ordered_json ToJson(const Replayed& replayed) {
   return json;
 }
 
+// Empty for no path. Errors name the file.
+absl::StatusOr<std::string> ReadTopologyFile(FileSystem& file_system, const std::string& path) {
+  if (path.empty()) return std::string();
+  ASSIGN_OR_RETURN(std::string text, file_system.ReadSmallFile(path, monitor::kTopologyBytesMax));
+  const absl::Status parsed = monitor::Topology::Parse(text).status();
+  if (parsed.ok()) return text;
+  return absl::InvalidArgumentError(absl::StrCat(path, ": ", std::string(parsed.message())));
+}
+
 void Print(const Replayed& replayed) {
   std::printf("%llu steps of %zu jobs", static_cast<unsigned long long>(replayed.steps),
               replayed.jobs.size());
@@ -211,17 +222,23 @@ void AddMonitorReplay(CLI::App& monitor, Invocation& invocation) {
   struct Options {
     std::string path;
     std::string job;
+    std::string topology;
   };
   auto options = std::make_shared<Options>();
   verb->add_option("FILE", options->path, "The recording")->required();
   verb->add_option("--job", options->job, "Only this job");
+  verb->add_option("--topology", options->topology,
+                   "A topology file (MONITOR.md), in the place of what was recorded");
   verb->footer(kExitCodesHelp);
   verb->callback([&invocation, options] {
     invocation.run = [&invocation, options] {
       const absl::StatusOr<std::string> file =
           invocation.file_system.ReadSmallFile(options->path, monitor::kRecordingBytesMax);
       if (!file.ok()) return Report(file.status());
-      const absl::StatusOr<Replayed> replayed = Replay(*file, options->job);
+      const absl::StatusOr<std::string> topology =
+          ReadTopologyFile(invocation.file_system, options->topology);
+      if (!topology.ok()) return Report(topology.status());
+      const absl::StatusOr<Replayed> replayed = Replay(*file, options->job, *topology);
       if (!replayed.ok()) return Report(replayed.status());
       if (invocation.json) {
         std::printf("%s\n", JsonText(ToJson(*replayed)).c_str());

@@ -12,7 +12,8 @@
 
 namespace holdfast::cli {
 
-absl::StatusOr<Replayed> Replay(std::string_view file, const std::string& job) {
+absl::StatusOr<Replayed> Replay(std::string_view file, const std::string& job,
+                                const std::string& topology) {
   ASSIGN_OR_RETURN(const auto reader, monitor::RecordingReader::Create(file));
   Replayed replayed;
   std::map<std::string, std::unique_ptr<monitor::JobAnalysis>> analyses;
@@ -29,7 +30,9 @@ absl::StatusOr<Replayed> Replay(std::string_view file, const std::string& job) {
     ++replayed.steps;
     replayed.jobs.insert(recorded.job);
     std::unique_ptr<monitor::JobAnalysis>& analysis = analyses[recorded.job];
+    if (!topology.empty()) recorded.step.topology.clear();
     if (analysis == nullptr) {
+      if (!topology.empty()) recorded.step.topology = topology;
       analysis = std::make_unique<monitor::JobAnalysis>(monitor::Thresholds{}, recorded.job);
     }
     const monitor::FindingLog::When when{recorded.step.elapsed, std::nullopt};

@@ -22,8 +22,11 @@ struct Replayed {
   absl::Status damage;  // what came before it counts
 };
 
-// `job` empty: all. Errors: kDataLoss (no recording), kUnimplemented (another version).
-absl::StatusOr<Replayed> Replay(std::string_view file, const std::string& job);
+// `job` empty: all. `topology`: a document (monitor/topology.h) that was parsed before, in the
+// place of what was recorded; empty: as recorded. Errors: kDataLoss (no recording), kUnimplemented
+// (another version).
+absl::StatusOr<Replayed> Replay(std::string_view file, const std::string& job,
+                                const std::string& topology = "");
 
 }  // namespace holdfast::cli
 

@@ -24,6 +24,26 @@ const char* LightText(const std::string& light) {
   return "GREY: nothing found, but not everything is seen";
 }
 
+void PrintTopology(const ordered_json& job) {
+  const ordered_json topology = job.value("topology", ordered_json::object());
+  if (!topology.value("given", false)) {
+    std::printf("  no topology file is given: NICs, rails and switches are unknown\n");
+    return;
+  }
+  const int placed = topology.value("ranks_placed", 0);
+  const int all = job["sight"].value("ranks", 0);
+  if (placed == all) {
+    std::printf("  the topology file has the NICs of all ranks\n");
+  } else {
+    std::printf(
+        "  the topology file has the NICs of %d of %d ranks; the first that it has not, or that "
+        "has "
+        "not said its local rank: %d\n",
+        placed, all,
+        topology["first_left_out"].is_number() ? topology.value("first_left_out", 0) : 0);
+  }
+}
+
 void PrintSight(const ordered_json& job) {
   const ordered_json& sight = job["sight"];
   std::printf(
@@ -47,6 +67,7 @@ void PrintSight(const ordered_json& job) {
         "  no layout with stages or tensor positions is registered: all ranks are compared "
         "with each other\n");
   }
+  PrintTopology(job);
   if (job.value("reports_refused", 0) > 0) {
     std::printf("  %d reports could not be read (the last: %s)\n", job.value("reports_refused", 0),
                 Printable(job.value("refused_because", std::string())).c_str());

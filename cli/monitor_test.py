@@ -86,6 +86,25 @@ class Replay(unittest.TestCase):
         self.assertIsNotNone(answer["recording"]["damage"])
         self.assertTrue(0 < answer["recording"]["steps"] < 70)
 
+    def test_a_topology_file_names_the_nics_and_a_broken_one_is_named(self):
+        path = self.record(70, "cut", 3)
+        topology = self.directory / "topology.json"
+        topology.write_text(json.dumps({
+            "schema_version": 1,
+            "nodes": {f"gpu-{10 + i}": {"gpus": [{"nic": f"mlx5_{i}", "rail": 1}], "switch": "leaf-2"}
+                      for i in range(8)}}))
+        [finding] = self.replay(path, "--topology", topology)["findings"]
+        self.assertIn("(from NIC mlx5_3 of node gpu-13 to NIC mlx5_4 of node gpu-14)", finding["sentence"])
+        self.assertIn("rail 1, switch leaf-2", finding["evidence"])
+        [without] = self.replay(path)["findings"]
+        self.assertNotIn("NIC", without["sentence"])
+        for member in ("id", "grade", "fault", "scope", "suspects"):
+            self.assertEqual(finding[member], without[member], member)
+        topology.write_text('{"schema_version": 1, "nodes": {"a": {"gpus": [{"nic": 7}]}}}')
+        code, _, error = run("monitor", "replay", path, "--topology", topology)
+        self.assertNotEqual(code, 0)
+        self.assertIn(f"{topology}: nodes.a.gpus[0].nic: expected a string, found the number 7", error)
+
     def test_what_is_no_recording_is_refused(self):
         path = self.directory / "other"
         path.write_bytes(b"HDF5 perhaps")

@@ -68,6 +68,12 @@ std::string RankName(const JobState& state, Rank rank);      // "rank 12 (node 3
 std::string NodeName(const JobState& state, uint32_t node);  // "3", "gpu-07"; "": not known
 std::string CommunicatorName(uint64_t id);                   // "communicator 1f3a"
 std::string SecondsText(absl::Duration duration);            // "8 s"
+// What the topology file calls what `scope` says of `suspect`: "NIC mlx5_2 of node n3"; "from NIC
+// mlx5_2 of node n3 to NIC mlx5_2 of node n4". Empty: not known, or `scope` is of no NIC.
+std::string NicsName(const JobState& state, Scope scope, const Suspect& suspect);
+// Where they are plugged in, as a line of evidence: "rail 2, switch leaf-1 to switch leaf-4"; empty
+// as above.
+std::string PortsText(const JobState& state, Scope scope, const Suspect& suspect);
 
 }  // namespace holdfast::monitor
 

@@ -446,27 +446,33 @@ class HangSearch {
         finding.fault = FaultClass::kSenderEnd;
         finding.scope = Scope::kSenderNic;
         finding.suspects = {{from, from}};
-        finding.sentence = absl::StrFormat("Nothing that %s sends arrives, to %d receivers.",
+        finding.sentence = absl::StrFormat("Nothing that %s sends arrives, to %d receivers",
                                            RankName(state_, from), from_count[from]);
         key = absl::StrCat("stop:", Value(from));
       } else if (to_count[to] > 1) {
         finding.fault = FaultClass::kReceiverEnd;
         finding.scope = Scope::kReceiverNic;
         finding.suspects = {{to, to}};
-        finding.sentence = absl::StrFormat("Nothing arrives at %s, from %d senders.",
+        finding.sentence = absl::StrFormat("Nothing arrives at %s, from %d senders",
                                            RankName(state_, to), to_count[to]);
         key = absl::StrCat("stop:", Value(to));
       } else {
         finding.fault = FaultClass::kLink;
         finding.scope = Scope::kConnection;
         finding.suspects = {{from, to}};
-        finding.sentence = absl::StrFormat("Nothing passes %s: both are ready, and %d ranks wait.",
+        finding.sentence = absl::StrFormat("Nothing passes %s: both are ready, and %d ranks wait",
                                            pair, sink.waiters);
         key = absl::StrCat("stop:", Value(from), ">", Value(to));
       }
       finding.confidence = 0.85;
       finding.evidence = {absl::StrFormat("posted %s and not completed for %s", pair,
                                           SecondsText(pressure.standing))};
+      const std::string nics = NicsName(state_, finding.scope, finding.suspects[0]);
+      if (!nics.empty()) {
+        absl::StrAppend(&finding.sentence, " (", nics, ")");
+        finding.evidence.push_back(PortsText(state_, finding.scope, finding.suspects[0]));
+      }
+      finding.sentence += '.';
       finding.changes_mind = "The library's own error for this connection, or its counters moving.";
       if (told.insert(key).second) {
         Add(key, std::move(finding), pressure.standing,
@@ -554,23 +560,5 @@ HangTimeout HangTimeoutOf(const JobState& state, uint64_t communicator) {
 }
 
 void FindHangs(const JobState& state, Candidates& out) { HangSearch(state, out).Run(); }
-
-std::string RankName(const JobState& state, Rank rank) {
-  const std::string node = NodeName(state, state.shape().ranks[Value(rank)].node);
-  if (node.empty()) return absl::StrFormat("rank %d", Value(rank));
-  return absl::StrFormat("rank %d (node %s)", Value(rank), node);
-}
-
-std::string NodeName(const JobState& state, uint32_t node) {
-  const std::vector<std::string>& names = state.shape().node_names;
-  if (names.empty()) return absl::StrCat(node);
-  return node < names.size() ? names[node] : "";
-}
-
-std::string CommunicatorName(uint64_t id) { return absl::StrFormat("communicator %x", id); }
-
-std::string SecondsText(absl::Duration duration) {
-  return absl::StrFormat("%.0f s", absl::ToDoubleSeconds(duration));
-}
 
 }  // namespace holdfast::monitor

@@ -161,8 +161,9 @@ void JobAnalysis::Place(const Arrived& arrived, absl::Duration now) {
       PlaceRanks(number + 1);
     }
     RankPlace& place = shape_.ranks[number];
-    if (place.node == at->second) continue;
+    if (place.node == at->second && place.local_rank == rank.local_rank) continue;
     place.node = at->second;
+    place.local_rank = rank.local_rank;
     reshaped_ = true;
   }
 }
@@ -172,6 +173,28 @@ void JobAnalysis::ApplyRoles() {
   for (size_t rank = 0; rank < roles_.size(); ++rank) {
     shape_.ranks[rank].stage = roles_[rank].stage;
     shape_.ranks[rank].tensor_position = roles_[rank].tensor_position;
+  }
+}
+
+void JobAnalysis::ApplyTopology() {
+  if (!topology_.has_value()) return;
+  // Who was started without LOCAL_RANK may say 0, as its neighbours do: then nothing is known.
+  std::map<std::pair<uint32_t, uint32_t>, int> claims;
+  for (const RankPlace& place : shape_.ranks) ++claims[{place.node, place.local_rank}];
+  std::map<std::string, uint32_t> kinds, switches;
+  const auto number = [](std::map<std::string, uint32_t>& numbers, const std::string& name) {
+    return numbers.try_emplace(name, static_cast<uint32_t>(numbers.size())).first->second;
+  };
+  shape_.topology_known = true;
+  for (RankPlace& place : shape_.ranks) {
+    const bool certain = place.node < nodes_.size() && claims[{place.node, place.local_rank}] == 1;
+    place.port =
+        (certain ? topology_->Find(nodes_[place.node].name, place.local_rank) : std::nullopt)
+            .value_or(Port());
+    place.rail = place.port.rail;
+    place.nic_class = number(kinds, place.port.nic_kind);
+    place.leaf = number(switches, place.port.switch_name);
+    shape_.topology_known &= !place.port.nic.empty();
   }
 }
 
@@ -208,6 +231,16 @@ JobAnalysis::Result JobAnalysis::Step(JobStep step) {
     roles_ = std::move(step.roles);
     reshaped_ = true;
   }
+  if (!step.topology.empty()) {
+    absl::StatusOr<Topology> topology = Topology::Parse(std::move(step.topology));
+    if (topology.ok()) {
+      topology_ = *std::move(topology);
+      reshaped_ = true;
+    } else {
+      ++refused_.unreadable;
+      refused_.why = absl::StrCat("topology: ", std::string(topology.status().message()));
+    }
+  }
   for (Arrived& arrived : all) {
     const NodeReport& report = arrived.report;
     if (report.attempt_key != attempt_.key ||
@@ -220,7 +253,10 @@ JobAnalysis::Result JobAnalysis::Step(JobStep step) {
     snapshot.arrived.push_back(std::move(arrived.summary));
   }
   if (shape_.ranks.empty()) return result;
-  if (reshaped_) ApplyRoles();
+  if (reshaped_) {
+    ApplyRoles();
+    ApplyTopology();
+  }
   if (analyzer_ == nullptr || analyzer_->state().ranks().size() != shape_.ranks.size()) {
     result.new_attempt = true;
     analyzer_ = std::make_unique<Analyzer>(thresholds_, shape_);

@@ -22,6 +22,7 @@
 #include "monitor/analyzer.h"
 #include "monitor/node_report.h"
 #include "monitor/thresholds.h"
+#include "monitor/topology.h"
 
 namespace holdfast::monitor {
 
@@ -48,6 +49,9 @@ struct JobStep {
   // By rank, whenever they are known or change; empty: as before. Before the first all ranks count
   // as equal. Ignored where their number is not the world size.
   std::vector<RankRole> roles;
+  // A topology document (topology.h), when it is known or changes; empty: as before. Before the
+  // first no NIC is known. One that cannot be read counts as an unreadable report.
+  std::string topology = {};
 };
 
 // OK, or kInvalidArgument: a name or a world size beyond the limits.
@@ -74,6 +78,10 @@ class JobAnalysis {
   // Of the attempt; while no rank has said it, one more than the greatest rank that reports.
   uint32_t world_size() const { return static_cast<uint32_t>(shape_.ranks.size()); }
   bool roles_known() const { return roles_.size() == shape_.ranks.size() && !roles_.empty(); }
+  bool topology_given() const { return topology_.has_value(); }
+  // Whether the topology says which NIC the rank has: not for a rank that has not said its local
+  // rank, nor for those of a node that say the same one.
+  bool IsPlaced(Rank rank) const { return !shape_.ranks[Value(rank)].port.nic.empty(); }
 
   struct Node {
     std::string name;
@@ -114,6 +122,7 @@ class JobAnalysis {
   void Place(const Arrived& arrived, absl::Duration now);
   void PlaceRanks(size_t rank_count);
   void ApplyRoles();
+  void ApplyTopology();
   bool EveryRankEndedCleanly() const;
 
   const Thresholds thresholds_;
@@ -124,6 +133,7 @@ class JobAnalysis {
   std::vector<Node> nodes_;
   std::map<std::string, uint32_t> node_numbers_;
   std::vector<RankRole> roles_;
+  std::optional<Topology> topology_;
   JobShape shape_;
   bool reshaped_ = false;
   std::unique_ptr<Analyzer> analyzer_;

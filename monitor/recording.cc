@@ -17,11 +17,12 @@ namespace holdfast::monitor {
 namespace {
 
 constexpr std::string_view kMagic = "HFMR";
-constexpr char kVersion = 1;
+constexpr char kVersion = 2;
+constexpr char kFirstVersion = 1;  // has no kStepWithTopology, and is read as this one
 constexpr size_t kChecksumBytes = 4;
 constexpr uint64_t kMicrosecondsMax = std::numeric_limits<int64_t>::max() / 1000;
 
-enum class Kind : uint64_t { kStep = 1, kLoss = 2, kEnd = 3 };
+enum class Kind : uint64_t { kStep = 1, kLoss = 2, kEnd = 3, kStepWithTopology = 4 };
 
 template <typename Codec>
 void Walk(Codec& codec, std::string_view what, absl::Duration& duration) {
@@ -56,7 +57,7 @@ void Walk(Codec& codec, RecordedStep& recorded) {
 template <typename Codec>
 void Walk(Codec& codec, Kind& kind) {
   auto number = static_cast<uint64_t>(kind);
-  codec.Number("kind of record", number, static_cast<uint64_t>(Kind::kEnd));
+  codec.Number("kind of record", number, static_cast<uint64_t>(Kind::kStepWithTopology));
   kind = static_cast<Kind>(number);
 }
 
@@ -74,9 +75,11 @@ std::string EncodeRecorded(Recorded recorded) {
   std::string payload;
   ByteWriter writer(&payload);
   if (auto* step = std::get_if<RecordedStep>(&recorded); step != nullptr) {
-    Kind kind = Kind::kStep;
+    std::string& topology = step->step.topology;
+    Kind kind = topology.empty() ? Kind::kStep : Kind::kStepWithTopology;
     Walk(writer, kind);
     Walk(writer, *step);
+    if (!topology.empty()) writer.Text("topology", topology, kTopologyBytesMax);
   } else {
     Kind kind = Kind::kLoss;
     Walk(writer, kind);
@@ -91,15 +94,20 @@ absl::StatusOr<Recorded> DecodeRecorded(std::span<const std::byte> payload) {
   Kind kind{};
   Walk(reader, kind);
   Recorded recorded;
-  if (kind == Kind::kStep) {
-    Walk(reader, recorded.emplace<RecordedStep>());
+  const bool is_step = kind == Kind::kStep || kind == Kind::kStepWithTopology;
+  if (is_step) {
+    auto& step = recorded.emplace<RecordedStep>();
+    Walk(reader, step);
+    if (kind == Kind::kStepWithTopology) {
+      reader.Text("topology", step.step.topology, kTopologyBytesMax);
+    }
   } else if (kind == Kind::kLoss) {
     reader.Number("lost steps", recorded.emplace<RecordedLoss>().steps);
   }
   RETURN_IF_ERROR(reader.Finish());
-  if (kind != Kind::kStep && kind != Kind::kLoss) {
+  if (!is_step && kind != Kind::kLoss) {
     return absl::InvalidArgumentError(absl::StrFormat(
-        "recording: kind of record: expected 1 or 2, found %d", static_cast<uint64_t>(kind)));
+        "recording: kind of record: expected 1, 2 or 4, found %d", static_cast<uint64_t>(kind)));
   }
   return recorded;
 }
@@ -137,7 +145,7 @@ absl::StatusOr<std::unique_ptr<RecordingReader>> RecordingReader::Create(std::st
   if (!file.starts_with(kMagic) || file.size() <= kMagic.size()) {
     return absl::DataLossError("recording: expected the magic HFMR, found other bytes");
   }
-  if (file[kMagic.size()] != kVersion) {
+  if (const char version = file[kMagic.size()]; version != kVersion && version != kFirstVersion) {
     return absl::UnimplementedError(absl::StrFormat("recording: version: expected %d, found %d",
                                                     kVersion, file[kMagic.size()]));
   }

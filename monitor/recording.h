@@ -3,20 +3,22 @@
 //
 // Bytes of a file:
 //
-//   file    = "HFMR" version:byte zstd-frame      version 1
+//   file    = "HFMR" version:byte zstd-frame      version 2
 //   frame   = record*                             decompressed
 //   record  = length:varint crc32c:4 payload      crc32c of the payload, little-endian
-//   payload = kind:varint body                    1 step, 2 loss, 3 end
+//   payload = kind:varint body                    1 step, 2 loss, 3 end, 4 step with topology
 //   step    = job:text elapsed_us:varint gap_us:varint
 //             count:varint (attempt_key:text world_size:varint node:text summary:text)*
 //             count:varint batch:text*          testimonies
 //             count:varint (stage:varint tensor_position:varint)*
+//             document:text                       of kind 4 only: a topology document
 //   loss    = steps:varint                        that the recorder was too slow for
 //   end     =                                     the recording was ended on purpose
 //
 // Numbers (varint) and texts (their length before them) as in byte_codec.h, the summary as in
-// summary.h, a batch as in testimony.h. What was written before a
-// recorder was killed can be read: each step is flushed through the compression.
+// summary.h, a batch as in testimony.h. Version 1, which is still read, had no kind 4 (and
+// summaries of version 1). What was written before a recorder was killed can be read: each step is
+// flushed through the compression.
 #ifndef HOLDFAST_MONITOR_RECORDING_H_
 #define HOLDFAST_MONITOR_RECORDING_H_
 

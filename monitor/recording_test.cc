@@ -198,9 +198,16 @@ TEST(RecordingTest, OtherFilesAreRefusedWithAReason) {
   EXPECT_THAT(RecordingReader::Create("").status(), StatusIs(absl::StatusCode::kDataLoss));
   EXPECT_THAT(RecordingReader::Create("HFMR").status(), StatusIs(absl::StatusCode::kDataLoss));
   EXPECT_THAT(RecordingReader::Create("HFMS1").status(), StatusIs(absl::StatusCode::kDataLoss));
-  EXPECT_EQ(RecordingReader::Create("HFMR\x02").status().code(), absl::StatusCode::kUnimplemented);
+  EXPECT_EQ(RecordingReader::Create("HFMR\x03").status().code(), absl::StatusCode::kUnimplemented);
   std::string story;
   std::string file = RecordWorld({}, 3, &story);
+  // Version 1 had no topology, and is otherwise the same.
+  std::string first = file;
+  ASSERT_EQ(first[4], 2);
+  first[4] = 1;
+  ASSERT_OK_AND_ASSIGN(const auto old, RecordingReader::Create(first));
+  ASSERT_OK_AND_ASSIGN(const auto step, old->Next());
+  EXPECT_TRUE(step.has_value());
   size_t refused = 0;
   for (size_t at = 5; at < file.size(); at += 7) {
     std::string damaged = file;

@@ -478,9 +478,12 @@ void SlowSearch::ReportCells(const JobState& state) {
         : end.fault == FaultClass::kReceiverEnd
             ? absl::StrCat("All that ", from, " receives is slow: ")
             : absl::StrCat("The connection from ", from, " to ", to, " is slow: ");
-    finding.sentence = absl::StrFormat("%s%s (%s; NIC unknown).", who, figures, Name(end.scope));
+    const std::string nics = NicsName(state, end.scope, end.suspect);
+    finding.sentence = absl::StrFormat("%s%s (%s; %s).", who, figures, Name(end.scope),
+                                       nics.empty() ? "NIC unknown" : nics);
     finding.evidence = {absl::StrFormat("%d slow cells of the delay matrix; abnormal in %d windows",
                                         end.cells.size(), windows)};
+    if (!nics.empty()) finding.evidence.push_back(PortsText(state, end.scope, end.suspect));
     finding.changes_mind = "A second ring of another order, or all-to-all: it fills more cells.";
     const std::string key =
         end.fault == FaultClass::kLink

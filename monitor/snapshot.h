@@ -12,6 +12,7 @@
 #include "base/ids.h"
 #include "monitor/summary.h"
 #include "monitor/testimony.h"
+#include "monitor/topology.h"
 
 namespace holdfast::monitor {
 
@@ -24,6 +25,8 @@ struct RankPlace {
   uint32_t rail = 0;
   uint32_t nic_class = 0;
   uint32_t leaf = 0;
+  uint32_t local_rank = kNoLocalRank;
+  Port port;  // of the topology file, for people; without a NIC: not known
 };
 
 struct JobShape {
@@ -31,8 +34,8 @@ struct JobShape {
   // By number of node, for people; a node beyond them is not known by name. Empty: nodes are
   // called by their numbers.
   std::vector<std::string> node_names;
-  // Whether rail, nic_class and leaf were given. If not they are all 0, and a connection that has
-  // been slow from the start is not told from a slower kind of NIC.
+  // Whether rail, nic_class and leaf were given for every rank. If not, a connection that has been
+  // slow from the start is not told from a slower kind of NIC.
   bool topology_known = false;
 };
 

@@ -115,6 +115,20 @@ uint32_t EndedUnseen(const JobAnalysis& job) {
       }));
 }
 
+// Whether there is a topology file, and whom it says nothing of.
+ordered_json TopologyOf(const JobAnalysis& job) {
+  uint32_t placed = 0;
+  ordered_json left_out = nullptr;  // the first of them
+  for (uint32_t rank = 0; rank < job.world_size(); ++rank) {
+    if (job.IsPlaced(Rank{rank})) {
+      ++placed;
+    } else if (left_out.is_null()) {
+      left_out = rank;
+    }
+  }
+  return {{"given", job.topology_given()}, {"ranks_placed", placed}, {"first_left_out", left_out}};
+}
+
 // What an edge of the graph ends at.
 ordered_json EndOf(const WaitPicture& picture, uint32_t node) {
   if (node < picture.rank_count) return {{"kind", "rank"}, {"rank", node}};
@@ -152,6 +166,7 @@ ordered_json CellOf(const DelayCell& cell) {
 ordered_json StatusOf(const JobAnalysis& job, const monitor::Analysis& last, absl::Duration now) {
   ordered_json status = Header(job);
   status["roles_known"] = job.roles_known();
+  status["topology"] = TopologyOf(job);
   status["sight"] = SightOf(last.sight);
   status["ranks_ended_unseen"] = EndedUnseen(job);
   status["nodes"] = ordered_json::array();

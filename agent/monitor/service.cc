@@ -325,6 +325,7 @@ void MonitorService::StepJob(const std::shared_ptr<Job>& job, absl::Duration now
     step.receiver_gap = std::max(absl::ZeroDuration(), now - *job->stepped - kStepEvery);
   } else {
     job->first_stepped = now;
+    step.topology = options_.topology;
   }
   job->stepped = now;
   step.reports = std::exchange(job->pending, {});
@@ -441,7 +442,10 @@ void MonitorService::Record(const Job& job, const monitor::JobStep& step) {
   ForEachStream(MonitorStream::Kind::kSteps, name, [&](MonitorStream& stream) {
     monitor::RecordedStep recorded{name, step};
     // One that comes later must know what the analysis was told before.
-    if (!stream.begun_.contains(name) && step.roles.empty()) recorded.step.roles = job.roles;
+    if (!stream.begun_.contains(name)) {
+      if (step.roles.empty()) recorded.step.roles = job.roles;
+      recorded.step.topology = options_.topology;
+    }
     if (!stream.Push(monitor::EncodeRecorded(std::move(recorded)))) {
       ++lost_;
     } else {

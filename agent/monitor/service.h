@@ -103,6 +103,7 @@ class MonitorService final : public monitor::ReportSink {
     absl::Duration verdicts_keep = absl::Hours(24 * 30);
     std::string on_verdict;  // for /bin/sh -c; empty: none
     monitor::Thresholds thresholds;
+    std::string topology;  // a document (monitor/topology.h) that was parsed before; empty: none
     // The mesh of the layout that the job's ranks have registered; empty: none. May be null.
     std::function<std::vector<MeshAxis>(const std::string& job)> mesh_of;
     // One line per suspicion, verdict and withdrawal.

@@ -1,6 +1,6 @@
 // make_recording FILE SECONDS FAULT RANK [FACTOR]: a recording (monitor/recording.h) of a simulated
 // job of 8 ranks in which `RANK` has the fault from second 40 on. FAULT is none, hang, killed,
-// stopped or slow.
+// stopped, cut (all that it sends) or slow.
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -24,6 +24,7 @@ int Run(const std::string& path, int seconds, const std::string& fault, uint32_t
   const std::map<std::string, sim::FaultKind> kinds = {{"hang", sim::FaultKind::kGpuHang},
                                                        {"killed", sim::FaultKind::kKilled},
                                                        {"stopped", sim::FaultKind::kStopped},
+                                                       {"cut", sim::FaultKind::kSender},
                                                        {"slow", sim::FaultKind::kSlowGpu}};
   sim::WorldOptions options;
   options.data_parallel = kRanks;
