@@ -243,7 +243,10 @@ class Cli(unittest.TestCase):
             self.assertIsNone(CONTROL.search(text))
 
     def test_usage_errors_are_two(self):
-        for arguments in (("frobnicate",), ("inspect",), ("ls", "--nonsense")):
+        for arguments in (("frobnicate",), ("inspect",), ("ls", "--nonsense"),
+                          ("preflight", "--seconds", "nan"), ("preflight", "--join-seconds", "inf"),
+                          ("monitor", "record", "FILE", "--seconds", "nan"),
+                          ("monitor", "window", "--job", "j", "--rank", "0", "--seconds", "1x")):
             self.assertEqual(run(*arguments)[0], 2, arguments)
         self.assertEqual(run("--help")[0], 0)
         self.assertEqual(run("--version")[0], 0)

@@ -175,8 +175,9 @@ Check Proc(const DoctorOptions& options) {
 // user.
 Check Stacks(const DoctorOptions& options) {
   Check check{"stacks", Health::kGood, "", ""};
-  const auto text =
-      RunHelpers(options.helper, {{"stacks", absl::StrCat(getpid())}}, kHelperDeadline).front();
+  const auto text = RunHelpers(options.helper, {{"stacks", absl::StrCat(getpid())}},
+                               {kHelperDeadline, kHelperDeadline})
+                        .front();
   const std::string scope =
       FirstLine(absl::StrCat(options.proc, "/sys/kernel/yama/ptrace_scope")).value_or("");
   if (text.ok()) {
@@ -213,7 +214,8 @@ Check KernelLogCheck(const DoctorOptions& options) {
 }
 
 Check Nvml(const DoctorOptions& options) {
-  const auto text = RunHelpers(options.helper, {{"gpus"}}, kHelperDeadline).front();
+  const auto text =
+      RunHelpers(options.helper, {{"gpus"}}, {kHelperDeadline, kHelperDeadline}).front();
   if (!text.ok()) {
     const bool none = text.status().code() == absl::StatusCode::kNotFound;
     return {"nvml", none ? Health::kAbsent : Health::kLimited, std::string(text.status().message()),
@@ -236,7 +238,8 @@ Check Nvml(const DoctorOptions& options) {
 
 // What a training process will find that has tensors in device memory.
 Check Cuda(const DoctorOptions& options) {
-  const auto text = RunHelpers(options.helper, {{"devices"}}, kHelperDeadline).front();
+  const auto text =
+      RunHelpers(options.helper, {{"devices"}}, {kHelperDeadline, kHelperDeadline}).front();
   if (!text.ok()) {
     const bool none = text.status().code() == absl::StatusCode::kNotFound;
     return {"cuda", none ? Health::kAbsent : Health::kBad, std::string(text.status().message()),

@@ -19,6 +19,7 @@
 #include "base/status_macros.h"
 #include "cli/monitor_replay.h"
 #include "cli/monitor_verbs.h"
+#include "cli/number_range.h"
 #include "cli/output.h"
 #include "cli/progress.h"
 #include "io/unique_fd.h"
@@ -208,7 +209,7 @@ void AddMonitorRecord(CLI::App& monitor, Invocation& invocation) {
   options->agent = AddMonitorOptions(*verb);
   verb->add_option("FILE", options->path, "The recording, which must not exist")->required();
   verb->add_option("--seconds", options->seconds, "End after so long; 0: when interrupted")
-      ->check(CLI::Range(0.0, 1e9));
+      ->check(NumberRange(0.0, 1e9));
   verb->callback([&invocation, options] {
     invocation.run = [&invocation, options] {
       return Report(Recorder(*options, invocation.file_system).Run());

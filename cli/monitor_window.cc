@@ -11,6 +11,7 @@
 #include "absl/strings/match.h"
 #include "agent/default_socket.h"
 #include "cli/agent_client.h"
+#include "cli/number_range.h"
 #include "cli/verb.h"
 #include "hook/abi/monitor.h"
 
@@ -30,7 +31,7 @@ void AddMonitorWindow(CLI::App& monitor, Invocation& invocation) {
   verb->add_option("--job", options->job, "The job")->required();
   verb->add_option("--rank", options->rank, "The global rank")->required();
   verb->add_option("--seconds", options->seconds, "For how long")
-      ->check(CLI::Range(0.001, static_cast<double>(abi::kWindowSecondsMax)))
+      ->check(NumberRange(0.001, static_cast<double>(abi::kWindowSecondsMax)))
       ->capture_default_str();
   verb->add_option("--socket", options->socket, "The agent's socket")
       ->envname("HOLDFAST_SOCKET")

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "absl/strings/str_format.h"
+#include "cli/number_range.h"
 #include "cli/output.h"
 #include "cli/process.h"
 #include "cli/verb.h"
@@ -227,11 +228,11 @@ void AddPreflight(CLI::App& app, Invocation& invocation) {
   verb->add_option("--seconds", options->seconds,
                    "Of all measuring together; rank 0 decides for all")
       ->capture_default_str()
-      ->check(CLI::Range(absl::ToDoubleSeconds(preflight::kMeasureForMin),
-                         absl::ToDoubleSeconds(preflight::kMeasureForMax)));
+      ->check(NumberRange(absl::ToDoubleSeconds(preflight::kMeasureForMin),
+                          absl::ToDoubleSeconds(preflight::kMeasureForMax)));
   verb->add_option("--join-seconds", options->join_seconds, "How long to wait for all nodes")
       ->capture_default_str()
-      ->check(CLI::Range(1.0, 3600.0));
+      ->check(NumberRange(1.0, 3600.0));
   verb->add_option("--slow-ratio", options->run.slow_ratio,
                    "Worse than the job's median by less than this is never odd")
       ->capture_default_str()

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <utility>
 
 #include "absl/strings/numbers.h"
@@ -14,6 +15,7 @@
 #include "agent/handover.h"
 #include "agent/monitor/names.h"
 #include "agent/monitor/node_aggregator.h"
+#include "agent/run/process_tree.h"
 #include "base/check.h"
 #include "base/status_macros.h"
 
@@ -63,6 +65,8 @@ json WaitsJson(const MappedBoard& board) {
   }
   return result;
 }
+
+constexpr char kUnnamedPrefix[] = "unnamed-";
 
 std::string BoardName(uint64_t id) { return absl::StrCat(kMonitorPrefix, id, "/board"); }
 std::string ProcessName(uint64_t id, uint32_t process_id) {
@@ -120,11 +124,41 @@ absl::Status MonitorBoards::Adopt(Offer offer) {
   return absl::OkStatus();
 }
 
+// What the job is called. Jobs without a name must not hide each other: where a rank of that number
+// lives already, started by somebody else, it is another job, "unnamed-2". Its other ranks follow
+// by who started them, or, if each has a parent of its own, as their numbers are taken, too.
+std::string MonitorBoards::NameOf(const Offer& offer, pid_t parent) const {
+  const auto named = [](const Board& board) { return NodeAggregator::JobNamed(board.offer.job); };
+  if (NodeAggregator::JobNamed(offer.job) != NodeAggregator::kUnnamed) return offer.job;
+  std::set<std::string> taken;
+  const Board* relative = nullptr;
+  for (const std::unique_ptr<Board>& board : boards_) {
+    if (!board->alive || board->offer.node != offer.node) continue;
+    const bool unnamed =
+        named(*board) == NodeAggregator::kUnnamed || board->offer.job.starts_with(kUnnamedPrefix);
+    if (!unnamed) continue;
+    if (board->offer.process_id == offer.process_id && offer.process_id != 0) {
+      return board->offer.job;  // its other board
+    }
+    const bool related = board->parent == parent && parent != 0;
+    if (related && relative == nullptr) relative = board.get();
+    if (!related && board->offer.rank == offer.rank) taken.insert(named(*board));
+  }
+  if (relative != nullptr && !taken.contains(named(*relative))) return relative->offer.job;
+  if (!taken.contains(NodeAggregator::kUnnamed)) return offer.job;
+  for (int number = 2;; ++number) {
+    std::string name = absl::StrCat(kUnnamedPrefix, number);
+    if (!taken.contains(name)) return name;
+  }
+}
+
 void MonitorBoards::Add(Offer offer, std::shared_ptr<MappedBoard> mapped, uint64_t id) {
   auto board = std::make_unique<Board>();
   board->mapped = std::move(mapped);
   // The mapping holds the memory; the descriptor is one of a limited number.
   offer.board.Reset();
+  board->parent = ParentOf(static_cast<pid_t>(offer.process_id));
+  offer.job = NameOf(offer, board->parent);
   board->offer = std::move(offer);
   board->id = id;
   Board* const watched = board.get();

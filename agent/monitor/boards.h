@@ -11,6 +11,8 @@
 #ifndef HOLDFAST_AGENT_MONITOR_BOARDS_H_
 #define HOLDFAST_AGENT_MONITOR_BOARDS_H_
 
+#include <sys/types.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -56,8 +58,11 @@ class MonitorBoards {
 
   struct Board {
     uint64_t id = 0;  // from 1, in the order of their coming; never used again, by no later worker
-    Offer offer;      // without the board's descriptor; `process` is none when it is dead
+    // Without the board's descriptor; `process` is none when it is dead. A job without a name has
+    // one that it shares with no other (NameOf).
+    Offer offer;
     std::shared_ptr<MappedBoard> mapped;
+    pid_t parent = 0;  // of its process, when it came; 0: not known
     bool alive = true;
     absl::Duration died{};  // on the agent's clock; meaningful when it is not alive
   };
@@ -93,7 +98,7 @@ class MonitorBoards {
 
   // The living processes that have a board here, each once.
   struct Process {
-    std::string job;  // as it was offered
+    std::string job;  // as Board::offer has it
     std::string attempt_key;
     uint32_t rank = 0;        // UINT32_MAX: not known
     uint32_t world_size = 0;  // 0: not known
@@ -112,6 +117,7 @@ class MonitorBoards {
 
  private:
   void Changed();
+  std::string NameOf(const Offer& offer, pid_t parent) const;
   void Add(Offer offer, std::shared_ptr<MappedBoard> mapped, uint64_t id);
   void Forget(const Board& board);
   void OnDeath(Board* board);

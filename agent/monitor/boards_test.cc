@@ -3,7 +3,9 @@
 #include "agent/monitor/boards.h"
 
 #include <fcntl.h>
+#include <signal.h>
 #include <sys/mman.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -327,6 +329,63 @@ TEST_F(MonitorBoardsTest, AWindowFindsAJobByTheNameThatReportsHaveForIt) {
   EXPECT_EQ(boards_.Window("other", 2, absl::Seconds(1), done).code(), absl::StatusCode::kNotFound);
   executor_.AdvanceTime(absl::Seconds(2));
   EXPECT_EQ(told, 2);
+}
+
+// Jobs without a name: the names that they get, as told by boards().
+class UnnamedJobsTest : public MonitorBoardsTest {
+ protected:
+  std::string NameOfNew(uint32_t rank, uint32_t process, const std::string& node = "n7") {
+    TestBoard board;
+    board.Seal();
+    MonitorBoards::Offer offer = MakeOffer(board.fd(), rank);
+    offer.job = "";
+    offer.node = node;
+    offer.process_id = process;
+    EXPECT_TRUE(boards_.Adopt(std::move(offer)).ok());
+    return NodeAggregator::JobNamed(boards_.boards().back()->offer.job);
+  }
+  // None of them is a process here: nobody knows their parents.
+  static constexpr uint32_t kStrange = 4'000'000'000;
+};
+
+TEST_F(UnnamedJobsTest, ASecondJobWithTheSameRanksHasANameOfItsOwn) {
+  for (uint32_t rank = 0; rank < 3; ++rank) {
+    EXPECT_EQ(NameOfNew(rank, kStrange + rank), "unnamed");
+  }
+  for (uint32_t rank = 0; rank < 3; ++rank) {
+    EXPECT_EQ(NameOfNew(rank, kStrange + 10 + rank), "unnamed-2");
+  }
+  EXPECT_EQ(NameOfNew(1, kStrange + 20), "unnamed-3");
+  // Another board of a process, one of another node, and the next rank of the first job.
+  EXPECT_EQ(NameOfNew(2, kStrange + 12), "unnamed-2");
+  EXPECT_EQ(NameOfNew(1, kStrange + 30, "n8"), "unnamed");
+  EXPECT_EQ(NameOfNew(3, kStrange + 3), "unnamed");
+  // One that has a name keeps it.
+  AdoptOne(0);
+  EXPECT_EQ(boards_.boards().back()->offer.job, "job");
+}
+
+TEST_F(UnnamedJobsTest, RanksOfOneParentAreOfOneJobInAnyOrder) {
+  // Our children are one family, we are of another one.
+  const pid_t child = fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) {
+    for (;;) pause();
+  }
+  const auto self = static_cast<uint32_t>(getpid());
+  EXPECT_EQ(NameOfNew(0, self), "unnamed");
+  EXPECT_EQ(NameOfNew(0, static_cast<uint32_t>(child)), "unnamed-2");
+  const pid_t sibling = fork();
+  ASSERT_GE(sibling, 0);
+  if (sibling == 0) {
+    for (;;) pause();
+  }
+  // By its number it could be of the first job.
+  EXPECT_EQ(NameOfNew(1, static_cast<uint32_t>(sibling)), "unnamed-2");
+  for (const pid_t one : {child, sibling}) {
+    kill(one, SIGKILL);
+    waitpid(one, nullptr, 0);
+  }
 }
 
 TEST_F(MonitorBoardsTest, AWindowCountsWhatWasOverwrittenBeforeItLooked) {

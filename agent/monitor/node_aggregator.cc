@@ -75,6 +75,15 @@ void NodeAggregator::TakeExit(RankExit exit) {
   exit.job = JobNamed(exit.job);
   exit.attempt_key = KeyNamed(exit.attempt_key);
   exit.node = NodeNamed(exit.node);
+  if (exit.job == kUnnamed && exit.process_id != 0) {
+    // One of several jobs without a name (MonitorBoards): which of them, its process tells.
+    const auto found = std::find_if(processes_.begin(), processes_.end(), [&](const auto& entry) {
+      const Process& process = *entry.second;
+      return process.rank == exit.rank && std::get<0>(process.key).starts_with(kUnnamed) &&
+             (process.process_id == exit.process_id || process.own_process_id == exit.process_id);
+    });
+    if (found != processes_.end()) exit.job = std::get<0>(found->second->key);
+  }
   const absl::Duration now = clock_.Elapsed();
   const auto group = groups_.find(KeyOf(exit));
   if (group != groups_.end()) group->second.last_alive = now;

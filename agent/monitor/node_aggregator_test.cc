@@ -345,6 +345,25 @@ TEST_F(NodeAggregatorTest, NamesThatAreNoneGetOneThatIs) {
   EXPECT_THAT(arrived[0].summary.ranks, SizeIs(1));
 }
 
+TEST_F(NodeAggregatorTest, JobsWithoutANameDoNotHideEachOther) {
+  hook::MonitorIdentity identity = Named(1);
+  identity.job = "";
+  const Trainer first = Join(identity, 4'000'000'001), second = Join(identity, 4'000'000'002);
+  auto arrived = Reports();
+  ASSERT_THAT(arrived, SizeIs(2));
+  EXPECT_EQ(arrived[0].report.job, "unnamed");
+  EXPECT_EQ(arrived[1].report.job, "unnamed-2");
+  // Its launcher does not know either how it is called here.
+  RankExit exit = Exit(1, 9, 4'000'000'002);
+  exit.job = "";
+  aggregator_.TakeExit(exit);
+  Die(second);
+  arrived = Reports();
+  ASSERT_THAT(arrived, SizeIs(2));
+  EXPECT_EQ(arrived[0].summary.ranks.at(0).exit, ExitKind::kNone);
+  EXPECT_EQ(arrived[1].summary.ranks.at(0).exit, ExitKind::kKilled);
+}
+
 TEST_F(NodeAggregatorTest, TheObserversLatenessIsToldOnce) {
   Join(Named(0));
   Next();

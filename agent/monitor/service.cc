@@ -491,7 +491,7 @@ void MonitorService::Ask(Question question,
       text = FindingsJson(question.job);
       break;
     case Kind::kExplain:
-      text = ExplainJson(question.finding);
+      text = ExplainJson(question.finding, question.job);
       break;
     case Kind::kRecord:
       break;
@@ -512,8 +512,13 @@ absl::StatusOr<std::string> MonitorService::FindingsJson(const std::string& job)
   return monitor::OneLine(json);
 }
 
-absl::StatusOr<std::string> MonitorService::ExplainJson(const std::string& finding) const {
+absl::StatusOr<std::string> MonitorService::ExplainJson(const std::string& finding,
+                                                        const std::string& job) const {
   const FindingRecord* record = log_.Find(finding);
+  if (record != nullptr && !job.empty() && record->job != job) {
+    return absl::NotFoundError(absl::StrFormat(
+        "finding \"%s\": expected one of job %s, found one of job %s", finding, job, record->job));
+  }
   if (record == nullptr) {
     return absl::NotFoundError(absl::StrFormat(
         "finding \"%s\": expected one of the %d that are kept, found none", finding, log_.size()));

@@ -179,7 +179,7 @@ class MonitorService final : public monitor::ReportSink {
                      const std::function<void(MonitorStream&)>& visit);
   monitor::FindingLog::When Now(absl::Duration elapsed) const;
   absl::StatusOr<std::string> FindingsJson(const std::string& job) const;
-  absl::StatusOr<std::string> ExplainJson(const std::string& finding) const;
+  absl::StatusOr<std::string> ExplainJson(const std::string& finding, const std::string& job) const;
   void Gather(const Question& question, std::function<void(absl::StatusOr<std::string>)> answer);
   std::string GatheredText(const Gathering& gathering) const;
 

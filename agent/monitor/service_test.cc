@@ -478,6 +478,10 @@ TEST_F(MonitorServiceTest, QuestionsAreAnsweredFromTheSameMoment) {
   EXPECT_FALSE(explained["changes_mind"].get<std::string>().empty());
 
   EXPECT_THAT(Ask({abi::MonitorQueryKind::kExplain, "", "nothing", 0}).status(), IsNotFound());
+  EXPECT_EQ(AskWell(abi::MonitorQueryKind::kExplain, "llama", id)["finding"], explained);
+  EXPECT_THAT(
+      std::string(Ask({abi::MonitorQueryKind::kExplain, "other", id, 0}).status().message()),
+      HasSubstr("expected one of job other, found one of job llama"));
   EXPECT_THAT(Ask({abi::MonitorQueryKind::kStatus, "nothing", "", 0}).status(), IsNotFound());
   EXPECT_THAT(Ask({abi::MonitorQueryKind{99}, "", "", 0}).status(),
               StatusIs(absl::StatusCode::kInvalidArgument));

@@ -109,7 +109,7 @@ void CollectStacks(const std::vector<Evidence::RankPlace>& ranks, Folder& folder
   const absl::Duration end = RealClock().Elapsed() + Evidence::kWitnessDeadline;
   for (int tries = 1; !runs.empty(); ++tries) {
     const absl::Duration left = std::max(end - RealClock().Elapsed(), absl::ZeroDuration());
-    const std::vector<absl::StatusOr<std::string>> stacks = RunHelpers(program, runs, left);
+    const std::vector<absl::StatusOr<std::string>> stacks = RunHelpers(program, runs, {left, left});
     std::vector<std::vector<std::string>> again;
     std::vector<uint32_t> of_again;
     for (size_t i = 0; i < stacks.size(); ++i) {

@@ -132,4 +132,6 @@ size_t SignalByVariable(const std::string& variable, int signal_number) {
 
 char ProcessState(pid_t process) { return ReadStat(process).state; }
 
+pid_t ParentOf(pid_t process) { return ReadStat(process).parent; }
+
 }  // namespace holdfast

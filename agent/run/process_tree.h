@@ -30,6 +30,9 @@ bool IsDescendant(pid_t process, pid_t root);
 // process.
 char ProcessState(pid_t process);
 
+// Its parent; 0 if there is no such process.
+pid_t ParentOf(pid_t process);
+
 }  // namespace holdfast
 
 #endif  // HOLDFAST_AGENT_RUN_PROCESS_TREE_H_

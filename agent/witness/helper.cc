@@ -10,6 +10,8 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <list>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -34,6 +36,7 @@ struct Running {
   UniqueFd output, errors;  // read ends; closed at their end
   std::string text, words;
   absl::Status trouble;  // it could not be started
+  absl::Duration end;    // it is killed then
 };
 
 // Reads what is there; closes at the end.
@@ -95,25 +98,26 @@ Running Start(const std::string& path, const std::vector<std::string>& arguments
   return running;
 }
 
-// Reads until all have closed their output, or the deadline.
-void ReadAll(std::vector<Running>& all, absl::Duration deadline) {
-  const absl::Duration end = RealClock().Elapsed() + deadline;
-  for (;;) {
-    std::vector<pollfd> entries;
-    std::vector<std::pair<UniqueFd*, std::string*>> places;
-    for (Running& running : all) {
-      if (running.output) places.emplace_back(&running.output, &running.text);
-      if (running.errors) places.emplace_back(&running.errors, &running.words);
-    }
-    if (places.empty()) return;
-    for (const auto& [fd, text] : places) entries.push_back({fd->get(), POLLIN, 0});
-    const absl::Duration left = end - RealClock().Elapsed();
-    if (left <= absl::ZeroDuration()) return;
-    const timespec timeout = absl::ToTimespec(left);
-    if (ppoll(entries.data(), entries.size(), &timeout, nullptr) < 0) continue;  // a signal
-    for (size_t i = 0; i < entries.size(); ++i) {
-      if (entries[i].revents != 0) ReadSome(*places[i].first, *places[i].second);
-    }
+// Its outcome may be taken: it has closed its output, was never started, or its time is over.
+bool IsOver(const Running& running, absl::Duration now) {
+  return (!running.output && !running.errors) || now >= running.end;
+}
+
+// Waits until one of them says something, is over, or a signal comes, and reads what is there.
+void ReadOnce(std::vector<Running*>& running, absl::Duration now) {
+  std::vector<pollfd> entries;
+  std::vector<std::pair<UniqueFd*, std::string*>> places;
+  absl::Duration end = absl::InfiniteDuration();
+  for (Running* const one : running) {
+    if (one->output) places.emplace_back(&one->output, &one->text);
+    if (one->errors) places.emplace_back(&one->errors, &one->words);
+    end = std::min(end, one->end);
+  }
+  for (const auto& [fd, text] : places) entries.push_back({fd->get(), POLLIN, 0});
+  const timespec timeout = absl::ToTimespec(std::max(end - now, absl::ZeroDuration()));
+  if (ppoll(entries.data(), entries.size(), &timeout, nullptr) < 0) return;
+  for (size_t i = 0; i < entries.size(); ++i) {
+    if (entries[i].revents != 0) ReadSome(*places[i].first, *places[i].second);
   }
 }
 
@@ -147,12 +151,40 @@ std::string HelperPath() { return ProgramBeside(kName); }
 
 std::vector<absl::StatusOr<std::string>> RunHelpers(
     const std::string& path, const std::vector<std::vector<std::string>>& runs,
-    absl::Duration deadline) {
-  std::vector<Running> all;
-  for (const std::vector<std::string>& arguments : runs) all.push_back(Start(path, arguments));
-  ReadAll(all, deadline);
-  std::vector<absl::StatusOr<std::string>> outcomes;
-  for (Running& running : all) outcomes.push_back(Outcome(running));
+    const HelperDeadlines& deadlines) {
+  std::vector<absl::StatusOr<std::string>> outcomes(
+      runs.size(),
+      absl::DeadlineExceededError(absl::StrCat(kName, ": its turn did not come in time")));
+  struct Turn {
+    Running running;
+    size_t of = 0;
+  };
+  std::list<Turn> turns;
+  size_t next = 0;
+  absl::Duration now = RealClock().Elapsed();
+  const absl::Duration end = now + deadlines.all;
+  while (next < runs.size() || !turns.empty()) {
+    for (auto at = turns.begin(); at != turns.end();) {
+      if (IsOver(at->running, now)) {
+        outcomes[at->of] = Outcome(at->running);
+        at = turns.erase(at);
+      } else {
+        ++at;
+      }
+    }
+    if (now >= end) next = runs.size();
+    for (; next < runs.size() && turns.size() < kHelpersAtOnce; ++next) {
+      turns.push_back({Start(path, runs[next]), next});
+      turns.back().running.end = std::min(end, now + deadlines.each);
+    }
+    std::vector<Running*> running;
+    for (Turn& turn : turns) running.push_back(&turn.running);
+    // One that could not be started is over at once.
+    const bool is_over = std::any_of(running.begin(), running.end(),
+                                     [&](const Running* one) { return IsOver(*one, now); });
+    if (!is_over && !running.empty()) ReadOnce(running, now);
+    now = RealClock().Elapsed();
+  }
   return outcomes;
 }
 

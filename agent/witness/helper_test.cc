@@ -14,10 +14,12 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
 #include "monitor/witness/gpu.h"
 #include "monitor/witness/stacks.h"
+#include "tests/support/temporary_directory.h"
 
 namespace holdfast {
 namespace {
@@ -31,7 +33,7 @@ constexpr absl::Duration kPatience = absl::Seconds(60);
 absl::StatusOr<std::string> RunOne(const std::vector<std::string>& arguments,
                                    absl::Duration deadline = kPatience,
                                    const std::string& path = HOLDFAST_TEST_WITNESS) {
-  return RunHelpers(path, {arguments}, deadline).front();
+  return RunHelpers(path, {arguments}, {deadline, deadline}).front();
 }
 
 // Where a child of the test stands. External, so that the symbol table names it.
@@ -126,10 +128,62 @@ TEST(HelperTest, WhoHangsIsEndedAndWhoCrashesIsSaid) {
             kHelperOutputBytesMax);
   EXPECT_EQ(RunOne({}, kPatience, "/nonexistent/holdfast-witness").status().code(),
             absl::StatusCode::kUnavailable);
-  // All at once, each its own.
-  const auto both = RunHelpers(shell, {{"-c", "echo a"}, {"-c", "exit 5"}}, kPatience);
-  EXPECT_EQ(*both[0], "a\n");
-  EXPECT_EQ(both[1].status().code(), absl::StatusCode::kNotFound);
+}
+
+// Each run notes that it is there before it counts those that are, and takes the note back before
+// it ends.
+TEST(HelperTest, AFewRunAtOnceAndEachHasItsOwnOutcome) {
+  const std::string shell = "/bin/sh";
+  const TemporaryDirectory directory;
+  std::vector<std::vector<std::string>> runs;
+  constexpr int kRuns = 9;
+  for (int i = 0; i < kRuns; ++i) {
+    const std::string mine = directory.Join(absl::StrCat("run-", i));
+    runs.push_back({"-c", absl::StrCat("touch ", mine, "; ls ", directory.path(), " | wc -l; rm ",
+                                       mine, i == 4 ? "; exit 5" : "")});
+  }
+  const auto outcomes = RunHelpers(shell, runs, {kPatience, kPatience});
+  ASSERT_EQ(outcomes.size(), runs.size());
+  for (int i = 0; i < kRuns; ++i) {
+    const auto& outcome = outcomes[static_cast<size_t>(i)];
+    if (i == 4) {
+      EXPECT_EQ(outcome.status().code(), absl::StatusCode::kNotFound);
+      continue;
+    }
+    ASSERT_TRUE(outcome.ok()) << outcome.status();
+    int seen = 0;
+    ASSERT_TRUE(absl::SimpleAtoi(*outcome, &seen)) << *outcome;
+    EXPECT_GE(seen, 1);
+    EXPECT_LE(seen, static_cast<int>(kHelpersAtOnce));
+  }
+}
+
+// The first one goes on until the last one has been there: were its turn not the only one that it
+// takes, it would never be.
+TEST(HelperTest, OneThatTakesLongHoldsUpNobody) {
+  const std::string shell = "/bin/sh";
+  const TemporaryDirectory directory;
+  const std::string there = directory.Join("there");
+  std::vector<std::vector<std::string>> runs = {
+      {"-c", absl::StrCat("until [ -e ", there, " ]; do sleep 0.01; done; echo a")}};
+  for (int i = 0; i < 5; ++i) runs.push_back({"-c", "echo a"});
+  runs.push_back({"-c", absl::StrCat("touch ", there, "; echo a")});
+  for (const auto& outcome : RunHelpers(shell, runs, {kPatience, kPatience})) {
+    ASSERT_TRUE(outcome.ok()) << outcome.status();
+    EXPECT_EQ(*outcome, "a\n");
+  }
+}
+
+TEST(HelperTest, AllEndAtTheDeadlineAndThoseWhoseTurnDidNotComeAreSaid) {
+  const std::vector<std::string> hangs = {"-c", "exec cat /dev/zero >/dev/null"};
+  const std::vector<std::vector<std::string>> runs(kHelpersAtOnce + 1, hangs);
+  const auto outcomes = RunHelpers("/bin/sh", runs, {kPatience, absl::Milliseconds(200)});
+  for (const auto& outcome : outcomes) {
+    EXPECT_EQ(outcome.status().code(), absl::StatusCode::kDeadlineExceeded);
+  }
+  EXPECT_THAT(outcomes.front().status().ToString(), HasSubstr("no answer in time"));
+  EXPECT_THAT(outcomes.back().status().ToString(), HasSubstr("its turn did not come"));
+  EXPECT_TRUE(RunHelpers("/bin/sh", {}, {kPatience, kPatience}).empty());
 }
 
 class NvmlTest : public testing::Test {

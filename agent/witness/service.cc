@@ -138,11 +138,11 @@ void WitnessService::Look() {
   });
   LookAtBlindJobs();
   const absl::Duration now = clock_.Elapsed();
-  if (boards_.alive_count() > 0 && gpus_read_at_ != boards_.changes() &&
-      now - gpus_read_ >= kGpusEvery) {
+  const bool changed = gpus_read_at_ != boards_.changes();
+  if (boards_.alive_count() > 0 && now - gpus_read_ >= (changed ? kGpusEvery : kGpusAtLeastEvery)) {
     gpus_read_at_ = boards_.changes();
     gpus_read_ = now;
-    if (!witnesses_->LookAtGpus()) gpus_read_ = absl::InfiniteDuration();
+    witnesses_->LookAtGpus();
   }
 }
 

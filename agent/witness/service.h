@@ -28,8 +28,11 @@ namespace holdfast {
 //   when it goes is dropped.
 class WitnessService {
  public:
-  // Processes come and go; who uses which GPU is read again at most so often.
+  // Processes come and go; who uses which GPU is read again at most so often, ...
   static constexpr absl::Duration kGpusEvery = absl::Seconds(30);
+  // ... and without such a sign at least so often: a process takes its GPU later than it shows a
+  // board, and a driver may be loaded later than the agent.
+  static constexpr absl::Duration kGpusAtLeastEvery = absl::Minutes(5);
 
   struct Options {
     std::string node;                                // for people; empty: the host's name

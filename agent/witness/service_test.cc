@@ -29,6 +29,7 @@ namespace {
 using monitor::Source;
 using monitor::Syndrome;
 using nlohmann::json;
+using ::testing::Contains;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 using ::testing::SizeIs;
@@ -37,12 +38,9 @@ using ::testing::UnorderedElementsAre;
 class WitnessServiceTest : public testing::Test {
  protected:
   WitnessServiceTest() {
-    std::ofstream script(helper_path_);
-    script << "#!/bin/sh\necho \"$@\" >> " << asked_path_
-           << "\n[ $1 = gpus ] && echo '{\"gpus\": []}'\n"
-              "[ $1 = stacks ] && printf 'thread %d main\\n  step (app)\\n' $2\nexit 0\n";
-    script.close();
-    CHECK(chmod(helper_path_.c_str(), 0700) == 0);
+    WriteHelper(
+        "[ $1 = gpus ] && echo '{\"gpus\": []}'\n"
+        "[ $1 = stacks ] && printf 'thread %d main\\n  step (app)\\n' $2\nexit 0\n");
     WitnessService::Options options;
     options.node = "n0";
     options.helper_path = helper_path_;
@@ -52,6 +50,13 @@ class WitnessServiceTest : public testing::Test {
       if (hearing.witness.source != Source::kKernelLog) heard_.push_back(hearing);
     });
     service_->Start();
+  }
+
+  void WriteHelper(const std::string& body) {
+    std::ofstream script(helper_path_);
+    script << "#!/bin/sh\necho \"$@\" >> " << asked_path_ << "\n" << body;
+    script.close();
+    CHECK(chmod(helper_path_.c_str(), 0700) == 0);
   }
 
   // A process of the job with a board; with a communicator, if `ranks` is not 0.
@@ -174,6 +179,21 @@ TEST_F(WitnessServiceTest, WhoUsesWhichGpuIsReadWhenProcessesHaveComeOrGone) {
   AddRank("job", "", 1, 2);
   executor_.AdvanceTime(Witnesses::kRoundInterval);
   EXPECT_THAT(Asked(), UnorderedElementsAre("gpus"));
+  // And from time to time in any case.
+  executor_.AdvanceTime(WitnessService::kGpusAtLeastEvery - Witnesses::kRoundInterval);
+  EXPECT_THAT(Asked(), IsEmpty());
+  executor_.AdvanceTime(2 * Witnesses::kRoundInterval);
+  EXPECT_THAT(Asked(), UnorderedElementsAre("gpus"));
+}
+
+// The driver may be loaded later than the agent.
+TEST_F(WitnessServiceTest, GpusAreReadAgainWhereThereWereNone) {
+  WriteHelper("[ $1 = gpus ] && exit 5\n");
+  AddRank("job", "", 0, 2);
+  for (int i = 0; i < 3; ++i) {
+    executor_.AdvanceTime(WitnessService::kGpusAtLeastEvery + Witnesses::kRoundInterval);
+    EXPECT_THAT(Asked(), Contains("gpus")) << i;
+  }
 }
 
 TEST_F(WitnessServiceTest, AllOfThemAreAskedForWhoeverWantsToKnow) {

@@ -136,6 +136,7 @@ bool Witnesses::Ask(Question question, std::function<void()> done) {
   Job& job = JobOf(question.job);
   const auto asked = job.asked.find(question.depth);
   if (asked != job.asked.end() && now - asked->second < kRoundInterval) return false;
+  if (question.depth != Depth::kRecords && std::exchange(job.helpers_run, true)) return false;
   job.asked[question.depth] = now;
   auto round = std::make_shared<Round>();
   round->question = std::move(question);
@@ -285,7 +286,7 @@ void Witnesses::AskHelpers(const std::shared_ptr<Round>& round) {
           runs.push_back({"stacks", absl::StrCat(process.process_id)});
         }
         const std::vector<absl::StatusOr<std::string>> printed =
-            RunHelpers(path, runs, kHelperDeadline);
+            RunHelpers(path, runs, {kHelperDeadline, kHelpersDeadline});
         outcome->gpus = ReadGpus(printed.front());
         for (size_t i = 0; i < asked.size(); ++i) {
           const absl::StatusOr<std::string>& text = printed[i + 1];
@@ -300,6 +301,9 @@ void Witnesses::AskHelpers(const std::shared_ptr<Round>& round) {
       },
       [this, alive = std::weak_ptr<bool>(alive_), outcome, round, all] {
         if (alive.expired()) return;
+        if (const auto job = jobs_.find(round->question.job); job != jobs_.end()) {
+          job->second.helpers_run = false;
+        }
         TakeGpus(*round, outcome->gpus);
         if (all) {
           for (monitor::RankStacks& one : outcome->stacks) round->stacks.push_back(std::move(one));
@@ -328,7 +332,6 @@ void Witnesses::TakeStacks(Round& round) {
 }
 
 void Witnesses::TakeGpus(const Round& round, const Gpus& gpus) {
-  nvml_absent_ = absl::IsNotFound(gpus.status());
   if (!gpus.ok()) {
     return Tell(round.question.job, Source::kNvml, false, std::string(gpus.status().message()), {});
   }
@@ -340,21 +343,18 @@ void Witnesses::TakeGpus(const Round& round, const Gpus& gpus) {
        std::move(said));
 }
 
-bool Witnesses::LookAtGpus() {
-  if (nvml_absent_) return false;
-  if (std::exchange(looking_at_gpus_, true)) return true;
+void Witnesses::LookAtGpus() {
+  if (std::exchange(looking_at_gpus_, true)) return;
   auto gpus = std::make_shared<Gpus>(absl::UnavailableError("not asked"));
   world_.pool.Run(
       [gpus, path = options_.helper_path] {
-        *gpus = ReadGpus(RunHelpers(path, {{"gpus"}}, kHelperDeadline).front());
+        *gpus = ReadGpus(RunHelpers(path, {{"gpus"}}, {kHelperDeadline, kHelperDeadline}).front());
       },
       [this, alive = std::weak_ptr<bool>(alive_), gpus] {
         if (alive.expired()) return;
         looking_at_gpus_ = false;
-        nvml_absent_ = absl::IsNotFound(gpus->status());
         if (gpus->ok()) gpus_ = *std::move(*gpus);
       });
-  return true;
 }
 
 // ---- RAS

@@ -47,9 +47,10 @@ struct XidSighting {
 class Witnesses {
  public:
   static constexpr absl::Duration kRoundInterval = absl::Seconds(5);
-  static constexpr absl::Duration kProcessDeadline = absl::Seconds(2);  // for what a process tells
-  static constexpr absl::Duration kHelperDeadline = absl::Seconds(4);   // stacks, NVML
-  static constexpr absl::Duration kRasDeadline = absl::Seconds(3);      // each of two looks
+  static constexpr absl::Duration kProcessDeadline = absl::Seconds(2);   // for what a process tells
+  static constexpr absl::Duration kHelperDeadline = absl::Seconds(4);    // one's stacks, NVML
+  static constexpr absl::Duration kHelpersDeadline = absl::Seconds(10);  // all stacks of a round
+  static constexpr absl::Duration kRasDeadline = absl::Seconds(3);       // each of two looks
   static constexpr absl::Duration kRasApart = absl::Seconds(2);
   // Processes of one job whose native stacks are taken; beyond, it is said.
   static constexpr size_t kStacksMax = 64;
@@ -102,7 +103,7 @@ class Witnesses {
   };
   struct World {
     EventLoop& loop;
-    WorkPool& pool;  // its threads may be blocked for kHelperDeadline
+    WorkPool& pool;  // its threads may be blocked for kHelpersDeadline
     const Clock& clock;
     WaitingProcesses& waiting;
     // All processes of this node, of all jobs: whom a fault of a GPU concerns.
@@ -124,13 +125,14 @@ class Witnesses {
     if (kernel_log_ != nullptr) kernel_log_->ReadNow();
   }
 
-  // Asks them, unless that was done for this job, in the same depth, within kRoundInterval: then
-  // false. `done` (may be null) is called when the last one has answered or was given up.
+  // Asks them, unless that was done for this job, in the same depth, within kRoundInterval, or its
+  // processes are still being looked at: then false. `done` (may be null) is called when the last
+  // one has answered or was given up.
   bool Ask(Question question, std::function<void()> done);
 
   // Learns which processes use which GPU, so that a line of the kernel's log can be told whom it
-  // concerns. False: NVML is not there, and asking again is of no use.
-  bool LookAtGpus();
+  // concerns. Until that is known again, what was known before counts.
+  void LookAtGpus();
 
   // The last word about each source that is known.
   std::vector<monitor::WitnessState> states() const;
@@ -139,6 +141,7 @@ class Witnesses {
   struct Job {
     monitor::FlightHistory flight;
     std::map<Depth, absl::Duration> asked;
+    bool helpers_run = false;
     absl::Duration last_asked() const;
   };
   struct Round;
@@ -164,7 +167,6 @@ class Witnesses {
   std::map<monitor::Source, monitor::WitnessState> states_;
   std::unique_ptr<KernelLog> kernel_log_;  // null: not read
   std::vector<monitor::GpuReading> gpus_;  // as they were last read
-  bool nvml_absent_ = false;
   bool looking_at_gpus_ = false;
   // By GPU and code, when it was told: a driver may repeat itself a thousand times a second.
   std::map<std::pair<std::string, int32_t>, absl::Duration> xids_told_;
