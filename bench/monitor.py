@@ -4,9 +4,11 @@ import json
 import subprocess
 
 import pairs
+import plot
 
 RUNS = 20
 HOURS = 5
+EXPONENT_MAX = 1.2  # n log n of 500 to 20,000 ranks has 1.13; the caches' share grows, too
 
 
 def detection(place):
@@ -36,11 +38,25 @@ def detection(place):
 
 
 def scale(place):
-    """CPU time of one core per second of job, against the number of ranks."""
+    """CPU time of one core per second of job, against the number of ranks; the plot goes to standard
+    error."""
     result = subprocess.run([place.build / "bench" / "bench_monitor_scale"], check=True,
                             capture_output=True, text=True)
     rows = []
-    for row in json.loads(result.stdout)["rows"]:
+    found = json.loads(result.stdout)["rows"]
+    series = {name: [(row["ranks"], row[key]) for row in found]
+              for name, key in (("all move", "cpu_s_per_s"),
+                                ("one hangs, all wait", "cpu_s_per_s_hanging"),
+                                ("step of the agent, the worst", "agent_step_max"))}
+    pairs.progress("CPU seconds of one core per second of job, against ranks (both logarithmic):\n   " +
+                   plot.log_log(series).replace("\n", "\n   ") +
+                   "".join(f"\n   {name[0]}: {name}" for name in series))
+    for name, points in series.items():
+        growth = plot.exponent(points)
+        rows.append(pairs.Row(f"cost against ranks, {name}: exponent", growth, "",
+                              goal=f"<= {EXPONENT_MAX} (1 is linear)", holds=growth <= EXPONENT_MAX,
+                              note=f"{points[0][0]:,} to {points[-1][0]:,} ranks"))
+    for row in found:
         goal = row["ranks"] == 10_000
         worst = max(row["cpu_s_per_s"], row["hanging_max"])
         rows.append(pairs.Row(f"analysis of {row['ranks']:,} ranks", worst, "s/s",

@@ -134,7 +134,7 @@ Cost Measure(uint32_t ranks) {
 int Run() {
   std::printf("{\"rows\": [");
   const char* separator = "";
-  for (const uint32_t ranks : {1'000u, 2'000u, 5'000u, 10'000u, 20'000u}) {
+  for (const uint32_t ranks : {500u, 1'000u, 2'000u, 5'000u, 10'000u, 20'000u}) {
     const Cost cost = Measure(ranks / kPerNode * kPerNode);
     std::printf(
         "%s\n {\"ranks\": %u, \"cpu_s_per_s\": %.4f, \"cpu_s_per_s_hanging\": %.4f, "
