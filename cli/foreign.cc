@@ -17,9 +17,9 @@
 #include "cli/output.h"
 #include "cli/process.h"
 #include "cli/progress.h"
+#include "converter/layout_file.h"
 #include "converter/megatron_layout.h"
 #include "converter/megatron_state.h"
-#include "converter/layout_file.h"
 #include "format/checkpoint_names.h"
 
 namespace holdfast::cli {

@@ -60,9 +60,8 @@ absl::StatusOr<MegatronTensors> MegatronTensors::Sort(ConversionSource& source) 
   RETURN_IF_ERROR(tensors.CheckTied());
   if (!tensors.state_->present()) {
     const ForeignIndex& index = source.index();
-    tensors.left_out_ = NonTensorsWithoutPlace(index, [&](const Fact& fact) {
-      return fact.name == kParamGroups || IsStep(fact, index);
-    });
+    tensors.left_out_ = NonTensorsWithoutPlace(
+        index, [&](const Fact& fact) { return fact.name == kParamGroups || IsStep(fact, index); });
   }
   return tensors;
 }
