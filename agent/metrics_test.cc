@@ -60,7 +60,7 @@ TEST(MetricsText, EveryFamilyOnceWithItsSamples) {
   rank.heartbeat_count = 3;
   rank.step = Step{151};
   run.ranks = {rank, Engine::RankProgress{}};
-  run.run.emplace(JobSupervisor::View{spec, job.settings(), job.history(), lines});
+  run.run.emplace(JobSupervisor::View{spec, job.settings(), job.history(), lines, 0, false, 0, {}});
   run.verdicts = 1;
   JobSnapshot watched;
   watched.job = "other";

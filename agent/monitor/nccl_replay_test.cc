@@ -126,7 +126,7 @@ class ReplayedJob {
     monitor::JobShape shape;
     for (uint32_t rank = 0; rank < kRanks; ++rank) {
       ranks_.push_back(std::make_unique<RankProcess>(job, rank, kRanks));
-      shape.ranks.push_back({.node = rank});
+      shape.ranks.push_back({.node = rank, .port = {}});
     }
     watched_.assign(kRanks, -1);
     analyzer_ = std::make_unique<monitor::Analyzer>(monitor::Thresholds{}, shape);
