@@ -1,7 +1,7 @@
 // New files, one after the other, each written once from its begin to its end: the output of a
 // conversion. Past the page cache where the file system can, from memory that is used again and
 // again: on a virtual machine a fresh page of the cache can cost more than the disk
-// (docs/decisions/0010-output-past-the-page-cache.md). A thread of its own writes and syncs what
+// (docs/decisions/0011-output-past-the-page-cache.md). A thread of its own writes and syncs what
 // has been appended while the caller makes the next bytes.
 #ifndef HOLDFAST_IO_FILE_STREAMER_H_
 #define HOLDFAST_IO_FILE_STREAMER_H_
