@@ -423,7 +423,8 @@ class RunTest(RunCase):
         self.assertEqual(status, 0, errors + job.errors_of_ranks())
         newest = self.place + '/root/test/s000000000008.a0001'
         self.assertEqual(verb('mark-bad', newest, '--reason', 'the loss was NaN').returncode, 0)
-        # By its step only of a job that runs.
+        # By its step only of a job that runs, or of one whose agent still lives.
+        self.assert_all_gone()
         self.assertEqual(verb('mark-bad', '4').returncode, 5)
 
         # It saves step 12 and stands still behind it.
