@@ -416,7 +416,7 @@ class RunTest(RunCase):
         def checkpoints():
             done = verb('--json', 'why')
             return [] if done.returncode != 0 else [
-                one['step'] for one in json.loads(done.stdout)['checkpoints']]
+                one['step'] for one in json.loads(done.stdout).get('checkpoints', [])]
 
         before = job = Job(self.place, '--nproc-per-node', '2', '--', *tiny_lm(steps=8))
         status, _, errors = job.finish()
