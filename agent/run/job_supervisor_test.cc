@@ -195,7 +195,8 @@ TEST_F(JobSupervisorTest, ThatTheEngineHadToTakeAnOlderOneIsSaid) {
 
 TEST_F(JobSupervisorTest, AnXidIsOfTheRankWhoseTreeItNames) {
   Begin("sleep 1000 & echo $! >up; read line <go");
-  ASSERT_TRUE(Pump([&] { return Written("up").ends_with('\n'); }));
+  // The rank may write before the supervisor has heard of its process.
+  ASSERT_TRUE(Pump([&] { return Written("up").ends_with('\n') && Said("is process"); }));
   XidSighting sighting;
   sighting.xid.code = 79;
   sighting.xid.process = getpid();  // its grandmother
