@@ -394,16 +394,7 @@ class Planner {
     PickleWriter& out = draft.out();
     out.EmptyDict();
     out.Mark();
-    draft.Key("optimizer");
-    out.EmptyDict();
-    out.Mark();
-    draft.Key("param_groups");
-    RETURN_IF_ERROR(tensors_.PushGroups(number, draft));
-    out.SetItems();
-    if (const TorchValue scaler = tensors_.state().Scaler(number); scaler.present()) {
-      draft.Key("grad_scaler");
-      RETURN_IF_ERROR(PushKept(scaler, draft));
-    }
+    RETURN_IF_ERROR(tensors_.PushOptimizerBegin(number, draft));
     draft.Key("param_state_sharding_type");
     out.String(kForm);
     out.SetItems();

@@ -464,16 +464,7 @@ class Planner {
     PickleWriter& out = draft.out();
     out.EmptyDict();
     out.Mark();
-    draft.Key("optimizer");
-    out.EmptyDict();
-    out.Mark();
-    draft.Key("param_groups");
-    RETURN_IF_ERROR(tensors_.PushGroups(0, draft));
-    out.SetItems();
-    if (const TorchValue scaler = tensors_.state().Scaler(0); scaler.present()) {
-      draft.Key("grad_scaler");
-      RETURN_IF_ERROR(PushKept(scaler, draft));
-    }
+    RETURN_IF_ERROR(tensors_.PushOptimizerBegin(0, draft));
     out.SetItems();
     return absl::OkStatus();
   }

@@ -290,6 +290,21 @@ absl::Status MegatronTensors::PushToldGroups(TorchDraft& draft) const {
   return absl::OkStatus();
 }
 
+absl::Status MegatronTensors::PushOptimizerBegin(uint32_t optimizer, TorchDraft& draft) const {
+  PickleWriter& out = draft.out();
+  draft.Key("optimizer");
+  out.EmptyDict();
+  out.Mark();
+  draft.Key("param_groups");
+  RETURN_IF_ERROR(PushGroups(optimizer, draft));
+  out.SetItems();
+  if (const TorchValue scaler = state_->Scaler(optimizer); scaler.present()) {
+    draft.Key("grad_scaler");
+    RETURN_IF_ERROR(PushKept(scaler, draft));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status MegatronTensors::PushGroups(uint32_t optimizer, TorchDraft& draft) const {
   const TorchValue groups = state_->Groups(optimizer);
   if (!groups.present()) return PushToldGroups(draft);

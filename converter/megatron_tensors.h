@@ -55,10 +55,11 @@ class MegatronTensors {
   // What has no place, in words.
   const std::vector<std::string>& left_out() const { return left_out_; }
 
-  // Pushes the groups of a chained optimizer: a list of dicts. Those of Megatron's that were kept,
-  // each with its steps and without "params"; else the source's own, made Megatron's two kinds:
-  // with weight decay and without.
-  absl::Status PushGroups(uint32_t optimizer, TorchDraft& draft) const;
+  // Pushes what both of Megatron's forms of a chained optimizer begin with, into the open dict:
+  // "optimizer" with its groups, and the scaler that was kept. Groups are a list of dicts: those of
+  // Megatron's that were kept, each with its steps and without "params"; else the source's own,
+  // made Megatron's two kinds: with weight decay and without.
+  absl::Status PushOptimizerBegin(uint32_t optimizer, TorchDraft& draft) const;
   // How many chained optimizers there are groups of; at least one.
   uint32_t OptimizerCount() const;
 
@@ -70,6 +71,7 @@ class MegatronTensors {
   absl::Status AddStates();
   absl::Status CheckTied();
   absl::StatusOr<bool> AreEqual(const MegatronElements& a, const MegatronElements& b);
+  absl::Status PushGroups(uint32_t optimizer, TorchDraft& draft) const;
   absl::Status PushKeptGroup(const TorchValue& group, TorchDraft& draft) const;
   absl::Status PushToldGroups(TorchDraft& draft) const;
   void PushSteps(bool of_experts, TorchDraft& draft) const;
