@@ -203,6 +203,7 @@ class Conversion {
     const std::filesystem::path out = std::filesystem::path(options_.out).lexically_normal();
     out_name_ = (out.has_filename() ? out : out.parent_path()).filename().string();
     ASSIGN_OR_RETURN(converter::SelectionRequest request, Request());
+    drops_objects_ = converter::DropsObjects(request);
     ASSIGN_OR_RETURN(source_, OpenAny(invocation, options_.path, options_.foreign));
     ASSIGN_OR_RETURN(converter::Selection selection,
                      converter::Select(std::move(source_.index), request));
@@ -298,12 +299,7 @@ class Conversion {
                         const std::vector<std::string>& left_out) {
     outcome_.bytes = bytes;
     outcome_.tensor_count = tensor_count;
-    const std::vector<std::string>& drop = options_.selection.drop;
-    const bool drops_objects =
-        options_.weights_only || std::any_of(drop.begin(), drop.end(), [](const std::string& kind) {
-          return kind == converter::kDropObjects || kind == converter::kDropNoWeights;
-        });
-    if (!left_out.empty() && !drops_objects) {
+    if (!left_out.empty() && !drops_objects_) {
       return absl::FailedPreconditionError(
           absl::StrFormat("--format %s has no place for %s; --drop %s leaves it out",
                           options_.format, absl::StrJoin(left_out, "; "), converter::kDropObjects));
@@ -468,6 +464,7 @@ class Conversion {
   converter::ForeignSource source_;  // its index is input_'s
   std::optional<converter::ConversionSource> input_;
   std::unique_ptr<StagedDirectory> staged_;
+  bool drops_objects_ = false;
   Outcome outcome_;
 };
 

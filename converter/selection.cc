@@ -26,6 +26,10 @@ constexpr std::array<std::string_view, 4> kCastNames = {"float32", "bfloat16", "
 constexpr uint32_t kGone = std::numeric_limits<uint32_t>::max();
 constexpr size_t kSuggestedNamesMax = 10'000;
 
+bool Contains(const std::vector<std::string>& words, std::string_view word) {
+  return std::find(words.begin(), words.end(), word) != words.end();
+}
+
 class Selector {
  public:
   Selector(ForeignIndex index, const SelectionRequest& request) : request_(request) {
@@ -79,9 +83,7 @@ class Selector {
     return absl::OkStatus();
   }
 
-  bool Drops(std::string_view kind) const {
-    return std::find(request_.drop.begin(), request_.drop.end(), kind) != request_.drop.end();
-  }
+  bool Drops(std::string_view kind) const { return Contains(request_.drop, kind); }
 
   absl::Status LeaveOutUnreadable() {
     std::vector<Unreadable>& unreadable = index().unreadable;
@@ -258,6 +260,10 @@ class Selector {
 };
 
 }  // namespace
+
+bool DropsObjects(const SelectionRequest& request) {
+  return Contains(request.drop, kDropObjects) || Contains(request.drop, kDropNoWeights);
+}
 
 absl::StatusOr<Selection> Select(ForeignIndex index, const SelectionRequest& request) {
   return Selector(std::move(index), request).Run();

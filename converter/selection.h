@@ -36,6 +36,9 @@ struct SelectionRequest {
   std::vector<std::string> dtypes = {};
 };
 
+// Whether what is no tensor may be left out.
+bool DropsObjects(const SelectionRequest& request);
+
 struct Selection {
   ForeignIndex index;                 // what is written, under its new names
   std::vector<Dtype> dtypes;          // by tensor state: as written
