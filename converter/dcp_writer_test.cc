@@ -9,10 +9,10 @@
 #include <utility>
 #include <vector>
 
-#include "base/sha256.h"
 #include "base/zip_crc32.h"
 #include "converter/byte_source.h"
 #include "converter/dcp_reader.h"
+#include "converter/foreign_testing.h"
 #include "converter/format_reader.h"
 #include "converter/tensor_archive.h"
 #include "converter/torch_file.h"
@@ -33,24 +33,12 @@ using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 
-struct Opened {
-  std::unique_ptr<ForeignFolder> folder;
-  ForeignIndex index;
-};
-
 class DcpWriter : public ::testing::Test {
  protected:
   Opened Open(const std::string& path) {
-    Opened opened;
-    auto folder = ForeignFolder::Open(*file_system_, path);
-    EXPECT_THAT(folder, IsOk());
-    opened.folder = *std::move(folder);
-    const auto reader = RecognizeFormat(*opened.folder);
-    EXPECT_THAT(reader, IsOk());
-    auto index = ReadFormat(**reader, *opened.folder, {});
-    EXPECT_THAT(index, IsOk());
-    opened.index = *std::move(index);
-    return opened;
+    auto opened = OpenCheckpoint(*file_system_, path);
+    EXPECT_THAT(opened, IsOk());
+    return *std::move(opened);
   }
 
   Opened Sample(const std::string& name) {
@@ -63,15 +51,7 @@ class DcpWriter : public ::testing::Test {
     WholeTensorReader reader(*opened.folder, opened.index);
     for (uint32_t i = 0; i < opened.index.tensor_states.size(); ++i) {
       const TensorState& state = opened.index.tensor_states[i];
-      Sha256 hash;
-      EXPECT_THAT(reader.Read(i,
-                              [&](std::span<const std::byte> bytes) {
-                                hash.Add(bytes);
-                                return absl::OkStatus();
-                              }),
-                  IsOk());
-      records.push_back(Describe(state) + std::string(DtypeName(state.dtype)) +
-                        testing::PrintToString(state.shape) + Hex(hash.Finish()));
+      records.push_back(Describe(state) + RecordOf(reader, opened.index, i));
     }
     std::sort(records.begin(), records.end());
     return records;

@@ -14,8 +14,8 @@
 #include <set>
 #include <sstream>
 
-#include "base/sha256.h"
 #include "converter/deepspeed_model.h"
+#include "converter/foreign_testing.h"
 #include "converter/whole_tensor_reader.h"
 #include "io/posix_file_system.h"
 #include "tests/support/status_matchers.h"
@@ -61,15 +61,13 @@ absl::StatusOr<std::map<Key, Whole>> Wholes(const ForeignFolder& folder,
   WholeTensorReader reader(folder, index);
   for (uint32_t i = 0; i < index.tensor_states.size(); ++i) {
     const TensorState& state = index.tensor_states[i];
-    Sha256 hash;
-    const absl::Status read = reader.Read(i, [&hash](std::span<const std::byte> bytes) {
-      hash.Add(bytes);
-      return absl::OkStatus();
-    });
-    if (!read.ok())
-      return absl::Status(read.code(), Describe(state) + ": " + std::string(read.message()));
+    const absl::StatusOr<std::string> sha256 = Sha256Of(reader, i);
+    if (!sha256.ok()) {
+      return absl::Status(sha256.status().code(),
+                          absl::StrCat(Describe(state), ": ", sha256.status().message()));
+    }
     wholes[{state.tensor, state.state}] = {std::string(DtypeName(state.dtype)), state.shape,
-                                           Hex(hash.Finish())};
+                                           *sha256};
   }
   return wholes;
 }

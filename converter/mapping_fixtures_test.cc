@@ -14,7 +14,7 @@
 #include <utility>
 #include <vector>
 
-#include "base/sha256.h"
+#include "converter/foreign_testing.h"
 #include "converter/format_reader.h"
 #include "converter/model_families.h"
 #include "converter/optimizer_groups.h"
@@ -34,22 +34,10 @@ using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 using Records = std::map<std::pair<std::string, std::string>, std::string>;
 
-struct Opened {
-  std::unique_ptr<ForeignFolder> folder;
-  ForeignIndex index;
-};
-
 Opened MustOpen(FileSystem& file_system, const fs::path& path) {
-  Opened opened;
-  auto folder = ForeignFolder::Open(file_system, path);
-  EXPECT_THAT(folder, IsOk());
-  opened.folder = *std::move(folder);
-  const auto reader = RecognizeFormat(*opened.folder);
-  EXPECT_THAT(reader, IsOk());
-  auto index = ReadFormat(**reader, *opened.folder, {});
-  EXPECT_THAT(index, IsOk()) << path;
-  opened.index = *std::move(index);
-  return opened;
+  auto opened = OpenCheckpoint(file_system, path);
+  EXPECT_THAT(opened, IsOk()) << path;
+  return *std::move(opened);
 }
 
 // Of everything but random states.
@@ -59,16 +47,7 @@ Records RecordsOf(const Opened& opened) {
   for (uint32_t i = 0; i < opened.index.tensor_states.size(); ++i) {
     const TensorState& state = opened.index.tensor_states[i];
     if (state.state == "rng") continue;
-    Sha256 hash;
-    EXPECT_THAT(reader.Read(i,
-                            [&](std::span<const std::byte> bytes) {
-                              hash.Add(bytes);
-                              return absl::OkStatus();
-                            }),
-                IsOk())
-        << Describe(state);
-    records[{state.tensor, state.state}] = std::string(DtypeName(state.dtype)) +
-                                           testing::PrintToString(state.shape) + Hex(hash.Finish());
+    records[{state.tensor, state.state}] = RecordOf(reader, opened.index, i);
   }
   return records;
 }

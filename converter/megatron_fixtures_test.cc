@@ -14,8 +14,8 @@
 #include <utility>
 #include <vector>
 
-#include "base/sha256.h"
 #include "converter/foreign_folder.h"
+#include "converter/foreign_testing.h"
 #include "converter/format_reader.h"
 #include "converter/prove.h"
 #include "converter/whole_tensor_reader.h"
@@ -51,15 +51,11 @@ Records Found(const ForeignFolder& folder, const ForeignIndex& index) {
   for (uint32_t i = 0; i < index.tensor_states.size(); ++i) {
     const TensorState& state = index.tensor_states[i];
     if (state.state == "rng") continue;  // no tensors of the model: not in the truth
-    Sha256 hash;
-    const absl::Status status = reader.Read(i, [&](std::span<const std::byte> bytes) {
-      hash.Add(bytes);
-      return absl::OkStatus();
-    });
-    EXPECT_THAT(status, IsOk()) << Describe(state);
+    const absl::StatusOr<std::string> sha256 = Sha256Of(reader, i);
+    EXPECT_THAT(sha256, IsOk()) << Describe(state);
     records[{state.tensor, ClassOf(state.state)}] = std::string(DtypeName(state.dtype)) + " " +
                                                     json(state.shape).dump() + " " +
-                                                    Hex(hash.Finish());
+                                                    sha256.value_or("");
   }
   return records;
 }

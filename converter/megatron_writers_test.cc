@@ -23,6 +23,7 @@
 #include "converter/byte_source.h"
 #include "converter/conversion_source.h"
 #include "converter/dcp_metadata.h"
+#include "converter/foreign_testing.h"
 #include "converter/format_reader.h"
 #include "converter/megatron_dist_writer.h"
 #include "converter/megatron_legacy_writer.h"
@@ -49,11 +50,6 @@ constexpr char kMemory[] = "/dev/shm";
 constexpr float kSampleGap = 12345.0F;
 constexpr size_t kJsonBytesMax = size_t{1} << 20;
 
-struct Opened {
-  std::unique_ptr<ForeignFolder> folder;
-  ForeignIndex index;
-};
-
 class MegatronWriters : public testing::Test {
  protected:
   std::string Write(const MegatronSample::Files& files) {
@@ -67,17 +63,10 @@ class MegatronWriters : public testing::Test {
   }
 
   absl::StatusOr<Opened> Open(const std::string& path) {
-    Opened opened;
-    auto folder = ForeignFolder::Open(*file_system_, path);
-    if (!folder.ok()) return folder.status();
-    opened.folder = *std::move(folder);
-    const auto reader = RecognizeFormat(*opened.folder);
-    if (!reader.ok()) return reader.status();
-    if (*reader == nullptr) return absl::NotFoundError("no reader knows it");
-    EXPECT_EQ((*reader)->name, "megatron");
-    auto index = ReadFormat(**reader, *opened.folder, {});
-    if (!index.ok()) return index.status();
-    opened.index = *std::move(index);
+    absl::StatusOr<Opened> opened = OpenCheckpoint(*file_system_, path);
+    if (opened.ok()) {
+      EXPECT_EQ(opened->index.format, "megatron");
+    }
     return opened;
   }
 
@@ -87,16 +76,8 @@ class MegatronWriters : public testing::Test {
     for (uint32_t i = 0; i < source.index().tensor_states.size(); ++i) {
       const TensorState& state = source.index().tensor_states[i];
       if (state.state == "rng") continue;
-      Sha256 hash;
-      EXPECT_THAT(source.Read(i,
-                              [&](std::span<const std::byte> bytes) {
-                                hash.Add(bytes);
-                                return absl::OkStatus();
-                              }),
-                  IsOk());
       records[{state.tensor, IsOptimizerState(state.state) ? state.state : "a tensor"}] =
-          absl::StrCat(std::string(DtypeName(state.dtype)), " ", absl::StrJoin(state.shape, ","),
-                       " ", Hex(hash.Finish()));
+          RecordOf(source, source.index(), i);
     }
     return records;
   }

@@ -13,10 +13,10 @@
 #include <utility>
 #include <vector>
 
-#include "base/sha256.h"
 #include "converter/conversion_source.h"
 #include "converter/dcp_writer.h"
 #include "converter/deepspeed_writer.h"
+#include "converter/foreign_testing.h"
 #include "converter/format_reader.h"
 #include "converter/fsdp_writer.h"
 #include "converter/optimizer_groups.h"
@@ -39,25 +39,6 @@ constexpr char kMemory[] = "/dev/shm";
 constexpr char kNothing[] = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
 constexpr uint64_t kBytesMax = uint64_t{64} << 20;
 
-struct Opened {
-  std::unique_ptr<ForeignFolder> folder;
-  ForeignIndex index;
-};
-
-absl::StatusOr<Opened> Open(FileSystem& file_system, const std::string& path) {
-  Opened opened;
-  auto folder = ForeignFolder::Open(file_system, path);
-  if (!folder.ok()) return folder.status();
-  opened.folder = *std::move(folder);
-  const auto reader = RecognizeFormat(*opened.folder);
-  if (!reader.ok()) return reader.status();
-  if (*reader == nullptr) return absl::NotFoundError("no reader knows it");
-  auto index = ReadFormat(**reader, *opened.folder, {});
-  if (!index.ok()) return index.status();
-  opened.index = *std::move(index);
-  return opened;
-}
-
 // (name, class of state) -> dtype, shape and SHA-256. The states of a model count as one: not every
 // format says which of them a tensor is.
 using Records = std::map<std::pair<std::string, std::string>, std::string>;
@@ -66,16 +47,8 @@ Records RecordsOf(ConversionSource& source) {
   Records records;
   for (uint32_t i = 0; i < source.index().tensor_states.size(); ++i) {
     const TensorState& state = source.index().tensor_states[i];
-    Sha256 hash;
-    EXPECT_THAT(source.Read(i,
-                            [&](std::span<const std::byte> bytes) {
-                              hash.Add(bytes);
-                              return absl::OkStatus();
-                            }),
-                IsOk());
     const std::string kind = IsOptimizerState(state.state) ? state.state : "a tensor";
-    records[{state.tensor, kind}] = std::string(DtypeName(state.dtype)) +
-                                    testing::PrintToString(state.shape) + Hex(hash.Finish());
+    records[{state.tensor, kind}] = RecordOf(source, source.index(), i);
   }
   return records;
 }
@@ -136,7 +109,7 @@ class RoundTrip : public ::testing::Test {
   // Writes the sample in all formats; gives those that refuse, with their reasons.
   std::map<std::string, std::string> Try(const std::string& path) {
     std::map<std::string, std::string> refused;
-    auto opened = Open(*file_system_, path);
+    auto opened = OpenCheckpoint(*file_system_, path);
     if (!opened.ok()) return refused;  // what its reader refuses has tests of its own
     SelectionRequest request;
     if (!opened->index.unreadable.empty()) request.drop = {kDropUnreadable};
@@ -157,7 +130,7 @@ class RoundTrip : public ::testing::Test {
       }
       EXPECT_THAT(status, IsOk());
       if (!status.ok()) continue;
-      auto back = Open(*file_system_, format.name == "torch" ? out + "/" + kFile : out);
+      auto back = OpenCheckpoint(*file_system_, format.name == "torch" ? out + "/" + kFile : out);
       EXPECT_THAT(back, IsOk());
       if (!back.ok()) continue;
       EXPECT_EQ(back->index.format, format.name);

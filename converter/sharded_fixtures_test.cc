@@ -14,10 +14,10 @@
 #include <utility>
 #include <vector>
 
-#include "base/sha256.h"
 #include "converter/dcp_reader.h"
 #include "converter/foreign_folder.h"
 #include "converter/foreign_index.h"
+#include "converter/foreign_testing.h"
 #include "converter/format_reader.h"
 #include "converter/fsdp_reader.h"
 #include "converter/whole_tensor_reader.h"
@@ -56,16 +56,12 @@ Records Found(const ForeignFolder& folder, const ForeignIndex& index) {
   WholeTensorReader reader(folder, index);
   for (uint32_t i = 0; i < index.tensor_states.size(); ++i) {
     const TensorState& state = index.tensor_states[i];
-    Sha256 hash;
-    const absl::Status status = reader.Read(i, [&](std::span<const std::byte> bytes) {
-      hash.Add(bytes);
-      return absl::OkStatus();
-    });
-    EXPECT_THAT(status, IsOk()) << Describe(state);
+    const absl::StatusOr<std::string> sha256 = Sha256Of(reader, i);
+    EXPECT_THAT(sha256, IsOk()) << Describe(state);
     const bool added = records
                            .emplace(std::pair(state.tensor, ClassOf(state.state)),
                                     std::string(DtypeName(state.dtype)) + " " +
-                                        json(state.shape).dump() + " " + Hex(hash.Finish()))
+                                        json(state.shape).dump() + " " + sha256.value_or(""))
                            .second;
     EXPECT_TRUE(added) << Describe(state);
   }
