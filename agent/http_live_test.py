@@ -13,25 +13,14 @@ import stat
 import subprocess
 import sys
 import tempfile
-import time
 import unittest
 
 from prometheus_client.parser import text_string_to_metric_families
 
 HOLDFASTD, HOLDFAST, TINY_LM, CORPUS, OPERATING = sys.argv[1:6]
 del sys.argv[1:6]
-TIMEOUT_SECONDS = 120
-
-
-def wait_until(condition, what):
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while True:
-        value = condition()
-        if value:
-            return value
-        if time.monotonic() > deadline:
-            raise AssertionError('gave up waiting for ' + what)
-        time.sleep(0.01)
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / 'tests' / 'support'))
+from waiting import TIMEOUT_SECONDS, wait_until  # noqa: E402  (the path comes first)
 
 
 class HttpTest(unittest.TestCase):

@@ -18,8 +18,9 @@ import unittest
 
 HOLDFAST, HOLDFASTD, TINY_LM, CORPUS, PLUGIN = sys.argv[1:6]
 del sys.argv[1:6]
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / 'tests' / 'support'))
+from waiting import TIMEOUT_SECONDS, wait_until  # noqa: E402  (the path comes first)
 
-TIMEOUT_SECONDS = 120
 STEPS = 60
 SEED = int(os.environ.get('RUN_TEST_SEED', random.randrange(2 ** 32)))
 # Many restarts in a row are what is tested here.
@@ -30,17 +31,6 @@ restarts_in_window = 64
 pause_first = "10ms"
 pause_max = "10ms"
 """
-
-
-def wait_until(condition, what):
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while True:
-        value = condition()
-        if value:
-            return value
-        if time.monotonic() > deadline:
-            raise AssertionError('gave up waiting for ' + what)
-        time.sleep(0.005)
 
 
 def is_alive(pid):

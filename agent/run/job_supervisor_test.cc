@@ -25,6 +25,7 @@
 #include "base/clock.h"
 #include "io/epoll_loop.h"
 #include "io/thread_pool.h"
+#include "tests/support/run_until.h"
 #include "tests/support/status_matchers.h"
 #include "tests/support/temporary_directory.h"
 
@@ -33,7 +34,6 @@ namespace {
 
 using testing::ElementsAre;
 
-constexpr absl::Duration kPatience = absl::Seconds(60);
 constexpr CheckpointId kOlder = {Attempt{1}, Step{4}};
 constexpr CheckpointId kNewer = {Attempt{1}, Step{8}};
 
@@ -71,18 +71,7 @@ class JobSupervisorTest : public testing::Test {
     ASSERT_OK(found.status());
     supervisor_ = *std::move(found);
   }
-  // Runs the loop until `holds`.
-  bool Pump(const std::function<bool()>& holds) {
-    const absl::Duration end = RealClock().Elapsed() + kPatience;
-    while (!holds()) {
-      if (RealClock().Elapsed() > end) return false;
-      const EventLoop::TimerId timer =
-          loop_->RunAfter(absl::Milliseconds(5), [this] { loop_->Stop(); });
-      loop_->Run();
-      loop_->CancelTimer(timer);
-    }
-    return true;
-  }
+  bool Pump(const std::function<bool()>& holds) { return RunUntil(*loop_, holds); }
   // How it ended; -1: it did not.
   int Finish() {
     const bool over = Pump([&] { return supervisor_->is_over(); });

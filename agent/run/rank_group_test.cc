@@ -23,13 +23,12 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "io/epoll_loop.h"
+#include "tests/support/run_until.h"
 #include "tests/support/status_matchers.h"
 #include "tests/support/temporary_directory.h"
 
 namespace holdfast {
 namespace {
-
-constexpr absl::Duration kPatience = absl::Seconds(60);
 
 class RankGroupTest : public ::testing::Test {
  protected:
@@ -70,18 +69,7 @@ class RankGroupTest : public ::testing::Test {
     spec.command = {"sh", "-c", shell};
     ASSERT_OK(group_->Start(std::move(spec)));
   }
-  // Runs the loop until `holds`.
-  bool Pump(const std::function<bool()>& holds) {
-    const absl::Duration end = RealClock().Elapsed() + kPatience;
-    while (!holds()) {
-      if (RealClock().Elapsed() > end) return false;
-      const EventLoop::TimerId timer =
-          loop_->RunAfter(absl::Milliseconds(5), [this] { loop_->Stop(); });
-      loop_->Run();
-      loop_->CancelTimer(timer);
-    }
-    return true;
-  }
+  bool Pump(const std::function<bool()>& holds) { return RunUntil(*loop_, holds); }
   // Tells a rank that reads a line from the file of that name to go on.
   void Go(const std::string& name) { std::ofstream(place_.Join(name)) << "go\n"; }
   std::string Fifo(const std::string& name) {
