@@ -1,7 +1,5 @@
 #include "agent/config.h"
 
-#include <stdlib.h>
-
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -11,6 +9,7 @@
 #include "agent/host_memory.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "tests/support/temporary_directory.h"
 
 namespace holdfast {
 namespace {
@@ -20,8 +19,6 @@ using ::testing::HasSubstr;
 class ConfigTest : public ::testing::Test {
  protected:
   ConfigTest() {
-    char name[] = "/tmp/holdfast-config-test-XXXXXX";
-    directory_ = mkdtemp(name);
     sources_.environment = [this](const char* variable) -> const char* {
       const auto found = environment_.find(variable);
       return found == environment_.end() ? nullptr : found->second.c_str();
@@ -30,7 +27,6 @@ class ConfigTest : public ::testing::Test {
     sources_.memory_bytes = uint64_t{1} << 40;
     environment_["HOME"] = directory_;
   }
-  ~ConfigTest() override { std::filesystem::remove_all(directory_); }
 
   std::string WriteFile(const std::string& name, const std::string& text) {
     const std::string path = absl::StrCat(directory_, "/", name);
@@ -45,7 +41,8 @@ class ConfigTest : public ::testing::Test {
     return config.ok() ? "no error" : std::string(config.status().message());
   }
 
-  std::string directory_;
+  const TemporaryDirectory scratch_;
+  const std::string directory_ = scratch_.path();
   std::map<std::string, std::string> environment_;
   ConfigSources sources_;
 };

@@ -3,7 +3,6 @@
 
 #include <fcntl.h>
 #include <poll.h>
-#include <stdlib.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -20,6 +19,7 @@
 #include "gtest/gtest.h"
 #include "io/epoll_loop.h"
 #include "tests/support/status_matchers.h"
+#include "tests/support/temporary_directory.h"
 
 namespace holdfast {
 namespace {
@@ -286,18 +286,12 @@ TEST(HttpAddress, IsNumeric) {
 
 class TokenTest : public ::testing::Test {
  protected:
-  TokenTest() {
-    char name[] = "/tmp/holdfast-token-test-XXXXXX";
-    directory_ = mkdtemp(name);
-    path_ = directory_ + "/http-token";
-  }
-  ~TokenTest() override { std::filesystem::remove_all(directory_); }
   void Write(const std::string& text, mode_t mode) {
     std::ofstream(path_) << text;
     ASSERT_EQ(chmod(path_.c_str(), mode), 0);
   }
-  std::string directory_;
-  std::string path_;
+  const TemporaryDirectory directory_;
+  const std::string path_ = directory_.Join("http-token");
 };
 
 TEST_F(TokenTest, IsMadeOnceAndForThisUserAlone) {
@@ -311,11 +305,11 @@ TEST_F(TokenTest, IsMadeOnceAndForThisUserAlone) {
   EXPECT_EQ(info.st_mode & 07777, 0600);
   EXPECT_EQ(*ReadOrMakeToken(path_), *token);
   size_t files = 0;
-  for (const auto& entry : std::filesystem::directory_iterator(directory_)) {
+  for (const auto& entry : std::filesystem::directory_iterator(directory_.path())) {
     files += entry.exists() ? 1 : 0;
   }
   EXPECT_EQ(files, 1);
-  EXPECT_NE(*ReadOrMakeToken(directory_ + "/other"), *token);
+  EXPECT_NE(*ReadOrMakeToken(directory_.Join("other")), *token);
 }
 
 TEST_F(TokenTest, OneThatOthersMayReadOrThatIsNoneIsRefused) {
