@@ -135,8 +135,10 @@ function(holdfast_test name)
     get_filename_component(path ${source} ABSOLUTE)
     set_property(GLOBAL APPEND PROPERTY HOLDFAST_TEST_SOURCES ${path})
   endforeach()
-  # Nothing in these rooms has a thread: ThreadSanitizer has nothing to see there.
-  if(HOLDFAST_SANITIZE STREQUAL "thread" AND ARG_LABELS MATCHES "^(base|format|monitor)")
+  # Nothing in these rooms has a thread: ThreadSanitizer has nothing to see there. Nor does a program link with it that
+  # replaces operator new, as it replaces that too.
+  if(HOLDFAST_SANITIZE STREQUAL "thread" AND (ARG_LABELS MATCHES "^(base|converter|format|monitor)"
+     OR "holdfast_allocation_meter" IN_LIST ARG_DEPS))
     set_target_properties(${name} PROPERTIES EXCLUDE_FROM_ALL ON)
     return()
   endif()
