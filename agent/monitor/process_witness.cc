@@ -115,11 +115,14 @@ std::string ProcessWitness::Read(const std::string& name) const {
   return ReadAt(directory_.get(), name);
 }
 
-bool ProcessWitness::IsHeldByOwnChild() const {
+// The state was read before: whoever held the process then may have let it go meanwhile, and then
+// it was held by nobody for long.
+bool ProcessWitness::IsHeldByStranger() const {
   const std::optional<uint32_t> tracer = LastNumber(Read("status"), "TracerPid:");
   if (!tracer.has_value() || *tracer == 0) return false;
   const std::string status = ReadAt(AT_FDCWD, absl::StrCat("/proc/", *tracer, "/status"));
-  return LastNumber(status, "PPid:") == static_cast<uint32_t>(getpid());
+  if (LastNumber(status, "PPid:") == static_cast<uint32_t>(getpid())) return false;
+  return LastNumber(Read("status"), "TracerPid:") == tracer;
 }
 
 ProcessTestimony ProcessWitness::Look(std::span<const uint32_t> proxy_threads, absl::Duration now) {
@@ -132,7 +135,7 @@ ProcessTestimony ProcessWitness::Look(std::span<const uint32_t> proxy_threads, a
   if (!testimony.has_value()) return {};
   if (!testimony->is_traced) {
     was_stopped_ = testimony->state == ProcessState::kStopped;
-  } else if (!was_stopped_ && (!was_traced_ || IsHeldByOwnChild())) {
+  } else if (!was_stopped_ && (!was_traced_ || !IsHeldByStranger())) {
     testimony->state = ProcessState::kSleeping;
   }
   was_traced_ = testimony->is_traced;

@@ -60,7 +60,7 @@ class ProcessWitness {
   };
 
   std::string Read(const std::string& name) const;
-  bool IsHeldByOwnChild() const;
+  bool IsHeldByStranger() const;
   void FindTasks(absl::Duration now);
   void CountRunDelay();
 
