@@ -197,7 +197,7 @@ TEST_F(DeviceCaptureTest, WithoutAStreamTheDefaultStreamIsMeant) {
 }
 
 TEST_F(DeviceCaptureTest, MemoryOfEveryKindIsRecognisedFromAnyThread) {
-  for (const Kind kind : {Kind::kPlain, Kind::kPool, Kind::kManaged}) {
+  for (const Kind kind : {Kind::kPlain, Kind::kPool, Kind::kManaged, Kind::kVirtual}) {
     // A thread in which no context is current.
     std::thread([&] { Open(1, CheckSource::kAll); }).join();
     TestBuffers buffers;

@@ -1,12 +1,19 @@
 // Our declarations of the driver API against NVIDIA's header, where that is there; and what is
-// found in a process that has loaded no driver.
+// found in a process that has loaded no driver, or one that is too old.
 #include "hook/device_driver.h"
 
+#include <dlfcn.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <cstddef>
+#include <memory>
+#include <random>
 #include <string>
 #include <type_traits>
+
+#include "hook/test_agent.h"
+#include "hook/test_job.h"
 
 #ifdef HOLDFAST_CUDA_HEADER
 #include <cuda.h>
@@ -19,6 +26,34 @@ TEST(DeviceDriverTest, AProcessThatHasLoadedNoDriverHasNone) {
   Result<std::shared_ptr<const DeviceDriver>> driver = DeviceDriver::FindLoaded();
   ASSERT_TRUE(driver.ok()) << driver.error().text();
   EXPECT_EQ(driver.value(), nullptr);
+}
+
+TEST(DeviceDriverTest, ADriverThatIsTooOldIsNamedWithWhatItLacks) {
+  if (access(HOLDFAST_TEST_OLD_CUDA, R_OK) != 0) GTEST_SKIP() << "no " << HOLDFAST_TEST_OLD_CUDA;
+  void* const old_driver = dlopen(HOLDFAST_TEST_OLD_CUDA, RTLD_NOW | RTLD_LOCAL);
+  ASSERT_NE(old_driver, nullptr) << dlerror();
+  TestAgent agent;
+  HostSourceReader reader;
+  Result<std::unique_ptr<Job>> opened = OpenTestJob(TestSettings(agent), &reader);
+  ASSERT_TRUE(opened.ok()) << opened.error().text();
+  Job& job = *opened.value();
+  TestPlan plan;
+  plan.block_count = 1;
+  agent.SetPlan([plan](const TestDocument&) { return plan; });
+  std::mt19937 random(1);
+  TestBuffers buffers;
+  buffers.Add("b", 100, 0, random);
+  // Where tensors lie, nobody can say: nothing is captured, and training goes on.
+  const Error refused = RegisterAll(job, buffers);
+  EXPECT_EQ(refused.code(), HF_FAILED_PRECONDITION);
+  for (const char* part : {"libcuda.so.1, version 9020", "has no cu", "expected 10.1 or newer"}) {
+    EXPECT_NE(std::string(refused.text()).find(part), std::string::npos) << refused.text();
+  }
+  EXPECT_EQ(job.Save(1, NoOptions()).code(), HF_FAILED_PRECONDITION);
+  EXPECT_EQ(dlclose(old_driver), 0);
+  EXPECT_TRUE(RegisterAll(job, buffers).ok());
+  EXPECT_TRUE(job.Save(1, NoOptions()).ok());
+  EXPECT_TRUE(job.WaitCaptured(HF_ALL_GROUPS, Deadline::After(kPatienceNs)).ok());
 }
 
 #ifdef HOLDFAST_CUDA_HEADER

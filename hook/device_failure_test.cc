@@ -28,10 +28,7 @@ class DeviceFailureTest : public ::testing::Test {
     fake_ = devices_->fake();
     if (fake_ == nullptr) GTEST_SKIP() << "a real device does not fail when it is told to";
     fake_->Reset(1);
-    Settings settings = TestSettings(agent_);
-    Result<std::unique_ptr<Job>> job = OpenTestJob(settings, &host_);
-    ASSERT_TRUE(job.ok()) << job.error().text();
-    job_ = std::move(job.value());
+    Open();
     std::mt19937 random(3);
     for (int i = 0; i < 2; ++i) {
       buffers_.Add("b" + std::to_string(i), kBytes, 0, random);
@@ -48,8 +45,17 @@ class DeviceFailureTest : public ::testing::Test {
     fake_->Reset(1);
     placed_.reset();
   }
-  Error Register() {
-    return job_->Register("{}", placed_->list(), {}, Deadline::After(kPatienceNs));
+  void Open(CheckSource check = CheckSource::kNone) {
+    job_.reset();
+    Settings settings = TestSettings(agent_);
+    settings.check_source = check;
+    Result<std::unique_ptr<Job>> job = OpenTestJob(settings, &host_);
+    ASSERT_TRUE(job.ok()) << job.error().text();
+    job_ = std::move(job.value());
+  }
+  Error Register() { return Register(placed_->list()); }
+  Error Register(const std::vector<hf_buffer>& list) {
+    return job_->Register("{}", list, {}, Deadline::After(kPatienceNs));
   }
   Error Save(uint64_t step) { return job_->Save(step, NoOptions()); }
   Error Wait(int64_t patience_ns = kPatienceNs) {
@@ -64,14 +70,15 @@ class DeviceFailureTest : public ::testing::Test {
     ASSERT_TRUE(agent_.Await([&] {
       fake_->Stall(true);
       const uint64_t executed = fake_->copies_executed() - before;
-      const std::vector<FakeCuda::Call> calls = fake_->calls();
-      const auto asked = std::count_if(calls.begin(), calls.end(), [](const FakeCuda::Call& call) {
-        return call.name == "cuMemcpyDtoHAsync_v2";
-      });
-      if (executed > 0 && static_cast<uint64_t>(asked) >= executed + 2) return true;
+      if (executed > 0 && CountCalls("cuMemcpyDtoHAsync_v2") >= executed + 2) return true;
       fake_->Stall(false);
       return false;
     }));
+  }
+  uint64_t CountCalls(const std::string& name) {
+    const std::vector<FakeCuda::Call> calls = fake_->calls();
+    return static_cast<uint64_t>(std::count_if(
+        calls.begin(), calls.end(), [&](const FakeCuda::Call& call) { return call.name == name; }));
   }
   SlotState State(uint32_t slot) { return agent_.shared().slots[slot].state.load(); }
   void ExpectNames(const Error& error, const std::vector<std::string>& parts) {
@@ -91,32 +98,144 @@ class DeviceFailureTest : public ::testing::Test {
   std::unique_ptr<Job> job_;
 };
 
+// What a driver says from then on to whatever is asked of the context.
+struct StickyError {
+  int code;
+  const char* name;
+};
+constexpr StickyError kStickyErrors[] = {
+    {214, "CUDA_ERROR_ECC_UNCORRECTABLE"}, {220, "CUDA_ERROR_NVLINK_UNCORRECTABLE"},
+    {46, "CUDA_ERROR_DEVICE_UNAVAILABLE"}, {700, "CUDA_ERROR_ILLEGAL_ADDRESS"},
+    {719, "CUDA_ERROR_LAUNCH_FAILED"},     {999, "CUDA_ERROR_UNKNOWN"},
+};
+
 TEST_F(DeviceFailureTest, ALostContextFailsTheSaveAndItsBlocksStay) {
-  ASSERT_TRUE(Register().ok());
+  for (const StickyError& sticky : kStickyErrors) {
+    SCOPED_TRACE(sticky.name);
+    const std::string driver_error = std::string(sticky.name) + " (" + std::to_string(sticky.code);
+    fake_->Reset(1);
+    Open();
+    ASSERT_TRUE(Register().ok());
+    ASSERT_TRUE(Save(1).ok());
+    ASSERT_TRUE(Wait().ok());
+    const std::vector<std::byte> older = agent_.Image(0);
+    EXPECT_EQ(FirstDifference(older, OracleImage(plan_, buffers_)), -1);
+    fake_->FailCopy(7, sticky.code);
+    ASSERT_TRUE(Save(2).ok());
+    const Error lost = Wait();
+    EXPECT_EQ(lost.code(), HF_INTERNAL);
+    ExpectNames(lost, {"buffer 'b", "device 0 (fake)", driver_error});
+    // Void, and never recycled while the process lives.
+    EXPECT_EQ(State(1), SlotState::kAbandoned);
+    EXPECT_STREQ(agent_.shared().slots[1].void_text, lost.text());
+    EXPECT_EQ(State(0), SlotState::kCaptured);
+    EXPECT_EQ(FirstDifference(agent_.Image(0), older), -1);
+    // Training goes on: everything says so at once, and nothing hangs.
+    agent_.Grant(0);
+    const Error next = Save(3);
+    EXPECT_EQ(next.code(), HF_INTERNAL) << next.text();
+    ExpectNames(next, {"device 0 (fake)", driver_error});
+    EXPECT_EQ(State(0), SlotState::kGranted);
+    EXPECT_TRUE(Wait().ok());
+    hf_save_report report = {};
+    ASSERT_TRUE(job_->Report(2, &report).ok());
+    EXPECT_EQ(report.state, HF_SAVE_FAILED);
+    EXPECT_STREQ(report.error.text, lost.text());
+    EXPECT_EQ(State(1), SlotState::kAbandoned);
+    // What lies in host memory can be saved on, once it is registered without the rest.
+    ASSERT_TRUE(RegisterAll(*job_, buffers_).ok());
+    ASSERT_TRUE(Save(4).ok());
+    ASSERT_TRUE(Wait().ok());
+    EXPECT_EQ(FirstDifference(agent_.Image(0), OracleImage(plan_, buffers_)), -1);
+  }
+}
+
+// The tensor's memory is freed before its last copies are enqueued.
+TEST_F(DeviceFailureTest, MemoryThatIsFreedUnderCaptureFailsThatSaveOnly) {
+  std::vector<hf_buffer> list = placed_->list();
+  list[1].data = devices_->Allocate(0, kBytes);
+  ASSERT_TRUE(Register(list).ok());
+  fake_->Before("cuMemcpyDtoHAsync_v2", 40, [&] { devices_->Free(0, list[1].data); });
   ASSERT_TRUE(Save(1).ok());
-  ASSERT_TRUE(Wait().ok());
-  const std::vector<std::byte> older = agent_.Image(0);
-  fake_->FailCopy(7, 214);
-  ASSERT_TRUE(Save(2).ok());
-  const Error lost = Wait();
-  EXPECT_EQ(lost.code(), HF_INTERNAL);
-  ExpectNames(lost, {"buffer 'b", "device 0 (fake)", "CUDA_ERROR_ECC_UNCORRECTABLE (214)"});
-  // Void, and never recycled while the process lives.
-  EXPECT_EQ(State(1), SlotState::kAbandoned);
-  EXPECT_STREQ(agent_.shared().slots[1].void_text, lost.text());
-  EXPECT_EQ(State(0), SlotState::kCaptured);
-  EXPECT_EQ(FirstDifference(agent_.Image(0), older), -1);
-  // Training goes on: everything says so at once, and nothing hangs.
+  const Error freed = Wait();
+  EXPECT_EQ(freed.code(), HF_INTERNAL);
+  ExpectNames(
+      freed, {"buffer 'b1'", "device 0 (fake): cuMemcpyDtoHAsync", "CUDA_ERROR_INVALID_VALUE (1)"});
+  // Everything that the device had begun is over: its blocks are free.
+  EXPECT_EQ(State(0), SlotState::kVoid);
+  EXPECT_STREQ(agent_.shared().slots[0].void_text, freed.text());
+  ASSERT_TRUE(Register().ok());
   agent_.Grant(0);
-  const Error next = Save(3);
-  EXPECT_EQ(next.code(), HF_INTERNAL) << next.text();
-  ExpectNames(next, {"device 0 (fake)", "CUDA_ERROR_ECC_UNCORRECTABLE (214)"});
-  EXPECT_EQ(State(0), SlotState::kGranted);
-  EXPECT_TRUE(Wait().ok());
-  hf_save_report report = {};
-  ASSERT_TRUE(job_->Report(2, &report).ok());
-  EXPECT_EQ(report.state, HF_SAVE_FAILED);
-  EXPECT_STREQ(report.error.text, lost.text());
+  ASSERT_TRUE(Save(2).ok());
+  ASSERT_TRUE(Wait().ok());
+  EXPECT_EQ(FirstDifference(agent_.Image(0), OracleImage(plan_, buffers_)), -1);
+}
+
+// A mapping of virtual memory goes, at every moment of a capture and of its comparison, or other
+// memory takes its place behind the last copy of the capture: the image is void, with a reason that
+// names the tensor, or it is what was there at the save. (What changes before it is copied, nobody
+// can find: check_source.h.)
+TEST_F(DeviceFailureTest, MemoryThatIsRemappedUnderCaptureVoidsTheImageByName) {
+  std::vector<hf_buffer> list = placed_->list();
+  const uint64_t mapping_bytes = devices_->mapping_bytes();
+  uint64_t step = 0;
+  // Saves; before that copy one mapping in the middle of the second tensor is changed.
+  struct Outcome {
+    Error error;
+    bool happened = false;
+    int copies = 0;
+  };
+  const auto save = [&](int skipped, bool is_mapped_anew) {
+    list[1].data = devices_->Allocate(0, kBytes, TestDevices::Kind::kVirtual);
+    devices_->Write(0, list[1].data, buffers_.data(1).data(), kBytes);
+    void* const middle = static_cast<std::byte*>(list[1].data) + 8 * mapping_bytes;
+    EXPECT_TRUE(Register(list).ok());
+    fake_->Reset(static_cast<uint32_t>(skipped));
+    Outcome outcome;
+    fake_->Before("cuMemcpyDtoHAsync_v2", skipped, [&] {
+      outcome.happened = true;
+      devices_->Unmap(middle, mapping_bytes);
+      if (is_mapped_anew) devices_->MapNew(middle, mapping_bytes);
+    });
+    EXPECT_TRUE(Save(++step).ok());
+    outcome.error = Wait();
+    outcome.copies = static_cast<int>(CountCalls("cuMemcpyDtoHAsync_v2"));
+    fake_->Reset(1);
+    if (outcome.error.ok()) {
+      EXPECT_EQ(State(0), SlotState::kCaptured);
+      EXPECT_EQ(FirstDifference(agent_.Image(0), OracleImage(plan_, buffers_)), -1);
+    } else {
+      ExpectNames(outcome.error, {"buffer 'b1'"});
+      EXPECT_EQ(State(0), SlotState::kVoid);
+      EXPECT_STREQ(agent_.shared().slots[0].void_text, outcome.error.text());
+    }
+    EXPECT_TRUE(Register().ok());
+    devices_->Free(0, list[1].data);
+    return outcome;
+  };
+  constexpr int kNever = 1 << 20;
+  const Outcome unchecked = save(kNever, false);
+  ASSERT_TRUE(unchecked.error.ok());
+  Open(CheckSource::kAll);
+  const Outcome checked = save(kNever, false);
+  ASSERT_TRUE(checked.error.ok());
+  ASSERT_GT(checked.copies, unchecked.copies);
+  int gone = 0;
+  int changed = 0;
+  for (int skipped = 0; skipped < checked.copies; skipped += 5) {
+    SCOPED_TRACE("unmapped before copy " + std::to_string(skipped));
+    const Outcome outcome = save(skipped, false);
+    EXPECT_TRUE(outcome.happened);
+    gone += outcome.error.code() == HF_INTERNAL ? 1 : 0;
+  }
+  for (int skipped = unchecked.copies; skipped < checked.copies; skipped += 5) {
+    SCOPED_TRACE("mapped anew before copy " + std::to_string(skipped));
+    const Outcome outcome = save(skipped, true);
+    EXPECT_TRUE(outcome.happened);
+    changed += outcome.error.code() == HF_ABORTED ? 1 : 0;
+  }
+  EXPECT_GT(gone, 5);
+  EXPECT_GT(changed, 3);
 }
 
 TEST_F(DeviceFailureTest, ADestroyedContextFailsTheSaveAndTheOthersServeOn) {
@@ -170,22 +289,26 @@ TEST_F(DeviceFailureTest, EveryCallThatFailsFailsTheSaveByName) {
   struct Case {
     const char* call;
     int skipped;
+    int result;
     hf_code code;
   };
-  for (const Case& failing : std::vector<Case>{{"cuEventQuery", 0, HF_INTERNAL},
-                                               {"cuEventQuery", 3, HF_INTERNAL},
-                                               {"cuEventRecord", 1, HF_INTERNAL},
-                                               {"cuEventRecord", 5, HF_INTERNAL},
-                                               {"cuEventCreate", 0, HF_INTERNAL},
-                                               {"cuCtxPushCurrent_v2", 9, HF_INTERNAL}}) {
+  for (const Case& failing :
+       std::vector<Case>{{"cuEventQuery", 0, 700, HF_INTERNAL},
+                         {"cuEventQuery", 3, 700, HF_INTERNAL},
+                         {"cuEventRecord", 1, 700, HF_INTERNAL},
+                         {"cuEventRecord", 5, 700, HF_INTERNAL},
+                         {"cuEventCreate", 0, 700, HF_INTERNAL},
+                         {"cuEventCreate", 0, 2, HF_RESOURCE_EXHAUSTED},
+                         {"cuMemcpyDtoHAsync_v2", 9, 2, HF_RESOURCE_EXHAUSTED},
+                         {"cuCtxPushCurrent_v2", 9, 700, HF_INTERNAL}}) {
     SCOPED_TRACE(failing.call);
     ASSERT_TRUE(Register().ok());
     fake_->Reset(static_cast<uint32_t>(step));
-    fake_->Fail(failing.call, failing.skipped, 700, true);
+    fake_->Fail(failing.call, failing.skipped, failing.result, true);
     ASSERT_TRUE(Save(++step).ok());
     const Error failed = Wait();
     EXPECT_EQ(failed.code(), failing.code) << failed.text();
-    ExpectNames(failed, {"device 0 (fake)", "(700)"});
+    ExpectNames(failed, {"device 0 (fake)", "(" + std::to_string(failing.result) + ")"});
     EXPECT_TRUE(State(0) == SlotState::kVoid || State(0) == SlotState::kAbandoned);
     fake_->Reset(1);
   }

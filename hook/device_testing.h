@@ -10,9 +10,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
+#include <map>
 #include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "hook/device_driver.h"
@@ -51,11 +54,14 @@ class TestDevices {
     contexts_.pop_back();
   }
 
-  // Memory of a device; freed by Free. kPool: of no context in particular.
-  enum class Kind { kPlain, kPool, kManaged };
+  // Memory of a device; freed by Free. kPool and kVirtual: of no context in particular. kVirtual:
+  // as many mappings side by side as it takes, as allocators that grow their segments have it; of
+  // this one only Write and Free know.
+  enum class Kind { kPlain, kPool, kManaged, kVirtual };
   void* Allocate(int device, uint64_t bytes, Kind kind = Kind::kPlain) {
     const Current current(*this, device);
     CuDevicePointer pointer = 0;
+    if (kind == Kind::kVirtual) return AllocateVirtual(bytes);
     if (kind == Kind::kPlain) Check(mem_alloc_(&pointer, bytes), "cuMemAlloc");
     if (kind == Kind::kManaged) Check(mem_alloc_managed_(&pointer, bytes, 1), "cuMemAllocManaged");
     if (kind == Kind::kPool) {
@@ -66,12 +72,46 @@ class TestDevices {
   }
   void Free(int device, void* pointer) {
     const Current current(*this, device);
+    if (const auto found = virtual_bytes_.find(pointer); found != virtual_bytes_.end()) {
+      Unmap(pointer, found->second);
+      Check(address_free_(reinterpret_cast<CuDevicePointer>(pointer), found->second),
+            "cuMemAddressFree");
+      virtual_bytes_.erase(found);
+      return;
+    }
     Check(mem_free_(reinterpret_cast<CuDevicePointer>(pointer)), "cuMemFree");
+  }
+  // Of one mapping of kVirtual's.
+  uint64_t mapping_bytes() const { return mapping_bytes_; }
+  // Of mappings of kVirtual's: what lay there is gone, and what is mapped is new memory of the
+  // first device.
+  void Unmap(void* pointer, uint64_t bytes) {
+    Check(unmap_(reinterpret_cast<CuDevicePointer>(pointer), bytes), "cuMemUnmap");
+  }
+  void MapNew(void* pointer, uint64_t bytes) {
+    const MemoryOfDevice memory;
+    for (uint64_t at = 0; at < bytes; at += mapping_bytes_) {
+      unsigned long long handle = 0;
+      Check(mem_create_(&handle, mapping_bytes_, &memory, 0), "cuMemCreate");
+      Check(map_(reinterpret_cast<CuDevicePointer>(pointer) + at, mapping_bytes_, 0, handle, 0),
+            "cuMemMap");
+      Check(mem_release_(handle), "cuMemRelease");  // the mapping keeps it
+    }
+    const AccessOfDevice access;
+    Check(set_access_(reinterpret_cast<CuDevicePointer>(pointer), bytes, &access, 1),
+          "cuMemSetAccess");
   }
   void Write(int device, void* pointer, const void* data, uint64_t bytes) {
     if (bytes == 0) return;
     const Current current(*this, device);
-    Check(memcpy_htod_(reinterpret_cast<CuDevicePointer>(pointer), data, bytes), "cuMemcpyHtoD");
+    const std::byte* from = static_cast<const std::byte*>(data);
+    for (std::byte* at = static_cast<std::byte*>(pointer); bytes > 0;) {
+      const uint64_t piece = std::min(bytes, BytesInOneMapping(at));
+      Check(memcpy_htod_(reinterpret_cast<CuDevicePointer>(at), from, piece), "cuMemcpyHtoD");
+      at += piece;
+      from += piece;
+      bytes -= piece;
+    }
     // It may return when the bytes are on their way.
     Check(stream_synchronize_(nullptr), "cuStreamSynchronize");
   }
@@ -126,6 +166,41 @@ class TestDevices {
   }
 
  private:
+  // What one copy from `at` on may take.
+  uint64_t BytesInOneMapping(const std::byte* at) const {
+    const auto after = virtual_bytes_.upper_bound(at);
+    if (after == virtual_bytes_.begin()) return UINT64_MAX;
+    const auto& [begin, bytes] = *std::prev(after);
+    const uint64_t offset = static_cast<uint64_t>(at - static_cast<const std::byte*>(begin));
+    return offset >= bytes ? UINT64_MAX : mapping_bytes_ - offset % mapping_bytes_;
+  }
+
+  // As in cuda.h (CUmemAllocationProp, CUmemAccessDesc): pinned memory of device 0, read and
+  // written by it.
+  struct MemoryOfDevice {
+    int type = 1;
+    int handle_types = 0;
+    int location_type = 1;
+    int device = 0;
+    void* meta_data = nullptr;
+    unsigned char flags[8] = {};
+  };
+  struct AccessOfDevice {
+    int location_type = 1;
+    int device = 0;
+    int flags = 3;
+  };
+
+  void* AllocateVirtual(uint64_t bytes) {
+    const uint64_t mapped = (bytes + mapping_bytes_ - 1) / mapping_bytes_ * mapping_bytes_;
+    CuDevicePointer pointer = 0;
+    Check(reserve_(&pointer, mapped, 0, 0, 0), "cuMemAddressReserve");
+    void* const at = reinterpret_cast<void*>(pointer);
+    MapNew(at, mapped);
+    virtual_bytes_[at] = mapped;
+    return at;
+  }
+
   // The device's context is current for the calling thread.
   class Current {
    public:
@@ -157,6 +232,7 @@ class TestDevices {
     CuResult (*get_count)(int*) = nullptr;
     CuResult (*retain)(CuContext*, int) = nullptr;
     CuResult (*alloc_host)(void**, size_t) = nullptr;
+    CuResult (*granularity)(size_t*, const void*, int) = nullptr;
     FakeCuda* (*fake)() = nullptr;
     if (!find(init, "cuInit") || !find(get_count, "cuDeviceGetCount") ||
         !find(retain, "cuDevicePrimaryCtxRetain") || !find(alloc_host, "cuMemAllocHost_v2") ||
@@ -167,6 +243,12 @@ class TestDevices {
         !find(devices.mem_alloc_async_, "cuMemAllocAsync") ||
         !find(devices.mem_alloc_managed_, "cuMemAllocManaged") ||
         !find(devices.mem_free_, "cuMemFree_v2") ||
+        !find(granularity, "cuMemGetAllocationGranularity") ||
+        !find(devices.reserve_, "cuMemAddressReserve") ||
+        !find(devices.address_free_, "cuMemAddressFree") ||
+        !find(devices.mem_create_, "cuMemCreate") || !find(devices.mem_release_, "cuMemRelease") ||
+        !find(devices.map_, "cuMemMap") || !find(devices.unmap_, "cuMemUnmap") ||
+        !find(devices.set_access_, "cuMemSetAccess") ||
         !find(devices.memcpy_htod_, "cuMemcpyHtoD_v2") ||
         !find(devices.memcpy_dtoh_, "cuMemcpyDtoH_v2") ||
         !find(devices.memset_async_, "cuMemsetD8Async") ||
@@ -193,6 +275,9 @@ class TestDevices {
       devices.contexts_.push_back(context);
     }
     devices.MakeContext();
+    const MemoryOfDevice memory;
+    devices.Check(granularity(&devices.mapping_bytes_, &memory, 0),
+                  "cuMemGetAllocationGranularity");
     {
       const Current current(devices, 0);
       void* word = nullptr;
@@ -207,6 +292,8 @@ class TestDevices {
 
   std::vector<CuContext> contexts_;
   FakeCuda* fake_ = nullptr;
+  size_t mapping_bytes_ = 0;
+  std::map<const void*, uint64_t> virtual_bytes_;
   uint32_t* gate_ = nullptr;
   CuResult (*push_)(CuContext) = nullptr;
   CuResult (*pop_)(CuContext*) = nullptr;
@@ -216,6 +303,15 @@ class TestDevices {
   CuResult (*mem_alloc_async_)(CuDevicePointer*, size_t, CuStream) = nullptr;
   CuResult (*mem_alloc_managed_)(CuDevicePointer*, size_t, unsigned) = nullptr;
   CuResult (*mem_free_)(CuDevicePointer) = nullptr;
+  CuResult (*reserve_)(CuDevicePointer*, size_t, size_t, CuDevicePointer,
+                       unsigned long long) = nullptr;
+  CuResult (*address_free_)(CuDevicePointer, size_t) = nullptr;
+  CuResult (*mem_create_)(unsigned long long*, size_t, const void*, unsigned long long) = nullptr;
+  CuResult (*mem_release_)(unsigned long long) = nullptr;
+  CuResult (*map_)(CuDevicePointer, size_t, size_t, unsigned long long,
+                   unsigned long long) = nullptr;
+  CuResult (*unmap_)(CuDevicePointer, size_t) = nullptr;
+  CuResult (*set_access_)(CuDevicePointer, size_t, const void*, size_t) = nullptr;
   CuResult (*memcpy_htod_)(CuDevicePointer, const void*, size_t) = nullptr;
   CuResult (*memcpy_dtoh_)(void*, CuDevicePointer, size_t) = nullptr;
   CuResult (*memset_async_)(CuDevicePointer, unsigned char, size_t, CuStream) = nullptr;
@@ -284,22 +380,28 @@ class PlacedBuffers {
  public:
   static constexpr int kHost = -1;
 
+  // kFlat: those of one device lie one behind the other in one allocation, as in a flat buffer.
+  enum class Packing { kEach, kFlat };
+
   // `place_of(i)`: kHost, or a device.
   template <typename PlaceOf>
   PlacedBuffers(TestDevices& devices, TestBuffers& host, const PlaceOf& place_of,
-                TestDevices::Kind kind = TestDevices::Kind::kPlain)
+                TestDevices::Kind kind = TestDevices::Kind::kPlain,
+                Packing packing = Packing::kEach)
       : devices_(devices), host_(host), list_(host.List()) {
     for (size_t i = 0; i < host.count(); ++i) {
       places_.push_back(host.data(i).empty() ? kHost : place_of(i));
-      if (places_[i] == kHost) continue;
+      if (places_[i] == kHost || packing == Packing::kFlat) continue;
       list_[i].data = devices.Allocate(places_[i], host.data(i).size(), kind);
+      owned_.emplace_back(places_[i], list_[i].data);
       Upload(i);
+    }
+    for (int device = 0; packing == Packing::kFlat && device < devices.count(); ++device) {
+      PlaceFlat(device, kind);
     }
   }
   ~PlacedBuffers() {
-    for (size_t i = 0; i < places_.size(); ++i) {
-      if (places_[i] != kHost) devices_.Free(places_[i], list_[i].data);
-    }
+    for (const auto& [device, pointer] : owned_) devices_.Free(device, pointer);
   }
   PlacedBuffers(const PlacedBuffers&) = delete;
   PlacedBuffers& operator=(const PlacedBuffers&) = delete;
@@ -325,10 +427,28 @@ class PlacedBuffers {
   }
 
  private:
+  void PlaceFlat(int device, TestDevices::Kind kind) {
+    std::vector<std::byte> all;
+    for (size_t i = 0; i < places_.size(); ++i) {
+      if (places_[i] != device) continue;
+      all.insert(all.end(), host_.data(i).begin(), host_.data(i).end());
+    }
+    if (all.empty()) return;
+    std::byte* at = static_cast<std::byte*>(devices_.Allocate(device, all.size(), kind));
+    owned_.emplace_back(device, at);
+    devices_.Write(device, at, all.data(), all.size());
+    for (size_t i = 0; i < places_.size(); ++i) {
+      if (places_[i] != device) continue;
+      list_[i].data = at;
+      at += list_[i].bytes;
+    }
+  }
+
   TestDevices& devices_;
   TestBuffers& host_;
   std::vector<hf_buffer> list_;
   std::vector<int> places_;
+  std::vector<std::pair<int, void*>> owned_;
 };
 
 // A test with a device, a stream of it and a seed; skipped where there is none.

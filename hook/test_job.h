@@ -58,11 +58,12 @@ class TestBuffers {
   std::vector<uint32_t> groups_;
 };
 
-inline TestBuffers RandomBuffers(std::mt19937& random, size_t count, uint64_t bytes_max) {
+inline TestBuffers RandomBuffers(std::mt19937& random, size_t count, uint64_t bytes_max,
+                                 uint32_t group_count = 5) {
   TestBuffers buffers;
   for (size_t i = 0; i < count; ++i) {
     const uint64_t bytes = random() % 8 == 0 ? random() % 2 : random() % (bytes_max + 1);
-    buffers.Add("state/tensor" + std::to_string(i), bytes, random() % 5, random);
+    buffers.Add("state/tensor" + std::to_string(i), bytes, random() % group_count, random);
   }
   return buffers;
 }

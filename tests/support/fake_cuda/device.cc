@@ -20,6 +20,16 @@ uint64_t PageBytes(uint64_t bytes) {
 }
 
 constexpr uint64_t kAddressSpaceBytes = uint64_t{64} << 30;
+// Of allocations; the rest is for virtual memory.
+constexpr uint64_t kAllocationBytes = kAddressSpaceBytes / 2;
+
+// The descriptor of memory; negative: there is none.
+int MakeMemory(uint64_t bytes) {
+  const int fd = memfd_create("fake-device", MFD_CLOEXEC);
+  if (fd < 0 || ftruncate(fd, static_cast<off_t>(bytes)) == 0) return fd;
+  close(fd);
+  return -1;
+}
 
 // Addresses without memory. `at`: where; nullptr: anywhere. 0: there are none.
 uintptr_t Reserve(void* at, uint64_t bytes) {
@@ -58,7 +68,11 @@ void Device::Reset(uint32_t seed) {
   records_calls_ = true;
   calls_.clear();
   faults_.clear();
+  hooks_.clear();
   copies_until_failure_ = -1;
+  held_.reset();
+  copies_permitted_ = 0;
+  copies_begun_ = 0;
   stalled_ = false;
   bytes_per_second_ = 0;
   copies_executed_ = 0;
@@ -89,6 +103,45 @@ FakeCuda::Live Device::live() {
 void Device::Fail(const std::string& name, int skipped, int result, bool for_good) {
   std::lock_guard lock(mutex_);
   faults_.push_back({name, skipped, result, for_good});
+}
+
+void Device::Before(const std::string& name, int skipped, std::function<void()> body) {
+  std::lock_guard lock(mutex_);
+  hooks_.push_back({name, skipped, std::move(body)});
+}
+
+std::function<void()> Device::TakeBefore(const std::string& name) {
+  std::lock_guard lock(mutex_);
+  for (auto hook = hooks_.begin(); hook != hooks_.end(); ++hook) {
+    if (hook->name != name || hook->skipped-- > 0) continue;
+    std::function<void()> body = std::move(hook->body);
+    hooks_.erase(hook);
+    return body;
+  }
+  return nullptr;
+}
+
+void Device::HoldCopies(Copies held) {
+  std::lock_guard lock(mutex_);
+  held_ = held;
+  copies_permitted_ = 0;
+}
+
+void Device::PermitCopies(uint64_t count) {
+  std::lock_guard lock(mutex_);
+  copies_permitted_ += count;
+  changed_.notify_all();
+}
+
+uint64_t Device::copies_arrived() {
+  std::lock_guard lock(mutex_);
+  const auto waits = [this](const auto& entry) {
+    const std::deque<Operation>& operations = entry.second->operations;
+    return !operations.empty() && IsHeld(operations.front());
+  };
+  return copies_begun_ +
+         static_cast<uint64_t>(std::count_if(streams_.begin(), streams_.end(), waits) +
+                               std::count_if(defaults_.begin(), defaults_.end(), waits));
 }
 
 void Device::FailCopy(int skipped, int result) {
@@ -276,11 +329,12 @@ CuResult Device::Drain(Stream* stream) {
 // The lowest that is free: allocations lie side by side, as a caching allocator's often do.
 uintptr_t Device::FreeAddress(uint64_t bytes) const {
   uintptr_t free = address_space_;
+  const uintptr_t end = address_space_ + kAllocationBytes;
   for (const auto& [begin, allocation] : allocations_) {
-    if (begin - free >= bytes) break;
+    if (begin >= end || begin - free >= bytes) break;
     free = begin + PageBytes(allocation.bytes);
   }
-  return address_space_ + kAddressSpaceBytes - free >= bytes ? free : 0;
+  return end - free >= bytes ? free : 0;
 }
 
 CuResult Device::Allocate(uint64_t bytes, Context* context, bool managed,
@@ -289,16 +343,76 @@ CuResult Device::Allocate(uint64_t bytes, Context* context, bool managed,
   std::lock_guard lock(mutex_);
   const uintptr_t free = address_space_ == 0 ? 0 : FreeAddress(size);
   if (free == 0) return CuResult::kOutOfMemory;
-  const int fd = memfd_create("fake-device", MFD_CLOEXEC);
-  if (fd < 0 || ftruncate(fd, static_cast<off_t>(size)) != 0) return CuResult::kOutOfMemory;
+  const int fd = MakeMemory(size);
+  if (fd < 0) return CuResult::kOutOfMemory;
+  const CuResult result = MapAt(free, bytes, fd, context, managed);
+  close(fd);
+  *pointer = free;
+  return result;
+}
+
+CuResult Device::MapAt(uintptr_t at, uint64_t bytes, int fd, Context* context, bool managed) {
+  const uint64_t size = PageBytes(bytes);
   const int processor = managed ? PROT_READ | PROT_WRITE : PROT_NONE;
   void* const address =
-      mmap(reinterpret_cast<void*>(free), size, processor, MAP_SHARED | MAP_FIXED, fd, 0);
+      mmap(reinterpret_cast<void*>(at), size, processor, MAP_SHARED | MAP_FIXED, fd, 0);
   void* const view = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-  close(fd);
   if (address == MAP_FAILED || view == MAP_FAILED) return CuResult::kOutOfMemory;
-  allocations_[free] = {free, bytes, static_cast<std::byte*>(view), context, managed};
-  *pointer = free;
+  allocations_[at] = {at, bytes, static_cast<std::byte*>(view), context, managed};
+  return CuResult::kSuccess;
+}
+
+CuResult Device::ReserveVirtual(uint64_t bytes, CuDevicePointer* pointer) {
+  std::lock_guard lock(mutex_);
+  const uint64_t size = PageBytes(bytes);
+  if (address_space_ == 0 || bytes != size) return CuResult::kInvalidValue;
+  if (kAddressSpaceBytes - kAllocationBytes - virtual_bytes_ < size) return CuResult::kOutOfMemory;
+  *pointer = address_space_ + kAllocationBytes + virtual_bytes_;
+  virtual_bytes_ += size;
+  return CuResult::kSuccess;
+}
+
+CuResult Device::MakeHandle(uint64_t bytes, uint64_t* handle) {
+  std::lock_guard lock(mutex_);
+  if (bytes == 0 || bytes != PageBytes(bytes)) return CuResult::kInvalidValue;
+  const int fd = MakeMemory(bytes);
+  if (fd < 0) return CuResult::kOutOfMemory;
+  *handle = ++last_handle_;
+  handles_[*handle] = fd;
+  return CuResult::kSuccess;
+}
+
+CuResult Device::ReleaseHandle(uint64_t handle) {
+  std::lock_guard lock(mutex_);
+  const auto found = handles_.find(handle);
+  if (found == handles_.end()) return CuResult::kInvalidValue;
+  close(found->second);
+  handles_.erase(found);
+  return CuResult::kSuccess;
+}
+
+CuResult Device::MapHandle(CuDevicePointer pointer, uint64_t bytes, uint64_t handle) {
+  std::lock_guard lock(mutex_);
+  const auto found = handles_.find(handle);
+  const uintptr_t at = static_cast<uintptr_t>(pointer);
+  const uintptr_t begin = address_space_ + kAllocationBytes;
+  if (found == handles_.end() || at < begin || at + bytes > begin + virtual_bytes_ ||
+      bytes != PageBytes(bytes) || allocations_.count(at) != 0) {
+    return CuResult::kInvalidValue;
+  }
+  return MapAt(at, bytes, found->second, nullptr, false);
+}
+
+CuResult Device::UnmapVirtual(CuDevicePointer pointer, uint64_t bytes) {
+  std::unique_lock lock(mutex_);
+  const uintptr_t begin = static_cast<uintptr_t>(pointer);
+  // In CUDA it is the caller who has to wait. Here, too, nobody shall write to what is gone.
+  changed_.wait(lock, [&] { return IsIdle(nullptr); });
+  const auto first = allocations_.lower_bound(begin);
+  const auto last = allocations_.lower_bound(begin + bytes);
+  if (first == last) return CuResult::kInvalidValue;
+  for (auto mapping = first; mapping != last; ++mapping) Unmap(mapping->second);
+  allocations_.erase(first, last);
   return CuResult::kSuccess;
 }
 
@@ -410,8 +524,15 @@ bool Device::IsUsed(const void* data, uint64_t bytes) const {
   });
 }
 
+bool Device::IsHeld(const Operation& operation) const {
+  return held_.has_value() && operation.to_host && operation.done == 0 &&
+         (*held_ == Copies::kToHost || !operation.is_registered);
+}
+
 bool Device::MayRun(const Operation& operation) const {
   switch (operation.kind) {
+    case Operation::Kind::kCopy:
+      return !IsHeld(operation) || copies_permitted_ > 0;
     case Operation::Kind::kWaitEvent:
       return operation.event->completed >= operation.sequence;
     case Operation::Kind::kWaitValue:
@@ -427,6 +548,10 @@ void Device::StepCopy(Stream& stream, Operation& operation) {
     stream.context->failure = copy_failure_;
     changed_.notify_all();
     return;
+  }
+  if (IsHeld(operation)) {
+    ++copies_begun_;
+    --copies_permitted_;
   }
   // A few pieces, cut anywhere.
   uint64_t step = std::min(total - operation.done, total / (1 + random_() % 3) + 1);

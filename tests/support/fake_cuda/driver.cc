@@ -1,5 +1,7 @@
 // The entry points. Each enters (is recorded, and may be told to fail), looks at its arguments, and
 // leaves the rest to the device.
+#include <unistd.h>
+
 #include <cstdlib>
 #include <cstring>
 
@@ -24,6 +26,7 @@ constexpr bool kUnsafe = true;
 CuResult Enter(const char* name, Context* context = nullptr, bool unsafe = false,
                const void* stream = nullptr, const void* event = nullptr, uint64_t bytes = 0,
                int priority = 0) {
+  if (const std::function<void()> before = TheDevice().TakeBefore(name)) before();
   FakeCuda::Call call;
   call.name = name;
   call.stream = stream;
@@ -76,9 +79,10 @@ CuResult CopyRows(const char* name, CuStream stream_handle, CuDevicePointer devi
   operation.source_pitch = to_host ? device_pitch : host_pitch;
   operation.width = width;
   operation.height = height;
+  operation.to_host = to_host;
+  operation.is_registered = TheDevice().IsPinned(host, host_pitch * (height - 1) + width);
   TheDevice().Enqueue(stream, operation);
-  if (TheDevice().IsPinned(host, host_pitch * (height - 1) + width)) return CuResult::kSuccess;
-  return TheDevice().Drain(stream);
+  return operation.is_registered ? CuResult::kSuccess : TheDevice().Drain(stream);
 }
 
 }  // namespace
@@ -126,22 +130,22 @@ CuResult cuDriverGetVersion(int* version) {
 }
 
 CuResult cuGetErrorName(CuResult result, const char** name) {
-  switch (result) {
-    case CuResult::kNoDevice:
-      *name = "CUDA_ERROR_NO_DEVICE";
-      return CuResult::kSuccess;
-    case CuResult::kContextIsDestroyed:
-      *name = "CUDA_ERROR_CONTEXT_IS_DESTROYED";
-      return CuResult::kSuccess;
-    case CuResult::kOutOfMemory:
-      *name = "CUDA_ERROR_OUT_OF_MEMORY";
-      return CuResult::kSuccess;
-    case CuResult::kEccUncorrectable:
-      *name = "CUDA_ERROR_ECC_UNCORRECTABLE";
-      return CuResult::kSuccess;
-    case CuResult::kInvalidValue:
-      *name = "CUDA_ERROR_INVALID_VALUE";
-      return CuResult::kSuccess;
+  switch (static_cast<int>(result)) {
+#define NAME(number, text) \
+  case number:             \
+    *name = text;          \
+    return CuResult::kSuccess
+    NAME(1, "CUDA_ERROR_INVALID_VALUE");
+    NAME(2, "CUDA_ERROR_OUT_OF_MEMORY");
+    NAME(46, "CUDA_ERROR_DEVICE_UNAVAILABLE");
+    NAME(100, "CUDA_ERROR_NO_DEVICE");
+    NAME(214, "CUDA_ERROR_ECC_UNCORRECTABLE");
+    NAME(220, "CUDA_ERROR_NVLINK_UNCORRECTABLE");
+    NAME(700, "CUDA_ERROR_ILLEGAL_ADDRESS");
+    NAME(709, "CUDA_ERROR_CONTEXT_IS_DESTROYED");
+    NAME(719, "CUDA_ERROR_LAUNCH_FAILED");
+    NAME(999, "CUDA_ERROR_UNKNOWN");
+#undef NAME
     default:
       *name = "CUDA_ERROR_OF_THE_FAKE";
       return CuResult::kSuccess;
@@ -319,6 +323,38 @@ CuResult cuMemAllocManaged(CuDevicePointer* pointer, size_t bytes, unsigned) {
 }
 
 CuResult cuMemFree_v2(CuDevicePointer pointer) { return TheDevice().Free(pointer); }
+
+CuResult cuMemGetAllocationGranularity(size_t* bytes, const void*, int) {
+  *bytes = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  return CuResult::kSuccess;
+}
+
+CuResult cuMemAddressReserve(CuDevicePointer* pointer, size_t bytes, size_t, CuDevicePointer,
+                             unsigned long long) {
+  return TheDevice().ReserveVirtual(bytes, pointer);
+}
+
+CuResult cuMemAddressFree(CuDevicePointer, size_t) { return CuResult::kSuccess; }
+
+CuResult cuMemCreate(unsigned long long* handle, size_t bytes, const void*, unsigned long long) {
+  uint64_t made = 0;
+  const CuResult result = TheDevice().MakeHandle(bytes, &made);
+  *handle = made;
+  return result;
+}
+
+CuResult cuMemRelease(unsigned long long handle) { return TheDevice().ReleaseHandle(handle); }
+
+CuResult cuMemMap(CuDevicePointer pointer, size_t bytes, size_t, unsigned long long handle,
+                  unsigned long long) {
+  return TheDevice().MapHandle(pointer, bytes, handle);
+}
+
+CuResult cuMemUnmap(CuDevicePointer pointer, size_t bytes) {
+  return TheDevice().UnmapVirtual(pointer, bytes);
+}
+
+CuResult cuMemSetAccess(CuDevicePointer, size_t, const void*, size_t) { return CuResult::kSuccess; }
 
 CuResult cuMemAllocHost_v2(void** data, size_t bytes) {
   ENTER("cuMemAllocHost_v2", Current(), holdfast::fake::kUnsafe, nullptr, nullptr, bytes);

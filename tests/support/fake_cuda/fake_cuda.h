@@ -9,19 +9,22 @@
 //   executed. Two devices; each has its primary context and those that are made. Device memory
 //   cannot be touched by the processor (PROT_NONE; the device has a mapping of its own); managed
 //   memory can. Allocations lie side by side at the lowest addresses that are free, each at the
-//   beginning of a page; a copy that leaves one is refused (CUDA_ERROR_INVALID_VALUE). Copies to or
-//   from host memory that is not registered return when they are done. After a failed copy every
-//   call on its context fails. A context that is destroyed takes streams, events and memory with
-//   it, and cannot be made current any more. While a stream is being captured into a graph, calls
-//   that are unsafe then fail in threads whose mode is not RELAXED.
-//   $HOLDFAST_FAKE_CUDA: absent (there is no device), pinless (no host memory is registered),
-//   mismatch (cuInit fails: kernel module and library are not of one version).
+//   beginning of a page; a copy that leaves one is refused (CUDA_ERROR_INVALID_VALUE). Virtual
+//   memory is reserved elsewhere; each of its mappings counts as an allocation. Copies to or from
+//   host memory that is not registered return when they are done. After a failed copy every call on
+//   its context fails. A context that is destroyed takes streams, events and memory with it, and
+//   cannot be made current any more. While a stream is being captured into a graph, calls that are
+//   unsafe then fail in threads whose mode is not RELAXED. $HOLDFAST_FAKE_CUDA: absent (there is no
+//   device), pinless (no host memory is registered), mismatch (cuInit fails: kernel module and
+//   library are not of one version).
 // Not modelled: kernels, the legacy stream's synchronisation with blocking streams, peer access,
-//   priorities (they are recorded), limits on what may be registered, anything's cost.
+//   priorities (they are recorded), limits on what may be registered, access rights of mappings,
+//   anything's cost.
 #ifndef HOLDFAST_TESTS_SUPPORT_FAKE_CUDA_FAKE_CUDA_H_
 #define HOLDFAST_TESTS_SUPPORT_FAKE_CUDA_FAKE_CUDA_H_
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -61,8 +64,19 @@ class FakeCuda {
   // The call of this name after `skipped` of them returns `result` instead of doing anything, and
   // so do all after it if `for_good`.
   virtual void Fail(const std::string& name, int skipped, int result, bool for_good) = 0;
+  // `body` runs before the call of this name after `skipped` of them, in its thread, once. It may
+  // call the driver.
+  virtual void Before(const std::string& name, int skipped, std::function<void()> body) = 0;
   // The copy after `skipped` copies fails in the middle of its execution: its context is lost.
   virtual void FailCopy(int skipped, int result) = 0;
+  // Copies to the host: all, or those to memory that is not registered with the driver.
+  enum class Copies { kToHost, kToUnregistered };
+  // From now on the device begins none of these but as many as are permitted (until Reset). What
+  // was permitted before is forgotten.
+  virtual void HoldCopies(Copies held) = 0;
+  virtual void PermitCopies(uint64_t count) = 0;
+  // Of these since Reset: begun, or the next of their stream.
+  virtual uint64_t copies_arrived() = 0;
   // The device executes nothing any more, until it is told to go on.
   virtual void Stall(bool stalled) = 0;
   // 0: as fast as memory can.
