@@ -256,6 +256,18 @@ class Job {
   hf_job* job_;
 };
 
+// How fast devices were copied from, over their bus, once the streams had come to the save; 0:
+// nothing was.
+inline double DeviceBytesPerSecond(const hf_save_report& report) {
+  if (report.device_ns <= 0) return 0;
+  return static_cast<double>(report.device_bytes) / static_cast<double>(report.device_ns) * 1e9;
+}
+
+// How much of the capture the loop did not wait for; 0: it is not over.
+inline std::int64_t HiddenNs(const hf_save_report& report) {
+  return report.capture_ns > report.blocked_ns ? report.capture_ns - report.blocked_ns : 0;
+}
+
 // Says what the loop is doing while it is in scope.
 class Section {
  public:

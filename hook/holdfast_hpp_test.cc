@@ -100,6 +100,17 @@ TEST_F(WrapperTest, ATrainingLoopFromRestoreToCommit) {
   EXPECT_EQ(job.WaitCommitted(6, 1u << 5, 30s).code(), HF_UNIMPLEMENTED);
   EXPECT_EQ(job.Report()->state, HF_SAVE_COMMITTED_POWER);
   EXPECT_FALSE(job.Report(1).has_value());
+  hf_save_report report = {};
+  EXPECT_EQ(holdfast::DeviceBytesPerSecond(report), 0);
+  EXPECT_EQ(holdfast::HiddenNs(report), 0);
+  report.device_bytes = 3'000'000;
+  report.device_ns = 1'500'000;
+  report.capture_ns = 2'000'000;
+  report.blocked_ns = 250'000;
+  EXPECT_DOUBLE_EQ(holdfast::DeviceBytesPerSecond(report), 2e9);
+  EXPECT_EQ(holdfast::HiddenNs(report), 1'750'000);
+  report.blocked_ns = 2'000'001;
+  EXPECT_EQ(holdfast::HiddenNs(report), 0);
   EXPECT_EQ(job.Info().committed_power_step, 6u);
   EXPECT_EQ(job.Info().image_bytes, 8192u);
 }

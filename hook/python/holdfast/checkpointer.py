@@ -35,7 +35,7 @@ from typing import (Any, Callable, Collection, Deque, Dict, List, Mapping, Optio
 from . import values
 from .errors import DataLoss, Error, FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from .job import (ALL_GROUPS, CAPTURE_SECONDS, COMMIT_SECONDS, REGISTER_SECONDS, RESTORE_SECONDS,
-                  Blob, Buffer, Faults, Job, Restored, SaveState, Scope)
+                  Blob, Buffer, Faults, Job, Restored, SaveReport, SaveState, Scope)
 from .layout import replicated, split_name
 from .memory import DTYPES, Memory, memory_of
 
@@ -65,6 +65,14 @@ class Resumed(Restored):
 
     state: Any = None
     rank_state: Any = None
+
+
+def _device_part(report: SaveReport) -> str:
+    """What the log says of devices; empty if no array lies on one."""
+    if report.device_bytes == 0:
+        return ""
+    speed = report.device_bytes_per_second / 1e9
+    return f"; {report.device_bytes} bytes from devices at {speed:.3g} GB/s"
 
 
 class Checkpointer:
@@ -377,6 +385,6 @@ class Checkpointer:
                              report.error or Error(f"save of step {step}: no reason is known"))
             elif report.state == SaveState.COMMITTED_POWER:
                 self._unreported.remove(step)
-                LOGGER.info("step %d is committed: %d bytes in %.3f s, training waited %.3f ms",
-                            step, report.image_bytes, report.commit_ns / 1e9,
-                            report.blocked_ns / 1e6)
+                LOGGER.info("step %d is committed: %d bytes in %.3f s, training waited %.3f ms of "
+                            "the capture's %.3f%s", step, report.image_bytes, report.commit_ns / 1e9,
+                            report.blocked_ns / 1e6, report.capture_ns / 1e6, _device_part(report))

@@ -153,6 +153,17 @@ class SaveReport:
     gate_ns: int = 0
     device_ns: int = 0
 
+    @property
+    def device_bytes_per_second(self) -> float:
+        """How fast devices were copied from: over their bus (PCIe), once the streams had come to the
+        save. 0.0: nothing was."""
+        return self.device_bytes / self.device_ns * 1e9 if self.device_ns > 0 else 0.0
+
+    @property
+    def hidden_ns(self) -> int:
+        """How much of the capture training did not wait for; 0: it is not over."""
+        return max(self.capture_ns - self.blocked_ns, 0)
+
 
 def _nanoseconds(seconds: Optional[float], what: str) -> int:
     if seconds is None or seconds == math.inf:

@@ -4,11 +4,13 @@ Neither torch nor numpy is imported; objects are recognised by what they offer, 
   1. `data_ptr()`, `dtype`, `shape`, `is_contiguous()`: torch tensors and their like, also on a CUDA
      device,
   2. `__array_interface__`: numpy arrays (also with ml_dtypes' bfloat16 and float8s),
-  3. the buffer protocol: bytearray, array.array, mmap, memoryview,
-  4. DLPack (`__dlpack__`) in host memory.
-What is taken must be contiguous, row-major, writable (restore writes there), native in byte order,
-and, but for torch tensors on CUDA devices, host memory. Nothing is copied, ever: an array that would
-need a copy is refused by name, because a copy would be saved once and never change again.
+  3. `__cuda_array_interface__`: arrays of CuPy, Numba and others, on a CUDA device,
+  4. the buffer protocol: bytearray, array.array, mmap, memoryview,
+  5. DLPack (`__dlpack__`) in host memory or on a CUDA device (JAX and others).
+What is taken must be contiguous, row-major, writable (restore writes there) and native in byte
+order. Nothing is copied, ever: an array that would need a copy is refused by name, because a copy
+would be saved once and never change again. Nor is a stream waited for: which streams write to an
+array is said at the save (`streams`).
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ DTYPES = {
     "bits1x8": 1, "bits2x4": 1, "bits4x2": 1,
 }
 
-DLPACK_CPU = 1
+# DLDeviceType of dlpack.h.
+DLPACK_CPU, DLPACK_CUDA, DLPACK_CUDA_HOST, DLPACK_CUDA_MANAGED = 1, 2, 3, 13
+# Do not make a stream wait for the producer's: https://dmlc.github.io/dlpack/latest/python_spec.html
+DLPACK_NO_WAIT = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +65,8 @@ def memory_of(value: Any, what: str = "array") -> Memory:
         return _of_torch(value, what)
     if getattr(value, "__array_interface__", None) is not None:
         return _of_array_interface(value, what)
+    if getattr(value, "__cuda_array_interface__", None) is not None:
+        return _of_cuda_array_interface(value, what)
     try:
         view = memoryview(value)
     except (TypeError, BufferError, ValueError):
@@ -69,7 +76,7 @@ def memory_of(value: Any, what: str = "array") -> Memory:
     if callable(getattr(value, "__dlpack__", None)):
         return _of_dlpack(value, what)
     raise InvalidArgument(
-        f"{what}: expected a torch tensor, a numpy array, a writable buffer or DLPack, found "
+        f"{what}: expected a torch tensor, a numpy or CUDA array, a writable buffer or DLPack, found "
         f"{_type_name(value)}")
 
 
@@ -141,7 +148,43 @@ def _of_array_interface(array: Any, what: str) -> Memory:
         raise _refuse(what, "an array", f"the numpy scalar {_type_name(array)}, which has no "
                       "memory that can be restored; use a 0-d array")
     interface = array.__array_interface__
-    typestr, shape = interface["typestr"], tuple(interface["shape"])
+    shape = tuple(interface["shape"])
+    dtype, size = _dtype_of_typestr(interface["typestr"], array, what)
+    if interface.get("data") is None:
+        return _of_buffer(memoryview(array), what)
+    address, read_only = interface["data"]
+    if read_only:
+        raise _refuse(what, "writable memory", "a read-only array")
+    _check_strides(what, shape, interface.get("strides"), size)
+    return _make(what, address, dtype, shape, array)
+
+
+def _of_cuda_array_interface(array: Any, what: str) -> Memory:
+    """Version 2 or 3 (https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html)."""
+    interface = array.__cuda_array_interface__
+    shape = tuple(interface["shape"])
+    dtype, size = _dtype_of_typestr(interface["typestr"], array, what)
+    if interface.get("mask") is not None:
+        raise _refuse(what, "plain memory", "a masked array")
+    address, read_only = interface["data"]
+    if read_only:
+        raise _refuse(what, "writable memory", "a read-only array")
+    _check_strides(what, shape, interface.get("strides"), size)
+    return _make(what, address, dtype, shape, array, _device_of_array(array))
+
+
+def _device_of_array(array: Any) -> int:
+    """The interface does not say which device: CuPy's and Numba's own ways do. What counts in the end
+    is the address (see Memory); this is whose current stream represents it."""
+    device = getattr(array, "device", None)
+    for candidate in (device, getattr(device, "id", None), getattr(device, "device_id", None)):
+        if isinstance(candidate, int):
+            return candidate
+    return 0
+
+
+def _dtype_of_typestr(typestr: str, array: Any, what: str) -> Tuple[str, int]:
+    """The dtype, and bytes per element."""
     match = re.fullmatch(r"([<>|=])([a-zA-Z])(\d+)", typestr)
     if match is None:  # dates have a unit behind
         raise _refuse(what, f"a dtype of {', '.join(DTYPES)}", typestr)
@@ -156,14 +199,7 @@ def _of_array_interface(array: Any, what: str) -> Memory:
                  "f": f"float{8 * size}", "c": f"complex{8 * size}"}.get(kind, typestr)
     if DTYPES.get(dtype, size) != size:
         raise _refuse(what, f"{DTYPES[dtype]} bytes per {dtype}", f"dtype {typestr}")
-    if interface.get("data") is None:
-        return _of_buffer(memoryview(array), what)
-    address, read_only = interface["data"]
-    if read_only:
-        raise _refuse(what, "writable memory", "a read-only array")
-    strides = interface.get("strides")
-    _check_strides(what, shape, strides, size)
-    return _make(what, address, dtype, shape, array)
+    return dtype, size
 
 
 def _check_strides(what: str, shape: Tuple[int, ...], strides: Any, unit: int) -> None:
@@ -220,11 +256,13 @@ _DLPACK_KINDS = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: 
 
 
 def _of_dlpack(value: Any, what: str) -> Memory:
-    device = getattr(value, "__dlpack_device__", lambda: (DLPACK_CPU, 0))()
-    if int(device[0]) != DLPACK_CPU:
-        raise _refuse(what, "host memory (DLPack device 1)", f"DLPack device {int(device[0])}")
+    kind, index = getattr(value, "__dlpack_device__", lambda: (DLPACK_CPU, 0))()
+    on_device = int(kind) in (DLPACK_CUDA, DLPACK_CUDA_MANAGED)
+    if not on_device and int(kind) not in (DLPACK_CPU, DLPACK_CUDA_HOST):
+        raise _refuse(what, "host memory or a CUDA device (DLPack devices 1, 2, 3, 13)",
+                      f"DLPack device {int(kind)}")
     try:
-        capsule = value.__dlpack__()
+        capsule = value.__dlpack__(stream=DLPACK_NO_WAIT) if on_device else value.__dlpack__()
     except Exception as error:  # the exporter's own refusal, whatever its class
         raise InvalidArgument(f"{what}: {_type_name(value)} gives no DLPack: {error}") from error
     get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
@@ -234,9 +272,10 @@ def _of_dlpack(value: Any, what: str) -> Memory:
     shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
     strides = tuple(tensor.strides[i] for i in range(tensor.ndim)) if tensor.strides else None
     _check_strides(what, shape, strides, 1)
-    kind = _DLPACK_KINDS.get(tensor.code, f"DLPack type {tensor.code} of ")
-    dtype = "bool" if kind == "bool" else f"{kind}{tensor.bits}"
+    number = _DLPACK_KINDS.get(tensor.code, f"DLPack type {tensor.code} of ")
+    dtype = "bool" if number == "bool" else f"{number}{tensor.bits}"
     if tensor.lanes != 1:
         dtype += f"x{tensor.lanes}"
     # The capsule still owns the tensor: its destructor gives the memory back to the exporter.
-    return _make(what, (tensor.data or 0) + tensor.byte_offset, dtype, shape, (capsule, value))
+    return _make(what, (tensor.data or 0) + tensor.byte_offset, dtype, shape, (capsule, value),
+                 int(index) if on_device else None)

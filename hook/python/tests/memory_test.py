@@ -25,9 +25,10 @@ class OnlyDlpack:
     """Offers nothing else."""
 
     def __init__(self, array, device=(1, 0)):
-        self.array, self.device = array, device
+        self.array, self.device, self.streams = array, device, []
 
-    def __dlpack__(self):
+    def __dlpack__(self, stream=None):
+        self.streams.append(stream)
         return self.array.__dlpack__()
 
     def __dlpack_device__(self):
@@ -54,6 +55,16 @@ class FakeTensor:
         return (1, 2)
 
 
+class CudaArray:
+    """What CuPy's and Numba's arrays offer, as far as it is asked for."""
+
+    def __init__(self, device=None, **changes):
+        self.__cuda_array_interface__ = {"shape": (2, 3), "typestr": "<f4", "data": (4096, False), "version": 3,
+                                         **changes}
+        if device is not None:
+            self.device = device
+
+
 class MlDtype:
     """ml_dtypes' arrays: the interface says V2, the dtype object knows the name."""
 
@@ -64,11 +75,12 @@ class MlDtype:
 
 
 class MemoryTest(unittest.TestCase):
-    def check(self, memory, address, dtype, shape):
+    def check(self, memory, address, dtype, shape, device=None):
         count = 1
         for size in shape:
             count *= size
-        expected = Memory(address if count else 0, count * DTYPES[dtype], dtype, tuple(shape))
+        expected = Memory(address if count else 0, count * DTYPES[dtype], dtype, tuple(shape),
+                          device=device)
         self.assertEqual(memory, expected)
 
     def refused(self, value, *expected):
@@ -157,6 +169,26 @@ class MemoryTest(unittest.TestCase):
             memory = memory_of(tensor)
             self.assertEqual((memory.device, memory.address), (device, tensor.data_ptr()))
 
+    def test_cuda_arrays_and_dlpack_on_cuda_devices_are_taken(self):
+        for device, index in ((None, 0), (1, 1), (types.SimpleNamespace(id=2), 2), ("a device", 0)):
+            self.check(memory_of(CudaArray(device)), 4096, "float32", (2, 3), index)
+        self.check(memory_of(CudaArray(shape=(3,), typestr="|u1", strides=(1,))), 4096, "uint8", (3,), 0)
+        value = numpy.zeros(3, numpy.int16)
+        for kind in (2, 13):
+            exporter = OnlyDlpack(value, device=(kind, 1))
+            self.assertEqual(memory_of(exporter).device, 1)
+            self.assertEqual(exporter.streams, [-1])  # nobody is waited for
+        pinned = OnlyDlpack(value, device=(3, 0))
+        self.assertIsNone(memory_of(pinned).device)
+        self.assertEqual(pinned.streams, [None])
+
+    def test_cuda_arrays_that_would_need_a_copy_are_refused(self):
+        self.refused(CudaArray(strides=(4, 8)), "contiguous", "(4, 8)")
+        self.refused(CudaArray(data=(4096, True)), "writable", "read-only")
+        self.refused(CudaArray(typestr=">f4"), "byte order", ">f4")
+        self.refused(CudaArray(typestr="<M8[s]"), "M8")
+        self.refused(CudaArray(mask=object()), "masked")
+
     def test_tensors_that_would_need_a_copy_are_refused(self):
         self.refused(FakeTensor(device=types.SimpleNamespace(type="mps")), "on a CUDA device")
         self.refused(FakeTensor(layout="torch.sparse_coo"), "dense", "sparse_coo")
@@ -171,7 +203,7 @@ class MemoryTest(unittest.TestCase):
         self.refused((ctypes.c_longdouble * 2)(), "format")
         self.refused((ctypes.c_float.__ctype_be__ * 2)(), "byte order")
         self.refused(OnlyDlpack(numpy.zeros((2, 3)).T), "contiguous")
-        self.refused(OnlyDlpack(numpy.zeros(3), device=(2, 0)), "device 2")
+        self.refused(OnlyDlpack(numpy.zeros(3), device=(10, 0)), "device 10")
         self.refused(OnlyDlpack(numpy.zeros(3, ">f4")), "DLPack")
 
     def test_anything_else_is_refused(self):
