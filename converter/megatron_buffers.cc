@@ -1,8 +1,9 @@
 #include "converter/megatron_buffers.h"
 
 #include <algorithm>
-#include <cstring>
+#include <array>
 #include <numeric>
+#include <utility>
 
 #include "absl/strings/str_format.h"
 #include "base/check.h"
@@ -40,6 +41,28 @@ absl::StatusOr<std::optional<std::vector<std::byte>>> ReadFlat(const ForeignFold
     found += run.count;
   }
   if (found != count) return std::nullopt;
+  return bytes;
+}
+
+// Weights are their masters, rounded; or they were once, and have been cast to another dtype since.
+constexpr std::array<Dtype, 2> kByBfloat16 = {Dtype::kBfloat16, Dtype::kFloat16};
+constexpr std::array<Dtype, 2> kByFloat16 = {Dtype::kFloat16, Dtype::kBfloat16};
+constexpr std::array<std::span<const Dtype>, 5> kWays = {
+    std::span<const Dtype>(), std::span(kByBfloat16).first(1), std::span(kByFloat16).first(1),
+    std::span(kByBfloat16), std::span(kByFloat16)};
+
+// From type to type.
+std::vector<std::byte> Cast(Dtype from, std::span<const Dtype> way, Dtype to,
+                            std::vector<std::byte> bytes) {
+  const auto cast = [&](Dtype next) {
+    if (next == from) return;
+    std::vector<std::byte> out(bytes.size() / ElementBytes(from) * ElementBytes(next));
+    CastElements(from, next, bytes, out);
+    bytes = std::move(out);
+    from = next;
+  };
+  for (const Dtype next : way) cast(next);
+  cast(to);
   return bytes;
 }
 
@@ -215,19 +238,20 @@ absl::StatusOr<MasterMatch> CompareMaster(const ForeignFolder& folder, const Fla
   const Dtype to = weights.dtype();
   if (from != to && !CanRound(from, to)) return MasterMatch::kUnknown;
   const uint64_t window = std::min(count, kWindowElements);
+  std::vector<std::byte> of_masters;
+  std::vector<std::byte> of_weights;
   for (const uint64_t at : {uint64_t{0}, (count - window) / 2, count - window}) {
     ASSIGN_OR_RETURN(const auto master, ReadFlat(folder, masters, master_begin + at, window));
     ASSIGN_OR_RETURN(const auto weight, ReadFlat(folder, weights, weight_begin + at, window));
     if (!master.has_value() || !weight.has_value()) return MasterMatch::kUnknown;
-    std::vector<std::byte> rounded(weight->size());
-    if (from == to) {
-      rounded = *master;
-    } else {
-      RoundElements(from, to, *master, rounded);
-    }
-    if (rounded != *weight) return MasterMatch::kDifferent;
+    of_masters.insert(of_masters.end(), master->begin(), master->end());
+    of_weights.insert(of_weights.end(), weight->begin(), weight->end());
   }
-  return MasterMatch::kEqual;
+  for (const std::span<const Dtype> way : kWays) {
+    if (!way.empty() && from != Dtype::kFloat32) continue;
+    if (Cast(from, way, to, of_masters) == of_weights) return MasterMatch::kEqual;
+  }
+  return MasterMatch::kDifferent;
 }
 
 }  // namespace holdfast::converter

@@ -106,8 +106,10 @@ absl::StatusOr<uint64_t> AddFlatParts(const FlatParts& parts, uint64_t begin, ui
                                       PieceTable& table);
 
 // Whether the master weights at [master_begin, + count), rounded, are the weights at
-// [weight_begin, + count). Of many elements only the first, middle and last 512 are looked at.
-// kUnknown: not stored, or of dtypes that are not rounded into each other.
+// [weight_begin, + count), or those before they were cast to another of the dtypes that weights
+// have (bfloat16, float16, float32: --dtype of a conversion). Of many elements only the first,
+// middle and last 512 are looked at. kUnknown: not stored, or of dtypes that are not rounded into
+// each other.
 enum class MasterMatch : uint8_t { kEqual, kDifferent, kUnknown };
 absl::StatusOr<MasterMatch> CompareMaster(const ForeignFolder& folder, const FlatParts& masters,
                                           uint64_t master_begin, const FlatParts& weights,

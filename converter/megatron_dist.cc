@@ -24,6 +24,7 @@ namespace {
 constexpr uint64_t kObjectBytesMax = uint64_t{64} << 20;
 constexpr size_t kShownBytesMax = size_t{64} << 10;
 constexpr uint64_t kItemOverheadBytesMax = uint64_t{1} << 20;
+constexpr uint64_t kBuffersMax = uint64_t{1} << 20;  // of a rank
 constexpr std::string_view kBuckets = "optimizer.distributed.dp_group_idx_";
 constexpr std::string_view kStates = "optimizer.state.";
 constexpr std::string_view kCommon = "common_state/";
@@ -209,11 +210,17 @@ class Reader {
     ASSIGN_OR_RETURN(const std::optional<uint32_t> file, items.FileOf(item));
     if (!file.has_value() || !objects_.insert(object.key).second) return absl::OkStatus();
     ASSIGN_OR_RETURN(const OpenedItem opened, items.Open(item, *file, kObjectBytesMax));
-    table_.index().blobs.push_back({object.key, opened.extent});
-    AddTorchDescription(*opened.torch, table_.index());
     TorchValue value = opened.torch->root();
     // Megatron's sharded objects are lists of one.
     if (value.Is(TorchValue::Kind::kList) && value.ArraySize().value_or(0) == 1) value = value[0];
+    if (Contains(object.key, ".param_state/shard_")) {
+      const absl::Status status = TakeGathered(opened, *file, object.key, value);
+      if (!absl::IsUnimplemented(status)) return status;
+      table_.index().unreadable.push_back({object.key, std::string(status.message())});
+      return absl::OkStatus();
+    }
+    table_.index().blobs.push_back({object.key, opened.extent});
+    AddTorchDescription(*opened.torch, table_.index());
     if (object.key.starts_with(kCommon)) {
       return TakeCommon(*opened.torch, value, *file, opened.place.begin_bytes);
     }
@@ -267,6 +274,58 @@ class Reader {
     if (std::string_view of = key; Contains(key, ".optimizer/shard_")) {
       keeper_.AddOptimizer(from, TakeOptimizer(of), value);
     }
+  }
+
+  // A rank's buffers in one object (`dp_zero_gather_scatter`), as distrib_optim.pt has them: by
+  // number and dtypes, flat states without the padding of buckets.
+  absl::Status TakeGathered(const OpenedItem& opened, uint32_t file, std::string_view key,
+                            const TorchValue& value) {
+    MegatronBufferKey buffer{.optimizer = TakeOptimizer(key)};
+    const auto rank = TakeNumber(kBuckets, key);
+    const TorchValue coalesced =
+        value.Is(TorchValue::Kind::kDict) ? value.Find("buckets_coalesced") : TorchValue();
+    if (!rank.has_value() || !coalesced.present() || opened.place.extent.has_value()) {
+      return absl::UnimplementedError(absl::StrCat(
+          "expected a dict of coalesced buckets, stored as it is, found ", value.Describe()));
+    }
+    buffer.rank = *rank;
+    ASSIGN_OR_RETURN(const size_t count, value.EntryCount());
+    for (size_t i = 0; i < count; ++i) {
+      if (!value.Key(i).Is(TorchValue::Kind::kInteger)) continue;
+      ASSIGN_OR_RETURN(const uint64_t number, value.Key(i).Uint64());
+      ASSIGN_OR_RETURN(const size_t dtypes, value.Entry(i).EntryCount());
+      if (dtypes != 1 || number > kBuffersMax) {
+        return absl::UnimplementedError(absl::StrFormat(
+            "buffer %d: expected states of one pair of dtypes, found %d", number, dtypes));
+      }
+      buffer.buffer = static_cast<uint32_t>(number);
+      RETURN_IF_ERROR(
+          TakeGatheredBuffer(opened, file, value.Entry(i).Entry(0), dist_.buffers[buffer][0]));
+    }
+    return absl::OkStatus();
+  }
+
+  static absl::Status TakeGatheredBuffer(const OpenedItem& opened, uint32_t file,
+                                         const TorchValue& states, MegatronBucket& bucket) {
+    bucket.coalesced = true;
+    ASSIGN_OR_RETURN(const size_t count, states.EntryCount());
+    for (size_t i = 0; i < count; ++i) {
+      if (!states.Entry(i).Is(TorchValue::Kind::kTensor)) continue;
+      ASSIGN_OR_RETURN(const std::string_view state, states.Key(i).String());
+      ASSIGN_OR_RETURN(const TorchTensor* const tensor, states.Entry(i).Tensor());
+      ASSIGN_OR_RETURN(StoredTensor stored, Locate(*opened.torch, file, *tensor));
+      stored.offset_bytes += opened.place.begin_bytes;
+      stored.storage_offset_bytes += opened.place.begin_bytes;
+      const uint64_t elements = stored.ElementCount();
+      if (!stored.contiguous || (!bucket.states.empty() && elements != bucket.elements)) {
+        return absl::UnimplementedError(
+            absl::StrFormat("\"%s\": expected %d elements, as the other states have, found %d",
+                            TorchText(state), bucket.elements, elements));
+      }
+      bucket.elements = elements;
+      bucket.states[std::string(state)].Add(0, stored, 0, elements);
+    }
+    return absl::OkStatus();
   }
 
   // A list of dicts, one per buffer, of lists, one number per bucket.
@@ -578,9 +637,12 @@ class Reader {
 
   void Describe() {
     const bool buckets = !dist_.buffers.empty();
-    table_.index().variant = dtensors_ ? "fsdp_dtensor"
-                             : buckets ? "torch_dist, dp_reshardable"
-                                       : "torch_dist";
+    const bool gathered = buckets && !dist_.buffers.begin()->second.empty() &&
+                          dist_.buffers.begin()->second.begin()->second.coalesced;
+    table_.index().variant = dtensors_  ? "fsdp_dtensor"
+                             : gathered ? "torch_dist, dp_zero_gather_scatter"
+                             : buckets  ? "torch_dist, dp_reshardable"
+                                        : "torch_dist";
     DescribeMegatron(files_, dist_.arguments, table_.index());
     table_.index().layout.push_back({"chunks", absl::StrCat(metadata_.chunks.size())});
   }

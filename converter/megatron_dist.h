@@ -46,6 +46,7 @@ struct MegatronBufferKey {
 };
 struct MegatronBucket {
   uint64_t elements = 0;
+  bool coalesced = false;                        // all buckets of the buffer, one behind the other
   std::map<std::string, FlatParts> states = {};  // by key: "param", "exp_avg", ...
 };
 
@@ -68,8 +69,9 @@ class MegatronDistOptimizer {
   MegatronDistOptimizer(const ForeignFolder& folder, MegatronDist& dist, PieceTable& table)
       : folder_(folder), dist_(dist), table_(table) {}
 
-  // Adds states from the buckets of `dp_reshardable`: named by the order of the model's parameters,
-  // proven by the buckets' sizes and the weights. What is not proven is `unreadable`.
+  // Adds states from the buckets of `dp_reshardable`, or the buffers of `dp_zero_gather_scatter`:
+  // named by the order of the model's parameters, proven by the buckets' sizes and the weights.
+  // What is not proven is `unreadable`.
   absl::Status AddBuckets();
   // megatron-core 0.15 to 0.19 cuts the states of `fully_reshardable` out of an array without the
   // padding of buckets by offsets that count it (Megatron-LM#5077). Where masters, rounded, are not
@@ -117,8 +119,13 @@ class MegatronDistOptimizer {
   // Of these those whose masters are in the buckets, in this order.
   absl::StatusOr<std::vector<Local>> TrainedOf(
       const std::vector<Local>& locals, const std::map<uint32_t, MegatronBucket>& buckets) const;
-  absl::Status AddBuffer(const std::vector<Local>& locals,
+  absl::Status AddBuffer(const std::vector<Local>& locals, const BufferRule& rule,
                          const std::map<uint32_t, MegatronBucket>& buckets);
+  static absl::StatusOr<BufferLayout> LayoutOf(const std::vector<BufferParameter>& parameters,
+                                               const BufferRule& rule,
+                                               const std::vector<const MegatronBucket*>& buckets);
+  // By the arguments, for the buffers of a model chunk.
+  BufferRule RuleOf(const Place& place, uint32_t chunk) const;
 
   struct Mended {
     ShardMap shard;

@@ -77,10 +77,10 @@ bool IsOneOf(std::string_view word, const std::array<std::string_view, N>& words
   return std::ranges::find(words, word) != words.end();
 }
 
-constexpr std::array<std::string_view, 11> kColumnParallel = {
+constexpr std::array<std::string_view, 12> kColumnParallel = {
     "linear_qkv",    "linear_fc1",       "word_embeddings",   "output_layer",
     "linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "linear_q",
-    "linear_kv",     "query_key_value",  "dense_h_to_4h"};
+    "linear_kv",     "query_key_value",  "dense_h_to_4h",     "word_embeddings_for_head"};
 constexpr std::array<std::string_view, 3> kRowParallel = {"linear_proj", "linear_fc2",
                                                           "dense_4h_to_h"};
 constexpr std::array<std::string_view, 3> kReplicated = {"position_embeddings",
@@ -165,6 +165,8 @@ absl::StatusOr<MegatronArguments> ReadMegatronArguments(const TorchValue& argume
   if (const auto layers = Number(find("num_layers")); layers.has_value() && *layers <= kLayersMax) {
     read.layers = *layers;
   }
+  read.query_groups = Number(
+      find(IsTrue(find("group_query_attention")) ? "num_query_groups" : "num_attention_heads"));
   if (find("swiglu").Is(TorchValue::Kind::kBool)) {
     read.gated = IsTrue(find("swiglu")) || IsTrue(find("gated_linear_unit")) ||
                  IsTrue(find("quick_geglu")) || IsTrue(find("geglu"));

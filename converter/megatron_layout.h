@@ -34,10 +34,11 @@ struct MegatronArguments {
   uint64_t data_ranks = 1;  // over which a dense buffer is cut: context parallel ranks included
   uint64_t expert_data_ranks = 1;
   std::optional<uint64_t> layers = {};
-  std::optional<bool> gated = {};  // SwiGLU and its relatives
-  std::optional<bool> tied = {};   // one embedding at both ends
-  bool local_modules = false;      // Megatron's own layers, not TransformerEngine's
-  bool grouped_experts = false;    // one module for all experts (grouped GEMM)
+  std::optional<uint64_t> query_groups = {};  // of attention heads; as many as heads without groups
+  std::optional<bool> gated = {};             // SwiGLU and its relatives
+  std::optional<bool> tied = {};              // one embedding at both ends
+  bool local_modules = false;                 // Megatron's own layers, not TransformerEngine's
+  bool grouped_experts = false;               // one module for all experts (grouped GEMM)
   bool distributed_optimizer = false;
   // Of the buffers of DistributedDataParallel.
   std::optional<uint64_t> bucket_elements = {};  // none: its default

@@ -150,6 +150,7 @@ absl::Status MegatronModel::PlaceRanks() {
       rank.expert = numbers[2];
     }
     tensor_ranks_ = std::max(tensor_ranks_, rank.tensor + 1);
+    expert_ranks_ = std::max(expert_ranks_, rank.expert + 1);
   }
   expert_tensor_ranks_ = tensor_ranks_;
   if (!arguments_.present) return absl::OkStatus();
@@ -302,6 +303,16 @@ absl::Status MegatronModel::ResolveShards() {
             r));
       }
       shapes.push_back(shape->second);
+    }
+    // Experts in one tensor of a rank (`experts.weight1` of the old grouped GEMM): each rank has
+    // others, under one name.
+    if (expert_ranks_ > 1 && IsMegatronExpert(global) && !ParseMegatronExpert(global).has_value()) {
+      shards_[global];
+      table_.index().unreadable.push_back(
+          {global, absl::StrFormat("is on %d expert-parallel ranks, and its name does not say of "
+                                   "which experts it is",
+                                   expert_ranks_)});
+      continue;
     }
     std::optional<MegatronCut> cut = MegatronCut{};
     if (ranks > 1) {

@@ -86,6 +86,7 @@ class MegatronModel {
   bool old_attention_ = false;  // checkpoint_version < 2: queries, keys and values in other orders
   uint32_t tensor_ranks_ = 1;
   uint32_t expert_tensor_ranks_ = 1;
+  uint32_t expert_ranks_ = 1;
   std::vector<MegatronRank> ranks_;
   std::map<std::string, MegatronCut> told_;
   std::map<std::string, std::map<uint32_t, Shape>> shapes_;  // by global name and shard rank

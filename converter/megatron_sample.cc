@@ -30,7 +30,7 @@ uint64_t Up(uint64_t value, uint64_t multiple) {
 // ------------------------------------------------------------------ the model
 
 MegatronSample::MegatronSample(const MegatronSampleConfig& config) : config_(config) {
-  CHECK(config.tp % config.etp == 0);
+  CHECK(config.tp % config.etp == 0 && config.etp * config.ep % config.tp == 0);
   const uint64_t units = config_.gated ? 2 * kUnits : kUnits;
   Add("embedding.word_embeddings.weight", Cut::kRows, {kVocabulary, kHidden}, {}, {});
   for (uint32_t layer = 0; layer < Layers(); ++layer) {
@@ -129,6 +129,20 @@ std::vector<float> MegatronSample::Part(const std::vector<float>& values,
   return part;
 }
 
+uint32_t MegatronSample::LayersOf(uint32_t stage) const {
+  if (stage == 0 && config_.first.has_value()) return *config_.first / config_.vpp;
+  if (stage + 1 == config_.pp && config_.last.has_value()) return *config_.last / config_.vpp;
+  return config_.layers_per_chunk;
+}
+
+uint32_t MegatronSample::FirstLayer(uint32_t stage, uint32_t chunk) const {
+  uint32_t layer = 0;
+  for (uint32_t before = 0; before < chunk * config_.pp + stage; ++before) {
+    layer += LayersOf(before % config_.pp);
+  }
+  return layer;
+}
+
 std::vector<MegatronSample::Local> MegatronSample::Locals(uint32_t stage, uint32_t chunk,
                                                           uint32_t tensor, uint32_t expert_rank,
                                                           std::optional<bool> experts) const {
@@ -140,9 +154,10 @@ std::vector<MegatronSample::Local> MegatronSample::Locals(uint32_t stage, uint32
     if (experts.has_value() && expert != *experts) continue;
     std::string name = parameter.name;
     if (parameter.layer.has_value()) {
-      if (*parameter.layer / config_.layers_per_chunk != here) continue;
+      const uint32_t begin = FirstLayer(stage, chunk);
+      if (*parameter.layer < begin || *parameter.layer >= begin + LayersOf(stage)) continue;
       name.replace(0, absl::StrCat("decoder.layers.", *parameter.layer).size(),
-                   absl::StrCat("decoder.layers.", *parameter.layer % config_.layers_per_chunk));
+                   absl::StrCat("decoder.layers.", *parameter.layer - begin));
     } else if (parameter.name.starts_with("embedding.") ? here != 0 : here + 1 != places) {
       continue;
     }
@@ -264,6 +279,8 @@ void MegatronSample::Arguments(PickleWriter& pickle) const {
   Entry(pickle, "data_parallel_size", config_.dp);
   Entry(pickle, "num_attention_heads", 4);
   Entry(pickle, "num_layers", static_cast<int64_t>(Layers()));
+  if (config_.first.has_value()) Entry(pickle, "decoder_first_pipeline_num_layers", *config_.first);
+  if (config_.last.has_value()) Entry(pickle, "decoder_last_pipeline_num_layers", *config_.last);
   Flag(pickle, "swiglu", config_.gated);
   Flag(pickle, "untie_embeddings_and_output_weights", !config_.tied);
   Flag(pickle, "use_distributed_optimizer", config_.distributed);
@@ -427,7 +444,34 @@ std::string MegatronSample::ModelFile(uint32_t stage, uint32_t tensor, uint32_t 
   return std::move(torch).Bytes();
 }
 
-std::string MegatronSample::OptimizerFile(uint32_t stage, uint32_t tensor, uint32_t expert) const {
+void MegatronSample::Gathered(TorchSample& torch, uint32_t stage, uint32_t tensor, uint32_t expert,
+                              std::optional<bool> experts) const {
+  PickleWriter& pickle = torch.pickle;
+  BeginDict(pickle);
+  Flag(pickle, "buckets_coalesced", true);
+  for (uint32_t chunk = 0; chunk < config_.vpp; ++chunk) {
+    const auto locals = Locals(stage, chunk, tensor, expert, experts);
+    const Layout layout = LayOut(locals, stage, chunk, experts.value_or(false));
+    pickle.Int(chunk);
+    BeginDict(pickle);
+    pickle.Global("torch", config_.weights == Dtype::kBfloat16 ? "bfloat16" : "float32");
+    pickle.Global("torch", "float32");
+    pickle.Tuple(2);
+    BeginDict(pickle);
+    for (const char* state : {"fp32", "exp_avg", "exp_avg_sq"}) {
+      pickle.String(std::string_view(state) == "fp32" ? "param" : state);
+      const auto values = WithoutPadding(Buffer(locals, layout, state), layout);
+      torch.Tensor(Dtype::kFloat32, Bytes(values, Dtype::kFloat32), {values.size()});
+    }
+    Entry(pickle, "numel_unpadded", static_cast<int64_t>(layout.unpadded));
+    pickle.SetItems();
+    pickle.SetItems();
+  }
+  pickle.SetItems();
+}
+
+std::string MegatronSample::OptimizerFile(uint32_t stage, uint32_t tensor, uint32_t expert,
+                                          Dense dense) const {
   TorchSample torch;
   PickleWriter& pickle = torch.pickle;
   const bool list = config_.ep > 1;
@@ -437,32 +481,11 @@ std::string MegatronSample::OptimizerFile(uint32_t stage, uint32_t tensor, uint3
   }
   for (const bool experts : {false, true}) {
     if (experts && !list) continue;
-    if (!experts && expert != 0) {  // the first expert-parallel rank has the dense ones
+    if (!experts && dense == Dense::kElsewhere) {
       pickle.None();
       continue;
     }
-    BeginDict(pickle);
-    Flag(pickle, "buckets_coalesced", true);
-    for (uint32_t chunk = 0; chunk < config_.vpp; ++chunk) {
-      const auto locals =
-          Locals(stage, chunk, tensor, expert, list ? std::optional<bool>(experts) : std::nullopt);
-      const Layout layout = LayOut(locals, stage, chunk, experts);
-      pickle.Int(chunk);
-      BeginDict(pickle);
-      pickle.Global("torch", config_.weights == Dtype::kBfloat16 ? "bfloat16" : "float32");
-      pickle.Global("torch", "float32");
-      pickle.Tuple(2);
-      BeginDict(pickle);
-      for (const char* state : {"fp32", "exp_avg", "exp_avg_sq"}) {
-        pickle.String(std::string_view(state) == "fp32" ? "param" : state);
-        const auto values = WithoutPadding(Buffer(locals, layout, state), layout);
-        torch.Tensor(Dtype::kFloat32, Bytes(values, Dtype::kFloat32), {values.size()});
-      }
-      Entry(pickle, "numel_unpadded", static_cast<int64_t>(layout.unpadded));
-      pickle.SetItems();
-      pickle.SetItems();
-    }
-    pickle.SetItems();
+    Gathered(torch, stage, tensor, expert, list ? std::optional<bool>(experts) : std::nullopt);
   }
   if (list) pickle.Appends();
   return std::move(torch).Bytes();
@@ -472,16 +495,18 @@ MegatronSample::Files MegatronSample::Legacy() const {
   Files files;
   files["latest_checkpointed_iteration.txt"] = "7";
   for (uint32_t stage = 0; stage < config_.pp; ++stage) {
-    for (uint32_t tensor = 0; tensor < config_.tp; ++tensor) {
-      for (uint32_t expert = 0; expert < config_.ep; ++expert) {
-        std::string directory = absl::StrFormat("iter_0000007/mp_rank_%02d", tensor);
-        if (config_.pp > 1) absl::StrAppendFormat(&directory, "_%03d", stage);
-        if (config_.ep > 1) absl::StrAppendFormat(&directory, "_%03d", expert);
-        files[directory + "/model_optim_rng.pt"] = ModelFile(stage, tensor, expert);
-        if (config_.distributed) {
-          files[directory + "/distrib_optim.pt"] = OptimizerFile(stage, tensor, expert);
-        }
-      }
+    // The first ranks of the stage, until experts' data parallelism repeats them: both kinds of
+    // tensor-parallel ranks count along the same ranks. The first `tp` have the dense states.
+    for (uint32_t rank = 0; rank < config_.etp * config_.ep; ++rank) {
+      const uint32_t tensor = rank % config_.tp;
+      const uint32_t expert = rank / config_.etp;
+      std::string directory = absl::StrFormat("iter_0000007/mp_rank_%02d", tensor);
+      if (config_.pp > 1) absl::StrAppendFormat(&directory, "_%03d", stage);
+      if (config_.ep > 1) absl::StrAppendFormat(&directory, "_%03d", expert);
+      files[directory + "/model_optim_rng.pt"] = ModelFile(stage, tensor, expert);
+      if (!config_.distributed) continue;
+      files[directory + "/distrib_optim.pt"] = OptimizerFile(
+          stage, tensor, expert, rank < config_.tp ? Dense::kHere : Dense::kElsewhere);
     }
   }
   return files;

@@ -2,7 +2,8 @@
 // written from Megatron's rules by straightforward loops that share nothing with the reader.
 //
 // Model: GPT with Megatron's own layers, weights in bfloat16 or float32, Adam with fp32 masters.
-// Not modelled: TransformerEngine's modules, context parallelism, uneven stages.
+// Not modelled: TransformerEngine's modules, context parallelism, stages of other layouts than a
+// first and a last one that differ from the rest.
 #ifndef HOLDFAST_CONVERTER_MEGATRON_SAMPLE_H_
 #define HOLDFAST_CONVERTER_MEGATRON_SAMPLE_H_
 
@@ -21,7 +22,8 @@ namespace holdfast::converter {
 struct MegatronSampleConfig {
   uint32_t tp = 1, pp = 1, vpp = 1, ep = 1, etp = 1, dp = 2;
   uint32_t layers_per_chunk = 1;
-  uint32_t experts = 0;  // 0: dense
+  std::optional<uint32_t> first = {}, last = {};  // layers of that stage, all chunks together
+  uint32_t experts = 0;                           // 0: dense
   bool gated = true;
   bool tied = false;
   bool bias = false;
@@ -36,10 +38,13 @@ class MegatronSample {
  public:
   explicit MegatronSample(const MegatronSampleConfig& config);
 
+  uint64_t Layers() const { return FirstLayer(0, config_.vpp); }
+
   using Files = std::map<std::string, std::string>;  // by path
   Files Legacy() const;
-  enum class Form { kReshardable, kShifted, kBuckets };
-  // torch_dist: states by parameter; the same as Megatron 0.15 to 0.19 damages them; or buckets.
+  enum class Form { kReshardable, kShifted, kBuckets, kGathered };
+  // torch_dist: states by parameter; the same as Megatron 0.15 to 0.19 damages them; buckets; or
+  // whole buffers, each rank's in one object (dp_zero_gather_scatter).
   Files TorchDist(Form form) const;
 
   struct Truth {
@@ -92,13 +97,19 @@ class MegatronSample {
   std::vector<float> Buffer(const std::vector<Local>& locals, const Layout& layout,
                             const std::string& state) const;
   static std::vector<float> WithoutPadding(const std::vector<float>& buffer, const Layout& layout);
-  uint64_t Layers() const { return uint64_t{config_.layers_per_chunk} * config_.pp * config_.vpp; }
+  uint32_t LayersOf(uint32_t stage) const;  // in each of its chunks
+  // Of a chunk of a stage; of one beyond the last: of all.
+  uint32_t FirstLayer(uint32_t stage, uint32_t chunk) const;
 
   void Arguments(PickleWriter& pickle) const;
   void Groups(PickleWriter& pickle, bool experts,
               const std::vector<std::vector<int64_t>>* ids) const;
   std::string ModelFile(uint32_t stage, uint32_t tensor, uint32_t expert) const;
-  std::string OptimizerFile(uint32_t stage, uint32_t tensor, uint32_t expert) const;
+  enum class Dense { kHere, kElsewhere };  // states of the dense parameters
+  std::string OptimizerFile(uint32_t stage, uint32_t tensor, uint32_t expert, Dense dense) const;
+  // What one optimizer of a rank gathers: `experts` as for Locals.
+  void Gathered(TorchSample& torch, uint32_t stage, uint32_t tensor, uint32_t expert,
+                std::optional<bool> experts) const;
   void OrdinaryOptimizer(TorchSample& torch, const std::vector<Local>& locals, bool experts) const;
   std::string CommonFile(Form form) const;
 

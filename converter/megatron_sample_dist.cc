@@ -100,7 +100,7 @@ std::string MegatronSample::CommonFile(Form form) const {
   pickle.String("args");
   Arguments(pickle);
   Entry(pickle, "iteration", 7);
-  if (form != Form::kBuckets) {
+  if (form == Form::kReshardable || form == Form::kShifted) {
     const bool list = config_.ep > 1;
     pickle.String("optimizer");
     if (list) BeginDict(pickle);
@@ -194,7 +194,7 @@ MegatronSample::Files MegatronSample::TorchDist(Form form) const {
                             local.parameter->cut, local.rank, local.ranks);
               };
               add("", local, config_.weights, part("fp32"));
-              if (form == Form::kBuckets) continue;
+              if (form == Form::kBuckets || form == Form::kGathered) continue;
               for (const char* state : {"fp32", "exp_avg", "exp_avg_sq"}) {
                 std::string key = state;
                 if (key == "fp32") {
@@ -231,7 +231,16 @@ MegatronSample::Files MegatronSample::TorchDist(Form form) const {
               }
             }
           }
-          if (form != Form::kBuckets) continue;
+          if (form == Form::kGathered) {
+            TorchSample gathered;
+            gathered.pickle.EmptyList();
+            gathered.pickle.Mark();
+            Gathered(gathered, stage, tensor, expert,
+                     apart ? std::optional<bool>(experts) : std::nullopt);
+            gathered.pickle.Appends();
+            file.Object(prefix + "param_state/shard_0_1", std::move(gathered));
+          }
+          if (form != Form::kBuckets && form != Form::kGathered) continue;
           TorchSample object;
           object.pickle.EmptyList();
           object.pickle.Mark();

@@ -2,6 +2,7 @@
 // is bit for bit what training held; what cannot be proven is named, and damage is refused by name.
 // Method: MegatronSample writes small checkpoints of many configurations from Megatron's rules,
 // with the truth beside them; then one thing after the other is wrong in them.
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <map>
@@ -174,6 +175,19 @@ TEST_F(MegatronTest, AnonymousBucketsOfAnyDegreesAreNamed) {
   }
 }
 
+TEST_F(MegatronTest, BuffersInOneObjectOfEachRankAreTakenApart) {
+  for (const MegatronSampleConfig& config : Configurations(true)) {
+    SCOPED_TRACE(Name(config));
+    const MegatronSample sample(config);
+    Write(sample.TorchDist(MegatronSample::Form::kGathered));
+    ExpectSound(sample);
+    ASSERT_OK_AND_ASSIGN(const ForeignIndex index, Read());
+    for (const ForeignBlob& blob : index.blobs) {
+      EXPECT_THAT(blob.name, testing::Not(HasSubstr("param_state")));
+    }
+  }
+}
+
 TEST_F(MegatronTest, ShiftedStatesAreMendedOrNamedAsLost) {
   std::vector<MegatronSampleConfig> configs = Configurations(true);
   for (const uint32_t tp : {1, 2}) {
@@ -313,6 +327,30 @@ TEST_F(MegatronTest, ParametersOfWhichNobodySaysHowTheyWereCutAreUnreadable) {
   ASSERT_EQ(index.unreadable.size(), 1);
   EXPECT_EQ(index.unreadable[0].name, "decoder.layers.0.mlp.linear_xyz.weight");
   EXPECT_THAT(index.unreadable[0].reason, HasSubstr("neither the files nor Megatron's names"));
+}
+
+// Each expert-parallel rank has other experts under this name: they are no copies of one tensor.
+TEST_F(MegatronTest, ExpertsWithoutNumbersOnSeveralRanksAreUnreadable) {
+  const std::string numbered = "mlp.experts.local_experts.0.linear_fc1.weight";
+  const std::string plain = "mlp.experts.local_experts_0.linear_fc1.weight";
+  for (const uint32_t ranks : {1, 2}) {
+    MegatronSample::Files files = MegatronSample({.ep = ranks, .experts = 2}).Legacy();
+    for (auto& [path, bytes] : files) {
+      const size_t at = bytes.find(numbered);
+      if (at != std::string::npos) bytes.replace(at, numbered.size(), plain);
+    }
+    Write(files);
+    ASSERT_OK_AND_ASSIGN(const ForeignIndex index, Read());
+    const auto named = std::ranges::find_if(index.unreadable, [&](const Unreadable& each) {
+      return each.name.ends_with(plain) &&
+             each.reason.find("of which experts") != std::string::npos;
+    });
+    EXPECT_EQ(named != index.unreadable.end(), ranks > 1);
+    const bool is_read = std::ranges::any_of(index.tensor_states, [&](const TensorState& state) {
+      return state.tensor.ends_with(plain) && state.state == "param";
+    });
+    EXPECT_EQ(is_read, ranks == 1);
+  }
 }
 
 TEST_F(MegatronTest, TheOrderOfParametersCanBeGiven) {
