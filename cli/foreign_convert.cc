@@ -92,9 +92,20 @@ absl::Status CheckFormat(const Options& options) {
 struct Target {
   uint64_t zero = 1;
   uint64_t dp = 1;
-  uint64_t tp = 1;
-  uint64_t pp = 1;
+  converter::MegatronDegrees megatron;
 };
+
+// Where the size of one of Megatron's axes goes; none: it is no size of a degree.
+uint64_t* DegreeOf(std::string_view axis, converter::MegatronDegrees& degrees) {
+  if (axis == "tp") return &degrees.tensor;
+  if (axis == "pp") return &degrees.pipeline;
+  if (axis == "vpp") return &degrees.virtual_stages;
+  if (axis == "ep") return &degrees.expert;
+  if (axis == "etp") return &degrees.expert_tensor.emplace();
+  if (axis == "first") return &degrees.first_layers.emplace();
+  if (axis == "last") return &degrees.last_layers.emplace();
+  return nullptr;
+}
 
 absl::StatusOr<Target> ParseTarget(const Options& options) {
   Target target;
@@ -103,7 +114,7 @@ absl::StatusOr<Target> ParseTarget(const Options& options) {
   if (options.format == "deepspeed") axes = {"zero", "dp"};
   if (options.format == "ucp") axes = {"zero"};
   if (options.format == "fsdp") axes = {"dp"};
-  if (options.format == "megatron") axes = {"tp", "pp"};
+  if (options.format == "megatron") axes = {"tp", "pp", "vpp", "ep", "etp", "first", "last"};
   if (axes.empty()) {
     return absl::InvalidArgumentError(absl::StrFormat(
         "--to: expected a format with a layout (deepspeed, ucp, fsdp, megatron), found %s",
@@ -117,9 +128,10 @@ absl::StatusOr<Target> ParseTarget(const Options& options) {
                           size.axis, size.size));
     };
     if (!size.mesh.empty() || std::find(axes.begin(), axes.end(), size.axis) == axes.end()) {
-      return refuse(absl::StrFormat("an axis of %s (%s%s)", options.format, axes[0],
-                                    axes.size() > 1 ? ", " + std::string(axes[1]) : "") +
-                    DidYouMean(size.axis, axes));
+      const std::vector<std::string> names(axes.begin(), axes.end());
+      return refuse(
+          absl::StrFormat("an axis of %s (%s)", options.format, absl::StrJoin(names, ", ")) +
+          DidYouMean(size.axis, axes));
     }
     if (size.axis == "zero") {
       if (size.size < 1 || size.size > 3) return refuse("a stage from 1 to 3");
@@ -128,8 +140,10 @@ absl::StatusOr<Target> ParseTarget(const Options& options) {
       if (size.size < 1 || size.size > converter::kFsdpRanksMax) {
         return refuse(absl::StrFormat("1 to %d ranks", converter::kFsdpRanksMax));
       }
-      (size.axis == "dp" ? target.dp : size.axis == "tp" ? target.tp : target.pp) = size.size;
-      if (target.tp * target.pp > converter::kMegatronRanksMax) {
+      uint64_t* const degree = DegreeOf(size.axis, target.megatron);
+      (degree == nullptr ? target.dp : *degree) = size.size;
+      const converter::MegatronDegrees& degrees = target.megatron;
+      if (degrees.tensor * degrees.pipeline > converter::kMegatronRanksMax / degrees.expert) {
         return refuse(absl::StrFormat("at most %d ranks in all", converter::kMegatronRanksMax));
       }
     }
@@ -363,12 +377,14 @@ class Conversion {
   // Megatron's torch_dist; for chosen degrees its legacy files, which are those of ranks.
   absl::Status ToMegatron() {
     RETURN_IF_ERROR(SetWindow(0));
+    ASSIGN_OR_RETURN(const std::string config,
+                     ConfigOf(file_system_, options_.foreign.model, *source_.folder));
     if (!options_.to.empty()) {
-      return ToTorchFiles(
-          converter::PlanMegatronLegacy(*input_, {.tensor = target_.tp, .pipeline = target_.pp}));
+      return ToTorchFiles(converter::PlanMegatronLegacy(*input_, target_.megatron, config));
     }
-    ASSIGN_OR_RETURN(const converter::MegatronDistPlan plan,
-                     converter::PlanMegatronDist(*input_, {.file_bytes = options_.shard_bytes}));
+    ASSIGN_OR_RETURN(
+        const converter::MegatronDistPlan plan,
+        converter::PlanMegatronDist(*input_, {.file_bytes = options_.shard_bytes}, config));
     for (const converter::DcpPlan::File& file : plan.sharded.files) {
       outcome_.files.push_back({plan.prefix + file.name, file.bytes});
     }
@@ -529,8 +545,8 @@ void AddVerb(CLI::App& app, Invocation& invocation, const char* name, const char
         ->required();
     verb->add_option(
         "--to", options->to,
-        "AXIS=SIZE,...: zero=1 to 3 and dp of deepspeed, zero of ucp, dp of fsdp, tp and "
-        "pp of megatron");
+        "AXIS=SIZE,...: zero=1 to 3 and dp of deepspeed, zero of ucp, dp of fsdp; tp, pp, vpp, ep, "
+        "etp, first and last (layers of that stage) of megatron");
   } else {
     verb->add_option("--format", options->format, "safetensors or torch")
         ->check(CLI::IsMember({"safetensors", "torch"}))

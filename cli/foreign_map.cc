@@ -20,19 +20,6 @@ constexpr uint64_t kMapFileBytesMax = uint64_t{16} << 20;
 constexpr uint64_t kConfigBytesMax = uint64_t{16} << 20;
 constexpr char kConfigName[] = "config.json";
 
-// Of --model, else beside the checkpoint's weights; empty if there is none.
-absl::StatusOr<std::string> ConfigOf(FileSystem& file_system, std::string_view model,
-                                     const converter::ForeignFolder& folder) {
-  if (!model.empty()) {
-    absl::StatusOr<std::string> text =
-        file_system.ReadSmallFile(absl::StrFormat("%s/%s", model, kConfigName), kConfigBytesMax);
-    if (!absl::IsNotFound(text.status())) return text;
-  }
-  const std::optional<uint32_t> file = folder.Find(kConfigName);
-  if (!file.has_value()) return std::string();
-  return folder.ReadAll(*file, kConfigBytesMax);
-}
-
 // Tensor-parallel ranks of what is written.
 uint64_t TensorRanks(std::string_view to) {
   if (to.empty()) return 1;
@@ -66,6 +53,18 @@ ExitCode ShowMapping(const std::string& text) {
 }
 
 }  // namespace
+
+absl::StatusOr<std::string> ConfigOf(FileSystem& file_system, std::string_view model,
+                                     const converter::ForeignFolder& folder) {
+  if (!model.empty()) {
+    absl::StatusOr<std::string> text =
+        file_system.ReadSmallFile(absl::StrFormat("%s/%s", model, kConfigName), kConfigBytesMax);
+    if (!absl::IsNotFound(text.status())) return text;
+  }
+  const std::optional<uint32_t> file = folder.Find(kConfigName);
+  if (!file.has_value()) return std::string();
+  return folder.ReadAll(*file, kConfigBytesMax);
+}
 
 void AddMapping(CLI::App& app, Invocation& invocation) {
   CLI::App* verb = app.add_subcommand(

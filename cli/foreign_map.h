@@ -28,6 +28,11 @@ struct MapTarget {
   std::string_view model;   // --model, or empty
 };
 
+// config.json of `model` (--model, or empty), else of the checkpoint's own folder; empty if there
+// is none. Errors: those of reading.
+absl::StatusOr<std::string> ConfigOf(FileSystem& file_system, std::string_view model,
+                                     const converter::ForeignFolder& folder);
+
 // What the options ask for; empty if nothing. Files are read now. Errors: kInvalidArgument,
 // those of reading. Lifetime: `source` and the FileSystem outlive it; the source is open when it is
 // called.

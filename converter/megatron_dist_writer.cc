@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <optional>
 #include <string_view>
 #include <unordered_set>
 #include <utility>
@@ -11,6 +12,7 @@
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "base/status_macros.h"
+#include "converter/megatron_arguments.h"
 #include "converter/megatron_files.h"
 #include "converter/megatron_layout.h"
 #include "converter/megatron_tensors.h"
@@ -62,9 +64,11 @@ bool IsOptimizerObject(std::string_view key) {
 
 class Planner {
  public:
-  Planner(ConversionSource& source, MegatronTensors tensors, const DcpWriteOptions& options)
+  Planner(ConversionSource& source, MegatronTensors tensors,
+          std::optional<DerivedArguments> derived, const DcpWriteOptions& options)
       : index_(source.index()),
         tensors_(std::move(tensors)),
+        derived_(std::move(derived)),
         builder_(index_, options),
         metadata_(builder_.metadata()) {}
 
@@ -347,6 +351,11 @@ class Planner {
         RETURN_IF_ERROR(PushKept(common.Entry(i), draft));
       }
     }
+    if (derived_.has_value()) {
+      draft.Key("args");
+      PushMegatronArguments(
+          *derived_, [] {}, draft);
+    }
     if (!tensors_.state().Common("checkpoint_version").present()) {
       draft.Key("checkpoint_version");
       out.Float(3.0);
@@ -403,6 +412,7 @@ class Planner {
 
   const ForeignIndex& index_;
   const MegatronTensors tensors_;
+  const std::optional<DerivedArguments> derived_;  // where the source has none
   MegatronLayers layers_ = MegatronLayers::kAxis;
   bool local_modules_ = false;
   std::map<std::string, uint64_t, std::less<>> layer_counts_;  // by prefix
@@ -415,9 +425,12 @@ class Planner {
 }  // namespace
 
 absl::StatusOr<MegatronDistPlan> PlanMegatronDist(ConversionSource& source,
-                                                  const DcpWriteOptions& options) {
+                                                  const DcpWriteOptions& options,
+                                                  const std::string& config) {
   ASSIGN_OR_RETURN(MegatronTensors tensors, MegatronTensors::Sort(source));
-  return Planner(source, std::move(tensors), options).Run();
+  ASSIGN_OR_RETURN(std::optional<DerivedArguments> derived,
+                   DeriveMegatronArguments(source.index(), tensors, config));
+  return Planner(source, std::move(tensors), std::move(derived), options).Run();
 }
 
 absl::Status WriteMegatronDist(FileSystem& file_system, const std::string& directory,

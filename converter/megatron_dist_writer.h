@@ -38,9 +38,11 @@ struct MegatronDistPlan {
 
 // Errors: kFailedPrecondition that names what has no place: states that are none of a model or an
 // optimizer, a state of another shape than its weights, steps that differ, a part of the experts, a
-// tied output layer that is not the embedding. kDataLoss; those of reading.
+// tied output layer that is not the embedding. kDataLoss; those of reading. `config`: as for
+// PlanMegatronLegacy, with its errors.
 absl::StatusOr<MegatronDistPlan> PlanMegatronDist(ConversionSource& source,
-                                                  const DcpWriteOptions& options);
+                                                  const DcpWriteOptions& options,
+                                                  const std::string& config);
 
 // Writes all files of the plan below `directory`, which exists and has none of them. After OK they
 // are durable; their names in `directory` itself are not.

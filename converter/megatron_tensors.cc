@@ -20,7 +20,8 @@ using Json = nlohmann::ordered_json;
 
 constexpr std::string_view kEmbedding = "embedding.word_embeddings.weight";
 constexpr std::string_view kOutput = "output_layer.weight";
-constexpr std::string_view kMasters = "param";  // their key among an optimizer's states
+constexpr std::string_view kMasters = "param";       // their key among an optimizer's states
+constexpr char kOfExperts[] = "is_expert_parallel";  // of a group
 constexpr uint32_t kOptimizersMax = 1024;
 constexpr uint64_t kComparedElements = uint64_t{1} << 18;  // at a time
 
@@ -217,6 +218,14 @@ absl::Status MegatronTensors::CheckTied() {
   return absl::OkStatus();
 }
 
+MegatronArguments MegatronTensors::ArgumentsByNames() const {
+  MegatronArguments arguments;
+  if (weights_.contains(std::string(kEmbedding))) {
+    arguments.tied = !weights_.contains(std::string(kOutput));
+  }
+  return arguments;
+}
+
 // ------------------------------------------------------------------ parameter groups
 
 uint32_t MegatronTensors::OptimizerCount() const {
@@ -236,7 +245,8 @@ void MegatronTensors::PushSteps(bool of_experts, TorchDraft& draft) const {
   }
 }
 
-absl::Status MegatronTensors::PushKeptGroup(const TorchValue& group, TorchDraft& draft) const {
+absl::Status MegatronTensors::PushKeptGroup(const TorchValue& group, std::optional<Part> part,
+                                            TorchDraft& draft) const {
   if (!group.Is(TorchValue::Kind::kDict)) return group.Mismatch("a parameter group, a dict");
   ASSIGN_OR_RETURN(const size_t count, group.EntryCount());
   draft.out().EmptyDict();
@@ -244,15 +254,22 @@ absl::Status MegatronTensors::PushKeptGroup(const TorchValue& group, TorchDraft&
   for (size_t i = 0; i < count; ++i) {
     ASSIGN_OR_RETURN(const std::string_view key, group.Key(i).String());
     if (key == "params" || key == "step") continue;
+    if (key == kOfExperts && part.has_value()) continue;
     draft.Key(key);
     RETURN_IF_ERROR(PushKept(group.Entry(i), draft));
   }
-  PushSteps(IsTrue(group.Find("is_expert_parallel")), draft);
+  bool of_experts = IsTrue(group.Find(kOfExperts));
+  if (part.has_value()) {
+    of_experts = *part == Part::kExpert;
+    draft.Key(kOfExperts);
+    draft.out().Bool(of_experts);
+  }
+  PushSteps(of_experts, draft);
   draft.out().SetItems();
   return absl::OkStatus();
 }
 
-absl::Status MegatronTensors::PushToldGroups(TorchDraft& draft) const {
+absl::Status MegatronTensors::PushToldGroups(std::optional<Part> part, TorchDraft& draft) const {
   ASSIGN_OR_RETURN(std::vector<OptimizerGroup> told, OptimizerGroupsOf(source_->index()));
   std::optional<Json> decayed;
   std::optional<Json> others;
@@ -268,14 +285,13 @@ absl::Status MegatronTensors::PushToldGroups(TorchDraft& draft) const {
     others = *decayed;
     (*others)["weight_decay"] = 0.0;
   }
+  const bool of_experts = part == Part::kExpert;
   draft.out().EmptyList();
   draft.out().Mark();
   for (const bool decays : {true, false}) {
-    Json group = {{"is_expert_parallel", false},
-                  {"wd_mult", decays ? 1.0 : 0.0},
-                  {"lr_mult", 1.0},
-                  {"is_decoupled_lr", false}};
+    Json group = {{"wd_mult", decays ? 1.0 : 0.0}, {"lr_mult", 1.0}, {"is_decoupled_lr", false}};
     group.update(decays ? *decayed : *others);
+    group[kOfExperts] = of_experts;
     draft.out().EmptyDict();
     draft.out().Mark();
     for (const auto& [key, value] : group.items()) {
@@ -283,20 +299,43 @@ absl::Status MegatronTensors::PushToldGroups(TorchDraft& draft) const {
       draft.Key(key);
       draft.pickle().Json(value, TorchPickle::Sequences::kTuples);  // betas are one
     }
-    PushSteps(false, draft);
+    PushSteps(of_experts, draft);
     draft.out().SetItems();
   }
   draft.out().Appends();
   return absl::OkStatus();
 }
 
+MegatronTensors::Part MegatronTensors::PartOf(uint32_t optimizer) const {
+  const TorchValue groups = state_->Groups(optimizer);
+  const size_t count = groups.present() ? groups.ArraySize().value_or(0) : 0;
+  for (size_t g = 0; g < count; ++g) {
+    if (groups[g].Is(TorchValue::Kind::kDict) && IsTrue(groups[g].Find(kOfExperts))) {
+      return Part::kExpert;
+    }
+  }
+  return Part::kDense;
+}
+
 absl::Status MegatronTensors::PushOptimizerBegin(uint32_t optimizer, TorchDraft& draft) const {
+  return PushOptimizer(optimizer, std::nullopt, draft);
+}
+
+absl::Status MegatronTensors::PushOptimizerOf(Part part, TorchDraft& draft) const {
+  for (uint32_t optimizer = 0; optimizer < OptimizerCount(); ++optimizer) {
+    if (PartOf(optimizer) == part) return PushOptimizer(optimizer, std::nullopt, draft);
+  }
+  return PushOptimizer(0, part, draft);
+}
+
+absl::Status MegatronTensors::PushOptimizer(uint32_t optimizer, std::optional<Part> part,
+                                            TorchDraft& draft) const {
   PickleWriter& out = draft.out();
   draft.Key("optimizer");
   out.EmptyDict();
   out.Mark();
   draft.Key("param_groups");
-  RETURN_IF_ERROR(PushGroups(optimizer, draft));
+  RETURN_IF_ERROR(PushGroups(optimizer, part, draft));
   out.SetItems();
   if (const TorchValue scaler = state_->Scaler(optimizer); scaler.present()) {
     draft.Key("grad_scaler");
@@ -305,13 +344,14 @@ absl::Status MegatronTensors::PushOptimizerBegin(uint32_t optimizer, TorchDraft&
   return absl::OkStatus();
 }
 
-absl::Status MegatronTensors::PushGroups(uint32_t optimizer, TorchDraft& draft) const {
+absl::Status MegatronTensors::PushGroups(uint32_t optimizer, std::optional<Part> part,
+                                         TorchDraft& draft) const {
   const TorchValue groups = state_->Groups(optimizer);
-  if (!groups.present()) return PushToldGroups(draft);
+  if (!groups.present()) return PushToldGroups(part, draft);
   ASSIGN_OR_RETURN(const size_t count, groups.ArraySize());
   draft.out().EmptyList();
   draft.out().Mark();
-  for (size_t g = 0; g < count; ++g) RETURN_IF_ERROR(PushKeptGroup(groups[g], draft));
+  for (size_t g = 0; g < count; ++g) RETURN_IF_ERROR(PushKeptGroup(groups[g], part, draft));
   draft.out().Appends();
   return absl::OkStatus();
 }

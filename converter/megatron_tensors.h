@@ -60,8 +60,16 @@ class MegatronTensors {
   // Megatron's that were kept, each with its steps and without "params"; else the source's own,
   // made Megatron's two kinds: with weight decay and without.
   absl::Status PushOptimizerBegin(uint32_t optimizer, TorchDraft& draft) const;
+  // The same of a job's optimizer of dense parameters (and of experts that are not parallel), or of
+  // the one that parallel experts have. Where the source has groups of one kind only, those of the
+  // other are as these.
+  enum class Part : uint8_t { kDense, kExpert };
+  absl::Status PushOptimizerOf(Part part, TorchDraft& draft) const;
   // How many chained optimizers there are groups of; at least one.
   uint32_t OptimizerCount() const;
+
+  // What the names alone say of the model: whether its embedding is tied.
+  MegatronArguments ArgumentsByNames() const;
 
  private:
   explicit MegatronTensors(ConversionSource& source) : source_(&source) {}
@@ -71,9 +79,13 @@ class MegatronTensors {
   absl::Status AddStates();
   absl::Status CheckTied();
   absl::StatusOr<bool> AreEqual(const MegatronElements& a, const MegatronElements& b);
-  absl::Status PushGroups(uint32_t optimizer, TorchDraft& draft) const;
-  absl::Status PushKeptGroup(const TorchValue& group, TorchDraft& draft) const;
-  absl::Status PushToldGroups(TorchDraft& draft) const;
+  // `part`: of which the groups are to be; none: as they are.
+  absl::Status PushOptimizer(uint32_t optimizer, std::optional<Part> part, TorchDraft& draft) const;
+  absl::Status PushGroups(uint32_t optimizer, std::optional<Part> part, TorchDraft& draft) const;
+  absl::Status PushKeptGroup(const TorchValue& group, std::optional<Part> part,
+                             TorchDraft& draft) const;
+  absl::Status PushToldGroups(std::optional<Part> part, TorchDraft& draft) const;
+  Part PartOf(uint32_t optimizer) const;
   void PushSteps(bool of_experts, TorchDraft& draft) const;
 
   ConversionSource* source_;

@@ -81,9 +81,12 @@ def shim_devices():
     from megatron.core.tensor_parallel import random as tp_random
     tp_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     tp_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    from megatron.core.transformer.moe import moe_utils
+    moe_utils.te_general_gemm = None  # 0.16.1 does not define it where TransformerEngine is absent
 
 
 def build(case, seed):
+    """The model chunks of this rank's stage, and their optimizer."""
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -94,29 +97,41 @@ def build(case, seed):
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     activation = {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu} if case["gated"] else {}
+    experts = {"num_moe_experts": case["experts"], "moe_ffn_hidden_size": case["ffn"], "moe_router_topk": 2,
+               "moe_token_dispatcher_type": "allgather", "moe_router_load_balancing_type": "none",
+               "expert_model_parallel_size": case.get("ep", 1)} if case.get("experts") else {}
     config = TransformerConfig(
         num_layers=case["layers"], hidden_size=case["hidden"], num_attention_heads=4, num_query_groups=2,
         ffn_hidden_size=case["ffn"], use_cpu_initialization=True, bf16=True, params_dtype=torch.bfloat16,
         pipeline_dtype=torch.bfloat16, add_bias_linear=case["bias"], attention_dropout=0.0, hidden_dropout=0.0,
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_model_parallel_size=case.get("pp", 1), virtual_pipeline_model_parallel_size=case.get("vpp"),
+        num_layers_in_first_pipeline_stage=case.get("first"),
         gradient_accumulation_fusion=False, masked_softmax_fusion=False, bias_activation_fusion=False,
         bias_dropout_fusion=False, apply_rope_fusion=False, persist_layer_norm=False,
-        normalization="LayerNorm" if case["bias"] else "RMSNorm", **activation)
-    model = GPTModel(config, get_gpt_layer_local_spec(normalization=config.normalization), vocab_size=case["words"],
-                     max_sequence_length=8, position_embedding_type="rope",
-                     share_embeddings_and_output_weights=case["tied"], pre_process=True, post_process=True)
-    model.bfloat16()
-    model = DistributedDataParallel(
-        config, DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True,
-                                              overlap_grad_reduce=False), model)
+        normalization="LayerNorm" if case["bias"] else "RMSNorm", **activation, **experts)
+    spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=False,
+                                    normalization=config.normalization)
+    chunks = []
+    for number in range(case.get("vpp") or 1):
+        place = {"vp_stage": number} if case.get("vpp") else {}
+        model = GPTModel(config, spec, vocab_size=case["words"], max_sequence_length=8, position_embedding_type="rope",
+                         share_embeddings_and_output_weights=case["tied"],
+                         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, **place),
+                         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, **place), **place)
+        model.bfloat16()
+        chunks.append(DistributedDataParallel(
+            config, DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True,
+                                                  overlap_grad_reduce=False), model, disable_bucketing=number > 0))
     optimizer = get_megatron_optimizer(
         OptimizerConfig(optimizer="adam", lr=0.01, weight_decay=0.1, bf16=True, params_dtype=torch.bfloat16,
-                        use_distributed_optimizer=True, clip_grad=1.0), [model])
-    return model, optimizer
+                        use_distributed_optimizer=True, clip_grad=1.0), chunks)
+    return chunks, optimizer
 
 
-def train(case, model, optimizer, seed, steps):
+def train(case, chunks, optimizer, seed, steps):
     from megatron.core.distributed import finalize_model_grads
+    (model,) = chunks
     generator = torch.Generator().manual_seed(seed)
     loss = None
     for _ in range(steps):
@@ -141,41 +156,48 @@ def arguments(case):
         pipeline_model_parallel_size=1, virtual_pipeline_model_parallel_size=None, expert_model_parallel_size=1,
         expert_tensor_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(), context_parallel_size=1,
-        num_layers=case["layers"], num_attention_heads=4, group_query_attention=True, num_query_groups=2, swiglu=case["gated"], untie_embeddings_and_output_weights=not case["tied"],
+        num_layers=case["layers"], hidden_size=case["hidden"], num_attention_heads=4, group_query_attention=True,
+        num_query_groups=2, swiglu=case["gated"], untie_embeddings_and_output_weights=not case["tied"],
         transformer_impl="local", use_distributed_optimizer=True, overlap_grad_reduce=False, ddp_bucket_size=None,
-        params_dtype=torch.bfloat16, model_type=ModelType.encoder_or_decoder, num_experts=None, moe_layer_freq=1)
+        params_dtype=torch.bfloat16, model_type=ModelType.encoder_or_decoder, num_experts=case.get("experts"),
+        moe_layer_freq=1)
 
 
-def content(loading=False):
+FULLY = "fully_reshardable"
+
+
+def content(loading=False, kind=FULLY):
     from megatron.core import parallel_state
-    said = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_local_shards": False,
+    said = {"distrib_optim_sharding_type": kind, "singleton_local_shards": False,
             "distrib_optim_fully_reshardable_mem_efficient": False, "chained_optim_avoid_prefix": True}
     group = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     return dict(said, **group) if loading else said
 
 
-def sharded(model, optimizer, is_loading):
-    state = {"model": model.module.sharded_state_dict(metadata=content(True))}
-    state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=content(True))
+def sharded(chunks, optimizer, is_loading, kind=FULLY):
+    (model,) = chunks
+    state = {"model": model.module.sharded_state_dict(metadata=content(True, kind))}
+    state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=content(True, kind))
     return state
 
 
-def save_dist(case, model, optimizer, folder):
-    """torch_dist, as Megatron-LM's save_checkpoint writes it."""
+def save_dist(case, chunks, optimizer, folder, kind=FULLY):
+    """torch_dist, as Megatron-LM's save_checkpoint writes it, with this form of the optimizer's states."""
     from megatron.core import dist_checkpointing
     place = pathlib.Path(folder, f"iter_{ITERATION:07d}")
     place.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     state = {"args": arguments(case), "checkpoint_version": 3.0, "iteration": ITERATION,
-             **sharded(model, optimizer, False), "opt_param_scheduler": {"max_lr": 0.01, "num_steps": 2**70}}
-    dist_checkpointing.save(state, str(place), ("torch_dist", 1), content_metadata=content())
+             **sharded(chunks, optimizer, False, kind), "opt_param_scheduler": {"max_lr": 0.01, "num_steps": 2**70}}
+    dist_checkpointing.save(state, str(place), ("torch_dist", 1), content_metadata=content(kind=kind))
     tracker(folder)
 
 
-def save_legacy(case, model, optimizer, folder):
+def save_legacy(case, chunks, optimizer, folder):
     """The legacy format, likewise."""
     from megatron.core import parallel_state
-    place = legacy_place(folder)
+    (model,) = chunks
+    place = legacy_place(folder, f"iter_{ITERATION:07d}")
     place.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     optimizer.save_parameter_state(str(place / "distrib_optim.pt"))
@@ -186,10 +208,15 @@ def save_legacy(case, model, optimizer, folder):
     tracker(folder)
 
 
-def legacy_place(folder):
-    from megatron.core import parallel_state
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    return pathlib.Path(folder, f"iter_{ITERATION:07d}", f"mp_rank_{rank:02d}")
+def legacy_place(folder, iteration):
+    """What get_checkpoint_name of Megatron-LM's checkpointing.py says."""
+    from megatron.core import parallel_state as state
+    name = f"mp_rank_{state.get_tensor_model_parallel_rank():02d}"
+    if state.get_pipeline_model_parallel_world_size() > 1:
+        name += f"_{state.get_pipeline_model_parallel_rank():03d}"
+    if state.get_expert_model_parallel_world_size() > 1:
+        name += f"_{state.get_expert_model_parallel_rank():03d}"
+    return pathlib.Path(folder, iteration, name)
 
 
 def tracker(folder):
@@ -211,30 +238,64 @@ def prepare_to_load(optimizer):
         each._set_main_param_and_optimizer_states = put
 
 
-def load_dist(model, optimizer, folder):
+def load_dist(chunks, optimizer, folder):
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.validation import StrictHandling
     prepare_to_load(optimizer)
     place = str(pathlib.Path(folder, f"iter_{ITERATION:07d}"))
     # What is missing, or there without being asked for, is an error.
-    state = dist_checkpointing.load(sharded(model, optimizer, True), place, strict=StrictHandling.RAISE_ALL)
-    model.module.load_state_dict(state["model"])
+    state = dist_checkpointing.load(sharded(chunks, optimizer, True), place, strict=StrictHandling.RAISE_ALL)
+    chunks[0].module.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return state
 
 
-def load_legacy(model, optimizer, folder):
-    prepare_to_load(optimizer)
-    place = legacy_place(folder)
+def load_legacy_weights(chunks, folder):
+    latest = pathlib.Path(folder, "latest_checkpointed_iteration.txt").read_text()
+    place = legacy_place(folder, latest if latest == "release" else f"iter_{int(latest):07d}")
     state = torch.load(place / "model_optim_rng.pt", weights_only=True)
-    model.module.load_state_dict(state["model"])
+    for number, chunk in enumerate(chunks):
+        chunk.module.load_state_dict(state["model" if len(chunks) == 1 else f"model{number}"])
+    return state, place
+
+
+def load_legacy(chunks, optimizer, folder):
+    prepare_to_load(optimizer)
+    state, place = load_legacy_weights(chunks, folder)
     optimizer.load_state_dict(state["optimizer"])
     optimizer.load_parameter_state(str(place / "distrib_optim.pt"))
     return state
 
 
-def snapshot(model, optimizer):
+def held(chunks, optimizer):
+    """What this rank holds by the names of the whole model: {name: {"param": the tensor, state: (where the part begins, its
+    elements)}}."""
+    from megatron.core import parallel_state
+    found, names = {}, {}
+    for chunk in chunks:
+        model = chunk.module
+        layers = [layer.layer_number - 1 for layer in model.decoder.layers]
+        experts = (model.config.num_moe_experts or 0) // parallel_state.get_expert_model_parallel_world_size()
+        first = parallel_state.get_expert_model_parallel_rank() * experts
+        for name, parameter in model.named_parameters():
+            name = re.sub(r"(?<=^decoder\.layers\.)\d+", lambda number: str(layers[int(number[0])]), name)
+            name = re.sub(r"(?<=\.local_experts\.)\d+", lambda number: str(first + int(number[0])), name)
+            names[parameter] = name
+            found[name] = {"param": parameter.detach().clone()}
+    for each in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for parameter in each.model_param_gbuf_map:
+            group, order = each.model_param_group_index_map[parameter]
+            main = each.optimizer.param_groups[group]["params"][order]
+            begin = each._get_model_param_range_map(parameter)["param"].start
+            for state, tensor in {"fp32": main, **each.optimizer.state[main]}.items():
+                if state != "step":
+                    found[names[parameter]][state] = (begin, tensor.detach().reshape(-1).clone())
+    return found
+
+
+def snapshot(chunks, optimizer):
     """Everything that this rank holds, in its own layout."""
+    (model,) = chunks
     found = {f"model {name}": p.detach().clone() for name, p in model.named_parameters()}
     for o, each in enumerate(getattr(optimizer, "chained_optimizers", [optimizer])):
         for g, group in enumerate(each.optimizer.param_groups):
@@ -247,7 +308,7 @@ def snapshot(model, optimizer):
 
 
 def world(case, ranks, work, *arguments_of_work):
-    """work(*arguments) in `ranks` processes, tensor parallel by case["tp"]; what each returned, by rank."""
+    """work(*arguments) in `ranks` processes, parallel as the case says; what each returned, by rank."""
     with tempfile.TemporaryDirectory() as scratch:
         children = {}
         for rank in range(ranks):
@@ -282,7 +343,9 @@ def enter(case, ranks, rank, scratch, work, arguments_of_work):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{scratch}/store", rank=rank, world_size=ranks)
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=case["tp"])
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=case["tp"], pipeline_model_parallel_size=case.get("pp", 1),
+        virtual_pipeline_model_parallel_size=case.get("vpp"), expert_model_parallel_size=case.get("ep", 1))
     found = work(case, *arguments_of_work)
     dist.barrier()
     for left in multiprocessing.active_children():  # servers of queues, which Megatron's writers leave behind

@@ -19,23 +19,47 @@ import torch
 from truth import Holdfast
 
 
+STATES = ("fp32", "exp_avg", "exp_avg_sq")
+# Forms of the optimizer's states without names.
+ANONYMOUS = ("dp_reshardable", "dp_zero_gather_scatter")
+
+
 def make(case, seed, folder):
-    model, optimizer = maker.build(case, seed)
-    maker.train(case, model, optimizer, seed, maker.ITERATION)
-    maker.save_dist(case, model, optimizer, pathlib.Path(folder, "own"))
-    maker.save_legacy(case, model, optimizer, pathlib.Path(folder, "legacy"))
+    chunks, optimizer = maker.build(case, seed)
+    maker.train(case, chunks, optimizer, seed, maker.ITERATION)
+    maker.save_dist(case, chunks, optimizer, pathlib.Path(folder, "own"))
+    maker.save_legacy(case, chunks, optimizer, pathlib.Path(folder, "legacy"))
+    for kind in ANONYMOUS:
+        maker.save_dist(case, chunks, optimizer, pathlib.Path(folder, kind), kind)
+    return maker.held(chunks, optimizer)
 
 
 def resume(case, seed, checkpoints):
     """For each: what a fresh model has once it is loaded, and the loss with which it goes on."""
     found = {}
     for name, (load, folder) in checkpoints.items():
-        model, optimizer = maker.build(case, seed + 17)
-        state = getattr(maker, load)(model, optimizer, folder)
-        loaded = maker.snapshot(model, optimizer)
+        chunks, optimizer = maker.build(case, seed + 17)
+        state = getattr(maker, load)(chunks, optimizer, folder)
+        loaded = maker.snapshot(chunks, optimizer)
         found[name] = {"loaded": loaded, "args": vars(state["args"]), "iteration": state["iteration"],
                        "scheduler": state["opt_param_scheduler"],
-                       "loss": maker.train(case, model, optimizer, seed + 1, 2)}
+                       "loss": maker.train(case, chunks, optimizer, seed + 1, 2)}
+    return found
+
+
+def load_targets(case, seed, checkpoint):
+    """What this rank of a job holds once it has loaded legacy files of its own degrees."""
+    chunks, optimizer = maker.build(case, seed + 17)
+    maker.load_legacy(chunks, optimizer, checkpoint)
+    return maker.held(chunks, optimizer)
+
+
+def load_weights(case, seed, checkpoints):
+    found = {}
+    for name, folder in checkpoints.items():
+        chunks, _ = maker.build(case, seed + 17)
+        state, _ = maker.load_legacy_weights(chunks, folder)
+        found[name] = dict(chunks[0].module.state_dict()), vars(state["args"])
     return found
 
 
@@ -56,6 +80,8 @@ def check(holdfast, case, ranks, target, seed, folder):
     print(json.dumps({"case": case, "ranks": ranks, "target": target}), flush=True)
     maker.world(case, ranks, make, seed, str(folder))
     own = folder / "own"
+    for kind in ANONYMOUS:
+        holdfast.run("diff", own, folder / kind)
     holdfast.run("convert", own, folder / "written", "--format", "megatron")
     holdfast.run("convert", folder / "legacy", folder / "from_legacy", "--format", "megatron")
     holdfast.run("convert", own, folder / "job", "--format", "holdfast")
@@ -77,6 +103,63 @@ def check(holdfast, case, ranks, target, seed, folder):
             check_equal(found[name], found["own"], f"rank {rank}, {name}", degrees)
 
 
+def check_parts(found, whole, what):
+    """What the ranks hold are the parts of the whole model, and all of them."""
+    elements = {}
+    for name, parts in (pair for rank in found for pair in rank.items()):
+        # With several stages the last one has a copy of a tied embedding.
+        of = whole.get(name) or whole["embedding.word_embeddings.weight"]
+        assert torch.equal(parts["param"], of["param"]), f"{what}: {name} is another one"
+        for state, (begin, part) in ((key, value) for key, value in parts.items() if key != "param"):
+            assert torch.equal(part, of[state][1][begin:begin + part.numel()]), f"{what}: {state} of {name} is another one"
+            elements.setdefault((name, state), set()).update(range(begin, begin + part.numel()))
+    assert {(name, state) for name in whole for state in STATES} <= set(elements), f"{what}: some are on no rank"
+    for (name, state), places in elements.items():
+        assert len(places) == (whole.get(name) or whole["embedding.word_embeddings.weight"])["param"].numel(), (name, state)
+
+
+def check_targets(holdfast, case, targets, seed, folder):
+    """Legacy files for pipelines, model chunks and parallel experts: what one rank held whole."""
+    (whole,) = maker.world(case, 1, make, seed, str(folder))
+    for kind in ANONYMOUS:
+        holdfast.run("diff", folder / "own", folder / kind)
+    for target in targets:
+        print(json.dumps({"case": case, "target": target}), flush=True)
+        out = folder / "target"
+        holdfast.run("convert", folder / "own", out, "--format", "megatron", "--force", "--to",
+                     ",".join(f"{axis}={size}" for axis, size in target.items()))
+        # Of tied embeddings the last stage has a copy besides.
+        said = holdfast.run("diff", folder / "own", out, codes=(0, 1)).splitlines()[1:]
+        assert all(not line or 'only in B: tensor "output_layer.weight"' in line for line in said), said
+        ranks = target.get("pp", 1) * target.get("ep", 1)
+        check_parts(maker.world(dict(case, **target), ranks, load_targets, seed, str(out)), whole, str(target))
+
+
+def check_from_hf(holdfast, case, seed, folder):
+    """A folder of Hugging Face's becomes legacy files for two tensor-parallel ranks: its configuration tells the arguments."""
+    maker.world(case, 1, make, seed, str(folder))
+    holdfast.run("convert", folder / "own", folder / "own_as_legacy", "--format", "megatron", "--to", "tp=2")
+    config = folder / "config"
+    config.mkdir()
+    (config / "config.json").write_text(json.dumps(
+        {"vocab_size": case["words"], "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_act": "silu",
+         "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 8}))
+    holdfast.run("export", folder / "own", folder / "hf", "--map", "llama", "--model", config)
+    holdfast.run("convert", folder / "hf", folder / "from_hf", "--format", "megatron", "--map", "llama:megatron-local", "--model",
+                 config, "--set", f"padded_vocab={case['words']}", "--to", "tp=2")
+    checkpoints = {name: str(folder / name) for name in ("own_as_legacy", "from_hf")}
+    for rank, found in enumerate(maker.world(dict(case, tp=2), 2, load_weights, seed, checkpoints)):
+        (own, args), (mine, said) = found["own_as_legacy"], found["from_hf"]
+        for name, tensor in own.items():
+            assert tensor is None or torch.equal(mine[name], tensor), f"rank {rank}: {name} is another one"
+        # Those that check_checkpoint_args compares, and what else both say.
+        assert {"num_layers", "hidden_size", "num_attention_heads", "tensor_model_parallel_size",
+                "pipeline_model_parallel_size", "add_position_embedding"} <= set(said), said
+        for key in set(said) & set(args):
+            if key != "use_distributed_optimizer":
+                assert said[key] == args[key], f"args.{key}: {said[key]}, not {args[key]}"
+
+
 def main():
     holdfast = Holdfast(sys.argv[1])
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else random.SystemRandom().randrange(10**6)
@@ -90,6 +173,14 @@ def main():
                 "tied": rng.random() < 0.5}
         with tempfile.TemporaryDirectory() as scratch:
             check(holdfast, case, tp * dp, target, seed, pathlib.Path(scratch))
+    dense = {"tp": 1, "layers": 4, "hidden": 16, "ffn": 24, "words": 40, "gated": True, "bias": False, "tied": True}
+    with tempfile.TemporaryDirectory() as scratch:
+        check_targets(holdfast, dense, ({"pp": 2, "vpp": 2}, {"pp": 2, "first": 1}), seed, pathlib.Path(scratch))
+    with tempfile.TemporaryDirectory() as scratch:
+        check_from_hf(holdfast, dense, seed, pathlib.Path(scratch))
+    experts = dict(dense, layers=2, experts=4, tied=False)
+    with tempfile.TemporaryDirectory() as scratch:
+        check_targets(holdfast, experts, ({"ep": 2}, {"pp": 2, "ep": 2}), seed, pathlib.Path(scratch))
 
 
 if __name__ == "__main__":
