@@ -309,7 +309,7 @@ TEST_P(CaptureTest, AGrantThatIsTakenBackIsNeverSavedInto) {
       agent_.Grant(0);
     }
   });
-  const uint64_t steps = devices_ == nullptr ? 200 : 50;
+  const uint64_t steps = devices_ == nullptr ? 200 : 20;
   for (uint64_t step = 1; step <= steps; ++step) {
     const std::string bytes(kBlobBytes, static_cast<char>('a' + step % 26));
     const hf_blob blob = {"rng", bytes.data(), bytes.size()};

@@ -1,6 +1,7 @@
 #!/usr/bin/python3
 """Nothing of ours needs CUDA, NCCL or NVML to be loaded: no library and no program has an undefined symbol of
-theirs or needs their files, and every library loads at once and whole (RTLD_NOW) on a machine without them.
+theirs or needs their files, and every library loads at once and whole (RTLD_NOW) on a machine without them. And
+what is loaded into training processes needs no newer C library than the images have that people train in.
 
 Usage: no_cuda_symbols_test.py BUILD FILE...      (BUILD: its libraries are looked for; FILE: what must be there)
 """
@@ -16,6 +17,9 @@ BUILD, *FILES = map(pathlib.Path, sys.argv[1:])
 del sys.argv[1:]
 THEIRS = re.compile(r"^_?(cu|cuda|nccl|nvml|cupti|nvtx)[A-Z]")
 THEIR_FILES = re.compile(r"^lib(cuda|cudart|nccl|nvidia-ml|cupti|nvrtc)\b")
+# Of Ubuntu 22.04, which NVIDIA's and PyTorch's older images stand on.
+GLIBC_MAX = (2, 35)
+LOADED_BY_TRAINERS = ("libholdfast.so", "libnccl-profiler-holdfast.so")
 # Stand-ins for these libraries, and what other tests make and remove meanwhile.
 LEFT_OUT = {"fake_cuda", "null_cuda", "old_cuda", "CMakeFiles", "Testing", "install_consumer", "configure"}
 
@@ -45,6 +49,12 @@ def needs(path):
             [name for name in needed if THEIR_FILES.match(name)])
 
 
+def glibc_of(path):
+    """The newest version of the C library that an ELF file asks for."""
+    versions = re.findall(r"\bGLIBC_(\d+)\.(\d+)", readelf("--version-info", str(path)))
+    return max((int(major), int(minor)) for major, minor in versions)
+
+
 class NoCudaSymbolsTest(unittest.TestCase):
     def test_what_must_be_there_is_looked_at(self):
         resolved = libraries()
@@ -70,6 +80,13 @@ class NoCudaSymbolsTest(unittest.TestCase):
             self.assertEqual(needs(program), (["cuInit"], ["libcuda.so.1"]))
         finally:
             program.unlink()
+
+    def test_what_trainers_load_runs_on_older_systems(self):
+        found = [path for path in FILES if path.name.startswith(LOADED_BY_TRAINERS)]
+        self.assertEqual(len(found), len(LOADED_BY_TRAINERS))
+        for path in found:
+            with self.subTest(path=path.name):
+                self.assertLessEqual(glibc_of(path), GLIBC_MAX)
 
     def test_every_library_loads_whole(self):
         for path in libraries():
