@@ -28,13 +28,19 @@ BENCH_PACKAGES=(fio eatmydata)
 say() { printf '\n== %s\n' "$*" >&2; }
 fail() { printf '%s\n' "$*" >&2; exit 1; }
 
-# install_missing PACKAGE...: installs those that are not there, as root or through sudo.
-install_missing() {
-  local missing=() package
+# missing_packages PACKAGE...: prints those that are not there.
+missing_packages() {
+  local package
   for package in "$@"; do
     dpkg-query -W -f='${db:Status-Status}\n' "$package" 2>/dev/null | grep -qx installed ||
-      missing+=("$package")
+      printf '%s\n' "$package"
   done
+}
+
+# install_missing PACKAGE...: installs those that are not there, as root or through sudo.
+install_missing() {
+  local missing
+  mapfile -t missing < <(missing_packages "$@")
   [ ${#missing[@]} -eq 0 ] && return 0
   local as_root=()
   if [ "$(id -u)" -ne 0 ]; then

@@ -1,18 +1,22 @@
-"""Checks on a real GPU, in less than five minutes, what cannot be checked without one: the NCCL profiler plugin
-with real NCCL and the real agent, and capture from and restore to device memory with the real driver.
+"""Checks on a real GPU, in less than ten minutes, what cannot be checked without one: capture from and restore to
+device memory with the real driver, and the NCCL profiler plugin with real NCCL and the real agent.
 
 Runs in the folder that `scripts/gpu-check --bundle DIR` makes, which needs nothing on the machine but an
-NVIDIA driver and a python3 with PyTorch. What is checked, and what each line means: docs/gpu-results.md.
+NVIDIA driver and a python3; what needs PyTorch is skipped without it. Checks do not depend on each other: what
+fails is said, and the next one runs. The report is on disk behind every line, and when the time is up, or TERM or
+an interrupt comes, it ends as it is. What is checked, and what each line means: docs/gpu-results.md.
 
-Exit status: 0 if all that is possible here holds, 1 if something does not, 77 if there is no GPU (or no
-PyTorch with NCCL) here: nothing was checked.
+Exit status: 0 if all that is possible here holds, 1 if something does not, 77 if there is no GPU here: nothing was
+checked.
 """
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import pathlib
+import platform
 import selectors
 import shutil
 import signal
@@ -29,6 +33,9 @@ import gpu_check_capture  # noqa: E402  (the path comes first)
 import pairs  # noqa: E402
 
 NO_GPU = 77
+LATE_SECONDS = 15     # behind --seconds everything is ended, whatever it does
+IMPORT_SECONDS = 120  # of PyTorch, on a machine that has never done it
+KEPT_BYTES_MAX = 4 << 20  # of one file
 READY_SECONDS = 45    # from the start of a rank to its first collective: imports, CUDA, NCCL
 ANSWER_SECONDS = 30   # a command that takes seconds
 RAS = ("127.0.0.1", 28028)
@@ -37,6 +44,58 @@ PEER_STATES = ("receive_data", "send_peer")
 
 class Failure(Exception):
     """Something that was to hold does not."""
+
+
+class OutOfTime(BaseException):
+    """Everything ends now, and what was found is kept."""
+
+
+class Report:
+    """What was found. It is written to `out`/report.json behind every line."""
+
+    def __init__(self, out, seconds):
+        self.out = out
+        self.begin = time.monotonic()
+        self.end = self.begin + seconds
+        self.about, self.lines, self.rows = {}, [], []
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.save()
+
+    def save(self):
+        partial = self.out / "report.json.partial"
+        partial.write_text(json.dumps(
+            {"schema_version": 1, "about": self.about, "seconds": time.monotonic() - self.begin,
+             "checks": self.lines, "figures": self.rows}, indent=1))
+        partial.replace(self.out / "report.json")
+
+    def say(self, outcome, name, detail):
+        self.lines.append({"outcome": outcome, "name": name, "detail": detail})
+        print(f"{outcome:8s} {name}: {detail}", flush=True)
+        self.save()
+
+    def seconds(self, most):
+        """For something that may take so long at most. Failure: there is none."""
+        left = self.end - time.monotonic()
+        if left < 1:
+            raise Failure("no time left (--seconds)")
+        return min(most, left)
+
+    def step(self, name, body):
+        """Runs one check. True: it holds. Whatever it raises is said, and the next ones run."""
+        if time.monotonic() > self.end:
+            self.say("skipped", name, "no time left (--seconds)")
+            return False
+        begin = time.monotonic()
+        try:
+            detail = body()
+        except Exception as failure:  # of whatever kind: the others have something to say all the same
+            self.say("FAILED", name, f"{type(failure).__name__}: {failure}")
+            return False
+        self.say("ok", name, f"{detail} [{time.monotonic() - begin:.1f} s]")
+        return True
+
+    def failed(self):
+        return [line["name"] for line in self.lines if line["outcome"] == "FAILED"]
 
 
 def free_port():
@@ -253,19 +312,17 @@ NCCL_ENVIRONMENT = {
 }
 
 
-class Check:
-    def __init__(self, arguments, directory):
+class Monitor:
+    """The plugin in real jobs, watched by an agent of their own."""
+
+    def __init__(self, report, directory, files, arguments):
+        self.report = report
         self.rehearse = arguments.rehearse
         self.mps = arguments.mps
         self.backend = "gloo" if arguments.rehearse else "nccl"
-        self.end = time.monotonic() + arguments.seconds
         self.directory = directory
-        self.files = directory / "files"      # what is kept
-        self.files.mkdir()
+        self.files = files    # what is kept
         self.with_itself = 0  # operations of each rank with itself, so far
-        self.lines = []
-        self.rows = []
-        self.about = {}
         self.agent = Agent(directory)
 
     def plugin(self, level, **more):
@@ -283,30 +340,15 @@ class Check:
             job = Job(name, ranks, self.files, self.backend, environment)
             try:
                 about = job.answers_of(READY_SECONDS)[0]
-                self.about.update({key: about[key] for key in ("torch", "nccl", "device")})
+                self.report.about.update({key: about[key] for key in ("torch", "nccl", "device")})
                 return job
             except Failure as failure:
                 job.kill()
-                self.say("note", f"{ranks} ranks on one GPU", str(failure))
+                self.report.say("note", f"{ranks} ranks on one GPU", str(failure))
+            except BaseException:
+                job.kill()
+                raise
         raise Failure(f"job {name}: NCCL does not start")
-
-    def say(self, outcome, name, detail):
-        self.lines.append({"outcome": outcome, "name": name, "detail": detail})
-        print(f"{outcome:8s} {name}: {detail}", flush=True)
-
-    def step(self, name, body):
-        """Runs one check; what fails is said, and the next ones run."""
-        if time.monotonic() > self.end:
-            self.say("skipped", name, "no time left (--seconds)")
-            return None
-        begin = time.monotonic()
-        try:
-            detail = body()
-        except (Failure, OSError, KeyError, ValueError, subprocess.SubprocessError) as failure:
-            self.say("FAILED", name, f"{type(failure).__name__}: {failure}")
-            return None
-        self.say("ok", name, f"{detail} [{time.monotonic() - begin:.1f} s]")
-        return True
 
     def found(self, job, seconds):
         """What the agent's analysis says, once it says something, in one line. For the record, no check: the job is
@@ -537,7 +579,7 @@ class Check:
         times = max(5, int(burst_seconds / once))
         seconds_of = {name: [] for name in arms}
         enqueue_of = {name: [] for name in arms}
-        end = min(self.end, time.monotonic() + seconds)
+        end = min(self.report.end, time.monotonic() + seconds)
         for turn in range(rounds_max):
             if time.monotonic() > end:
                 break
@@ -553,7 +595,7 @@ class Check:
             for what, values in (("time", seconds_of), ("time to enqueue", enqueue_of)):
                 ratio, low, high = pairs.paired_ratio(values[level], values["none"])
                 base = sorted(values["none"])[len(values["none"]) // 2]
-                self.rows.append({"processes": "MPS" if prefix else "time slices", "elements": elements, "level": level, "what": what, "ratio": ratio,
+                self.report.rows.append({"processes": "MPS" if prefix else "time slices", "elements": elements, "level": level, "what": what, "ratio": ratio,
                                   "low": low, "high": high, "microseconds_without": 1e6 * base,
                                   "pairs": len(values["none"])})
                 parts.append(f"{level} {what} {100 * (ratio - 1):+.2f}% ({100 * (low - 1):+.2f} to "
@@ -568,37 +610,38 @@ class Check:
             result = subprocess.run([HERE / "bin" / "bench_profiler", plugin, mix, caches], capture_output=True,
                                     text=True, timeout=60, check=True)
             found[f"{mix} {caches}"] = json.loads(result.stdout)["nanoseconds_per_event"]
-        self.rows.append({"what": "nanoseconds per event", **found})
+        self.report.rows.append({"what": "nanoseconds per event", **found})
         return ", ".join(f"{name} {ns:.1f} ns" for name, ns in found.items())
 
     def watched(self, job, several):
         suspect = job.ranks // 2
-        if self.step("clean", lambda: self.clean(job)) is None:
+        if not self.report.step("clean", lambda: self.clean(job)):
             self.keep(job, "broken")
             return
-        self.step("a window of records", lambda: self.window(job, 0))
-        self.step("point-to-point and all-to-all", lambda: self.exchange(job))
+        self.report.step("a window of records", lambda: self.window(job, 0))
+        self.report.step("point-to-point and all-to-all", lambda: self.exchange(job))
         if several:
-            self.step("a slow kernel", lambda: self.slow(job, suspect))
-            self.step("SIGSTOP", lambda: self.stop(job, suspect))
+            self.report.step("a slow kernel", lambda: self.slow(job, suspect))
+            self.report.step("SIGSTOP", lambda: self.stop(job, suspect))
         else:
-            self.say("skipped", "slow kernel, SIGSTOP, SIGKILL",
+            self.report.say("skipped", "slow kernel, SIGSTOP, SIGKILL",
                      "they show in connections, of which there are none here")
         if not self.rehearse:
-            self.step("graph capture", lambda: self.graph(job))
+            self.report.step("graph capture", lambda: self.graph(job))
         if several:
-            self.step("SIGKILL", lambda: self.die(job, suspect))
+            self.report.step("SIGKILL", lambda: self.die(job, suspect))
 
     def run(self):
-        self.step("an event, driven without NCCL", self.event_cost)
+        self.report.step("an event, driven without NCCL", self.event_cost)
         try:
             job = self.start("watched", (4, 2, 1), self.plugin("light"))
         except Failure as failure:
-            self.say("FAILED", "NCCL with the plugin", str(failure))
+            self.report.say("FAILED", "NCCL with the plugin", str(failure))
             return
         several = job.ranks > 1
-        self.say("ok", "NCCL with the plugin",
-                 f"{self.about}, {job.ranks} rank{'s, as hosts of their own,' if several else ''} on one GPU; "
+        about = {key: self.report.about[key] for key in ("torch", "nccl", "device")}
+        self.report.say("ok", "NCCL with the plugin",
+                 f"{about}, {job.ranks} rank{'s, as hosts of their own,' if several else ''} on one GPU; "
                  + ("all through the network transport" if several else "one rank has no connections"))
         recording = self.files / "watched.recording"
         try:
@@ -606,24 +649,33 @@ class Check:
                 self.watched(job, several)
         finally:
             job.kill()
-        self.step("the recording, replayed", lambda: self.replayed(recording))
+        self.report.step("the recording, replayed", lambda: self.replayed(recording))
         counts = (2, 1) if several else (1,)
         if not self.rehearse:
-            self.step("all callbacks, recorded", lambda: self.streams(counts))
+            self.report.step("all callbacks, recorded", lambda: self.streams(counts))
         if self.mps:
-            self.step("cost, under MPS", lambda: self.cost_with_mps(counts))
+            self.report.step("cost, under MPS", lambda: self.cost_with_mps(counts))
         else:
-            self.step("cost", lambda: self.cost(counts))
+            self.report.step("cost", lambda: self.cost(counts))
 
 
 def gpu_missing():
     """Why nothing can be checked here; None if it can."""
     if shutil.which("nvidia-smi") is None and not pathlib.Path("/dev/nvidiactl").exists():
         return "no NVIDIA GPU here (neither nvidia-smi nor /dev/nvidiactl)"
-    found = subprocess.run(
-        [sys.executable, "-c", "import torch, torch.distributed as d\n"
-         "print('gpu' if torch.cuda.is_available() else 'no CUDA device', d.is_nccl_available())"],
-        capture_output=True, text=True)
+    return None
+
+
+@functools.cache
+def torch_missing():
+    """Why nothing that needs PyTorch can be checked here; None if it can."""
+    try:
+        found = subprocess.run(
+            [sys.executable, "-c", "import torch, torch.distributed as d\n"
+             "print('gpu' if torch.cuda.is_available() else 'no CUDA device', d.is_nccl_available())"],
+            capture_output=True, text=True, timeout=IMPORT_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"importing PyTorch takes more than {IMPORT_SECONDS} s"
     if found.returncode != 0:
         return f"{sys.executable} has no PyTorch: {found.stderr.strip().splitlines()[-1:]}"
     if found.stdout.split() != ["gpu", "True"]:
@@ -631,59 +683,112 @@ def gpu_missing():
     return None
 
 
+def machine():
+    """What may explain what is found."""
+    about = {"system": platform.platform(), "libc": " ".join(platform.libc_ver()),
+             "python": platform.python_version(), "processors": os.cpu_count(),
+             "memory_gib": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30}
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        about["driver"] = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,pcie.link.gen.current,pcie.link.width.current",
+             "--format=csv,noheader"], capture_output=True, text=True, timeout=30).stdout.strip()
+    return about
+
+
 def pack(files, to):
+    """Files that are too large to be kept are left out, and named."""
+    left_out = []
     with tarfile.open(to, "w:gz") as archive:
-        archive.add(files, arcname="gpu-check")
+        for path in sorted(files.rglob("*")):
+            if path.is_file() and path.stat().st_size > KEPT_BYTES_MAX:
+                left_out.append(path.name)
+            else:
+                archive.add(path, arcname=str("gpu-check" / path.relative_to(files)), recursive=False)
+    return left_out
 
 
-def main():
+def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", metavar="DIR", default="gpu-check-results",
                         help="report.json and recordings.tar.gz go there (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=210, help="no new check begins after so long")
+    parser.add_argument("--seconds", type=float, default=540,
+                        help="no check begins after so long, and none goes on for long (default: %(default)s)")
     parser.add_argument("--only", choices=("monitor", "capture"), help="one part: the plugin, or capture and restore")
     parser.add_argument("--mps", action="store_true",
                         help="measure the cost with NVIDIA's Multi-Process Service, so that the ranks' kernels run "
                              "side by side (default: time slices); it is started for this and ended")
     parser.add_argument("--rehearse", action="store_true",
-                        help="on the CPU, with gloo and the hook API in place of NCCL and the plugin: shows "
-                             "that this program works, and nothing else")
-    arguments = parser.parse_args()
-    if not arguments.rehearse:
-        missing = gpu_missing()
-        if missing is not None:
-            print(f"gpu-check: {missing}: nothing was checked", file=sys.stderr)
-            return NO_GPU
-    out = pathlib.Path(arguments.out)
-    out.mkdir(parents=True, exist_ok=True)
-    begin = time.monotonic()
+                        help="on the CPU, with gloo and the hook API in place of NCCL and the plugin, and a driver "
+                             "without a GPU: shows that this program works, and nothing else")
+    return parser.parse_args(arguments)
+
+
+def check_all(report, directory, arguments):
+    files = directory / "files"  # what is kept
+    files.mkdir()
+    without_torch = (lambda: None) if arguments.rehearse else torch_missing
+    try:
+        if arguments.only != "monitor":
+            gpu_check_capture.Capture(report, HERE, directory, files, arguments.rehearse, without_torch).run()
+        if arguments.only != "capture":
+            if without_torch() is None:
+                monitor_part(report, directory, files, arguments)
+            else:
+                report.say("skipped", "NCCL with the plugin", without_torch())
+    finally:
+        for log in directory.glob("*.log"):
+            shutil.copyfile(log, files / log.name)
+        if left_out := pack(files, report.out / "recordings.tar.gz"):
+            report.say("note", "not kept", f"larger than {KEPT_BYTES_MAX} bytes: {', '.join(left_out)}")
+
+
+def monitor_part(report, directory, files, arguments):
+    monitors = []
+
+    def start():
+        monitors.append(Monitor(report, directory, files, arguments))
+        return "it answers"
+    if not report.step("the agent", start):
+        return
+    try:
+        # Its checks are steps of their own; this one is what lies between them.
+        report.step("the plugin, all of it", lambda: monitors[0].run() or "ran to its end")
+    finally:
+        monitors[0].agent.close()
+
+
+def stop_in_time(seconds):
+    def stop(signal_number, _):
+        raise OutOfTime(signal.Signals(signal_number).name)
+    for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    signal.alarm(int(seconds + LATE_SECONDS))
+
+
+def main():
+    arguments = parse(None)
+    missing = None if arguments.rehearse else gpu_missing()
+    if missing is not None:
+        print(f"gpu-check: {missing}: nothing was checked", file=sys.stderr)
+        return NO_GPU
+    report = Report(pathlib.Path(arguments.out), arguments.seconds)
+    report.about.update(machine())
+    stop_in_time(arguments.seconds)
     # Short: the path of a socket has 107 bytes.
     directory = pathlib.Path(tempfile.mkdtemp(prefix="gpu-check-"))
-    check = None
     try:
-        try:
-            check = Check(arguments, directory)
-        except (Failure, OSError) as failure:
-            print(f"gpu-check: {failure}\n{(directory / 'agent.log').read_text()}", file=sys.stderr)
-            return 1
-        if arguments.only != "capture":
-            check.run()
-        if arguments.only != "monitor":
-            gpu_check_capture.Capture(check, HERE, Failure).run()
+        check_all(report, directory, arguments)
+    except OutOfTime as stopped:
+        report.say("FAILED", "in time", f"ended by {stopped} after {time.monotonic() - report.begin:.0f} s")
     finally:
-        if check is not None:
-            check.agent.close()
-            shutil.copyfile(directory / "agent.log", check.files / "agent.log")
-            pack(check.files, out / "recordings.tar.gz")
-            (out / "report.json").write_text(json.dumps(
-                {"schema_version": 1, "about": check.about, "seconds": time.monotonic() - begin,
-                 "checks": check.lines, "figures": check.rows}, indent=1))
+        signal.alarm(0)
         shutil.rmtree(directory, ignore_errors=True)
-    failed = [line["name"] for line in check.lines if line["outcome"] == "FAILED"]
-    skipped = sum(line["outcome"] == "skipped" for line in check.lines)
-    print(f"{time.monotonic() - begin:.0f} s; " + (f"failed: {', '.join(failed)}" if failed else "what was checked holds") +
-          (f"; skipped: {skipped}" if skipped else ""))
-    return 1 if failed else 0
+        report.save()
+    failed = report.failed()
+    count = {outcome: sum(line["outcome"] == outcome for line in report.lines) for outcome in ("ok", "skipped")}
+    verdict = f"failed: {', '.join(failed)}" if failed else "what was checked holds" if count["ok"] else "nothing was checked"
+    print(f"{time.monotonic() - report.begin:.0f} s; {count['ok']} ok; {verdict}; skipped: {count['skipped']}")
+    return 1 if failed or not count["ok"] else 0
 
 
 if __name__ == "__main__":

@@ -1,18 +1,27 @@
 #!/usr/bin/python3
-"""scripts/gpu_check.py where there is no GPU says so and ends with 77; and the interval that its figures and
-those of bench/profiler.py stand on holds the median as often as it claims."""
+"""scripts/gpu_check.py where there is no GPU says so and ends with 77, and where nothing works it tries everything all
+the same and keeps what it has found; and the interval that its figures and those of bench/profiler.py stand on holds
+the median as often as it claims. (Whether its checks work is for `scripts/gpu-check --rehearse` to show.)"""
 
+import contextlib
+import io
+import json
 import os
 import pathlib
 import random
+import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
 import unittest
 
 from tree import ROOT
 
-sys.path.insert(0, str(ROOT / "bench"))
-import pairs  # noqa: E402  (the path comes first)
+sys.dont_write_bytecode = True
+sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "scripts")]
+import gpu_check  # noqa: E402  (the paths come first)
+import pairs  # noqa: E402
 
 
 class GpuCheckTest(unittest.TestCase):
@@ -25,6 +34,74 @@ class GpuCheckTest(unittest.TestCase):
         self.assertIn("no NVIDIA GPU here", result.stderr)
         self.assertIn("nothing was checked", result.stderr)
         self.assertEqual(result.stdout, "")
+
+    def run_it(self, *arguments):
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        out = pathlib.Path(directory.name)
+        result = subprocess.run(
+            [sys.executable, ROOT / "scripts" / "gpu_check.py", "--rehearse", "--out", out, *arguments],
+            capture_output=True, text=True, timeout=60)
+        return result, json.loads((out / "report.json").read_text()), out
+
+    def test_where_everything_fails_everything_is_tried_and_kept(self):
+        # Beside this program there is none of those that the folder of a bundle has.
+        result, report, out = self.run_it()
+        self.assertEqual(result.returncode, 1, result.stderr)
+        outcomes = {line["name"]: line["outcome"] for line in report["checks"]}
+        for name in ("the programs start here", "holdfast doctor", "device_capture_test", "tiny_lm --device",
+                     "arrays of numpy", "capture and restore, measured", "the agent"):
+            self.assertEqual(outcomes.get(name), "FAILED", name)
+            self.assertIn(name, result.stdout)
+        self.assertIn("libc", report["about"])
+        with tarfile.open(out / "recordings.tar.gz") as archive:
+            self.assertIn("gpu-check/agent.log", archive.getnames())
+
+    def test_without_time_nothing_is_begun_and_that_is_no_success(self):
+        result, report, _ = self.run_it("--seconds", "0")
+        self.assertEqual(result.returncode, 1)
+        self.assertIn("nothing was checked", result.stdout)
+        self.assertEqual({line["outcome"] for line in report["checks"]}, {"skipped"})
+
+    def report(self, seconds=60):
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        return gpu_check.Report(pathlib.Path(directory.name), seconds)
+
+    def test_what_a_check_raises_is_said_and_on_disk_before_the_next_begins(self):
+        report = self.report()
+        for raised in (gpu_check.Failure("f"), KeyError("k"), ZeroDivisionError("z"), AssertionError("a")):
+            def body(raised=raised):
+                raise raised
+            with contextlib.redirect_stdout(io.StringIO()):
+                self.assertFalse(report.step("one", body))
+            kept = json.loads((report.out / "report.json").read_text())
+            self.assertEqual(kept["checks"][-1]["outcome"], "FAILED")
+            self.assertIn(type(raised).__name__, kept["checks"][-1]["detail"])
+
+    def test_a_signal_ends_a_check_that_would_not_end(self):
+        report = self.report()
+        before = {number: signal.getsignal(number) for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGINT)}
+        gpu_check.stop_in_time(60)
+        try:
+            with self.assertRaisesRegex(gpu_check.OutOfTime, "SIGTERM"):
+                report.step("endless", lambda: os.kill(os.getpid(), signal.SIGTERM) or signal.pause())
+        finally:
+            signal.alarm(0)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def test_what_is_too_large_is_not_kept_and_named(self):
+        with tempfile.TemporaryDirectory() as directory:
+            files = pathlib.Path(directory, "files")
+            files.mkdir()
+            (files / "small").write_bytes(b"s")
+            with open(files / "large", "wb") as large:
+                large.truncate(gpu_check.KEPT_BYTES_MAX + 1)
+            archive = pathlib.Path(directory, "archive")
+            self.assertEqual(gpu_check.pack(files, archive), ["large"])
+            with tarfile.open(archive) as kept:
+                self.assertEqual(kept.getnames(), ["gpu-check/small"])
 
     def test_the_interval_holds_the_median_in_95_of_100_series(self):
         seed = int(os.environ.get("HOLDFAST_TEST_SEED", "1"))
