@@ -1,13 +1,17 @@
-"""examples/torch_ddp.py: killed with everything in it, it goes on to the same bits as undisturbed.
+"""examples/torch_ddp.py: killed with everything in it, it goes on to the same bits as undisturbed; and a rank
+that is killed under torchrun, which tells nobody and ends the others, is named when the job is gone.
 
 Runs in the virtual environment of scripts/interop.
-Usage: torch_ddp_test.py EXAMPLE LAUNCH HOLDFASTD        ($HOLDFAST_LIBRARY, $PYTHONPATH: the
+Usage: torch_ddp_test.py EXAMPLE LAUNCH HOLDFASTD HOLDFAST        ($HOLDFAST_LIBRARY, $PYTHONPATH: the
 package)
 """
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import unittest
 
 import h5py
@@ -16,8 +20,8 @@ import numpy
 import holdfast
 from support import Place
 
-EXAMPLE, LAUNCH, DAEMON = sys.argv[1:4]
-del sys.argv[1:4]
+EXAMPLE, LAUNCH, DAEMON, HOLDFAST = sys.argv[1:5]
+del sys.argv[1:5]
 
 STEPS = 240
 TIMEOUT_SECONDS = 240
@@ -26,8 +30,8 @@ TIMEOUT_SECONDS = 240
 class Run:
     """The example, started; what it prints is read line by line."""
 
-    def __init__(self, place, steps, launcher):
-        environment = place.environment(OMP_NUM_THREADS="1", PYTHONPATH=os.environ["PYTHONPATH"])
+    def __init__(self, place, steps, launcher, **variables):
+        environment = place.environment(OMP_NUM_THREADS="1", PYTHONPATH=os.environ["PYTHONPATH"]) | variables
         with place.path.joinpath("err").open("a") as errors:
             self.process = subprocess.Popen([*launcher, EXAMPLE, str(steps)], env=environment,
                                             text=True, stdout=subprocess.PIPE, stderr=errors)
@@ -175,6 +179,34 @@ class TorchDdpTest(unittest.TestCase):
         self.assertEqual(run.finish(), 0, place.path.joinpath("err").read_text())
         self.assertEqual(run.lines[0], "begins at step 20")
         self.assertTrue(run.lines[-1].startswith("step 40 "))
+
+    def test_a_rank_killed_under_torchrun_is_named_when_the_job_is_gone(self):
+        place = Place(self.addCleanup, DAEMON)
+        run = Run(place, 10 ** 9, torchrun(2), HOLDFAST_LINGER="300s")  # the agent stays for our questions
+        self.addCleanup(run.kill)
+        for line in run.lines_of_rank_0():
+            if line.startswith("step 30 "):
+                break
+        socket, = place.runtime.glob("*/agent.sock")
+
+        def ask(*words):
+            result = subprocess.run([HOLDFAST, *words, "--socket", socket], capture_output=True, text=True,
+                                    check=True, timeout=TIMEOUT_SECONDS)
+            return json.loads(result.stdout)
+
+        victim, = [board["process_id"] for board in ask("status")["monitor"]
+                   if board["rank"] == 1 and board["alive"]]
+        os.kill(victim, signal.SIGKILL)
+        self.assertNotEqual(run.finish(), 0)  # torchrun has ended the other one, too
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while not (verdicts := [finding for finding in ask("--json", "monitor", "verdicts")["findings"]
+                                if finding["grade"] == "verdict"]):
+            self.assertLess(time.monotonic(), deadline, "no verdict")
+            time.sleep(0.1)
+        verdict, = verdicts
+        self.assertEqual((verdict["fault"], [suspect["rank"] for suspect in verdict["suspects"]]),
+                         ("dead", [1]), verdict)
+        self.assertIn("was ended by signal 9", verdict["evidence"][0])
 
 
 if __name__ == "__main__":

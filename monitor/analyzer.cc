@@ -31,6 +31,7 @@ Analysis Analyzer::Step(const Snapshot& snapshot) {
   }
   analysis.findings = tracker_.Update(state_.now(), std::move(candidates.found));
   analysis.notes = std::move(candidates.notes);
+  analysis.ended_amid = candidates.ended_amid;
   return analysis;
 }
 

@@ -39,6 +39,7 @@ struct Analysis {
   std::vector<Finding> findings;  // the open ones, in order of id
   std::vector<WaitNote> notes;
   Sight sight;
+  bool ended_amid = false;  // as in Candidates
 };
 
 // Threads: one at a time. Lifetime: owns all it refers to.

@@ -36,6 +36,9 @@ struct WaitNote {
 struct Candidates {
   std::vector<Candidate> found;
   std::vector<WaitNote> notes;
+  // Every rank has ended, some so that nobody saw how, and others were inside an operation that
+  // these had not entered: no good end, whether it is time to say so or not.
+  bool ended_amid = false;
 };
 
 // Who stands still, by the wait-for graph. hang.cc.

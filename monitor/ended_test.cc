@@ -176,6 +176,79 @@ TEST(EndedTest, OfSeveralWhoEndUnseenAndAreWaitedForEachIsDead) {
       named, ::testing::UnorderedElementsAre(Suspect{Rank{0}, Rank{0}}, Suspect{Rank{2}, Rank{2}}));
 }
 
+// torchrun ends the others when a rank dies: nobody waits any more, but the last that is known of
+// them is kept. How it ended is not known, nor whether somebody meant it: never more than a
+// suspicion.
+TEST(EndedTest, WhoWasMissedWhenTheWholeJobEndedUnseenIsSuspected) {
+  Job job;
+  job.Train(kLearned);
+  job.End(2, ExitKind::kUnknown);
+  job.EnterAndStand();
+  for (const uint32_t rank : {0, 1, 3}) job.End(rank, ExitKind::kUnknown);
+  job.Pass(1);
+  EXPECT_FALSE(job.ended());
+  EXPECT_THAT(job.findings(), IsEmpty()) << "how it ended may be told yet";
+  for (const int seconds : {5, 60}) {
+    job.Pass(seconds);
+    ASSERT_THAT(job.findings(), SizeIs(1));
+    const Finding& finding = job.findings()[0];
+    EXPECT_EQ(finding.grade, Grade::kSuspicion);
+    EXPECT_EQ(finding.fault, FaultClass::kDead);
+    EXPECT_EQ(finding.scope, Scope::kProcess);
+    EXPECT_EQ(finding.suspects, (std::vector<Suspect>{{Rank{2}, Rank{2}}}));
+    EXPECT_THAT(finding.evidence[0],
+                HasSubstr("3 ranks were inside an operation of communicator 7"));
+    EXPECT_FALSE(job.ended());
+  }
+}
+
+// Where all were inside, or nobody was, nothing tells a good end from a bad one.
+TEST(EndedTest, AJobThatEndedUnseenWithNobodyMissedIsOver) {
+  Job job;
+  job.Train(kLearned);
+  job.EnterAndStand();
+  for (uint32_t rank = 0; rank < kRanks; ++rank) job.End(rank, ExitKind::kUnknown);
+  job.Pass(60);
+  EXPECT_EQ(job.worst_count(), 0u) << job.findings()[0].sentence;
+  EXPECT_TRUE(job.ended());
+}
+
+// The same where the kernel tells how they ended: a verdict at once, as nothing stronger can come.
+TEST(EndedTest, ADeathThatTheLauncherEndedTheJobForIsAVerdictAtOnce) {
+  Job job;
+  job.Train(kLearned);
+  job.End(2, ExitKind::kUnknown);
+  job.EnterAndStand();
+  for (const uint32_t rank : {0, 1, 3}) job.End(rank, ExitKind::kUnknown);
+  job.Pass(1);
+  job.End(2, ExitKind::kKilled);
+  for (const uint32_t rank : {0, 1}) job.End(rank, ExitKind::kTerminated);
+  job.End(3, ExitKind::kError);  // lost its peer before it was told to end
+  job.Pass(1);
+  ASSERT_THAT(job.findings(), SizeIs(1));
+  EXPECT_EQ(job.findings()[0].grade, Grade::kVerdict);
+  EXPECT_EQ(job.findings()[0].fault, FaultClass::kDead);
+  EXPECT_EQ(job.findings()[0].suspects, (std::vector<Suspect>{{Rank{2}, Rank{2}}}));
+  EXPECT_THAT(job.findings()[0].sentence,
+              HasSubstr("1 others ended more mildly, as ranks do that lost a peer, 2 were told to "
+                        "end, as a launcher does that ends its job"));
+  EXPECT_THAT(job.findings()[0].evidence,
+              ::testing::Contains(HasSubstr("3 ranks were inside an operation of communicator 7")));
+  job.Pass(60);
+  EXPECT_EQ(job.worst_count(), 1u);
+  EXPECT_FALSE(job.ended());
+}
+
+// A person stops the job.
+TEST(EndedTest, AJobThatIsToldToEndHasNoDeath) {
+  Job job;
+  job.Train(kLearned);
+  job.EnterAndStand();
+  for (uint32_t rank = 0; rank < kRanks; ++rank) job.End(rank, ExitKind::kTerminated);
+  job.Pass(60);
+  EXPECT_EQ(job.worst_count(), 0u) << job.findings()[0].sentence;
+}
+
 // Nothing shows whether anybody waits: somebody shall look, and nothing may act on it.
 TEST(EndedTest, WithoutCommunicationAnUnseenEndIsASuspicionWhileOthersLive) {
   Job job({.communicates = false});

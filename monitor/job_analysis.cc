@@ -270,7 +270,7 @@ JobAnalysis::Result JobAnalysis::Step(JobStep step) {
                                              attempt_.world_size, attempt_count_, finding.id);
     finding.id = absl::StrFormat("%08x", Crc32c(std::as_bytes(std::span(name))));
   }
-  result.ended = EveryRankEndedCleanly();
+  result.ended = !result.analysis.ended_amid && EveryRankEndedCleanly();
   return result;
 }
 

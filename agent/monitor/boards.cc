@@ -15,6 +15,8 @@
 #include "agent/handover.h"
 #include "agent/monitor/names.h"
 #include "agent/monitor/node_aggregator.h"
+#include "agent/monitor/process_end.h"
+#include "agent/process.h"
 #include "agent/run/process_tree.h"
 #include "base/check.h"
 #include "base/status_macros.h"
@@ -88,6 +90,7 @@ MonitorBoards::~MonitorBoards() {
   if (timer_ != 0) loop_.CancelTimer(timer_);
   for (const std::unique_ptr<Board>& board : boards_) {
     if (board->alive) loop_.Unwatch(board->offer.process.get());
+    if (board->asks != 0) loop_.CancelTimer(board->asks);
   }
 }
 
@@ -214,6 +217,7 @@ void MonitorBoards::Recover(std::vector<KeptDescriptor> kept) {
 }
 
 void MonitorBoards::Forget(const Board& board) {
+  if (board.asks != 0) loop_.CancelTimer(board.asks);
   keeper_.Drop(BoardName(board.id));
   keeper_.Drop(ProcessName(board.id, board.offer.process_id));
 }
@@ -259,11 +263,27 @@ absl::Status MonitorBoards::Window(const std::string& job, uint32_t rank, absl::
 
 void MonitorBoards::OnDeath(Board* board) {
   loop_.Unwatch(board->offer.process.get());
-  board->offer.process.Reset();
   board->alive = false;
   board->died = clock_.Elapsed();
+  AskForEnd(*board);
   DropOldDead();
   Changed();
+}
+
+void MonitorBoards::AskForEnd(Board& board) {
+  const int process = board.offer.process.get();
+  // Nobody will ever tell more of one that has been waited for.
+  const bool may_come = PidOf(process) > 0 && ++board.asked_count < kEndAskedMax;
+  board.wait_status = WaitStatusOf(process);
+  if (board.wait_status.has_value() || !may_come) {
+    board.offer.process.Reset();
+    return;
+  }
+  board.asks = loop_.RunAfter(kEndAskedEvery, [this, asked = &board] {
+    asked->asks = 0;
+    AskForEnd(*asked);
+    if (asked->wait_status.has_value()) Changed();
+  });
 }
 
 // Dead boards are in the order of nothing; there are few.

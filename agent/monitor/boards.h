@@ -18,6 +18,7 @@
 #include <functional>
 #include <list>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -42,6 +43,10 @@ class MonitorBoards {
   // Of dead ones; beyond, the one that died first is dropped. And how long they are kept.
   static constexpr size_t kDeadMax = 64;
   static constexpr absl::Duration kDeadAge = absl::Hours(1);
+  // Whoever may not trace a process is told how it ended only after its parent has waited for it:
+  // it is asked for so often, so many times.
+  static constexpr absl::Duration kEndAskedEvery = absl::Milliseconds(100);
+  static constexpr int kEndAskedMax = 50;
   // Windows of records that are open at once.
   static constexpr size_t kWindowsMax = 4;
 
@@ -58,13 +63,17 @@ class MonitorBoards {
 
   struct Board {
     uint64_t id = 0;  // from 1, in the order of their coming; never used again, by no later worker
-    // Without the board's descriptor; `process` is none when it is dead. A job without a name has
-    // one that it shares with no other (NameOf).
+    // Without the board's descriptor; `process` is none when it is dead and nothing more is to be
+    // learned of it. A job without a name has one that it shares with no other (NameOf).
     Offer offer;
     std::shared_ptr<MappedBoard> mapped;
     pid_t parent = 0;  // of its process, when it came; 0: not known
     bool alive = true;
     absl::Duration died{};  // on the agent's clock; meaningful when it is not alive
+    // How its process ended, if the kernel tells us (process_end.h).
+    std::optional<int> wait_status;
+    EventLoop::TimerId asks = 0;  // for its end; 0: not any more
+    int asked_count = 0;
   };
 
   MonitorBoards(EventLoop& loop, const Clock& clock, DescriptorKeeper& keeper);
@@ -91,7 +100,7 @@ class MonitorBoards {
 
   // Valid until changes() differs.
   const std::vector<std::unique_ptr<Board>>& boards() const { return boards_; }
-  // Counts boards that came, died and were dropped.
+  // Counts boards that came, died, whose end was told, and that were dropped.
   uint64_t changes() const { return changes_; }
   // `changed` runs after each of them, inside the call that made it. One listener; empty: none.
   void Listen(std::function<void()> changed) { changed_ = std::move(changed); }
@@ -121,6 +130,7 @@ class MonitorBoards {
   void Add(Offer offer, std::shared_ptr<MappedBoard> mapped, uint64_t id);
   void Forget(const Board& board);
   void OnDeath(Board* board);
+  void AskForEnd(Board& board);
   void DropOldDead();
 
   EventLoop& loop_;

@@ -1,5 +1,8 @@
 #include "agent/monitor/node_aggregator.h"
 
+#include <signal.h>
+#include <sys/wait.h>
+
 #include <algorithm>
 #include <iterator>
 #include <nlohmann/json.hpp>
@@ -152,6 +155,11 @@ void NodeAggregator::SyncBoards() {
       process.died = std::max(process.died, source.board->died);
     }
     process.alive = alive;
+    // By its first board; a dead process that was read has no sources any more.
+    const auto first = here.find(at->first);
+    if (first != here.end() && first->second->wait_status.has_value()) {
+      process.wait_status = first->second->wait_status;
+    }
     // What was read of a dead one goes on being told without its board.
     const bool lost = process.sources.empty() && !process.is_read_dead;
     at = lost ? processes_.erase(at) : std::next(at);
@@ -212,6 +220,7 @@ void NodeAggregator::Attach(const MonitorBoards::Board& board) {
   process->seen_serial = ++serial_;
   process->alive = board.alive;
   process->died = board.died;
+  process->wait_status = board.wait_status;
   if (board.alive) {
     process->witness =
         std::make_unique<ProcessWitness>(offer.process.get(), process->own_process_id);
@@ -336,7 +345,7 @@ size_t NodeAggregator::ReportGroup(const GroupKey& key, Group& group, absl::Dura
   summary.engine_paused = std::exchange(group.engine_paused, false);
   for (Process* const process : processes) {
     ReadProcess(*process, now);
-    const ExitOutcome outcome = OutcomeOfProcess(*process);
+    const ExitOutcome outcome = OutcomeOfProcess(*process, now);
     process->report.exit = outcome.kind;
     process->report.exit_value = outcome.value;
     group.world_size = std::max(group.world_size, process->world_size);
@@ -427,12 +436,38 @@ void NodeAggregator::ReadBoards(Process& process) {
   report.data_us = process.sections.data_us();
 }
 
-ExitOutcome NodeAggregator::OutcomeOfProcess(const Process& process) const {
+// Null: its starter has said nothing.
+const Exits::Entry* NodeAggregator::ToldOf(const Process& process) const {
+  return exits_.Find({std::get<0>(process.key), std::get<1>(process.key), process.rank,
+                      process.process_id, process.own_process_id, process.seen_serial});
+}
+
+ExitOutcome NodeAggregator::OutcomeOfProcess(const Process& process, absl::Duration now) const {
   if (process.alive) return {monitor::ExitKind::kNone, 0};
-  const Exits::Entry* const entry =
-      exits_.Find({std::get<0>(process.key), std::get<1>(process.key), process.rank,
-                   process.process_id, process.own_process_id, process.seen_serial});
-  return entry == nullptr ? ExitOutcome{monitor::ExitKind::kUnknown, 0} : OutcomeOf(entry->exit);
+  const Exits::Entry* const told = ToldOf(process);
+  if (told != nullptr) return OutcomeOf(told->exit);
+  if (!process.wait_status.has_value() || now - process.died < kToldWithin) {
+    return {monitor::ExitKind::kUnknown, 0};
+  }
+  RankExit seen;
+  seen.wait_status = *process.wait_status;
+  seen.stopped = IsGivenUp(process);
+  return OutcomeOf(seen);
+}
+
+// Whether it was killed as by a launcher that had told it to end before.
+bool NodeAggregator::IsGivenUp(const Process& process) const {
+  if (!WIFSIGNALED(*process.wait_status) || WTERMSIG(*process.wait_status) != SIGKILL) return false;
+  return std::any_of(processes_.begin(), processes_.end(), [&](const auto& entry) {
+    const Process& other = *entry.second;
+    if (other.alive || other.died + kGivenUpAfter > process.died ||
+        std::get<0>(other.key) != std::get<0>(process.key) ||
+        std::get<1>(other.key) != std::get<1>(process.key)) {
+      return false;
+    }
+    const Exits::Entry* const told = ToldOf(other);
+    return told != nullptr ? told->exit.wait_status != 0 : other.wait_status.value_or(0) != 0;
+  });
 }
 
 // Connections that a process serves for another one's communicator (PXN) belong to that one's rank.

@@ -13,8 +13,8 @@
 // rank the first that has communicators counts; a dead one counts until there is another.
 //
 // A dead process is reported as it was last seen, as long as a process of its attempt lives on this
-// node and for kEndedAge after. (What its starter said of its end is lost with this worker: then
-// nobody has seen how it ended.) A process that takes a rank over begins a new incarnation of the
+// node and for kEndedAge after. (What its starter said of its end is lost with this worker; what
+// the kernel says is not.) A process that takes a rank over begins a new incarnation of the
 // report, since its totals begin anew.
 //
 // It judges nothing (monitor/), and asks no wall clock.
@@ -54,6 +54,13 @@ class NodeAggregator {
  public:
   static constexpr absl::Duration kLookEvery = absl::Milliseconds(100);
   static constexpr absl::Duration kReportEvery = absl::Seconds(1);
+  // Whoever started a process has the first word on how it ended: what the kernel says counts only
+  // after so long.
+  static constexpr absl::Duration kToldWithin = absl::Milliseconds(500);
+  // Launchers kill who does not heed their TERM: a KILL so long after an end of the same attempt
+  // that was not clean counts as theirs, if nobody has told more of it. (torchrun and Slurm wait
+  // for 30 s.)
+  static constexpr absl::Duration kGivenUpAfter = absl::Seconds(5);
   // How long an attempt is reported whose last process on this node has ended.
   static constexpr absl::Duration kEndedAge = absl::Seconds(60);
   // Attempts and node names at once; what comes beyond is not reported (unreported_count()).
@@ -108,6 +115,7 @@ class NodeAggregator {
     uint64_t seen_serial = 0;
     bool alive = true;
     absl::Duration died{};
+    std::optional<int> wait_status;  // as the kernel says
     std::vector<Source> sources;
     std::unique_ptr<ProcessWitness> witness;
     std::vector<uint32_t> proxy_threads;
@@ -154,7 +162,9 @@ class NodeAggregator {
   std::vector<Process*> Choose(const GroupKey& key, Group& group);
   void ReadProcess(Process& process, absl::Duration now);
   void ReadBoards(Process& process);
-  ExitOutcome OutcomeOfProcess(const Process& process) const;
+  const Exits::Entry* ToldOf(const Process& process) const;
+  ExitOutcome OutcomeOfProcess(const Process& process, absl::Duration now) const;
+  bool IsGivenUp(const Process& process) const;
   static void JoinForeign(const std::vector<Process*>& processes,
                           std::vector<monitor::RankReport>& ranks);
   void DropEnded(absl::Duration now);
