@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 #include <utility>
 
+#include "agent/monitor/grid.h"
 #include "base/check.h"
 #include "base/utf8.h"
 #include "format/checkpoint_names.h"
@@ -99,10 +100,10 @@ void NodeAggregator::TakeExit(RankExit exit) {
 void NodeAggregator::Wake() {
   if (timer_ != 0) return;
   last_look_ = clock_.Elapsed();
-  due_ = last_look_ + kLookEvery;
-  report_due_ = last_look_ + kReportEvery;
+  due_ = NextOnGrid(last_look_, kLookEvery, kReportLead);
+  report_due_ = NextOnGrid(last_look_, kReportEvery, kReportLead);
   late_ = absl::ZeroDuration();
-  timer_ = loop_.RunAfter(kLookEvery, [this] { Look(); });
+  timer_ = loop_.RunAfter(due_ - last_look_, [this] { Look(); });
 }
 
 void NodeAggregator::Look() {
@@ -123,11 +124,11 @@ void NodeAggregator::Look() {
     Report();
     late_ = absl::ZeroDuration();
     report_due_ += kReportEvery;
-    if (report_due_ <= now) report_due_ = now + kReportEvery;
+    if (report_due_ <= now) report_due_ = NextOnGrid(now, kReportEvery, kReportLead);
   }
   if (processes_.empty() && groups_.empty() && exits_.entries().empty()) return;
   due_ += kLookEvery;
-  if (due_ <= now) due_ = now + kLookEvery;
+  if (due_ <= now) due_ = NextOnGrid(now, kLookEvery, kReportLead);
   timer_ = loop_.RunAfter(due_ - now, [this] { Look(); });
 }
 

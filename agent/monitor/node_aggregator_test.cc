@@ -367,7 +367,7 @@ TEST_F(NodeAggregatorTest, JobsWithoutANameDoNotHideEachOther) {
 TEST_F(NodeAggregatorTest, TheObserversLatenessIsToldOnce) {
   Join(Named(0));
   Next();
-  executor_.AdvanceTime(absl::Milliseconds(250));
+  executor_.AdvanceTime(absl::Milliseconds(200));
   clock_.late = absl::Milliseconds(700);
   NodeSummary summary = Next();
   EXPECT_EQ(summary.observer_gap_us, 700'000u);

@@ -7,6 +7,7 @@
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "agent/monitor/grid.h"
 #include "agent/monitor/queries.h"
 #include "monitor/finding_record.h"
 #include "monitor/recording.h"
@@ -195,8 +196,8 @@ void MonitorService::Start() {
   for (FindingRecord& record : store_.Load()) log_.Restore(std::move(record));
   log_.Forget(clock_.WallTime() - options_.verdicts_keep);
   forgotten_ = clock_.Elapsed();
-  next_step_ = forgotten_ + kStepEvery;
-  timer_ = loop_.RunAfter(kStepEvery, [this] { StepAll(); });
+  next_step_ = NextOnGrid(forgotten_, kStepEvery, absl::ZeroDuration());
+  timer_ = loop_.RunAfter(next_step_ - forgotten_, [this] { StepAll(); });
 }
 
 FindingLog::When MonitorService::Now(absl::Duration elapsed) const {
@@ -263,7 +264,7 @@ std::string MonitorService::SilentestJob() const {
 void MonitorService::StepAll() {
   const absl::Duration now = absl::Trunc(clock_.Elapsed(), absl::Microseconds(1));
   next_step_ += kStepEvery;
-  if (next_step_ <= now) next_step_ = now + kStepEvery;
+  if (next_step_ <= now) next_step_ = NextOnGrid(now, kStepEvery, absl::ZeroDuration());
   timer_ = loop_.RunAfter(next_step_ - now, [this] { StepAll(); });
   for (auto at = jobs_.begin(); at != jobs_.end();) {
     const std::shared_ptr<Job> job = at->second;
