@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -203,8 +204,20 @@ class Agent:
             raise Failed(f"holdfast monitor record: status {recorder.returncode}: {errors.strip()}")
 
 
+# examples/torch_ddp.py prints for people: "step 12 loss 0x1.8p-1".
+STEP = re.compile(rb"step (\d+) ")
+
+
+def event_of(line):
+    """What a line of a rank's output tells; None: nothing."""
+    if line.startswith(b"{"):
+        return json.loads(line)
+    step = STEP.match(line)
+    return {"event": "step", "step": int(step[1])} if step else None
+
+
 class Printed:
-    """The JSON lines of a file that grows; each byte is read once."""
+    """What the lines of a file tell that grows; each byte is read once."""
 
     def __init__(self, path):
         self._path = path
@@ -220,7 +233,7 @@ class Printed:
             return self._lines
         whole = data[:data.rfind(b"\n") + 1]
         self._offset += len(whole)
-        self._lines += [json.loads(line) for line in whole.splitlines() if line.startswith(b"{")]
+        self._lines += filter(None, map(event_of, whole.splitlines()))
         return self._lines
 
 
@@ -242,25 +255,25 @@ class Training:
     def _command(self):
         if self.job.program == "tiny_lm":
             return [self.programs.tiny_lm, "--corpus", ROOT / "docs", *self.job.arguments]
-        return [self.programs.python, ROOT / "tests" / "faults" / self.job.program,
-                *self.job.arguments]
+        return [self.programs.python, ROOT / "tests" / "faults" / "torch_client.py",
+                ROOT / "examples" / self.job.program, *self.job.arguments]
 
     def __enter__(self):
         self.directory.mkdir(parents=True, exist_ok=True)
         self.faults_file.write_text("", encoding="utf-8")
         self.clock_file.write_text("+0\n", encoding="utf-8")
         fakes_clock = "FAULTS_FAKE_CLOCK" in self.job.environment
-        environment = clean_environment(
-            HOLDFAST_SOCKET=self.agent.socket, HOLDFAST_JOB="faults",
-            HOLDFAST_ROOT=self.agent.directory / "root",
-            NCCL_PROFILER_PLUGIN=self.programs.plugin, HOLDFAST_LIBRARY=self.programs.library,
-            PYTHONPATH=ROOT / "hook" / "python", GLOO_SOCKET_IFNAME="eth0", OMP_NUM_THREADS=1,
-            COLLECTIVES_FAULTS=self.faults_file,
-            FAULTS_NAMESPACES=net.NAMESPACES / self.network.prefix, FAULTS_SUBNET=net.SUBNET,
-            FAULTS_FAKE_CLOCK_RANK=self.victim if fakes_clock else "",
-            FAULTS_FAKE_CLOCK_LIBRARY=fake_clock_library() if fakes_clock else "",
-            FAULTS_CLOCK_FILE=self.clock_file,
-            **self.job.environment)
+        variables = {
+            "HOLDFAST_SOCKET": self.agent.socket, "HOLDFAST_JOB": "faults",
+            "HOLDFAST_ROOT": self.agent.directory / "root",
+            "NCCL_PROFILER_PLUGIN": self.programs.plugin, "HOLDFAST_LIBRARY": self.programs.library,
+            "PYTHONPATH": ROOT / "hook" / "python", "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": 1,
+            "COLLECTIVES_FAULTS": self.faults_file,
+            "FAULTS_NAMESPACES": net.NAMESPACES / self.network.prefix, "FAULTS_SUBNET": net.SUBNET,
+            "FAULTS_FAKE_CLOCK_RANK": self.victim if fakes_clock else "",
+            "FAULTS_FAKE_CLOCK_LIBRARY": fake_clock_library() if fakes_clock else "",
+            "FAULTS_CLOCK_FILE": self.clock_file}
+        environment = clean_environment(**(variables | self.job.environment))
         with net.inside(self.network.namespace(0)), \
                 (self.directory / "launch.log").open("wb") as log:
             self._process = subprocess.Popen(
@@ -277,7 +290,7 @@ class Training:
         self._process.wait()
 
     def lines(self, rank=0):
-        """The JSON lines that the rank has printed by now."""
+        """What the rank has printed by now, as events."""
         if rank not in self._printed:
             self._printed[rank] = Printed(self.directory / "restart-0" / f"rank-{rank}.out")
         return self._printed[rank].lines()
