@@ -116,8 +116,7 @@ recovery::IntervalInput AutoSaves::InputOf(const JobSnapshot& job, const Known& 
     input.step = known.cost.step();
     input.commit = known.commit;
   }
-  input.captures = known.cost.saves();
-  input.capture_stall = known.cost.stall() * static_cast<int64_t>(known.cost.saves());
+  if (known.cost.saves() > 0) input.stall = known.cost.stall();
   return input;
 }
 

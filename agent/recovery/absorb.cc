@@ -93,8 +93,6 @@ void Machine::Take(const RunBegun& begun) {
     fresh.proposal_count = h_.proposal_count;
     fresh.signatures = std::move(h_.signatures);
     fresh.checkpoints = std::move(h_.checkpoints);
-    fresh.captures = h_.captures;
-    fresh.capture_stall = h_.capture_stall;
     fresh.failures = h_.failures;
     fresh.time_alive = h_.time_alive;
   }
@@ -412,8 +410,6 @@ void Machine::Take(const CheckpointCommitted& committed) {
     h_.checkpoints.erase(h_.checkpoints.begin());
   if (committed.launch != h_.launch) return;
   h_.committed_since = true;
-  ++h_.captures;
-  h_.capture_stall = Whole(h_.capture_stall + Whole(committed.stall));
   if (h_.phase == Phase::kSaving && captured_at >= h_.save_asked_at) h_.save_deadline = h_.now;
 }
 

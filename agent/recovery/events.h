@@ -146,7 +146,6 @@ struct CheckpointCommitted {
   Launch launch{};
   CheckpointFacts facts;
   absl::Duration captured_at;  // on the clock of Event::now
-  absl::Duration stall;        // that the capture cost training
 };
 struct SaveFailed {  // the one that was asked for
   Launch launch{};

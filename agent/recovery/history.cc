@@ -306,8 +306,9 @@ void WalkMemory(Codec& codec, History& h) {
   WalkList(codec, "stuck ranks", h.stuck_ranks, kGpusMax);
   Walk(codec, "grow", h.grow);
   WalkList(codec, "checkpoints", h.checkpoints, History::kCheckpointsMax);
-  Walk(codec, "captures", h.captures);
-  Walk(codec, "stall of captures", h.capture_stall);
+  uint64_t unused = 0;  // two numbers of version 1 that no decision was ever made by
+  Walk(codec, "unused", unused);
+  Walk(codec, "unused", unused);
   Walk(codec, "failures", h.failures);
   Walk(codec, "time alive", h.time_alive);
   Walk(codec, "alive since", h.alive_since);

@@ -225,8 +225,6 @@ struct History {
   std::vector<CheckpointRecord> checkpoints;  // ascending; beyond the limit the oldest goes
 
   // ---- Measured.
-  uint32_t captures = 0;
-  absl::Duration capture_stall;  // of all of them together
   uint32_t failures = 0;
   absl::Duration time_alive;
   absl::Duration alive_since;                // of kAlive

@@ -26,8 +26,6 @@ double DalySeconds(double d, double m) {
 IntervalInput IntervalInputOf(const Settings& settings, const History& history, absl::Duration now,
                               absl::Duration step, absl::Duration commit) {
   IntervalInput input;
-  input.captures = history.captures;
-  input.capture_stall = history.capture_stall;
   input.failures = history.failures;
   input.time_alive = history.time_alive;
   if (history.phase == Phase::kAlive || history.phase == Phase::kSaving) {
@@ -43,8 +41,7 @@ IntervalInput IntervalInputOf(const Settings& settings, const History& history, 
 
 IntervalChoice ChooseInterval(const IntervalInput& input) {
   IntervalChoice choice;
-  const absl::Duration stall =
-      input.captures == 0 ? kStallAssumed : input.capture_stall / input.captures;
+  const absl::Duration stall = input.stall.value_or(kStallAssumed);
   const absl::Duration prior = std::max(input.failure_prior, absl::Seconds(1));
   choice.between_failures = (prior + input.time_alive) / (int64_t{1} + input.failures);
   const double d = absl::ToDoubleSeconds(stall);
@@ -68,7 +65,7 @@ IntervalChoice ChooseInterval(const IntervalInput& input) {
                                 : absl::StrFormat("every %s steps (%s)", CountText(choice.steps),
                                                   DurationText(choice.interval));
   const std::string cost =
-      input.captures == 0
+      !input.stall.has_value()
           ? absl::StrFormat("a save is assumed to take %s from training until one was measured",
                             DurationText(stall))
           : absl::StrFormat("a save takes %s from training", DurationText(stall));

@@ -10,6 +10,7 @@
 #define HOLDFAST_AGENT_RECOVERY_INTERVAL_H_
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "absl/time/time.h"
@@ -19,8 +20,8 @@
 namespace holdfast::recovery {
 
 struct IntervalInput {
-  uint32_t captures = 0;
-  absl::Duration capture_stall;  // of all of them together
+  std::optional<absl::Duration>
+      stall;  // that a save takes from training; nothing: none was measured
   uint32_t failures = 0;
   absl::Duration time_alive;     // in which they happened
   absl::Duration failure_prior;  // positive

@@ -359,7 +359,7 @@ TEST(PolicyCheckpoints, ABadOneIsNeverChosen) {
     CheckpointFacts facts = CheckpointAt(140);
     facts.marked_bad = !non_finite;
     facts.non_finite = non_finite;
-    job.Tell(CheckpointCommitted{Launch{1}, facts, job.now(), absl::ZeroDuration()});
+    job.Tell(CheckpointCommitted{Launch{1}, facts, job.now()});
     job.Dies(0);
     job.Evidence();
     const auto starts = Only<StartRanks>(job.AllDie());

@@ -222,8 +222,7 @@ class World {
   }
   void Commit(Launch launch) {
     const CheckpointFacts facts = NewCheckpoint(Attempt{Value(launch)}, 1000 + Below(40));
-    Tell(CheckpointCommitted{launch, facts, now_ - absl::Milliseconds(Below(3000)),
-                             absl::Milliseconds(3)});
+    Tell(CheckpointCommitted{launch, facts, now_ - absl::Milliseconds(Below(3000))});
   }
   void Answer(bool yes) {
     if (!history_.proposal.has_value()) return;
@@ -599,7 +598,7 @@ std::vector<Named> Everything() {
       {"evidence", tell([](const History& h) { return EvidenceCollected{h.incident_count}; })},
       {"commit",
        [](World& w) {
-         w.Tell(CheckpointCommitted{Launch{1}, CheckpointAt(200), w.now(), absl::ZeroDuration()});
+         w.Tell(CheckpointCommitted{Launch{1}, CheckpointAt(200), w.now()});
        }},
       {"mark bad", tell([](const History& h) {
          CheckpointsRead read;

@@ -90,8 +90,8 @@ class TestJob {
     return all;
   }
   std::vector<Action> Commit(uint64_t step) {
-    return Tell(CheckpointCommitted{history_.launch, CheckpointAt(step, Value(history_.attempt)),
-                                    now_, absl::Milliseconds(400)});
+    return Tell(
+        CheckpointCommitted{history_.launch, CheckpointAt(step, Value(history_.attempt)), now_});
   }
   std::vector<Action> Dies(uint32_t rank, Exit exit = {monitor::ExitKind::kKilled, 9}) {
     return Tell(RankExited{history_.launch, Rank{rank}, exit});

@@ -11,6 +11,7 @@
 #include "agent/recovery/interval.h"
 #include "agent/recovery/policy_testing.h"
 #include "agent/recovery/text.h"
+#include "base/byte_codec.h"
 #include "tests/support/status_matchers.h"
 
 namespace holdfast::recovery {
@@ -43,6 +44,21 @@ std::string FullHistory() {
   job.Tell(XidSeen{GpusOf(5)[1], 79});
   job.Dies(3, {monitor::ExitKind::kError, -5});
   return Encode(job.history());
+}
+
+// Where a history of version 1 has two numbers that nothing uses any more.
+TEST(HistoryCodec, WhatIsNotUsedAnyMoreMayHaveAnyValue) {
+  std::string bytes = Encode(History());
+  const size_t lemons_bytes = History().lemons.Encode().size();
+  ASSERT_LT(lemons_bytes, 128);
+  // Behind them: failures, three times, the length of the lemon list and that, the checksum.
+  bytes.resize(bytes.size() - 4);
+  const size_t at = bytes.size() - lemons_bytes - 1 - 4 - 2;
+  EXPECT_EQ(bytes.substr(at, 2), std::string(2, '\0'));
+  bytes[at] = 7;
+  bytes[at + 1] = 9;
+  SealEnvelope({"history", "HFRH", 1, History::kBytesMax}, bytes);
+  EXPECT_THAT(DecodeHistory(BytesOf(bytes)), IsOkAndHolds(History()));
 }
 
 TEST(HistoryCodec, EveryByteThatIsChangedOrMissingIsNoticed) {
@@ -234,8 +250,7 @@ TEST(Interval, ItIsWithinAFewPercentOfTheBestThatASearchFinds) {
   for (const double d : {0.01, 0.4, 5.0, 36.0, 300.0}) {
     for (const double m : {600.0, 7.9 * 3600, 100.0 * 3600}) {
       IntervalInput input;
-      input.captures = 1;
-      input.capture_stall = absl::Seconds(d);
+      input.stall = absl::Seconds(d);
       input.failure_prior = absl::Seconds(m);
       const IntervalChoice choice = ChooseInterval(input);
       double best = 1e9;
@@ -248,8 +263,7 @@ TEST(Interval, ItIsWithinAFewPercentOfTheBestThatASearchFinds) {
 
 TEST(Interval, TheReferencesExampleComesOut) {
   IntervalInput input;
-  input.captures = 2;
-  input.capture_stall = absl::Seconds(72);
+  input.stall = absl::Seconds(36);
   input.failures = 1;
   input.time_alive = absl::Hours(7.9);
   input.failure_prior = absl::Hours(7.9);
@@ -273,7 +287,7 @@ TEST(Interval, NothingMeasuredAndSlowStorageGiveASaneInterval) {
   const IntervalChoice nothing = ChooseInterval(input);
   EXPECT_GE(nothing.interval, absl::Seconds(1));
   EXPECT_THAT(nothing.sentence, HasSubstr("is assumed to take"));
-  input.captures = 1;
+  input.stall = absl::ZeroDuration();
   input.failure_prior = absl::Hours(24);
   input.step = absl::Seconds(10);
   input.commit = absl::Minutes(5);
@@ -291,8 +305,10 @@ TEST(Interval, FailuresMakeItShorter) {
   job.Train(10, absl::Hours(1));
   job.Commit(10);
   const auto interval = [&] {
-    return ChooseInterval(IntervalInputOf(settings, job.history(), job.now(), absl::Seconds(1),
-                                          absl::ZeroDuration()));
+    IntervalInput input =
+        IntervalInputOf(settings, job.history(), job.now(), absl::Seconds(1), absl::ZeroDuration());
+    input.stall = absl::Milliseconds(400);
+    return ChooseInterval(input);
   };
   const IntervalChoice before = interval();
   EXPECT_THAT(before.sentence, HasSubstr("a save takes 0.40 s from training"));
@@ -374,15 +390,14 @@ TEST(PolicyHostile, AnyTextTimeAndNumberIsTaken) {
   told.slow_permille = UINT32_MAX;
   job.Tell(told);
   job.Tell(RankTimedOut{Launch{1}, Rank{0}, "", absl::InfiniteDuration(), absl::ZeroDuration()});
-  job.Tell(CheckpointCommitted{Launch{1}, CheckpointAt(1), -absl::InfiniteDuration(),
-                               absl::InfiniteDuration()});
+  job.Tell(CheckpointCommitted{Launch{1}, CheckpointAt(1), -absl::InfiniteDuration()});
   job.Tell(Hold{absl::InfiniteDuration(), std::string(100000, '"')});
   job.After(absl::Hours(24 * 365 * 1000));
   job.Tell(Tick{});
   for (uint32_t i = 0; i < 300; ++i) {
     told.finding.id = absl::StrCat(i);
     job.Tell(told);
-    job.Tell(CheckpointCommitted{Launch{1}, CheckpointAt(i + 2), job.now(), {}});
+    job.Tell(CheckpointCommitted{Launch{1}, CheckpointAt(i + 2), job.now()});
     job.Tell(Approve{std::string(100000, 'x')});
     job.Tell(XidSeen{GpusOf(1)[0], static_cast<int32_t>(i)});
   }

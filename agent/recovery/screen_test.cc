@@ -104,7 +104,7 @@ class Replayed {
     }
     if (!committed_ && history_.running_since.has_value() && now_ > begun_ + absl::Seconds(5)) {
       committed_ = true;
-      Tell(CheckpointCommitted{Launch{1}, CheckpointAt(step_), now_, absl::Milliseconds(400)});
+      Tell(CheckpointCommitted{Launch{1}, CheckpointAt(step_), now_});
     }
     if (eyes_ == Eyes::kClosed) return TellLateRanks();
     for (const auto& told : log_.Take(analysis_, result, when)) {
