@@ -300,6 +300,9 @@ std::string AgentConfig::Serialize() const {
   nlohmann::json object = {{"memory_bytes", memory_bytes},
                            {"is_private", is_private},
                            {"job", job},
+                           {"notify_socket", unit.notify_socket},
+                           {"descriptors_max", unit.descriptors_max},
+                           {"watchdog_us", absl::ToInt64Microseconds(unit.watchdog)},
                            {"topology_document", topology_document}};
   for (const auto& [key, value] : values) {
     object["values"][key] = {{"text", value.text}, {"origin", value.origin}};
@@ -314,12 +317,36 @@ absl::StatusOr<AgentConfig> DeserializeConfig(const std::string& text) {
   config.memory_bytes = object.value("memory_bytes", uint64_t{0});
   config.is_private = object.value("is_private", false);
   config.job = object.value("job", "");
+  config.unit.notify_socket = object.value("notify_socket", "");
+  config.unit.descriptors_max = object.value("descriptors_max", uint32_t{0});
+  config.unit.watchdog = absl::Microseconds(object.value("watchdog_us", int64_t{0}));
   config.topology_document = object.value("topology_document", "");
   for (const auto& [key, value] : object["values"].items()) {
     config.values[key] = {value["text"], value["origin"]};
   }
   RETURN_IF_ERROR(SetFields(config));
   return config;
+}
+
+absl::StatusOr<std::vector<std::string>> BindToSessions(const std::string& serialized,
+                                                        AgentConfig& config) {
+  const nlohmann::json before = nlohmann::json::parse(serialized, nullptr, false);
+  AgentConfig bound = config;
+  std::vector<std::string> replaced;
+  for (const std::string key : {"roots", "block_bytes"}) {
+    const nlohmann::json::json_pointer place("/values/" + key + "/text");
+    if (!before.is_object() || !before.contains(place) || !before.at(place).is_string()) {
+      return absl::DataLossError(
+          absl::StrFormat("the configuration that systemd has kept: expected a value of %s", key));
+    }
+    ConfigValue& value = bound.values.at(key);
+    std::string text = before.at(place).get<std::string>();
+    if (value.text == text) continue;
+    replaced.push_back(absl::StrFormat("%s = %s (%s)", key, value.text, value.origin));
+    value = {std::move(text), "of the sessions that systemd has kept"};
+  }
+  ASSIGN_OR_RETURN(config, DeserializeConfig(bound.Serialize()));
+  return replaced;
 }
 
 }  // namespace holdfast

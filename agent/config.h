@@ -18,10 +18,12 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "agent/service_manager.h"
 #include "io/open_ring.h"
 #include "io/tcp.h"
 
@@ -60,6 +62,7 @@ struct AgentConfig {
   // Not keys: how the agent was started.
   bool is_private = false;  // --private: ends by itself (linger)
   std::string job;          // --job of a private agent, for people
+  ServiceUnit unit;         // in which systemd runs it
 
   std::string root;    // absolute, no trailing slash
   std::string socket;  // absolute
@@ -106,6 +109,13 @@ absl::StatusOr<AgentConfig> ResolveConfig(const ConfigSources& sources);
 absl::Status ReadTopology(AgentConfig& config);
 
 absl::StatusOr<AgentConfig> DeserializeConfig(const std::string& text);
+
+// What sessions are bound to (their root, the size of their blocks) is in `config` from now on as
+// in the configuration of the agent that began them: its Serialize(), of whatever version. Returns
+// what was another value: "block_bytes = 4194304 (default)". Errors: kDataLoss: `serialized` is
+// none. Then `config` is as it was.
+absl::StatusOr<std::vector<std::string>> BindToSessions(const std::string& serialized,
+                                                        AgentConfig& config);
 
 }  // namespace holdfast
 

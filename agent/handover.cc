@@ -6,6 +6,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "absl/strings/str_cat.h"
@@ -39,39 +40,7 @@ WireMessage MakeMessage(ChannelMessage::Type type, const std::string& name) {
 }
 
 absl::Status Send(int channel, const WireMessage& message, int fd, absl::Duration deadline) {
-  iovec part{const_cast<WireMessage*>(&message), sizeof(message)};
-  msghdr header{};
-  header.msg_iov = &part;
-  header.msg_iovlen = 1;
-  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
-  if (fd >= 0) {
-    header.msg_control = control;
-    header.msg_controllen = sizeof(control);
-    cmsghdr* const rights = CMSG_FIRSTHDR(&header);
-    rights->cmsg_level = SOL_SOCKET;
-    rights->cmsg_type = SCM_RIGHTS;
-    rights->cmsg_len = CMSG_LEN(sizeof(int));
-    std::memcpy(CMSG_DATA(rights), &fd, sizeof(int));
-  }
-  const absl::Duration end = RealClock().Elapsed() + deadline;
-  for (;;) {
-    if (sendmsg(channel, &header, MSG_NOSIGNAL | MSG_DONTWAIT) ==
-        static_cast<ssize_t>(sizeof(message))) {
-      return absl::OkStatus();
-    }
-    // ETOOMANYREFS: too many descriptors are in flight; the peer's reading helps, as for EAGAIN.
-    const bool full = errno == EAGAIN || errno == ETOOMANYREFS || errno == ENOBUFS;
-    if (errno == EINTR) continue;
-    if (!full) return absl::UnavailableError(absl::StrCat("channel: ", ErrnoName(errno)));
-    const absl::Duration left = end - RealClock().Elapsed();
-    if (left <= absl::ZeroDuration()) {
-      return absl::UnavailableError(absl::StrCat("channel: the other process has not read for ",
-                                                 absl::FormatDuration(deadline)));
-    }
-    pollfd entry{channel, POLLOUT, 0};
-    const timespec timeout = absl::ToTimespec(std::min(left, absl::Milliseconds(20)));
-    ppoll(&entry, 1, &timeout, nullptr);
-  }
+  return SendOnSocket(channel, std::as_bytes(std::span(&message, 1)), fd, deadline);
 }
 
 absl::Status SetCloseOnExec(int fd) {
@@ -92,10 +61,50 @@ absl::StatusOr<UniqueFd> TakeNumber(const JsonValue& root, const char* key) {
 
 }  // namespace
 
-void CheckDescriptorName(std::string_view name) {
-  CHECK(!name.empty() && name.size() <= kDescriptorNameBytesMax);
-  for (const char c : name) {
-    CHECK((c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '.' || c == '/' || c == '-');
+bool IsDescriptorName(std::string_view name) {
+  return !name.empty() && name.size() <= kDescriptorNameBytesMax &&
+         std::all_of(name.begin(), name.end(), [](char c) {
+           return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '.' || c == '/' ||
+                  c == '-';
+         });
+}
+
+void CheckDescriptorName(std::string_view name) { CHECK(IsDescriptorName(name)); }
+
+absl::Status SendOnSocket(int socket, std::span<const std::byte> message, int fd,
+                          absl::Duration deadline) {
+  iovec part{const_cast<std::byte*>(message.data()), message.size()};
+  msghdr header{};
+  header.msg_iov = &part;
+  header.msg_iovlen = 1;
+  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
+  if (fd >= 0) {
+    header.msg_control = control;
+    header.msg_controllen = sizeof(control);
+    cmsghdr* const rights = CMSG_FIRSTHDR(&header);
+    rights->cmsg_level = SOL_SOCKET;
+    rights->cmsg_type = SCM_RIGHTS;
+    rights->cmsg_len = CMSG_LEN(sizeof(int));
+    std::memcpy(CMSG_DATA(rights), &fd, sizeof(int));
+  }
+  const absl::Duration end = RealClock().Elapsed() + deadline;
+  for (;;) {
+    if (sendmsg(socket, &header, MSG_NOSIGNAL | MSG_DONTWAIT) ==
+        static_cast<ssize_t>(message.size())) {
+      return absl::OkStatus();
+    }
+    // ETOOMANYREFS: too many descriptors are in flight; the peer's reading helps, as for EAGAIN.
+    const bool full = errno == EAGAIN || errno == ETOOMANYREFS || errno == ENOBUFS;
+    if (errno == EINTR) continue;
+    if (!full) return absl::UnavailableError(absl::StrCat("channel: ", ErrnoName(errno)));
+    const absl::Duration left = end - RealClock().Elapsed();
+    if (left <= absl::ZeroDuration()) {
+      return absl::UnavailableError(absl::StrCat("channel: the other process has not read for ",
+                                                 absl::FormatDuration(deadline)));
+    }
+    pollfd entry{socket, POLLOUT, 0};
+    const timespec timeout = absl::ToTimespec(std::min(left, absl::Milliseconds(20)));
+    ppoll(&entry, 1, &timeout, nullptr);
   }
 }
 

@@ -14,6 +14,7 @@
 #ifndef HOLDFAST_AGENT_HANDOVER_H_
 #define HOLDFAST_AGENT_HANDOVER_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <span>
@@ -43,7 +44,9 @@ inline constexpr char kMonitorPrefix[] = "agent/monitor/";
 inline constexpr size_t kKeptDescriptorsMax = 65536;
 inline constexpr size_t kDescriptorNameBytesMax = 64;
 
-// CHECKs that `name` is [a-z0-9./-]{1,64}: names are made by our own code only.
+// Whether `name` is [a-z0-9./-]{1,64}.
+bool IsDescriptorName(std::string_view name);
+// CHECKs that: names are made by our own code only.
 void CheckDescriptorName(std::string_view name);
 
 // The other process to start.
@@ -83,6 +86,12 @@ absl::StatusOr<StartedPeer> StartPeer(const StartRequest& request);
 // close-on-exec afterwards. kInvalidArgument if it is no handover: a person typed the flag.
 absl::StatusOr<Handover> TakeHandover(int fd);
 
+// Sends one message on a connected SEQPACKET or datagram socket, with a duplicate of `fd` (-1: of
+// none). After OK the kernel holds both. Waits at most `deadline` for room in the peer's queue.
+// Errors: kUnavailable: the peer is gone or does not read.
+absl::Status SendOnSocket(int socket, std::span<const std::byte> message, int fd,
+                          absl::Duration deadline);
+
 // One message of the channel.
 struct ChannelMessage {
   enum class Type : uint32_t { kKeep = 1, kDrop = 2, kFinished = 3 };
@@ -92,8 +101,7 @@ struct ChannelMessage {
   int exit_code = 0;  // kFinished: the worker ends for good, and so shall the keeper
 };
 
-// After OK the kernel holds the message. Waits at most `deadline` for room in the peer's queue.
-// Errors: kUnavailable: the peer is gone or does not read.
+// As SendOnSocket.
 absl::Status SendKeep(int channel, const std::string& name, int fd, absl::Duration deadline);
 absl::Status SendDrop(int channel, const std::string& name, absl::Duration deadline);
 absl::Status SendFinished(int channel, int exit_code, absl::Duration deadline);

@@ -41,6 +41,7 @@ bool IsAgents(const std::string& name) { return name.rfind("agent/", 0) == 0; }
 Keeper::Keeper(Start start, const KeeperLimits& limits, const Clock& clock)
     : limits_(limits),
       clock_(clock),
+      service_manager_(std::move(start.unit)),
       worker_kill_plans_(std::move(start.worker_kill_plans)),
       channel_(std::move(start.channel)),
       worker_pidfd_(std::move(start.worker_pidfd)),
@@ -150,6 +151,7 @@ void Keeper::OnWorkerDead() {
   // descriptors are closed.
   while (channel_ && ReadMessages()) {
   }
+  service_manager_.AwaitAllRead();
   const std::string how = Reap(worker_pidfd_.get());
   channel_.Reset();
   worker_pidfd_.Reset();
@@ -177,8 +179,11 @@ void Keeper::OnWorkerDead() {
 }
 
 void Keeper::DropEngineDescriptors() {
-  const size_t dropped =
-      std::erase_if(descriptors_, [](const auto& entry) { return !IsAgents(entry.first); });
+  const size_t dropped = std::erase_if(descriptors_, [this](const auto& entry) {
+    if (IsAgents(entry.first)) return false;
+    service_manager_.Drop(entry.first);
+    return true;
+  });
   dropped_everything_ = true;
   LogError(absl::StrFormat(
       "the worker dies again and again while it takes over what it held: dropping %d descriptors; "

@@ -6,7 +6,9 @@
 //
 // Invariant: at any instant at least one living process or the kernel's queue between the two holds
 // each kept descriptor, provided that a dead one is back before the other one dies. Two deaths at
-// once are the death of the agent: what is not durable then is lost.
+// once are the death of the agent: what is not durable then is lost, unless systemd runs it as a
+// unit that keeps its descriptors (agent/service_manager.h): then a worker dies with its keeper,
+// and the unit's next start goes on.
 #ifndef HOLDFAST_AGENT_KEEPER_H_
 #define HOLDFAST_AGENT_KEEPER_H_
 
@@ -19,6 +21,7 @@
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "agent/handover.h"
+#include "agent/service_manager.h"
 #include "base/clock.h"
 #include "io/unique_fd.h"
 
@@ -50,6 +53,7 @@ class Keeper {
     UniqueFd worker_pidfd;
     // The n-th worker started is given the n-th of these (crash drills); later ones none.
     std::deque<std::string> worker_kill_plans;
+    ServiceUnit unit;  // in which systemd runs the agent
   };
   Keeper(Start start, const KeeperLimits& limits, const Clock& clock);
 
@@ -69,6 +73,7 @@ class Keeper {
 
   const KeeperLimits limits_;
   const Clock& clock_;
+  ServiceManager service_manager_;
   std::map<std::string, UniqueFd> descriptors_;
   std::deque<std::string> worker_kill_plans_;
 

@@ -25,14 +25,17 @@ bool IsAgents(const std::string& name) { return name.rfind("agent/", 0) == 0; }
 
 }  // namespace
 
-KeeperLink::KeeperLink(Handover handover, const Limits& limits, EventLoop& loop, const Clock& clock)
+KeeperLink::KeeperLink(Handover handover, const Limits& limits, EventLoop& loop, const Clock& clock,
+                       ServiceManager* service_manager)
     : limits_(limits),
       loop_(loop),
       clock_(clock),
+      service_manager_(service_manager),
       channel_(std::move(handover.channel)),
       keeper_pidfd_(std::move(handover.peer_pidfd)),
       keeper_started_(clock.Elapsed() - kHealthyAfter) {
   for (KeptDescriptor& kept : handover.descriptors) {
+    if (service_manager_ != nullptr) service_manager_->Keep(kept.name, kept.fd.get());
     descriptors_[kept.name] = std::move(kept.fd);
   }
   WatchKeeper();
@@ -62,13 +65,16 @@ void KeeperLink::Keep(const std::string& name, int fd) {
   absl::Status sent = absl::UnavailableError("there is no keeper");
   if (keeper_pidfd_) sent = SendKeep(channel_.get(), name, fd, limits_.send_deadline);
   KillPoint("keep.sent");
+  if (service_manager_ != nullptr) service_manager_->Keep(name, fd);
   if (sent.ok()) return;
   LogWarning(absl::StrCat("keeping ", name, ": ", sent.ToString()));
   RestartKeeper();  // with all of descriptors_, this one included
 }
 
 void KeeperLink::Drop(const std::string& name) {
-  if (descriptors_.erase(name) == 0 || !keeper_pidfd_) return;
+  if (descriptors_.erase(name) == 0) return;
+  if (service_manager_ != nullptr) service_manager_->Drop(name);
+  if (!keeper_pidfd_) return;
   const absl::Status sent = SendDrop(channel_.get(), name, limits_.send_deadline);
   KillPoint("drop.sent");
   if (!sent.ok()) {

@@ -11,6 +11,7 @@
 
 #include "absl/time/time.h"
 #include "agent/handover.h"
+#include "agent/service_manager.h"
 #include "base/clock.h"
 #include "base/executor.h"
 #include "checkpoint/descriptor_keeper.h"
@@ -26,13 +27,15 @@ namespace holdfast {
 // cannot be started (no memory, no process slot) this is tried again every second without end, and
 // the agent goes on without: keeper_pid() is 0 then, and the log says so once.
 //
-// Threads: the event loop's. Lifetime: the loop and the clock outlive it.
+// Threads: the event loop's. Lifetime: the loop, the clock and the service manager outlive it.
 class KeeperLink final : public DescriptorKeeper {
  public:
   struct Limits {
     absl::Duration send_deadline = absl::Seconds(5);
   };
-  KeeperLink(Handover handover, const Limits& limits, EventLoop& loop, const Clock& clock);
+  // `service_manager`: keeps everything, too; may be nullptr.
+  KeeperLink(Handover handover, const Limits& limits, EventLoop& loop, const Clock& clock,
+             ServiceManager* service_manager = nullptr);
   ~KeeperLink() override;
 
   // See DescriptorKeeper. A keeper that does not read within the deadline (stopped) is killed and
@@ -67,6 +70,7 @@ class KeeperLink final : public DescriptorKeeper {
   const Limits limits_;
   EventLoop& loop_;
   const Clock& clock_;
+  ServiceManager* const service_manager_;
   std::map<std::string, UniqueFd> descriptors_;
   UniqueFd channel_;
   UniqueFd keeper_pidfd_;  // none: there is no keeper

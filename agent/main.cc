@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <deque>
 #include <filesystem>
@@ -26,6 +27,7 @@
 #include "agent/log.h"
 #include "agent/process.h"
 #include "agent/runtime_directory.h"
+#include "agent/service_manager.h"
 #include "agent/version.h"
 #include "agent/worker.h"
 #include "base/check.h"
@@ -133,6 +135,16 @@ KeeperLimits KeeperLimitsOf(const AgentConfig& config) {
   return limits;
 }
 
+// Takes the one of that name; none: there is none.
+UniqueFd TakeFrom(std::vector<KeptDescriptor>& descriptors, const std::string& name) {
+  const auto found = std::find_if(descriptors.begin(), descriptors.end(),
+                                  [&](const KeptDescriptor& kept) { return kept.name == name; });
+  if (found == descriptors.end()) return UniqueFd();
+  UniqueFd fd = std::move(found->fd);
+  descriptors.erase(found);
+  return fd;
+}
+
 // ---- Processes that the agent starts itself
 
 absl::StatusOr<AgentConfig> ConfigOf(const Handover& handover) {
@@ -162,46 +174,103 @@ int RunRole(const std::string& role, int handover_fd) {
     CHECK_OK(plan.status());  // the first process has parsed it
     ArmKillPoint(*plan);
   }
+  if (role == "worker" && config->unit.descriptors_max > 0) {
+    DieWithParent(handover->peer_pidfd.get());
+  }
   if (role == "worker") return Worker(*std::move(config), *std::move(handover), RealClock()).Run();
   Keeper::Start start;
   start.descriptors = std::move(handover->descriptors);
   start.channel = std::move(handover->channel);
   start.worker_pidfd = std::move(handover->peer_pidfd);
+  start.unit = config->unit;
   return Keeper(std::move(start), KeeperLimitsOf(*config), RealClock()).Run();
 }
 
 // ---- The process that a person starts
 
-// Waits for another agent's lock to be free, or, if `accepts_other`, for that agent to listen.
-// Nothing: it listens.
+// Waits for another agent's lock to be free, or, if private, for that agent to listen (nothing: it
+// does).
 absl::StatusOr<std::optional<UniqueFd>> LockOrFindOther(const AgentConfig& config) {
   const absl::Duration end = RealClock().Elapsed() + kOtherAgentDeadline;
   for (;;) {
     ASSIGN_OR_RETURN(std::optional<UniqueFd> lock, TryLockSocket(config.socket));
     if (lock.has_value()) return lock;
-    if (!config.is_private) {
+    // A unit's last worker may still be giving back the memory that it had mapped.
+    if (!config.is_private && config.unit.descriptors_max == 0) {
       return absl::UnavailableError(absl::StrCat("another agent has the socket ", config.socket));
     }
-    if (SomebodyListens(config.socket)) return std::optional<UniqueFd>();
+    if (config.is_private && SomebodyListens(config.socket)) return std::optional<UniqueFd>();
     if (RealClock().Elapsed() > end) {
-      return absl::UnavailableError(
-          absl::StrFormat("another agent holds %s.lock and has not listened for %s", config.socket,
-                          absl::FormatDuration(kOtherAgentDeadline)));
+      return absl::UnavailableError(absl::StrFormat(
+          "another agent holds %s.lock and has not %s for %s", config.socket,
+          config.is_private ? "listened" : "ended", absl::FormatDuration(kOtherAgentDeadline)));
     }
     Sleep(kLook);
   }
 }
 
+// The socket on which the unit's last agent has listened, so that nobody who connects meanwhile is
+// turned away; else a new one.
+absl::StatusOr<UniqueFd> TakeListener(const std::string& socket, ServiceStart& service) {
+  UniqueFd kept = TakeFrom(service.descriptors, kListenerName);
+  if (!kept) return Listen(socket);
+  if (ListensOn(kept.get(), socket)) return kept;
+  service.refusals.push_back(
+      {kListenerName, absl::StrFormat("%s: it does not listen on %s", kListenerName, socket)});
+  return Listen(socket);
+}
+
+// What systemd has kept of the unit's last agent, as a worker would have found it; changes `config`
+// to go on with it. Logs what is refused, which systemd forgets.
+std::vector<KeptDescriptor> TakeKept(ServiceStart service, AgentConfig& config) {
+  ServiceManager service_manager(config.unit);
+  for (const ServiceStart::Refusal& refusal : service.refusals) {
+    LogError(absl::StrCat("refused of what systemd has given us: ", refusal.why));
+    service_manager.Drop(refusal.name);
+  }
+  const UniqueFd kept_config = TakeFrom(service.descriptors, kConfigName);
+  service_manager.Drop(kConfigName);  // the new one takes its place
+  if (service.descriptors.empty()) return {};
+  absl::StatusOr<std::vector<std::string>> replaced =
+      absl::DataLossError("systemd has kept no configuration of the agent that began them");
+  if (kept_config) {
+    absl::StatusOr<std::string> text = ReadAll(kept_config.get(), kConfigBytesMax);
+    if (text.ok()) {
+      replaced = BindToSessions(*text, config);
+    } else {
+      replaced = text.status();
+    }
+  }
+  if (!replaced.ok()) {
+    LogError(absl::StrFormat(
+        "refused all %d descriptors that systemd has kept; images that were only in memory are "
+        "lost: %s",
+        service.descriptors.size(), std::string(replaced.status().message())));
+    for (const KeptDescriptor& kept : service.descriptors) service_manager.Drop(kept.name);
+    return {};
+  }
+  for (const std::string& value : *replaced) {
+    LogWarning(
+        absl::StrFormat("not in effect before the unit is stopped and started: %s; sessions "
+                        "that systemd has kept began with another value",
+                        value));
+  }
+  LogInfo(absl::StrFormat("systemd has kept %d descriptors", service.descriptors.size()));
+  return std::move(service.descriptors);
+}
+
 // In the process that becomes the keeper. `ready`: none in the foreground.
-int RunFirstKeeper(const AgentConfig& config, const KillPlans& plans, UniqueFd lock,
-                   UniqueFd listener, UniqueFd ready) {
+int RunFirstKeeper(AgentConfig config, const KillPlans& plans, UniqueFd lock, UniqueFd listener,
+                   UniqueFd ready, ServiceStart service) {
   if (absl::Status opened = OpenLog(LogOptionsOf(config, "keeper")); !opened.ok()) {
     return Complain(opened, kExitFailure);
   }
+  Keeper::Start start;
+  start.unit = config.unit;
+  start.descriptors = TakeKept(std::move(service), config);
   absl::StatusOr<UniqueFd> handed_config = SealedMemfd("holdfast config", config.Serialize());
   if (!handed_config.ok()) return Complain(handed_config.status(), kExitFailure);
   if (!plans.keeper.empty()) ArmKillPoint(*ParseKillPlan(plans.keeper));
-  Keeper::Start start;
   start.descriptors.push_back({kLockName, std::move(lock)});
   start.descriptors.push_back({kListenerName, std::move(listener)});
   start.descriptors.push_back({kConfigName, *std::move(handed_config)});
@@ -262,12 +331,20 @@ int RunDetached(const AgentConfig& config, const KillPlans& plans, UniqueFd lock
   if (nowhere) dup2(nowhere.get(), STDIN_FILENO);
   // Not to keep a file system busy. Dropped: it only would.
   if (chdir("/") != 0) errno = 0;
-  _exit(RunFirstKeeper(config, plans, std::move(lock), std::move(listener), std::move(write_end)));
+  _exit(RunFirstKeeper(config, plans, std::move(lock), std::move(listener), std::move(write_end),
+                       ServiceStart()));
 }
 
 int RunAgent(const CommandLine& line) {
+  ServiceStart service = TakeServiceStart();
+  // The unit is its trainer's.
+  if (line.is_private) service = ServiceStart();
   absl::StatusOr<AgentConfig> config = MakeConfig(line);
-  if (!config.ok()) return Complain(config.status(), kExitUsage);
+  if (!config.ok()) {
+    // systemd tries again, and so goes on keeping what it keeps, until a person has mended it.
+    return Complain(config.status(), service.descriptors.empty() ? kExitUsage : kExitRetry);
+  }
+  config->unit = service.unit;
   if (line.prints_config) {
     std::printf("%s", config->Print().c_str());
     return 0;
@@ -281,12 +358,13 @@ int RunAgent(const CommandLine& line) {
   absl::StatusOr<std::optional<UniqueFd>> lock = LockOrFindOther(*config);
   if (!lock.ok()) return Complain(lock.status(), kExitRetry);
   if (!lock->has_value()) return 0;  // the agent that was asked for is there
-  absl::StatusOr<UniqueFd> listener = Listen(config->socket);
+  absl::StatusOr<UniqueFd> listener = TakeListener(config->socket, service);
   if (!listener.ok()) return Complain(listener.status(), kExitFailure);
   if (config->is_private) {
     return RunDetached(*config, *plans, **std::move(lock), *std::move(listener));
   }
-  return RunFirstKeeper(*config, *plans, **std::move(lock), *std::move(listener), UniqueFd());
+  return RunFirstKeeper(*std::move(config), *plans, **std::move(lock), *std::move(listener),
+                        UniqueFd(), std::move(service));
 }
 
 // The nearest flag to an unknown one among the arguments.

@@ -6,6 +6,7 @@
 #include <signal.h>
 #include <spawn.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -14,6 +15,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <initializer_list>
+#include <optional>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -31,6 +33,21 @@ namespace {
 int PidfdOpen(pid_t pid) { return static_cast<int>(syscall(SYS_pidfd_open, pid, 0)); }
 int PidfdSendSignal(int pidfd, int signal_number) {
   return static_cast<int>(syscall(SYS_pidfd_send_signal, pidfd, signal_number, nullptr, 0));
+}
+
+// The number of a pidfd's process in our pid namespace; nothing if `fd` is no pidfd.
+std::optional<pid_t> PidIn(int fd) {
+  const std::string path = absl::StrCat("/proc/self/fdinfo/", fd);
+  UniqueFd file(open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  if (!file) return std::nullopt;
+  char text[1024];
+  const ssize_t length = read(file.get(), text, sizeof(text) - 1);
+  if (length <= 0) return std::nullopt;
+  const std::string_view info(text, static_cast<size_t>(length));
+  const size_t at = info.find("\nPid:\t");
+  if (at == std::string_view::npos) return std::nullopt;
+  text[length] = '\0';
+  return static_cast<pid_t>(std::strtol(text + at + 6, nullptr, 10));
 }
 
 // posix_spawn's two option objects, released on every path.
@@ -132,18 +149,14 @@ std::string Reap(int pidfd) {
   return absl::StrCat(info.si_code == CLD_EXITED ? "exit code " : "signal ", info.si_status);
 }
 
-pid_t PidOf(int pidfd) {
-  const std::string path = absl::StrCat("/proc/self/fdinfo/", pidfd);
-  UniqueFd file(open(path.c_str(), O_RDONLY | O_CLOEXEC));
-  if (!file) return 0;
-  char text[1024];
-  const ssize_t length = read(file.get(), text, sizeof(text) - 1);
-  if (length <= 0) return 0;
-  const std::string_view info(text, static_cast<size_t>(length));
-  const size_t at = info.find("\nPid:\t");
-  if (at == std::string_view::npos) return 0;
-  text[length] = '\0';
-  return static_cast<pid_t>(std::strtol(text + at + 6, nullptr, 10));
+pid_t PidOf(int pidfd) { return PidIn(pidfd).value_or(0); }
+
+bool IsPidfd(int fd) { return PidIn(fd).has_value(); }
+
+void DieWithParent(int parent_pidfd) {
+  CHECK(prctl(PR_SET_PDEATHSIG, SIGKILL) == 0);
+  // Died before that: its children belong to somebody else by now.
+  if (getppid() != PidOf(parent_pidfd)) raise(SIGKILL);
 }
 
 UniqueFd Duplicate(int fd) {

@@ -37,6 +37,13 @@ std::string Reap(int pidfd);
 // dead.
 pid_t PidOf(int pidfd);
 
+// Whether it is a pidfd at all.
+bool IsPidfd(int fd);
+
+// From now on the death of the process that has started this one, of which `parent_pidfd` is, kills
+// this one (SIGKILL); at once if it is dead already.
+void DieWithParent(int parent_pidfd);
+
 // A duplicate that is closed on exec. CHECKs `fd`; an invalid UniqueFd if descriptors have run out.
 UniqueFd Duplicate(int fd);
 

@@ -99,6 +99,18 @@ absl::StatusOr<UniqueFd> Listen(const std::string& socket) {
   return listener;
 }
 
+bool ListensOn(int listener, const std::string& socket) {
+  int type = 0;
+  socklen_t type_bytes = sizeof(type);
+  if (getsockopt(listener, SOL_SOCKET, SO_TYPE, &type, &type_bytes) != 0) return false;
+  sockaddr_un name{};  // one byte more than is asked for: ends with NUL
+  socklen_t name_bytes = sizeof(name) - 1;
+  if (getsockname(listener, reinterpret_cast<sockaddr*>(&name), &name_bytes) != 0) return false;
+  struct stat file {};
+  return type == SOCK_SEQPACKET && name.sun_family == AF_UNIX && socket == name.sun_path &&
+         lstat(socket.c_str(), &file) == 0 && S_ISSOCK(file.st_mode);
+}
+
 absl::StatusOr<UniqueFd> ConnectTo(const std::string& socket) {
   UniqueFd connection(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
   if (!connection) return ErrnoStatus(errno, "socket", socket);

@@ -29,6 +29,10 @@ bool HoldsSocket(const std::string& socket, int lock);
 // With the lock held: listens on `socket`, mode 0600, replacing what a dead agent left there.
 absl::StatusOr<UniqueFd> Listen(const std::string& socket);
 
+// Whether `listener` is what Listen(socket) has made, in this process or another, and the socket's
+// file is there. False too where its path is too long for an address.
+bool ListensOn(int listener, const std::string& socket);
+
 // A non-blocking connection to whoever listens there. Errors: kUnavailable (nobody does), kNotFound
 // (there is no such file), kResourceExhausted (its queue is full: try again).
 absl::StatusOr<UniqueFd> ConnectTo(const std::string& socket);

@@ -77,7 +77,8 @@ Worker::Worker(AgentConfig config, Handover handover, const Clock& clock)
     : config_(std::move(config)),
       restart_count_(handover.restart_count),
       handover_(std::move(handover)),
-      clock_(clock) {}
+      clock_(clock),
+      service_manager_(config_.unit) {}
 
 Worker::~Worker() {
   DescribeAtKillPoint(nullptr);
@@ -92,6 +93,7 @@ int Worker::Run() {
     return 1;
   }
   WatchSignals();
+  if (config_.unit.watchdog > absl::ZeroDuration()) TellWatchdog();
   StartHttp();
   TakeOver();
   loop_->Run();
@@ -100,8 +102,8 @@ int Worker::Run() {
 
 absl::Status Worker::MakeLoop() {
   ASSIGN_OR_RETURN(loop_, EpollLoop::Create(clock_));
-  keeper_ =
-      std::make_unique<KeeperLink>(std::move(handover_), KeeperLink::Limits{}, *loop_, clock_);
+  keeper_ = std::make_unique<KeeperLink>(std::move(handover_), KeeperLink::Limits{}, *loop_, clock_,
+                                         &service_manager_);
   if (keeper_->Find(kListenerName) < 0) {
     return absl::InternalError("no listening socket was handed over");
   }
@@ -131,6 +133,7 @@ void Worker::TakeOver() {
         "cannot take over from the last worker: %s; nothing that it held is lost; trying again "
         "every %s",
         why, absl::FormatDuration(kTakeOverRetry)));
+    service_manager_.Status(absl::StrCat("cannot take over from the last worker: ", why));
   }
   take_over_failure_ = why;
   loop_->RunAfter(kTakeOverRetry, [this] { TakeOver(); });
@@ -350,6 +353,8 @@ void Worker::Recovered() {
                           engine_->sessions().size(), ring_->Describe(), mount_.Describe(),
                           SharedPages()));
   TellStarter(kReadyText);
+  service_manager_.Ready(
+      absl::StrFormat("Serving; %d sessions taken over", engine_->sessions().size()));
   if (config_.is_private) CheckIdle();
 }
 
@@ -364,11 +369,17 @@ void Worker::WatchSignals() {
   loop_->Watch(signal_fd_.get(), EventLoop::FdEvents::kReadable, [this] { OnSignal(); });
 }
 
+void Worker::TellWatchdog() {
+  service_manager_.Watchdog();
+  loop_->RunAfter(config_.unit.watchdog / 3, [this] { TellWatchdog(); });
+}
+
 void Worker::OnSignal() {
   signalfd_siginfo info{};
   if (read(signal_fd_.get(), &info, sizeof(info)) != static_cast<ssize_t>(sizeof(info))) return;
   if (draining_) return;
   draining_ = true;
+  service_manager_.Stopping();
   if (server_ != nullptr) server_->RefuseOpens(kEndingText);
   LogInfo(absl::StrFormat("signal %d: ending; %s", info.ssi_signo,
                           recovered_ ? absl::StrFormat("%d images are still to be flushed",
@@ -394,8 +405,8 @@ void Worker::CheckDrained(absl::Duration deadline) {
       return EndServing(absl::StrFormat("%d images are not flushed within %s", pending, within));
     }
     return End(kExitSavesLost, absl::StrFormat("what the last worker held could not be taken over "
-                                               "within %s and is lost",
-                                               within));
+                                               "within %s and is lost%s",
+                                               within, UnlessRestarted()));
   }
   loop_->RunAfter(kDrainLook, [this, deadline] { CheckDrained(deadline); });
 }
@@ -433,8 +444,15 @@ void Worker::EndServing(const std::string& why) {
   const size_t count = lost.size();
   if (count > kLostNamedMax) lost.resize(kLostNamedMax);
   End(kExitSavesLost,
-      absl::StrFormat("ending: %s; %d saves were only in memory and are lost: %s%s", why, count,
-                      absl::StrJoin(lost, ", "), count > kLostNamedMax ? ", ..." : ""));
+      absl::StrFormat("ending: %s; %d saves were only in memory and are lost%s: %s%s", why, count,
+                      UnlessRestarted(), absl::StrJoin(lost, ", "),
+                      count > kLostNamedMax ? ", ..." : ""));
+}
+
+const char* Worker::UnlessRestarted() const {
+  return service_manager_.keeps_descriptors()
+             ? " (unless systemd starts the unit again: it has kept them)"
+             : "";
 }
 
 void Worker::End(int exit_code, const std::string& why) {
@@ -445,12 +463,15 @@ void Worker::End(int exit_code, const std::string& why) {
     TellStarter(absl::StrCat(why, "\n"));
   }
   exit_code_ = exit_code;
-  // The name first: a trainer that comes now finds nobody and starts another agent, which waits
-  // for our lock. What has connected already sees its connection end and tries again.
-  if (!HoldsSocket(config_.socket, keeper_->Find(kLockName))) {
+  if (service_manager_.keeps_descriptors()) {
+    // Everything stays with systemd, the socket too: if this is a restart, whoever connects waits
+    // for the next agent, which goes on with images and sessions. A stop throws all of it away.
+  } else if (!HoldsSocket(config_.socket, keeper_->Find(kLockName))) {
     LogWarning(
         absl::StrCat(config_.socket, ": the directory was replaced; what is there now stays"));
   } else if (unlink(config_.socket.c_str()) != 0 && errno != ENOENT) {
+    // The name first: a trainer that comes now finds nobody and starts another agent, which waits
+    // for our lock. What has connected already sees its connection end and tries again.
     LogWarning(absl::StrCat("cannot remove ", config_.socket, ": ", ErrnoName(errno)));
   }
   keeper_->Finish(exit_code);

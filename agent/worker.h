@@ -25,6 +25,7 @@
 #include "agent/monitor/node_aggregator.h"
 #include "agent/monitor/service.h"
 #include "agent/run/run_service.h"
+#include "agent/service_manager.h"
 #include "agent/witness/service.h"
 #include "base/clock.h"
 #include "checkpoint/engine.h"
@@ -66,12 +67,14 @@ class Worker {
   absl::Status MakeRunService();
   void Recovered();
   void WatchSignals();
+  void TellWatchdog();
   void OnSignal();
   void CheckIdle();
   void CheckDrained(absl::Duration deadline);
   // Ends the agent with 0, or kExitSavesLost if anything that it holds is lost by that.
   void EndServing(const std::string& why);
   void End(int exit_code, const std::string& why);
+  const char* UnlessRestarted() const;
   bool IsFirst() const;  // whether nobody was served yet
   void TellStarter(const std::string& text);
   nlohmann::json EngineStatus() const;
@@ -89,6 +92,8 @@ class Worker {
   const uint32_t restart_count_;
   Handover handover_;
   const Clock& clock_;
+
+  ServiceManager service_manager_;
 
   // In the order in which they depend on one another.
   std::unique_ptr<EpollLoop> loop_;

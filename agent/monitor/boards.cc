@@ -18,7 +18,6 @@
 #include "agent/monitor/process_end.h"
 #include "agent/process.h"
 #include "agent/run/process_tree.h"
-#include "base/check.h"
 #include "base/status_macros.h"
 
 namespace holdfast {
@@ -180,16 +179,24 @@ void MonitorBoards::Recover(std::vector<KeptDescriptor> kept) {
   };
   std::map<uint64_t, Pair> pairs;
   for (KeptDescriptor& descriptor : kept) {
-    // Names are our own: agent/monitor/<id>/board, agent/monitor/<id>/process-<pid>.
+    // agent/monitor/<id>/board, agent/monitor/<id>/process-<pid>. Others are not ours: they came
+    // from the service manager.
     const std::vector<std::string> parts = absl::StrSplit(descriptor.name, '/');
     uint64_t id = 0;
-    CHECK(parts.size() == 4 && absl::SimpleAtoi(parts[2], &id));
+    uint32_t process_id = 0;
+    const bool is_board = parts.size() == 4 && parts[3] == "board";
+    const bool is_process = parts.size() == 4 && parts[3].starts_with("process-") &&
+                            absl::SimpleAtoi(absl::StripPrefix(parts[3], "process-"), &process_id);
+    if ((!is_board && !is_process) || !absl::SimpleAtoi(parts[2], &id)) {
+      keeper_.Drop(descriptor.name);
+      continue;
+    }
     Pair& pair = pairs[id];
     pair.names.push_back(descriptor.name);
-    if (parts[3] == "board") {
+    if (is_board) {
       pair.board = std::move(descriptor.fd);
     } else {
-      CHECK(absl::SimpleAtoi(absl::StripPrefix(parts[3], "process-"), &pair.process_id));
+      pair.process_id = process_id;
       pair.process = std::move(descriptor.fd);
     }
     next_id_ = std::max(next_id_, id + 1);

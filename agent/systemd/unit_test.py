@@ -41,8 +41,11 @@ def main():
         code, said = verify(text.replace(old, new))
         assert code != 0 or said, 'nothing was said about ' + new
     settings = dict(re.findall(r'(?m)^(\w+)=(.*)$', text))
+    store = settings['FileDescriptorStoreMax']
+    assert 'Environment=FDSTORE=%s\n' % store in text, 'FDSTORE is not FileDescriptorStoreMax, %s' % store
     # What the agent's promises rest upon.
-    expected = {'User': '%i', 'KillMode': 'process', 'RuntimeDirectoryMode': '0700', 'UMask': '0077',
+    expected = {'Type': 'notify', 'NotifyAccess': 'all', 'TimeoutStartSec': 'infinity',
+                'User': '%i', 'KillMode': 'process', 'RuntimeDirectoryMode': '0700', 'UMask': '0077',
                 'RuntimeDirectoryPreserve': 'yes', 'Restart': 'always', 'LimitMEMLOCK': 'infinity', 'OOMPolicy': 'continue'}
     found = {key: settings.get(key) for key in expected}
     assert found == expected, found
