@@ -3,6 +3,7 @@ it goes on from the newest committed step, bit for bit, also on another number o
 
     HOLDFAST_ROOT=/data/checkpoints torchrun --nproc-per-node 2 examples/torch_ddp.py [STEPS]
 """
+import os
 import sys
 
 import torch
@@ -16,12 +17,12 @@ torch.manual_seed(distributed.get_rank())  # data of its own; DDP spreads rank 0
 model = nn.parallel.DistributedDataParallel(
     nn.Sequential(nn.Linear(64, 256), nn.BatchNorm1d(256), nn.GELU(), nn.Dropout(0.1),
                   nn.Linear(256, 64)))
-holdfast.torch.watch(model)  # gloo has no profiler plugin
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=1000)
 
 with holdfast.torch.Checkpointer(model, optimizer, scheduler=scheduler, every=10,
-                                 job="torch_ddp") as checkpointer:
+                                 job=os.environ.get("HOLDFAST_JOB", "torch_ddp")) as checkpointer:
+    holdfast.torch.watch(model)  # gloo has no profiler plugin
     resumed = checkpointer.restore()
     step = resumed.step if resumed else 0
     print(f"begins at step {step}", flush=True)

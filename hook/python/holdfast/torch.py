@@ -232,9 +232,11 @@ def _bytes_tensor(data: bytes) -> torch.Tensor:
 
 def watch(model: torch.nn.parallel.DistributedDataParallel, *, name: str = "gradients",
           id: Optional[int] = None) -> Communicator:
-    """Tells the monitor (docs/MONITOR.md) of every all-reduce of the model's gradients, for backends
-    that have no profiler plugin, as gloo. To be called on all ranks, before the first backward: it
-    registers the model's communication hook, which must be free, and does what happens without one.
+    """Tells the monitor (docs/MONITOR.md) of every all-reduce of the model's gradients, and of every
+    broadcast of its buffers (batch statistics) before a forward, for backends that have no profiler
+    plugin, as gloo. To be called on all ranks, before the first backward, and after the job is
+    opened where only that names it: it registers the model's communication hook, which must be free,
+    and does what happens without one. What else the program communicates is not seen.
     `name` and `id` are the communicator's, as in holdfast.monitor; without `id` it is made of the
     name and the ranks: give each of several models a name of its own."""
     witness.start(rank=torch.distributed.get_rank(), world_size=torch.distributed.get_world_size())
@@ -257,7 +259,28 @@ def watch(model: torch.nn.parallel.DistributedDataParallel, *, name: str = "grad
         return default_hooks.allreduce_hook(group, bucket).then(ended)
 
     model.register_comm_hook(group, reduce)
+    _watch_buffers(model, communicator)
     return communicator
+
+
+def _watch_buffers(model: torch.nn.parallel.DistributedDataParallel,
+                   communicator: Communicator) -> None:
+    """DDP has no hook for this that leaves it as it is: a buffer hook of its own is not told which
+    rank the others agree upon when some of them have no more data (`model.join`). So its own
+    function is wrapped, the last one before the process group's. A torch that has none goes
+    unwatched here: who stands in it is found by heartbeats."""
+    broadcast = getattr(model, "_distributed_broadcast_coalesced", None)
+    if broadcast is None:
+        return
+
+    def watched(tensors: Any, buffer_size: int, authoritative_rank: int = 0) -> None:
+        nbytes = sum(tensor.nbytes for tensor in tensors)
+        operation = Operation(communicator, Kind.BROADCAST, nbytes, authoritative_rank)
+        operation.start()
+        broadcast(tensors, buffer_size, authoritative_rank)
+        operation.end()  # one that has failed never ends, on the board
+
+    model._distributed_broadcast_coalesced = watched
 
 
 def _unwrap(model: torch.nn.Module) -> torch.nn.Module:

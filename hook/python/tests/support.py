@@ -102,3 +102,9 @@ def communicator(data, hash_):
         if state in (2, 3) and struct.unpack_from("<Q", data, at + 16)[0] == hash_:
             return index, struct.unpack_from("<QQQ", data, at + 128)
     raise AssertionError(f"no communicator {hash_}")
+
+
+def operations(data, index, kind):
+    """How many operations of a kind (holdfast.monitor.Kind) the communicator at this index has enqueued."""
+    offset, = struct.unpack_from("<I", data, 16)
+    return struct.unpack_from("<Q", data, offset + index * COMMUNICATOR_BYTES + 256 + 8 * kind)[0]

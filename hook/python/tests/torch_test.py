@@ -14,7 +14,8 @@ from torch import distributed, nn
 import holdfast.torch
 from holdfast import CheckSource, InvalidArgument, memory_of
 from holdfast.memory import DTYPES
-from support import Place, board, communicator
+from holdfast.monitor import Kind
+from support import Place, board, communicator, operations
 
 DAEMON = sys.argv.pop(1)
 
@@ -305,11 +306,11 @@ class TorchCheckpointerTest(unittest.TestCase):
         self.assertEqual(self.open(copied).restore().step, 1)
         self.assertEqual(bits(copied.state_dict()), bits(model.state_dict()))
 
-    def test_the_monitor_is_told_of_the_all_reduces_and_the_gradients_stay_as_they_are(self):
+    def test_the_monitor_is_told_of_what_ddp_communicates_and_the_model_stays_as_it_is(self):
         distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
         self.addCleanup(distributed.destroy_process_group)
         data = torch.randn(4, 6)
-        gradients = []
+        found = []
         for is_watched in (False, True):
             torch.manual_seed(1)
             model = nn.parallel.DistributedDataParallel(new_model())
@@ -318,11 +319,27 @@ class TorchCheckpointerTest(unittest.TestCase):
             for _ in range(3):
                 torch.manual_seed(2)
                 model(data).square().sum().backward()
-            gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-        self.assertTrue(all(map(torch.equal, *gradients)))
-        _, (enqueued, started, finished) = communicator(board(), 901)
-        self.assertGreaterEqual(enqueued, 3)
+            found.append([parameter.grad.clone() for parameter in model.parameters()] +
+                         [buffer.clone() for buffer in model.buffers()])
+        self.assertTrue(all(map(torch.equal, *found)))
+        data = board()
+        index, (enqueued, started, finished) = communicator(data, 901)
         self.assertEqual((started, finished), (enqueued, enqueued))
+        # Before each of three forwards the buffers, behind it at least one bucket of gradients.
+        self.assertEqual(operations(data, index, Kind.BROADCAST), 3)
+        self.assertEqual(operations(data, index, Kind.ALL_REDUCE), enqueued - 3)
+        self.assertGreaterEqual(enqueued, 6)
+
+    def test_buffers_that_are_not_broadcast_are_no_operation(self):
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+        self.addCleanup(distributed.destroy_process_group)
+        model = nn.parallel.DistributedDataParallel(new_model(), broadcast_buffers=False)
+        holdfast.torch.watch(model, id=902)
+        model(torch.randn(4, 6)).square().sum().backward()
+        data = board()
+        index, (enqueued, _, _) = communicator(data, 902)
+        self.assertGreaterEqual(enqueued, 1)
+        self.assertEqual(operations(data, index, Kind.BROADCAST), 0)
 
 
 if __name__ == "__main__":
