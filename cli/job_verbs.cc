@@ -37,6 +37,7 @@ struct JobOptions {
   JobChoice choice;
   RunOrder order;
   std::string duration;
+  std::string gpu;
 };
 
 // The one agent that has a run that is meant. Errors: kNotFound (none), kInvalidArgument (several:
@@ -130,6 +131,20 @@ ExitCode Why(const JobOptions& options, bool as_json) {
   return kExitOk;
 }
 
+// "3" or, as screens name it, "n1/3".
+absl::Status TakeGpu(const std::string& text, RunOrder& order) {
+  const size_t slash = text.rfind('/');
+  const std::string number = slash == std::string::npos ? text : text.substr(slash + 1);
+  uint32_t gpu = 0;
+  if (slash == 0 || !absl::SimpleAtoi(number, &gpu)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("GPU: expected its number, or NODE/NUMBER, found '", text, "'"));
+  }
+  order.number = gpu;
+  order.text = slash == std::string::npos ? "" : text.substr(0, slash);
+  return absl::OkStatus();
+}
+
 CLI::App* AddVerb(CLI::App& app, Invocation& invocation, const char* name, const char* help,
                   abi::RunCommandKind kind, const std::shared_ptr<JobOptions>& options,
                   std::function<void(const nlohmann::json&)> print = PrintState) {
@@ -142,6 +157,11 @@ CLI::App* AddVerb(CLI::App& app, Invocation& invocation, const char* name, const
         const absl::StatusOr<absl::Duration> length = ParseDuration(options->duration);
         if (!length.ok()) return Report(length.status());
         options->order.number = static_cast<uint64_t>(absl::ToInt64Seconds(*length));
+      }
+      if (!options->gpu.empty()) {
+        if (const absl::Status taken = TakeGpu(options->gpu, options->order); !taken.ok()) {
+          return Report(taken);
+        }
       }
       return Give(*options, invocation.json, print);
     };
@@ -271,7 +291,7 @@ void AddJobVerbs(CLI::App& app, Invocation& invocation) {
   hold_verb->add_option("--reason", hold->order.text, "Why");
   auto readmit = make();
   AddVerb(app, invocation, "readmit", "Use a GPU again that was excluded", Kind::kReadmit, readmit)
-      ->add_option("GPU", readmit->order.number, "Its number")
+      ->add_option("GPU", readmit->gpu, "Its number, or NODE/NUMBER")
       ->required();
   AddMarkBad(app, invocation);
 }

@@ -340,11 +340,11 @@ class RunTest(RunCase):
         self.assertEqual(shown['of'], 'heartbeat')
         self.assertGreaterEqual(shown['seconds'], 4)
 
-    def test_an_xid_takes_the_gpu_of_its_process_out_of_use(self):
+    def test_an_xid_takes_the_gpu_of_its_process_out_of_use_until_it_is_readmitted(self):
         log = pathlib.Path(self.place, 'kernel.log')
         log.write_text('')
         job = Job(self.place, '--nproc-per-node', '2', '--', *tiny_lm('--device-ms', '40'),
-                  config='kernel_log = "%s"\n%scapacity_wait = "0s"\n' % (log, RECOVERY))
+                  config='kernel_log = "%s"\n%scapacity_wait = "1h"\n' % (log, RECOVERY), HOLDFAST_NODE='n1')
         wait_until(lambda: job.last_step(0) >= 10, 'step 10')
         victim = wait_until(lambda: job.rank_pid(1), 'the rank')
         with log.open('a') as lines:
@@ -353,13 +353,33 @@ class RunTest(RunCase):
             lines.write('NVRM: Xid (PCI:0000:3b:00): 43, pid=%d, name=tiny_lm, Ch 1\n' % victim)
             lines.write('NVRM: Xid (PCI:0000:3b:00): 79, pid=%d, name=tiny_lm, GPU has fallen off '
                         'the bus.\n' % victim)
-        status, _, errors = job.finish()
         # There is none in its place.
-        self.assertEqual(status, 75, errors + job.errors_of_ranks())
+        step = 'You: holdfast readmit 1 --job test.'
+        wait_until(lambda: step in subprocess.run([HOLDFAST], env=job.variables, capture_output=True, text=True,
+                                                  timeout=TIMEOUT_SECONDS).stdout, 'a job that waits for a GPU')
+        path = pathlib.Path(self.place, 'state/holdfast/lemons.json')
+
+        def lemons():
+            return [(lemon['node'], lemon['gpu']) for lemon in json.loads(path.read_text())['lemons']]
+        self.assertEqual(lemons(), [('n1', 1)])
+
+        def readmit(gpu):
+            done = subprocess.run([HOLDFAST, 'readmit', gpu, '--job', 'test'], env=job.variables,
+                                  capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+            return done.returncode, done.stderr
+        for wrong, why in (('n2/1', 'a node of the job (n1), found n2'), ('n1/', "found 'n1/'"),
+                           ('/1', "found '/1'"), ('-1', ''), ('n1/x', "found 'n1/x'")):
+            status, errors = readmit(wrong)
+            self.assertEqual(status, 2, errors)
+            self.assertIn(why, errors)
+        self.assertEqual(lemons(), [('n1', 1)])
+        self.assertEqual(readmit('n1/1'), (0, ''))
+        status, _, errors = job.finish()
+        self.assertEqual(status, 0, errors + job.errors_of_ranks())
+        self.assertEqual(lemons(), [])
         self.assertIn('GPU 1: Xid 79', errors)
         self.assertNotIn('GPU 0', errors)
-        lemons = json.loads(pathlib.Path(self.place, 'state/holdfast/lemons.json').read_text())
-        self.assertEqual([lemon['gpu'] for lemon in lemons['lemons']], [1])
+        self.assertEqual(job.losses(), self.reference)
 
     def test_a_rank_that_ends_while_the_worker_is_dead_is_known_to_have(self):
         job = Job(self.place, '--max-restarts', '0', '--', 'sh', '-c',

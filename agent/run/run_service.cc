@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <set>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -17,6 +18,19 @@
 #include "nlohmann/json.hpp"
 
 namespace holdfast {
+namespace {
+
+// A node that no GPU of the job is on is a slip: nothing would be taken off the list.
+absl::Status CheckNode(const JobSupervisor& supervisor, const std::string& node) {
+  std::set<std::string> nodes = {supervisor.node()};
+  for (const recovery::Gpu& gpu : supervisor.view().history.gpus) nodes.insert(gpu.node);
+  if (nodes.contains(node)) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrFormat(
+      "readmit: expected a node of the job (%s), found %s", absl::StrJoin(nodes, ", "), node));
+}
+
+}  // namespace
+
 RunService::RunService(Options options, JobSupervisor::World world)
     : options_(std::move(options)), world_(std::move(world)) {}
 
@@ -146,8 +160,9 @@ absl::StatusOr<std::string> RunService::Command(abi::RunCommandKind kind, const 
       break;
     case Kind::kReadmit: {
       recovery::Readmit readmit;
-      readmit.gpu.node = supervisor.node();
+      readmit.gpu.node = text.empty() ? supervisor.node() : text;
       readmit.gpu.index = static_cast<uint32_t>(std::min<uint64_t>(number, UINT32_MAX));
+      RETURN_IF_ERROR(CheckNode(supervisor, readmit.gpu.node));
       supervisor.Take(std::move(readmit));
       break;
     }

@@ -412,7 +412,7 @@ enum class RunCommandKind : uint32_t {
   kApprove = 5,  // `text`: what was proposed
   kVeto = 6,     // the same
   kHold = 7,     // `number`: seconds; 0 ends it. `text`: why
-  kReadmit = 8,  // `number`: of the GPU
+  kReadmit = 8,  // `number`: of the GPU; `text`: its node, empty: the job's own
 };
 
 struct RunCommand {
