@@ -150,10 +150,33 @@ absl::Status CheckOneNode(const RunFlags& flags, const RunContext& context) {
     return Expected("--master-addr", absl::StrCat("this machine (", context.host, ")"),
                     flags.master_addr);
   }
-  if (flags.run_path) {
-    return absl::InvalidArgumentError(
-        "--run-path: not offered: it would run the script inside of a Python program of "
-        "torchrun's");
+  return absl::OkStatus();
+}
+
+// Flags of torchrun's that this has not. Named, because their variables would be passed over.
+struct NotOffered {
+  const char* name;
+  bool is_switch;
+  const char* why;
+};
+constexpr NotOffered kNotOffered[] = {
+    {"--run-path", true, "it would run the script inside of a Python program of torchrun's"},
+    {"--virtual-local-rank", true, "LOCAL_RANK is the number of the rank"},
+    {"--numa-binding", false, "begin the command with numactl"},
+    {"--signals-to-handle", false, "INT, TERM, HUP and USR1 save and stop the job"},
+    {"--logs-specs", false, "logs are files below --log-dir"},
+    {"--duplicate-stdout-filters", false, "the logs have everything"},
+    {"--duplicate-stderr-filters", false, "the logs have everything"},
+};
+
+absl::Status CheckOffered(const RunFlags& flags) {
+  for (const NotOffered& flag : kNotOffered) {
+    const auto given = flags.not_offered.find(flag.name);
+    const auto given_switch = flags.switches_not_offered.find(flag.name);
+    if ((given != flags.not_offered.end() && !given->second.empty()) ||
+        (given_switch != flags.switches_not_offered.end() && given_switch->second)) {
+      return absl::InvalidArgumentError(absl::StrCat(flag.name, ": not offered: ", flag.why));
+    }
   }
   return absl::OkStatus();
 }
@@ -254,7 +277,18 @@ void AddRunFlags(CLI::App& verb, RunFlags& flags) {
   AddSwitch(verb, "--module", flags.module, "The command is a Python module", "-m");
   AddSwitch(verb, "--no-python", flags.no_python,
             "The command is no Python script, whatever its name");
-  AddSwitch(verb, "--run-path", flags.run_path, "Not offered");
+  for (const NotOffered& flag : kNotOffered) {
+    if (flag.is_switch) {
+      AddSwitch(verb, flag.name, flags.switches_not_offered[flag.name], "Not offered");
+    } else {
+      Add(verb, flag.name, flags.not_offered[flag.name], "Not offered");
+    }
+  }
+  verb.add_option(BothSpellings("--shutdown-timeout"), flags.shutdown_timeout,
+                  "Seconds from TERM to KILL (default: [recovery] stop_wait, 5)")
+      ->envname(PetVariable("--shutdown-timeout"));
+  Add(verb, "--event-log-handler", flags.event_log_handler,
+      "Accepted; events are what the agent logs");
   Add(verb, "--log-dir", flags.log_dir, "Where the logs of ranks go (default: the agent's)");
   Add(verb, "--redirects", flags.redirects,
       "Streams that are not shown: 0 none, 1 output, 2 error, 3 both, or RANK:STREAMS,...", "-r");
@@ -278,6 +312,7 @@ void AddRunFlags(CLI::App& verb, RunFlags& flags) {
 
 absl::StatusOr<RunPlan> PlanRun(const RunFlags& flags, const RunContext& context) {
   RETURN_IF_ERROR(CheckOneNode(flags, context));
+  RETURN_IF_ERROR(CheckOffered(flags));
   RunPlan plan;
   RunSpec& spec = plan.spec;
   ASSIGN_OR_RETURN(spec.ranks, RanksOf(flags.nproc_per_node, context));
@@ -293,6 +328,12 @@ absl::StatusOr<RunPlan> PlanRun(const RunFlags& flags, const RunContext& context
   spec.limits = context.limits;
   spec.role = flags.role;
   spec.max_restarts = flags.max_restarts;
+  if (flags.shutdown_timeout.value_or(0) > RunSpec::kStopWaitSecondsMax) {
+    return Expected("--shutdown-timeout",
+                    absl::StrFormat("0 to %d seconds", RunSpec::kStopWaitSecondsMax),
+                    absl::StrCat(*flags.shutdown_timeout));
+  }
+  spec.stop_wait_seconds = flags.shutdown_timeout;
   if (context.gpus.size() >= spec.ranks) spec.gpus = context.gpus;
   if (!flags.master_addr.empty()) spec.master_address = flags.master_addr;
   if (flags.master_port > 65'535) {

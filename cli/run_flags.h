@@ -42,7 +42,11 @@ struct RunFlags {
   bool standalone = false;
   bool module = false;
   bool no_python = false;
-  bool run_path = false;
+  std::optional<uint32_t> shutdown_timeout;  // seconds
+  std::string event_log_handler;
+  // Of torchrun's flags that are refused, what was given.
+  std::map<std::string, std::string> not_offered;
+  std::map<std::string, bool> switches_not_offered;
   // Ours.
   std::string job;
   std::string config;

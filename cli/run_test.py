@@ -224,10 +224,14 @@ class RunTest(RunCase):
         for flags, words in ((['--nnodes', '2'], 'nnodes'), (['--rdzv-endpoint', 'far:1'], 'far'),
                              (['--rdzv-backend', 'etcd'], 'etcd'), (['--node-rank=1'], 'node-rank'),
                              (['--nproc-per-nod', '2'], 'nproc-per-nod'), (['--tee', '9'], 'tee'),
-                             (['-m', '--no-python'], 'no-python')):
+                             (['-m', '--no-python'], 'no-python'), (['--run_path'], '--run-path: not offered'),
+                             (['--numa-binding', 'node'], 'numactl'), (['--shutdown-timeout=-1'], 'shutdown-timeout')):
             status, output, errors = Job(self.place, *flags, 'true').finish()
             self.assertEqual((status, output), (2, ''), errors)
             self.assertIn(words, errors)
+        status, _, errors = Job(self.place, 'true', PET_VIRTUAL_LOCAL_RANK='1').finish()
+        self.assertEqual(status, 2, errors)
+        self.assertIn('--virtual-local-rank: not offered', errors)
         status, _, errors = Job(self.place, '--nproc-per-node', '2', '--').finish()
         self.assertEqual(status, 2)
         self.assertIn('no command', errors)

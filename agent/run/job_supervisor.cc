@@ -88,6 +88,9 @@ absl::StatusOr<recovery::Settings> SettingsOf(const RunSpec& spec) {
   ASSIGN_OR_RETURN(recovery::Settings settings,
                    recovery::ParseSettings(spec.recovery_toml, "configuration of the run"));
   if (spec.max_restarts.has_value()) settings.max_restarts = *spec.max_restarts;
+  if (spec.stop_wait_seconds.has_value()) {
+    settings.stop_wait = absl::Seconds(*spec.stop_wait_seconds);
+  }
   return settings;
 }
 

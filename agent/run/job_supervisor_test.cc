@@ -56,7 +56,8 @@ class JobSupervisorTest : public testing::Test {
     spec.environment = {"PATH=/usr/bin:/bin"};
     spec.working_directory = place_.path();
     spec.log_directory = place_.Join(absl::StrCat("logs/", spec.run_id));
-    spec.recovery_toml = "[recovery]\npause_first = \"0s\"\n";
+    spec.recovery_toml = "[recovery]\npause_first = \"0s\"\nstop_wait = \"7s\"\n";
+    spec.stop_wait_seconds = stop_wait_seconds_;
     spec.boot_id = BootId();
     absl::StatusOr<std::unique_ptr<JobSupervisor>> begun =
         JobSupervisor::Begin(Places(), World(), std::move(spec), [] {});
@@ -102,6 +103,7 @@ class JobSupervisorTest : public testing::Test {
   std::unique_ptr<ThreadPool> pool_ = *ThreadPool::Create(*loop_, 2);
   std::unique_ptr<NotingEngine> engine_ = std::make_unique<NotingEngine>(*loop_);
   std::unique_ptr<JobSupervisor> supervisor_;
+  std::optional<uint32_t> stop_wait_seconds_;
 
  private:
   JobSupervisor::Options Places() {
@@ -160,6 +162,17 @@ TEST_F(JobSupervisorTest, AMarkThatComesWhileRanksRunCountsForTheNextLaunch) {
   Go();
   EXPECT_EQ(Finish(), 0);
   EXPECT_THAT(Orders(), ElementsAre(std::nullopt, kOlder, std::nullopt));
+}
+
+TEST_F(JobSupervisorTest, WhatWasAskedForIsStrongerThanTheConfiguration) {
+  for (const bool asked : {false, true}) {
+    if (asked) stop_wait_seconds_ = 40;
+    Begin("true");
+    EXPECT_EQ(supervisor_->view().settings.stop_wait, absl::Seconds(asked ? 40 : 7));
+    Replace();
+    EXPECT_EQ(supervisor_->view().settings.stop_wait, absl::Seconds(asked ? 40 : 7));
+    EXPECT_EQ(Finish(), 0);
+  }
 }
 
 TEST_F(JobSupervisorTest, ThatTheEngineHadToTakeAnOlderOneIsSaid) {

@@ -141,6 +141,9 @@ std::string EncodeRunSpec(const RunSpec& spec) {
   fields.Add("log_bytes_max", static_cast<int64_t>(spec.log_bytes_max));
   fields.Add("recovery_toml", spec.recovery_toml);
   if (spec.max_restarts.has_value()) fields.Add("max_restarts", *spec.max_restarts);
+  if (spec.stop_wait_seconds.has_value()) {
+    fields.Add("stop_wait_seconds", *spec.stop_wait_seconds);
+  }
   for (const std::string& gpu : spec.gpus) fields.Add("gpu", gpu);
   fields.Add("owner_pid", spec.owner_pid);
   fields.Add("boot_id", spec.boot_id);
@@ -180,6 +183,10 @@ absl::StatusOr<RunSpec> DecodeRunSpec(std::string_view bytes) {
   spec.recovery_toml = reader.Text("recovery_toml", 0, kTomlBytesMax);
   if (fields->Text("max_restarts").has_value()) {
     spec.max_restarts = static_cast<uint32_t>(reader.Number("max_restarts", 0, 1'000'000));
+  }
+  if (fields->Text("stop_wait_seconds").has_value()) {
+    spec.stop_wait_seconds =
+        static_cast<uint32_t>(reader.Number("stop_wait_seconds", 0, RunSpec::kStopWaitSecondsMax));
   }
   spec.gpus = reader.All("gpu");
   if (!spec.gpus.empty() && spec.gpus.size() < spec.ranks) {

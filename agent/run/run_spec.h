@@ -17,6 +17,7 @@ namespace holdfast {
 
 struct RunSpec {
   static constexpr uint32_t kRanksMax = 1024;  // of a node
+  static constexpr uint32_t kStopWaitSecondsMax = 24 * 3600;
 
   std::string run_id;   // of this run: never used by another one
   std::string job;      // as HOLDFAST_JOB
@@ -32,8 +33,10 @@ struct RunSpec {
   uint32_t master_port = 0;   // of the first attempt, and of every one; 0: a new one for each
   std::string log_directory;  // absolute; empty: the agent chooses
   uint64_t log_bytes_max = uint64_t{64} << 20;
-  std::string recovery_toml;             // the tables [recovery] and [elastic]; empty: none
-  std::optional<uint32_t> max_restarts;  // nothing: as recovery_toml or its default says
+  std::string recovery_toml;  // the tables [recovery] and [elastic]; empty: none
+  // Nothing: as recovery_toml or its default says; so is the next (`stop_wait`).
+  std::optional<uint32_t> max_restarts;
+  std::optional<uint32_t> stop_wait_seconds;
   // What CUDA_VISIBLE_DEVICES of the ranks is made of: numbers or UUIDs; empty: a job without GPUs.
   // At least `ranks`; those behind are spare.
   std::vector<std::string> gpus;

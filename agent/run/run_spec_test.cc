@@ -41,6 +41,7 @@ RunSpec Spec() {
   spec.log_directory = "/logs/x";
   spec.recovery_toml = "[recovery]\nmode = \"ask\"\n";
   spec.max_restarts = 4;
+  spec.stop_wait_seconds = 0;
   spec.run_number = UINT32_MAX;
   return spec;
 }
@@ -49,6 +50,7 @@ TEST(RunSpecTest, ComesBackAsItWas) {
   RunSpec spec = Spec();
   for (int i = 0; i < 3; ++i) {
     if (i == 1) spec.max_restarts.reset();
+    if (i == 1) spec.stop_wait_seconds.reset();
     if (i == 2) spec.gpus = {"4", "GPU-aa", "6", "7"};
     const std::string bytes = EncodeRunSpec(spec);
     const absl::StatusOr<RunSpec> back = DecodeRunSpec(bytes);
@@ -57,6 +59,7 @@ TEST(RunSpecTest, ComesBackAsItWas) {
     EXPECT_EQ(back->command, spec.command);
     EXPECT_EQ(back->environment, spec.environment);
     EXPECT_EQ(back->max_restarts, spec.max_restarts);
+    EXPECT_EQ(back->stop_wait_seconds, spec.stop_wait_seconds);
     EXPECT_EQ(back->gpus, spec.gpus);
     EXPECT_EQ(back->run_number, spec.run_number);
     EXPECT_EQ(back->limits[1].soft, UINT64_MAX);
