@@ -160,7 +160,7 @@ class ConvertTest(unittest.TestCase):
     def test_layouts(self):
         for form, to, expected in (("torch", "dp=2", "expected a format with a layout"),
                                    ("fsdp", "zero=2", "column 1: expected an axis of fsdp (dp)"),
-                                   ("deepspeed", "zero=1,dpp=2", "column 8: expected an axis of deepspeed (zero, dp); "
+                                   ("deepspeed", "zero=1,dpp=2", "column 8: expected an axis of deepspeed (zero, dp, tp, pp, ep); "
                                                                 "did you mean \"dp\""),
                                    ("deepspeed", "zero=4", "expected a stage from 1 to 3"),
                                    ("fsdp", "dp=0", "expected 1 to"), ("fsdp", "dp", "expected AXIS=SIZE")):
@@ -170,6 +170,31 @@ class ConvertTest(unittest.TestCase):
                          ["model_world_size_2_rank_0.pt", "model_world_size_2_rank_1.pt"])
         self.assertEqual(run("diff", self.file, self.path / "out")[0], 0)
         self.assertEqual(run("verify", self.path / "out")[0], 0)
+
+    def test_ranks_of_model_parallelism(self):
+        for to, code, expected in (("zero=2,pp=1", 2, "expected zero=1 with pp"),
+                                   ("dp=3,ep=2", 2, "expected ep to divide dp"),
+                                   ("dp=2,ep=2", 1, "the model has no experts of DeepSpeed's"),
+                                   ("tp=4000,pp=2", 2, "at most"),
+                                   ("tp=2", 1, "parameter \"blocks.0.weight\": nothing says how tensor-parallel ranks cut it"),
+                                   ("pp=2", 1, "a pipeline's tensors are called <layer>.<name>")):
+            self.assertIn(expected, self.refused("--to", to, form="deepspeed", code=code))
+        self.assertIn("did you mean \"llama\"", self.refused("--to", "tp=2", "--preset", "lama", form="deepspeed"))
+        layout = self.path / "layout.json"
+        layout.write_text(json.dumps({"rules": [{"parameters": "blocks", "cut": 1}]}))
+        self.assertIn("--layout-file is for checkpoints of DeepSpeed", self.refused("--layout-file", layout))
+        said = self.convert("--to", "tp=2", "--layout-file", layout, form="deepspeed")
+        self.assertEqual([each["file"] for each in said["files"]],
+                         ["global_step0/mp_rank_00_model_states.pt", "global_step0/mp_rank_01_model_states.pt", "latest"])
+        # It says itself how it was cut.
+        self.assertEqual(run("diff", self.file, self.path / "out")[0], 0)
+        rules = self.path / "rules"
+        rules.write_text("regex ^blocks\\.(\\d+)\\. \\1.block.\nname mask 2.mask\n")
+        layout.write_text(json.dumps({"rules": [{"parameters": "", "cut": 1}]}))
+        self.convert("--to", "pp=3,tp=2", "--layout-file", layout, "--rename", rules, "--force", form="deepspeed")
+        self.assertEqual(sorted(each.name for each in (self.path / "out/global_step0").glob("layer*")),
+                         [f"layer_{n:02}-model_{t:02}-model_states.pt" for n in range(3) for t in range(2)])
+        self.assertIn("2.block.weight", tensors_in(self.path / "out"))
 
     def test_what_is_no_tensor_is_refused_or_dropped(self):
         mask = {"mask": ("BOOL", [2], b"\0\1")}

@@ -191,10 +191,11 @@ absl::StatusOr<converter::ForeignSource> LookAtForeign(Invocation& invocation,
   }
   absl::StatusOr<converter::ForeignSource> source =
       converter::OpenForeignSource(invocation.file_system, path, read, limits);
-  if (source.ok() && source->recognized && !options.layout.empty() &&
+  if (source.ok() && source->recognized && !options.layout.empty() && !options.layout_of_output &&
       source->index.format != "deepspeed" && source->index.format != "ucp") {
     return absl::InvalidArgumentError(absl::StrFormat(
-        "--layout-file is for checkpoints of DeepSpeed (deepspeed, ucp): %s is of the format %s",
+        "--layout-file is for checkpoints of DeepSpeed (deepspeed, ucp), and for --format ucp, and "
+        "deepspeed with tp or pp: %s is of the format %s",
         path, source->index.format));
   }
   if (source.ok() && !source->sandbox.missing.empty()) {

@@ -19,7 +19,8 @@ struct ForeignOptions {
   std::string model;  // a directory
   std::string names;  // a file
   std::string preset;
-  std::string layout;  // a layout file (converter/layout_file.h)
+  std::string layout;             // a layout file (converter/layout_file.h)
+  bool layout_of_output = false;  // it may speak of what is written
   // Of this command and the process that reads, together; 0: no bound but the sandbox's own.
   uint64_t memory_bytes = 0;
 };

@@ -49,6 +49,7 @@ constexpr std::array<std::string_view, 8> kFormats = {
     "holdfast", "safetensors", "dcp", "torch", "deepspeed", "ucp", "fsdp", "megatron"};
 constexpr uint64_t kBlobBytesMax = uint64_t{256} << 20;
 constexpr uint64_t kRenameFileBytesMax = uint64_t{16} << 20;
+constexpr uint64_t kLayoutFileBytesMax = uint64_t{16} << 20;
 // Of --memory: stacks, lists of files and what the allocator keeps; of a committed checkpoint its
 // blocks and INDEX too.
 constexpr uint64_t kReserveBytes = uint64_t{12} << 20;
@@ -92,7 +93,9 @@ absl::Status CheckFormat(const Options& options) {
 struct Target {
   uint64_t zero = 1;
   uint64_t dp = 1;
-  converter::MegatronDegrees megatron;
+  converter::MegatronDegrees megatron;  // tp, pp and ep: of DeepSpeed too
+  bool says_tp = false;
+  bool says_pp = false;
 };
 
 // Where the size of one of Megatron's axes goes; none: it is no size of a degree.
@@ -111,7 +114,7 @@ absl::StatusOr<Target> ParseTarget(const Options& options) {
   Target target;
   if (options.to.empty()) return target;
   std::vector<std::string_view> axes;
-  if (options.format == "deepspeed") axes = {"zero", "dp"};
+  if (options.format == "deepspeed") axes = {"zero", "dp", "tp", "pp", "ep"};
   if (options.format == "ucp") axes = {"zero"};
   if (options.format == "fsdp") axes = {"dp"};
   if (options.format == "megatron") axes = {"tp", "pp", "vpp", "ep", "etp", "first", "last"};
@@ -142,11 +145,23 @@ absl::StatusOr<Target> ParseTarget(const Options& options) {
       }
       uint64_t* const degree = DegreeOf(size.axis, target.megatron);
       (degree == nullptr ? target.dp : *degree) = size.size;
+      if (size.axis == "tp") target.says_tp = true;
+      if (size.axis == "pp") target.says_pp = true;
       const converter::MegatronDegrees& degrees = target.megatron;
       if (degrees.tensor * degrees.pipeline > converter::kMegatronRanksMax / degrees.expert) {
         return refuse(absl::StrFormat("at most %d ranks in all", converter::kMegatronRanksMax));
       }
     }
+  }
+  if (options.format == "deepspeed" && target.dp % target.megatron.expert != 0) {
+    return absl::InvalidArgumentError(absl::StrFormat(
+        "--to %s: expected ep to divide dp, because expert-parallel ranks are data-parallel ranks",
+        options.to));
+  }
+  if (options.format == "deepspeed" && target.says_pp && target.zero != 1) {
+    return absl::InvalidArgumentError(absl::StrFormat(
+        "--to %s: expected zero=1 with pp, because DeepSpeed's pipelines run with no other stage",
+        options.to));
   }
   return target;
 }
@@ -218,7 +233,9 @@ class Conversion {
     out_name_ = (out.has_filename() ? out : out.parent_path()).filename().string();
     ASSIGN_OR_RETURN(converter::SelectionRequest request, Request());
     drops_objects_ = converter::DropsObjects(request);
-    ASSIGN_OR_RETURN(source_, OpenAny(invocation, options_.path, options_.foreign));
+    ForeignOptions foreign = options_.foreign;
+    foreign.layout_of_output = TakesCuts();
+    ASSIGN_OR_RETURN(source_, OpenAny(invocation, options_.path, foreign));
     ASSIGN_OR_RETURN(converter::Selection selection,
                      converter::Select(std::move(source_.index), request));
     outcome_.left_out = selection.left_out;
@@ -270,9 +287,37 @@ class Conversion {
       RETURN_IF_ERROR(SetWindow(0));
       RETURN_IF_ERROR(converter::CheckWeightsAreMasters(*input_));
     }
-    if (format == "ucp") return ToTorchFiles(converter::PlanUniversal(index(), target_.zero));
-    return ToTorchFiles(
-        converter::PlanDeepSpeed(*input_, {.stage = target_.zero, .dp = target_.dp}));
+    return ToDeepSpeed();
+  }
+
+  // A native checkpoint, or a universal folder.
+  absl::Status ToDeepSpeed() {
+    std::string preset, layout;
+    if (TakesCuts()) {
+      preset = options_.foreign.preset;
+      if (!options_.foreign.layout.empty()) {
+        ASSIGN_OR_RETURN(layout,
+                         file_system_.ReadSmallFile(options_.foreign.layout, kLayoutFileBytesMax));
+      }
+    }
+    if (options_.format == "ucp") {
+      return ToTorchFiles(converter::PlanUniversal(
+          index(), {.stage = target_.zero, .preset = preset, .layout = layout}));
+    }
+    converter::DeepSpeedDegrees degrees{.preset = preset, .layout = layout};
+    if (target_.says_tp) degrees.tensor = target_.megatron.tensor;
+    if (target_.says_pp) degrees.pipeline = target_.megatron.pipeline;
+    return ToTorchFiles(converter::PlanDeepSpeed(*input_, {.stage = target_.zero,
+                                                           .dp = target_.dp,
+                                                           .ep = target_.megatron.expert,
+                                                           .degrees = std::move(degrees)}));
+  }
+
+  // Whether what is written is cut for ranks of model parallelism, or says how: --preset and
+  // --layout-file speak of it too. A universal folder of other names than the source's is whole.
+  bool TakesCuts() const {
+    if (options_.format == "ucp") return options_.rename_file.empty() && options_.map.maps.empty();
+    return options_.format == "deepspeed" && (target_.says_tp || target_.says_pp);
   }
 
   bool Advance(uint64_t done, uint64_t total) {
@@ -543,10 +588,10 @@ void AddVerb(CLI::App& app, Invocation& invocation, const char* name, const char
                      "deepspeed, ucp (a universal folder of DeepSpeed's), fsdp or megatron "
                      "(torch_dist, or with --to its legacy format)")
         ->required();
-    verb->add_option(
-        "--to", options->to,
-        "AXIS=SIZE,...: zero=1 to 3 and dp of deepspeed, zero of ucp, dp of fsdp; tp, pp, vpp, ep, "
-        "etp, first and last (layers of that stage) of megatron");
+    verb->add_option("--to", options->to,
+                     "AXIS=SIZE,...: zero=1 to 3, dp, tp, pp and ep of deepspeed, zero of ucp, dp "
+                     "of fsdp; tp, pp, "
+                     "vpp, ep, etp, first and last (layers of that stage) of megatron");
   } else {
     verb->add_option("--format", options->format, "safetensors or torch")
         ->check(CLI::IsMember({"safetensors", "torch"}))

@@ -11,6 +11,8 @@
 #include "base/check.h"
 #include "base/status_macros.h"
 #include "converter/layout_file.h"
+#include "converter/parallel_facts.h"
+#include "converter/pipeline_stages.h"
 #include "converter/zero_layout.h"
 
 namespace holdfast::converter {
@@ -101,6 +103,7 @@ absl::StatusOr<DeepSpeedModel> DeepSpeedModel::Read(const ForeignFolder& folder,
         ReadOptimizerStates(folder, files.optimizers.begin()->second, ShowFacts::kNo, table));
     if (states.parallel.has_value()) info = *states.parallel;
   }
+  const ParallelInfo told = info;
   if (!info.NamesShards() && !options.preset.empty()) {
     const std::vector<std::string> pipeline = info.pipeline_replicated;
     ASSIGN_OR_RETURN(info, ParallelPreset(options.preset));
@@ -113,7 +116,54 @@ absl::StatusOr<DeepSpeedModel> DeepSpeedModel::Read(const ForeignFolder& folder,
                                   layout.pipeline_replicated.end());
   ASSIGN_OR_RETURN(model.rules_, ParallelRules::Create(std::move(info)));
   RETURN_IF_ERROR(model.CollectShapes());
+  if (told.NamesShards()) model.AddParallelFacts(told);
   return model;
+}
+
+// With the padded size of a vocabulary that the shards show: a job that is written for as many
+// ranks has it.
+void DeepSpeedModel::AddParallelFacts(const ParallelInfo& told) {
+  ParallelInfo info = told;
+  for (const auto& [name, by_stage] : shapes_) {
+    if (!rules_->IsVocabulary(name)) continue;
+    uint64_t rows = 0;
+    for (const std::optional<Shape>& shape : by_stage.begin()->second) {
+      if (shape.has_value() && !shape->empty()) rows += std::min(shape->front(), kTensorBytesMax);
+    }
+    info.padded_vocabulary = rows;
+    break;
+  }
+  AddParallelFact(info, table_.index());
+}
+
+// What is in no name: where stages begin, and which layers a tied module stands in.
+void DeepSpeedModel::AddPipelineFacts() {
+  if (partitioned_ || states_.front().has_module) return;
+  PipelineFacts facts;
+  std::vector<std::optional<uint64_t>> first(pipeline_ranks_);
+  for (uint32_t mp = 0; mp < ranks(); ++mp) {
+    const uint32_t stage = mp / tensor_ranks_;
+    for (const std::vector<NamedShape>& group : states_[mp].param_shapes) {
+      for (const NamedShape& entry : group) {
+        const std::optional<PipelineName> name = ParsePipelineName(entry.name);
+        if (!name.has_value()) continue;
+        if (name->layer.has_value()) {
+          first[stage] = std::min(first[stage].value_or(*name->layer), *name->layer);
+          continue;
+        }
+        std::vector<uint64_t>& stages = facts.tied[std::string(name->tied)].stages;
+        if (stages.empty() || stages.back() != stage) stages.push_back(stage);
+      }
+    }
+  }
+  first[0] = 0;
+  const auto known = [](const std::optional<uint64_t>& layer) { return layer.has_value(); };
+  if (std::all_of(first.begin(), first.end(), known) &&
+      std::is_sorted(first.begin(), first.end())) {
+    for (const std::optional<uint64_t>& layer : first) facts.first_layers.push_back(*layer);
+  }
+  for (const auto& [key, layers] : tied_layers_) facts.tied[key].layers = layers;
+  AddPipelineFact(facts, table_.index());
 }
 
 absl::Status DeepSpeedModel::FindDegrees() {
@@ -219,6 +269,15 @@ std::string DeepSpeedModel::GlobalExpertName(const std::string& local, uint32_t 
                       std::string(expert->suffix));
 }
 
+uint64_t DeepSpeedModel::ExpertRanks(std::string_view local, uint32_t mp) const {
+  const auto expert = ParseExpertName(local);
+  if (!expert.has_value()) return 1;
+  const auto all = experts_.find(expert->prefix);
+  const auto here = local_experts_[mp].find(expert->prefix);
+  if (all == experts_.end() || here == local_experts_[mp].end()) return 1;
+  return std::max<uint64_t>(all->second / here->second, 1);
+}
+
 std::string DeepSpeedModel::OwnerOf(const std::string& name) const {
   const auto owner = owners_.find(name);
   return owner == owners_.end() ? name : owner->second;
@@ -256,21 +315,30 @@ void DeepSpeedModel::NameParameterGroups() {
   // By number of the flat buffer, which param_shapes counts too; of all pipeline stages.
   std::vector<std::vector<std::string>> names(states_.front().param_shapes.size());
   std::set<std::string, std::less<>> seen;
-  for (const ModelStates& states : states_) {
+  for (uint32_t mp = 0; mp < ranks(); ++mp) {
+    const ModelStates& states = states_[mp];
     for (size_t g = 0; g < std::min(names.size(), states.param_shapes.size()); ++g) {
       const std::vector<NamedShape>& flat = states.param_shapes[g];
+      uint64_t expert_ranks = 1;
+      for (const NamedShape& entry : flat) {
+        expert_ranks = std::max(expert_ranks, ExpertRanks(entry.name, mp));
+      }
       // Round-robin gradients: param_shapes has the order of the flat buffer.
-      const bool dealt = !partitioned_ && states.round_robin && states.dp_world_size > 0 &&
-                         states.dp_world_size <= kZeroRanksMax;
-      const std::vector<uint32_t> order =
-          RoundRobinOrder(static_cast<uint32_t>(flat.size()),
-                          dealt ? static_cast<uint32_t>(states.dp_world_size) : 1);
-      std::vector<std::string_view> in_order(flat.size());
+      const uint64_t sharers = states.dp_world_size / expert_ranks;
+      const bool dealt =
+          !partitioned_ && states.round_robin && sharers > 0 && sharers <= kZeroRanksMax;
+      const std::vector<uint32_t> order = RoundRobinOrder(
+          static_cast<uint32_t>(flat.size()), dealt ? static_cast<uint32_t>(sharers) : 1);
+      std::vector<std::string> in_order(flat.size());
       for (size_t place = 0; place < flat.size(); ++place) {
         in_order[order[place]] = flat[place].name;
       }
-      for (const std::string_view name : in_order) {
-        if (seen.emplace(name).second) names[g].emplace_back(name);
+      for (uint32_t expert_rank = 0; expert_rank < expert_ranks; ++expert_rank) {
+        for (const std::string& local : in_order) {
+          if (expert_rank >= ExpertRanks(local, mp)) continue;
+          std::string name = GlobalExpertName(local, mp, expert_rank);
+          if (seen.insert(name).second) names[g].push_back(std::move(name));
+        }
       }
     }
   }
@@ -345,7 +413,6 @@ absl::Status DeepSpeedModel::AddLayers() {
       }
     }
   }
-  std::map<uint32_t, std::string> prefixes;  // by layer
   std::set<std::string> used;
   for (auto at = files_.layers.begin(); at != files_.layers.end();) {
     const uint32_t layer = at->first.layer;
@@ -382,10 +449,18 @@ absl::Status DeepSpeedModel::AddLayers() {
       if (match != nullptr) {
         prefix = absl::StrCat(std::string(kTied), match->key, ".");
         used.insert(match->key);
+        tied_layers_[match->key].push_back(layer);
       }
     }
     for (const NamedTensor& entry : on_ranks[0]) {
       const std::string name = prefix + entry.name;
+      if (buffers_.contains(name)) {
+        if (table_.Find(name, "buffer").has_value()) continue;
+        ASSIGN_OR_RETURN(const uint32_t state,
+                         table_.State(name, "buffer", entry.tensor.dtype, entry.tensor.shape));
+        RETURN_IF_ERROR(table_.AddWhole(state, entry.tensor));
+        continue;
+      }
       std::vector<Shape> shapes;
       std::vector<const StoredTensor*> tensors;
       for (const std::vector<NamedTensor>& of_rank : on_ranks) {
@@ -431,6 +506,20 @@ absl::Status DeepSpeedModel::AddExperts() {
     }
     for (const auto& [key, found] : by_name) {
       const std::string& name = key.first;
+      if (const auto parsed = ParseExpertName(name); parsed.has_value()) {
+        uint64_t& count = experts_[std::string(parsed->prefix)];
+        count = std::max(count, parsed->number + 1);
+        // buffer_names has local numbers, and every rank has a number 0.
+        if (buffers_.contains(
+                absl::StrCat(std::string(parsed->prefix), "0", std::string(parsed->suffix)))) {
+          if (!found.tensors.front().has_value()) return NotEverywhere(name, tensor_ranks_);
+          const StoredTensor& tensor = *found.tensors.front();
+          ASSIGN_OR_RETURN(const uint32_t state,
+                           table_.State(name, "buffer", tensor.dtype, tensor.shape));
+          RETURN_IF_ERROR(table_.AddWhole(state, tensor));
+          continue;
+        }
+      }
       std::vector<Shape> shapes;
       for (const std::optional<StoredTensor>& tensor : found.tensors) {
         if (!tensor.has_value()) return NotEverywhere(name, tensor_ranks_);
@@ -488,6 +577,7 @@ absl::Status DeepSpeedModel::AddFrozenFragments() {
 absl::Status DeepSpeedModel::AddWeights() {
   for (uint32_t mp = 0; mp < ranks(); ++mp) RETURN_IF_ERROR(AddModule(mp));
   RETURN_IF_ERROR(AddLayers());
+  AddPipelineFacts();
   RETURN_IF_ERROR(AddExperts());
   return AddFrozenFragments();
 }

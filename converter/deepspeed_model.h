@@ -90,7 +90,11 @@ class DeepSpeedModel {
   absl::Status AddModule(uint32_t mp);
   absl::Status AddLayers();
   absl::Status AddExperts();
+  // How many ranks share the experts of this parameter; 1 of what is none.
+  uint64_t ExpertRanks(std::string_view local, uint32_t mp) const;
   absl::Status AddFrozenFragments();
+  void AddParallelFacts(const ParallelInfo& told);
+  void AddPipelineFacts();
   std::string OwnerOf(const std::string& name) const;
   bool IsPlaceholder(const std::string& name) const;
 
@@ -111,6 +115,8 @@ class DeepSpeedModel {
   std::map<std::string, std::vector<std::string>> aliases_;  // by owner
   std::set<std::string, std::less<>> buffers_;
   std::set<std::string, std::less<>> optimized_;
+  std::map<std::string, std::vector<uint64_t>> tied_layers_;  // that have files, by key
+  std::map<std::string, uint64_t, std::less<>> experts_;      // of all ranks, by prefix
   // Local experts of every prefix, by mp.
   std::vector<std::map<std::string, uint64_t, std::less<>>> local_experts_;
 };

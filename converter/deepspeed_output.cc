@@ -5,12 +5,15 @@
 #include <cstddef>
 #include <span>
 
+#include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "base/status_macros.h"
 #include "converter/deepspeed_model.h"
+#include "converter/deepspeed_ranks.h"
 #include "converter/non_tensors.h"
 #include "converter/optimizer_groups.h"
+#include "converter/parallel_facts.h"
 #include "converter/rounding.h"
 
 namespace holdfast::converter {
@@ -24,10 +27,13 @@ using Bytes = std::span<const std::byte>;
 constexpr char kDeepSpeedVersion[] = "0.19.8";
 constexpr uint64_t kSubGroupElements = 1'000'000'000;  // DeepSpeed's default
 constexpr double kUniversalVersion = 0.4;
+constexpr char kExpertCounts[] = "num_experts";
+constexpr char kAutoExperts[] = "ds_autoep_layers";    // None beside experts of DeepSpeed's own
+constexpr std::string_view kExpertGroup = "ep_size_";  // begins the names of their groups
 constexpr uint64_t kComparedElements = uint64_t{1} << 20;
 
 // Facts that have their place in the files, or are about the files that were read.
-constexpr std::array<std::string_view, 19> kKnownFacts = {"lr_scheduler",
+constexpr std::array<std::string_view, 21> kKnownFacts = {"lr_scheduler",
                                                           "data_sampler",
                                                           "random_ltd",
                                                           "skipped_steps",
@@ -45,7 +51,9 @@ constexpr std::array<std::string_view, 19> kKnownFacts = {"lr_scheduler",
                                                           "zero_stage",
                                                           "partition_count",
                                                           "checkpoint_parallel_dimensions",
-                                                          "sparse_tensor_module_names"};
+                                                          "sparse_tensor_module_names",
+                                                          kParallelInfoFact,
+                                                          kPipelineFact};
 
 // Whether TorchJson has put words in the place of something that JSON has not.
 bool HasWords(const Json& value) {
@@ -80,6 +88,8 @@ std::optional<uint32_t> OptimizedParameter::Find(std::string_view key) const {
   return std::nullopt;
 }
 
+bool OptimizedGroup::Has(const char* flag) const { return IsTrue(values, flag); }
+
 absl::StatusOr<DeepSpeedOutput> DeepSpeedOutput::Create(const ForeignIndex& index,
                                                         Buffers buffers) {
   DeepSpeedOutput output(index, buffers);
@@ -93,10 +103,10 @@ absl::Status DeepSpeedOutput::CollectWeights() {
   std::map<Dtype, uint64_t> dtypes;
   for (uint32_t i = 0; i < index_.tensor_states.size(); ++i) {
     const TensorState& state = index_.tensor_states[i];
-    if (ParseExpertName(state.tensor).has_value()) {
+    if (buffers_ == Buffers::kNone && ParseExpertName(state.tensor).has_value()) {
       return absl::FailedPreconditionError(absl::StrFormat(
-          "%s: experts of DeepSpeed's own mixture of experts have files of their own, which are "
-          "not written",
+          "%s: experts of DeepSpeed's own mixture of experts have a place in files of ZeRO-1 and "
+          "ZeRO-2 only: --format deepspeed --to zero=1 writes them",
           Describe(state)));
     }
     if (IsOptimizerState(state.state)) continue;
@@ -131,13 +141,13 @@ absl::Status DeepSpeedOutput::CollectGroups() {
   }
   ASSIGN_OR_RETURN(const std::vector<OptimizerGroup> groups, OptimizerGroupsOf(index_));
   for (const OptimizerGroup& group : groups) {
-    if (IsTrue(group.values, "use_muon")) {
-      return absl::FailedPreconditionError(
-          "the optimizer is Muon, whose momentum lies across partitions in a way of its own: "
-          "writing it is not supported; --drop '*' leaves optimizer states out");
-    }
     OptimizedGroup made;
     made.values = group.values;
+    if (made.Has(kUsesMuon) && buffers_ == Buffers::kNone) {
+      return absl::FailedPreconditionError(
+          "the optimizer is Muon, whose momentum has a place in files of ZeRO-1 and ZeRO-2 only: "
+          "--format deepspeed --to zero=1 writes it, and --drop '*' leaves optimizer states out");
+    }
     for (const std::string& name : group.parameters) {
       ASSIGN_OR_RETURN(OptimizedParameter parameter, Parameter(name, states[name]));
       if (buffers_ == Buffers::kFlat && parameter.ElementCount() == 0) {
@@ -166,6 +176,7 @@ absl::StatusOr<OptimizedParameter> DeepSpeedOutput::Parameter(
   }
   const TensorState& of_model = index_.tensor_states[weight->second];
   parameter.shape = of_model.shape;
+  parameter.weight = weight->second;
   parameter.master = weight->second;
   for (const uint32_t number : states) {
     const TensorState& state = index_.tensor_states[number];
@@ -226,6 +237,10 @@ Json DeepSpeedOutput::Configuration(uint64_t stage) const {
   return config;
 }
 
+bool DeepSpeedOutput::data_before_experts() const {
+  return IsTrue(Configuration(0), "use_data_before_expert_parallelism");
+}
+
 bool DeepSpeedOutput::round_robin() const {
   return IsTrue(Configuration(0)["zero_optimization"], "round_robin_gradients");
 }
@@ -245,7 +260,7 @@ std::string DeepSpeedOutput::version() const {
 
 absl::Status DeepSpeedOutput::CheckWeightIsMaster(ConversionSource& source,
                                                   const OptimizedParameter& parameter) const {
-  const uint32_t weight = weight_of_.at(parameter.name);
+  const uint32_t weight = parameter.weight;
   if (weight == parameter.master) return absl::OkStatus();
   const TensorState& state = index_.tensor_states[weight];
   const uint64_t elements = state.ElementCount();
@@ -278,7 +293,8 @@ absl::Status DeepSpeedOutput::CheckWeightIsMaster(ConversionSource& source,
 std::vector<std::string> DeepSpeedOutput::LeftOut() const {
   std::vector<std::string> left_out = NonTensorsWithoutPlace(index_, [](const Fact& fact) {
     const bool known =
-        std::find(kKnownFacts.begin(), kKnownFacts.end(), fact.name) != kKnownFacts.end();
+        std::find(kKnownFacts.begin(), kKnownFacts.end(), fact.name) != kKnownFacts.end() ||
+        fact.name == kExpertCounts || (fact.name == kAutoExperts && fact.json == "null");
     const bool has_words =
         fact.name == "lr_scheduler" && HasWords(Json::parse(fact.json, nullptr, false));
     return known && !has_words;
@@ -298,16 +314,28 @@ uint32_t DeepSpeedOutput::OwnerOf(uint32_t number) const {
   return a.dtype == b.dtype && a.shape == b.shape ? owner->second : number;
 }
 
+bool DeepSpeedOutput::IsExpert(uint32_t weight) const {
+  return ParseExpertName(index_.tensor_states[weight].tensor).has_value();
+}
+
+bool DeepSpeedOutput::IsBuffer(uint32_t weight) const {
+  const TensorState& state = index_.tensor_states[weight];
+  return state.state == "buffer" || !IsCastable(state.dtype);
+}
+
+// `module`: None of a pipeline, whose weights are in layer files.
 void DeepSpeedOutput::PushWeights(TorchDraft& draft, const ModelFile& file) const {
+  if (file.ranks.has_layer_files()) return draft.out().None();
+  DeepSpeedRanks::Storages storages;
   draft.pickle().OrderedDict([&] {
     for (const uint32_t number : weights_) {
       const TensorState& state = index_.tensor_states[number];
+      if (IsExpert(number)) continue;
       draft.Key(state.tensor);
-      const bool is_buffer = state.state == "buffer" || !IsCastable(state.dtype);
-      if (file.stage == 3 && !is_buffer) {
+      if (file.stage == 3 && !IsBuffer(number)) {
         draft.Ranges(state.dtype, std::vector<uint64_t>{0}, {});
       } else {
-        draft.Whole(OwnerOf(number));
+        file.ranks.Push(number, file.tensor_rank, draft, storages);
       }
     }
   });
@@ -320,8 +348,7 @@ void DeepSpeedOutput::PushFrozen(TorchDraft& draft, const ModelFile& file) const
   if (!groups_.empty()) {
     for (const uint32_t number : weights_) {
       const TensorState& state = index_.tensor_states[number];
-      const bool is_weight = state.state != "buffer" && IsCastable(state.dtype);
-      if (is_weight && !optimized_.contains(state.tensor) && !owners_.contains(number)) {
+      if (!IsBuffer(number) && !IsTrained(state.tensor) && !owners_.contains(number)) {
         frozen.push_back(number);
       }
     }
@@ -333,10 +360,11 @@ void DeepSpeedOutput::PushFrozen(TorchDraft& draft, const ModelFile& file) const
     pickle.OrderedDict([&] {
       for (const uint32_t number : frozen) {
         draft.Key(index_.tensor_states[number].tensor);
-        pickle.Size(index_.tensor_states[number].shape);
+        pickle.Size(file.ranks.ShapeOf(number));
       }
     });
   }
+  DeepSpeedRanks::Storages storages;
   draft.Key("frozen_param_fragments");
   if (file.stage == 1) return draft.out().None();
   pickle.OrderedDict([&] {
@@ -344,14 +372,15 @@ void DeepSpeedOutput::PushFrozen(TorchDraft& draft, const ModelFile& file) const
       const TensorState& state = index_.tensor_states[number];
       draft.Key(state.tensor);
       if (file.stage == 2) {
-        draft.Whole(number);
+        file.ranks.Push(number, file.tensor_rank, draft, storages);
         continue;
       }
-      const uint64_t elements = state.ElementCount();
+      const uint64_t elements = file.ranks.ElementCount(number);
       const uint64_t width = (elements + file.dp - 1) / file.dp;
       const uint64_t begin = std::min(elements, file.rank * width);
       const uint64_t end = std::min(elements, begin + width);
-      std::vector<ElementRange> ranges = {{number, begin, end}};
+      std::vector<ElementRange> ranges;
+      file.ranks.Append(number, number, file.tensor_rank, begin, end, ranges);
       if (end - begin < width) ranges.push_back({kZeroElements, 0, width - (end - begin)});
       draft.Ranges(state.dtype, std::vector<uint64_t>{width}, std::move(ranges));
     }
@@ -375,11 +404,11 @@ void DeepSpeedOutput::PushModel(TorchDraft& draft, const ModelFile& file,
     draft.Key("buffer_names");
     pickle.List([&] {
       for (const uint32_t weight : weights_) {
-        const TensorState& state = index_.tensor_states[weight];
-        if (state.state == "buffer" || !IsCastable(state.dtype)) {
-          draft.out().String(state.tensor);
+        if (IsBuffer(weight) && !IsExpert(weight) && file.ranks.Has(weight, file.pipeline_stage)) {
+          draft.out().String(index_.tensor_states[weight].tensor);
         }
       }
+      for (const std::string& name : file.expert_buffers) draft.out().String(name);
     });
     draft.Key("optimizer");
     draft.out().None();
@@ -387,9 +416,9 @@ void DeepSpeedOutput::PushModel(TorchDraft& draft, const ModelFile& file,
     pickle.List([&] {
       for (const auto& buffer : flat) {
         pickle.OrderedDict([&] {
-          for (const OptimizedParameter* parameter : buffer) {
-            draft.Key(parameter->name);
-            pickle.Size(parameter->shape);
+          for (const auto& [name, parameter] : buffer) {
+            draft.Key(name);
+            pickle.Size(file.ranks.ShapeOf(parameter->weight));
           }
         });
       }
@@ -399,6 +428,8 @@ void DeepSpeedOutput::PushModel(TorchDraft& draft, const ModelFile& file,
     pickle.Dict([&] {
       for (const Alias& alias : index_.aliases) {
         if (IsOptimizerState(index_.tensor_states[alias.tensor_state].state)) continue;
+        if (IsExpert(alias.tensor_state)) continue;
+        if (!file.ranks.Has(alias.tensor_state, file.pipeline_stage)) continue;
         draft.Key(index_.tensor_states[alias.tensor_state].tensor);
         draft.out().String(index_.tensor_states[alias.of].tensor);
       }
@@ -412,18 +443,27 @@ void DeepSpeedOutput::PushModel(TorchDraft& draft, const ModelFile& file,
     fact("global_steps", index_.has_step ? index_.step : 0);
     fact("global_samples", 0);
     number("dp_world_size", file.dp);
-    number("mp_world_size", 1);
+    number("mp_world_size", file.ranks.stages() * file.ranks.tensor_ranks());
     draft.Key("checkpoint_parallel_dimensions");
     pickle.Dict([&] {
-      number("pp_degree", 1);
-      number("tp_degree", 1);
+      number("pp_degree", file.ranks.stages());
+      number("tp_degree", file.ranks.tensor_ranks());
     });
-    if (file.universal) {
+    if (!file.expert_counts.empty()) {
+      draft.Key(kExpertCounts);
+      pickle.Ints(file.expert_counts);
+      draft.Key(kAutoExperts);
+      draft.out().None();
+    }
+    if (file.ranks.says_info()) {
       draft.Key("universal_checkpoint_info");
-      pickle.Dict([&] {
-        draft.Key("universal_checkpoint_version");
-        draft.out().Float(kUniversalVersion);
-      });
+      file.ranks.PushInfo(draft);
+    }
+    if (file.universal) {
+      Json info = FactOr(kParallelInfoFact, Json::object());
+      info["universal_checkpoint_version"] = kUniversalVersion;
+      draft.Key("universal_checkpoint_info");
+      pickle.Json(info, Sequences::kLists);
     }
     PushConfiguration(draft, file.stage);
   });
@@ -486,7 +526,8 @@ void DeepSpeedOutput::PushOptimizerFacts(TorchDraft& draft, uint64_t stage) cons
 }
 
 void DeepSpeedOutput::PushParamGroups(TorchDraft& draft,
-                                      const std::vector<std::vector<uint64_t>>& numbers) const {
+                                      const std::vector<std::vector<uint64_t>>& numbers,
+                                      uint64_t expert_ranks) const {
   TorchPickle& pickle = draft.pickle();
   draft.Key(kParamGroups);
   pickle.List([&] {
@@ -494,6 +535,12 @@ void DeepSpeedOutput::PushParamGroups(TorchDraft& draft,
       pickle.Dict([&] {
         for (const auto& [key, value] : groups_[g].values.items()) {
           draft.Key(key);
+          // The job that loads finds the ranks of a group of experts by this name.
+          if (key == "name" && groups_[g].Has(kOfExperts) && value.is_string() &&
+              value.get_ref<const std::string&>().starts_with(kExpertGroup)) {
+            draft.out().String(absl::StrCat(std::string(kExpertGroup), expert_ranks));
+            continue;
+          }
           pickle.Json(value, Sequences::kTuples);  // betas are one
         }
         draft.Key("params");

@@ -25,10 +25,15 @@
 
 namespace holdfast::converter {
 
+// Flags of groups.
+inline constexpr char kUsesMuon[] = "use_muon";
+inline constexpr char kOfExperts[] = "moe";
+
 // A parameter of the optimizer.
 struct OptimizedParameter {
   std::string name;
   std::vector<uint64_t> shape;
+  uint32_t weight = 0;  // tensor state of the model's
   uint32_t master = 0;  // tensor state of its master weights: fp32, or the weights themselves
   // Further states by key, in the order of the index: those of its own shape, and single numbers.
   std::vector<std::pair<std::string, uint32_t>> states;
@@ -41,7 +46,11 @@ struct OptimizedParameter {
 struct OptimizedGroup {
   std::vector<OptimizedParameter> parameters;
   nlohmann::ordered_json values;  // lr, betas, ...
+
+  bool Has(const char* flag) const;  // "use_muon": it is there, and true
 };
+
+class DeepSpeedRanks;
 
 // Threads: one. Lifetime: the index outlives it.
 class DeepSpeedOutput {
@@ -56,10 +65,18 @@ class DeepSpeedOutput {
 
   const ForeignIndex& index() const { return index_; }
   const std::vector<OptimizedGroup>& groups() const { return groups_; }
+  // The model's tensors (numbers of tensor states), in the order of the index.
+  const std::vector<uint32_t>& weights() const { return weights_; }
+  // The weight that this one is tied to and alike; else itself.
+  uint32_t OwnerOf(uint32_t weight) const;
+  bool IsBuffer(uint32_t weight) const;  // no parameter
+  bool IsExpert(uint32_t weight) const;  // of DeepSpeed's, which have files of their own
+  bool IsTrained(std::string_view tensor) const { return optimized_.contains(tensor); }
   // The dtype of the model's weights: of most of them.
   Dtype weight_dtype() const { return weight_dtype_; }
   // Of ds_config.
   bool round_robin() const;
+  bool data_before_experts() const;
   uint64_t sub_group_elements() const;
 
   std::string version() const;  // DeepSpeed's, that the files say they are of
@@ -75,18 +92,28 @@ class DeepSpeedOutput {
 
   // Pushes the dict of a model-state file. `flat`: names and shapes of every flat buffer, in its
   // order (param_shapes).
-  using FlatNames = std::vector<std::vector<const OptimizedParameter*>>;
+  struct FlatParameter {
+    std::string name;  // of an expert: as its rank calls it
+    const OptimizedParameter* parameter = nullptr;
+  };
+  using FlatNames = std::vector<std::vector<FlatParameter>>;
   struct ModelFile {
-    uint64_t stage = 1;
+    const DeepSpeedRanks& ranks;
+    uint64_t stage = 1;  // of ZeRO
     uint64_t dp = 1;
     uint64_t rank = 0;  // data-parallel; of stage 3
     bool universal = false;
+    uint64_t tensor_rank = 0;
+    uint64_t pipeline_stage = 0;
+    std::vector<uint64_t> expert_counts = {};      // of every layer with experts
+    std::vector<std::string> expert_buffers = {};  // as their rank calls them
   };
   void PushModel(TorchDraft& draft, const ModelFile& file, const FlatNames& flat) const;
   // Pushes keys and values that every optimizer file has: loss scaler, clipping, stage.
   void PushOptimizerFacts(TorchDraft& draft, uint64_t stage) const;
   // Pushes a key and the list of the groups with these numbers of flat buffers.
-  void PushParamGroups(TorchDraft& draft, const std::vector<std::vector<uint64_t>>& numbers) const;
+  void PushParamGroups(TorchDraft& draft, const std::vector<std::vector<uint64_t>>& numbers,
+                       uint64_t expert_ranks = 1) const;
   // ds_config and ds_version.
   void PushConfiguration(TorchDraft& draft, uint64_t stage) const;
 
@@ -100,7 +127,6 @@ class DeepSpeedOutput {
   const Fact* FindFact(std::string_view name) const;
   nlohmann::ordered_json FactOr(std::string_view name, nlohmann::ordered_json otherwise) const;
   nlohmann::ordered_json Configuration(uint64_t stage) const;
-  uint32_t OwnerOf(uint32_t number) const;
   void PushWeights(TorchDraft& draft, const ModelFile& file) const;
   void PushFrozen(TorchDraft& draft, const ModelFile& file) const;
 

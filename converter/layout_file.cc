@@ -9,6 +9,7 @@
 #include "base/json_reader.h"
 #include "base/status_macros.h"
 #include "base/suggestion.h"
+#include "converter/pipeline_stages.h"
 #include "format/tensor_piece.h"
 
 namespace holdfast::converter {
@@ -76,6 +77,37 @@ absl::StatusOr<ShardRule> ReadRule(const JsonValue& value) {
   return rule;
 }
 
+// Numbers of layers, ascending.
+absl::StatusOr<std::vector<uint64_t>> ReadLayers(const JsonValue& list) {
+  ASSIGN_OR_RETURN(const size_t count, list.ArraySize());
+  if (count == 0) return list.Mismatch("at least one layer");
+  std::vector<uint64_t> layers;
+  for (size_t i = 0; i < count; ++i) {
+    ASSIGN_OR_RETURN(const uint64_t layer, list[i].Uint64());
+    if (layer >= kPipelineLayersMax || (i > 0 && layer <= layers.back())) {
+      return list[i].Mismatch(
+          absl::StrCat("layers in ascending order, all below ", kPipelineLayersMax));
+    }
+    layers.push_back(layer);
+  }
+  return layers;
+}
+
+absl::Status ReadPipeline(const JsonValue& pipeline, LayoutFile& layout) {
+  RETURN_IF_ERROR(pipeline.ExpectKeys({"stages", "tied"}));
+  if (const JsonValue stages = pipeline.Find("stages"); stages.present()) {
+    ASSIGN_OR_RETURN(layout.stages, ReadLayers(stages));
+    if (layout.stages.front() != 0) return stages[0].Mismatch("0, the first layer of all");
+  }
+  const JsonValue tied = pipeline.Find("tied");
+  if (!tied.present()) return absl::OkStatus();
+  ASSIGN_OR_RETURN(const std::vector<std::string_view> keys, tied.Keys());
+  for (const std::string_view key : keys) {
+    ASSIGN_OR_RETURN(layout.tied[std::string(key)], ReadLayers(tied.Find(key)));
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::StatusOr<LayoutFile> ParseLayoutFile(std::string json) {
@@ -84,7 +116,7 @@ absl::StatusOr<LayoutFile> ParseLayoutFile(std::string json) {
   ASSIGN_OR_RETURN(const std::unique_ptr<JsonDocument> document,
                    JsonDocument::Parse(std::move(json)));
   const JsonValue root = document->root();
-  RETURN_IF_ERROR(root.ExpectKeys({"rules", "pipeline_replicated"}));
+  RETURN_IF_ERROR(root.ExpectKeys({"rules", "pipeline_replicated", "pipeline"}));
   if (const JsonValue rules = root.Find("rules"); rules.present()) {
     ASSIGN_OR_RETURN(const size_t count, rules.ArraySize());
     for (size_t i = 0; i < count; ++i) {
@@ -98,6 +130,9 @@ absl::StatusOr<LayoutFile> ParseLayoutFile(std::string json) {
       ASSIGN_OR_RETURN(const std::string_view pattern, patterns[i].String());
       layout.pipeline_replicated.emplace_back(pattern);
     }
+  }
+  if (const JsonValue pipeline = root.Find("pipeline"); pipeline.present()) {
+    RETURN_IF_ERROR(ReadPipeline(pipeline, layout));
   }
   return layout;
 }

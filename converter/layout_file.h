@@ -15,9 +15,16 @@
 //   number of equal ones. Every size is a multiple of the number of ranks.
 // `rows`: so many rows of dimension 0 are the parameter, the rest is padding (a vocabulary).
 // `pipeline_replicated`: patterns of parameters that several pipeline stages hold.
+// `pipeline`: of a pipeline that is written (converter/deepspeed_writer.h):
+//   {"stages": [0, 4], "tied": {"embed": [0, 7]}}
+//   `stages`: the first layer of every stage, ascending from 0; without it as many parameters on
+//     each as possible, which is DeepSpeed's default.
+//   `tied`: of every tied module the layers that use it.
 #ifndef HOLDFAST_CONVERTER_LAYOUT_FILE_H_
 #define HOLDFAST_CONVERTER_LAYOUT_FILE_H_
 
+#include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -31,6 +38,8 @@ inline constexpr size_t kLayoutBlocksMax = 1024;  // of one rule
 struct LayoutFile {
   std::vector<ShardRule> rules;
   std::vector<std::string> pipeline_replicated;
+  std::vector<uint64_t> stages;                       // first layers; empty: not said
+  std::map<std::string, std::vector<uint64_t>> tied;  // layers, ascending, by key
 };
 
 // `json`: ReadOptions::layout; "" says nothing. Patterns are compiled later, by ParallelRules.

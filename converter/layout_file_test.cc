@@ -179,20 +179,22 @@ TEST(LayoutFile, UnknownWordsGetASuggestion) {
   EXPECT_OK(ParseLayoutFile(""));
 }
 
-TEST(LayoutFile, TheExamplesOfItsDocumentAreSuch) {
-  std::ifstream file(std::string(HOLDFAST_SOURCE_DIR) + "/docs/CONVERTER_DEEPSPEED.md");
-  std::stringstream text;
-  text << file.rdbuf();
-  const std::string document = text.str();
+TEST(LayoutFile, TheExamplesOfItsDocumentsAreSuch) {
   constexpr std::string_view kOpen = "```json layout\n";
   int examples = 0;
-  for (size_t at = document.find(kOpen); at != std::string::npos; at = document.find(kOpen, at)) {
-    at += kOpen.size();
-    const std::string example = document.substr(at, document.find("```", at) - at);
-    EXPECT_OK(RulesOf(example)) << example;
-    ++examples;
+  for (const char* name : {"CONVERTER_DEEPSPEED.md", "CONVERTER_WRITING.md"}) {
+    std::ifstream file(std::string(HOLDFAST_SOURCE_DIR) + "/docs/" + name);
+    std::stringstream text;
+    text << file.rdbuf();
+    const std::string document = text.str();
+    for (size_t at = document.find(kOpen); at != std::string::npos; at = document.find(kOpen, at)) {
+      at += kOpen.size();
+      const std::string example = document.substr(at, document.find("```", at) - at);
+      EXPECT_OK(RulesOf(example)) << example;
+      ++examples;
+    }
   }
-  EXPECT_EQ(examples, 3);
+  EXPECT_EQ(examples, 5);
 }
 
 }  // namespace

@@ -122,7 +122,8 @@ class ParallelRules::Matcher {
 
 bool ParallelInfo::NamesShards() const {
   return !vocabulary.empty() || !replicated.empty() || !averaged.empty() || !row.empty() ||
-         !two_sub_parameters.empty() || !sub_parameters.empty() || !affine.empty();
+         !column.empty() || !two_sub_parameters.empty() || !sub_parameters.empty() ||
+         !affine.empty();
 }
 
 ParallelRules::ParallelRules() = default;
@@ -144,12 +145,13 @@ absl::StatusOr<ParallelRules> ParallelRules::Create(ParallelInfo info) {
     const std::vector<std::string>* patterns;
     std::unique_ptr<Matcher>* matcher;
   };
-  const std::array<Class, 10> classes = {{
+  const std::array<Class, 11> classes = {{
       {"layout file", &layout, &rules.rules_},
       {"vocabulary_parameter_patterns", &info.vocabulary, &rules.vocabulary_},
       {"tp_replicated_parameter_patterns", &info.replicated, &rules.replicated_},
       {"parameter_to_average_patterns", &info.averaged, &rules.averaged_},
       {"parameter_with_row_parallelism_patterns", &info.row, &rules.row_},
+      {"preset", &info.column, &rules.column_},
       {"parameter_with_2_sub_params_cat_dim_0", &info.two_sub_parameters, &rules.two_},
       {"pipeline_replicated_parameter_patterns", &info.pipeline_replicated, &rules.pipeline_},
       {"parameter_with_sub_params", &sub, &rules.sub_},
@@ -275,7 +277,134 @@ absl::StatusOr<ShardMap> ParallelRules::Shard(const std::string& parameter,
         shard_shapes.size(),
         info_.rules.empty() ? "the checkpoint does not say" : "no rule of the layout file says"));
   }
+  if (!info_.column.empty() && !column_->Matches(parameter)) {
+    return absl::FailedPreconditionError(absl::StrFormat(
+        "found on %d tensor-parallel ranks, and the preset does not know its name: a layout file "
+        "says how it was cut",
+        shard_shapes.size()));
+  }
   return JoinedShard(shard_shapes, rank, 0);
+}
+
+absl::StatusOr<ParameterCut> ParallelRules::KindOf(const std::string& parameter,
+                                                   const Shape& whole) const {
+  using Kind = ParameterCut::Kind;
+  const auto along = [&](size_t dimension,
+                         std::vector<uint64_t> sizes) -> absl::StatusOr<ParameterCut> {
+    if (dimension >= whole.size()) {
+      return absl::FailedPreconditionError(absl::StrFormat(
+          "is to be cut along dimension %d, found shape %s", dimension, Show(whole)));
+    }
+    return ParameterCut{.kind = sizes.empty() ? Kind::kJoined : Kind::kSubTensors,
+                        .dimension = dimension,
+                        .sizes = std::move(sizes)};
+  };
+  const auto equal = [&](size_t dimension, uint64_t count) -> absl::StatusOr<ParameterCut> {
+    const uint64_t size = dimension < whole.size() ? whole[dimension] : 0;
+    if (size % count != 0) {
+      return absl::FailedPreconditionError(
+          absl::StrFormat("has %d sub-tensors along dimension %d, which do not divide its size %d",
+                          count, dimension, size));
+    }
+    return along(dimension, std::vector<uint64_t>(count, size / count));
+  };
+  if (const ShardRule* rule = RuleOf(parameter); rule != nullptr) {
+    if (!rule->dimension.has_value()) return ParameterCut{};
+    if (!rule->blocks.empty()) return along(*rule->dimension, rule->blocks);
+    return rule->equal_blocks > 1 ? equal(*rule->dimension, rule->equal_blocks)
+                                  : along(*rule->dimension, {});
+  }
+  if (const std::vector<int> found = unsupported_->Match(parameter); !found.empty()) {
+    return absl::UnimplementedError(
+        absl::StrCat("its producer says that its shards cannot be told: ",
+                     info_.unsupported[static_cast<size_t>(found[0])].second));
+  }
+  if (replicated_->Matches(parameter) || averaged_->Matches(parameter)) return ParameterCut{};
+  if (two_->Matches(parameter)) return equal(0, 2);
+  if (const std::vector<int> found = sub_->Match(parameter); !found.empty()) {
+    auto left = static_cast<size_t>(found[0]);
+    for (const SubParameters& rule : info_.sub_parameters) {
+      if (left >= rule.patterns.size()) {
+        left -= rule.patterns.size();
+        continue;
+      }
+      if (!rule.sizes.empty()) return along(rule.dimension, rule.sizes);
+      return equal(rule.dimension,
+                   static_cast<uint64_t>(std::max<int64_t>(rule.shape[rule.dimension], 1)));
+    }
+  }
+  if (row_->Matches(parameter)) return along(1, {});
+  if (column_->Matches(parameter)) return along(0, {});
+  if (!info_.NamesShards() || !info_.column.empty()) {
+    return absl::FailedPreconditionError(
+        "nothing says how tensor-parallel ranks cut it: expected universal_checkpoint_info of the "
+        "source (in the names that are written), --preset gpt2, llama or mixtral that knows its "
+        "name, or a rule of --layout-file");
+  }
+  return along(0, {});
+}
+
+absl::StatusOr<ParameterCut> ParallelRules::HowToCut(const std::string& parameter,
+                                                     const Shape& whole) const {
+  absl::StatusOr<ParameterCut> cut = KindOf(parameter, whole);
+  if (!cut.ok()) {
+    return absl::Status(cut.status().code(),
+                        absl::StrCat("parameter \"", parameter, "\": ", cut.status().message()));
+  }
+  cut->vocabulary = IsVocabulary(parameter);
+  return cut;
+}
+
+absl::StatusOr<ParameterCut> ParallelRules::Cut(const std::string& parameter, const Shape& whole,
+                                                uint64_t ranks) const {
+  CHECK(ranks > 0 && info_.affine.empty() && info_.widths.empty());
+  const auto refuse = [&parameter](const absl::Status& status) {
+    return absl::Status(status.code(),
+                        absl::StrCat("parameter \"", parameter, "\": ", status.message()));
+  };
+  absl::StatusOr<ParameterCut> cut = ParameterCut{};
+  if (ranks > 1) cut = KindOf(parameter, whole);
+  if (!cut.ok()) return refuse(cut.status());
+  cut->shard_shape = whole;
+  if (const std::optional<uint64_t> rows = RowsOf(parameter); rows.has_value()) {
+    if (whole.empty() || whole[0] != *rows) {
+      return refuse(absl::FailedPreconditionError(absl::StrFormat(
+          "expected %d rows, as it has without padding, found shape %s", *rows, Show(whole))));
+    }
+    cut->vocabulary = true;
+    const uint64_t padded = info_.padded_vocabulary.value_or(*rows);
+    uint64_t& size = cut->shard_shape[0];
+    size = padded >= *rows && padded % ranks == 0 ? padded : (*rows + ranks - 1) / ranks * ranks;
+  }
+  if (cut->kind != ParameterCut::Kind::kReplicated) {
+    uint64_t& size = cut->shard_shape[cut->dimension];
+    const std::vector<uint64_t> parts =
+        cut->sizes.empty() ? std::vector<uint64_t>{size} : cut->sizes;
+    uint64_t sum = 0;
+    for (const uint64_t part : parts) {
+      sum += std::min(part, kTensorBytesMax / kTensorDimsMax);
+      if (part % ranks == 0) continue;
+      return refuse(absl::FailedPreconditionError(absl::StrFormat(
+          "%d tensor-parallel ranks do not divide the %d elements of dimension %d%s of shape %s",
+          ranks, part, cut->dimension, cut->sizes.empty() ? "" : " of one of its sub-tensors",
+          Show(whole))));
+    }
+    if (sum != size) {
+      return refuse(absl::FailedPreconditionError(
+          absl::StrFormat("expected sub-tensors of %d elements together along dimension %d, found "
+                          "sizes %s",
+                          size, cut->dimension, Show(parts))));
+    }
+    size /= ranks;
+  }
+  // What will be read: by the very rules of reading.
+  ASSIGN_OR_RETURN(cut->maps, Resolve(parameter, std::vector<Shape>(ranks, cut->shard_shape)));
+  if (cut->maps.front().shape != whole) {
+    return refuse(absl::FailedPreconditionError(
+        absl::StrFormat("expected shape %s, as its shards would make, found %s",
+                        Show(cut->maps.front().shape), Show(whole))));
+  }
+  return cut;
 }
 
 absl::StatusOr<ShardMap> ParallelRules::RuleShard(const ShardRule& rule,
@@ -394,6 +523,17 @@ absl::StatusOr<ShardMap> ParallelRules::SubParameterShard(const SubParameters& r
   return map;
 }
 
+std::string ExactPattern(const std::vector<std::string>& names) {
+  std::vector<std::string> quoted;
+  quoted.reserve(names.size());
+  for (const std::string& name : names) quoted.push_back(RE2::QuoteMeta(name));
+  return absl::StrCat("^(?:", absl::StrJoin(quoted, "|"), ")$");
+}
+
+std::string ExactPrefix(const std::string& begin) {
+  return absl::StrCat("^", RE2::QuoteMeta(begin));
+}
+
 absl::StatusOr<ParallelInfo> ParallelPreset(std::string_view name) {
   // The classes of Megatron-style tensor parallelism: input projections are cut by rows of the
   // weight (dimension 0, with their bias), output projections by columns, norms are replicated.
@@ -406,15 +546,19 @@ absl::StatusOr<ParallelInfo> ParallelPreset(std::string_view name) {
         {.patterns = {R"((.*\.)?c_attn\.weight$)"}, .shape = {-1, 3}, .sizes = {}, .dimension = 1},
         {.patterns = {R"((.*\.)?c_attn\.bias$)"}, .shape = {3}, .sizes = {}, .dimension = 0}};
     info.row = {R"((.*\.)?c_fc\.weight$)"};
+    info.column = {R"((.*\.)?(wte|lm_head|c_proj)\.weight$)", R"((.*\.)?c_fc\.bias$)"};
     return info;
   }
   if (name == "llama" || name == "mixtral") {
     info.replicated = {R"((.*\.)?(input_layernorm|post_attention_layernorm|norm)\.weight$)",
                        R"((.*\.)?(q_norm|k_norm)\.weight$)", R"((.*\.)?(o_proj|down_proj)\.bias$)"};
     info.row = {R"((.*\.)?(o_proj|down_proj)\.weight$)"};
+    info.column = {
+        R"((.*\.)?(embed_tokens|lm_head|q_proj|k_proj|v_proj|gate_proj|up_proj)\.(weight|bias)$)"};
     if (name == "mixtral") {
-      info.replicated.push_back(R"((.*\.)?block_sparse_moe\.gate\.weight$)");
+      info.replicated.push_back(R"((.*\.)?(block_sparse_moe|mlp)\.gate\.weight$)");
       info.row.push_back(R"((.*\.)?experts\.\d+\.w2\.weight$)");
+      info.column.push_back(R"((.*\.)?experts\.\d+\.(w1|w3)\.weight$)");
     }
     return info;
   }

@@ -4,14 +4,15 @@
 //
 // Nothing is guessed: a parameter on several ranks of which nobody says how it was cut is refused.
 // DeepSpeed takes an unnamed parameter for one that is cut along dimension 0; so does this, but
-// only beside rules that name others, because `--inject_missing_state` leaves none at all
-// (DeepSpeed#5430: that "will silently produce an incorrect checkpoint").
+// only beside rules of a producer that name others, because `--inject_missing_state` leaves none at
+// all (DeepSpeed#5430: that "will silently produce an incorrect checkpoint").
 //
 // Patterns are Python's `re`, run by RE2: linear time whatever the pattern. What RE2 does not have
 // (look-around, back references) is refused by name.
 #ifndef HOLDFAST_CONVERTER_PARALLEL_RULES_H_
 #define HOLDFAST_CONVERTER_PARALLEL_RULES_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -72,12 +73,16 @@ struct ParallelInfo {
   std::vector<std::string> replicated;
   std::vector<std::string> averaged;
   std::vector<std::string> row;
+  // No word of DeepSpeed's, but of presets: cut along dimension 0. Where there are some, what
+  // nobody names is refused.
+  std::vector<std::string> column;
   std::vector<std::string> two_sub_parameters;
   std::vector<std::string> pipeline_replicated;
   std::vector<SubParameters> sub_parameters;
   // `sub_param_shard_widths`: by pattern, widths[sub][rank].
   std::vector<std::pair<std::string, std::vector<Shape>>> widths;
   std::optional<uint64_t> original_vocabulary;
+  std::optional<uint64_t> padded_vocabulary;  // rows of all ranks together; of what is written only
   std::vector<std::pair<std::string, std::string>> unsupported;  // pattern, reason
   std::vector<AffineParameter> affine;
   // Before all else, the first that matches: what the user says.
@@ -87,8 +92,23 @@ struct ParallelInfo {
   bool NamesShards() const;
 };
 
+// How a whole parameter becomes the shards of tensor-parallel ranks. All ranks have equal shapes.
+struct ParameterCut {
+  enum class Kind : uint8_t { kReplicated, kJoined, kSubTensors };
+  Kind kind = Kind::kReplicated;
+  size_t dimension = 0;              // that is cut
+  std::vector<uint64_t> sizes = {};  // of the sub-tensors along it; kSubTensors only
+  bool vocabulary = false;           // the last rank's shard may end in rows of padding
+  Shape shard_shape = {};
+  std::vector<ShardMap> maps = {};  // by rank
+};
+
 // "gpt2", "llama", "mixtral". kInvalidArgument with a suggestion for another word.
 absl::StatusOr<ParallelInfo> ParallelPreset(std::string_view name);
+
+// Patterns that fit these names and no others, and what begins so.
+std::string ExactPattern(const std::vector<std::string>& names);
+std::string ExactPrefix(const std::string& begin);
 
 // Threads: any; immutable. Lifetime: owns all.
 class ParallelRules {
@@ -106,6 +126,18 @@ class ParallelRules {
   // contradict the rules: expected and found), kResourceExhausted.
   absl::StatusOr<std::vector<ShardMap>> Resolve(const std::string& parameter,
                                                 std::span<const Shape> shard_shapes) const;
+  // The other way: what Resolve makes `whole` of again. 1 rank cuts nothing, but pads a
+  // vocabulary. Sub-tensors, and the dimension that is cut, are multiples of `ranks`; a vocabulary
+  // is padded to `padded_vocabulary`, if that is a multiple, else to the next one. CHECKs that the
+  // info has no affine maps and no widths, which are those of some number of ranks.
+  // Errors, all naming the parameter: kFailedPrecondition (nobody says how it is cut; a size that
+  // cannot be), kUnimplemented (its producer says that it cannot be told), kResourceExhausted.
+  absl::StatusOr<ParameterCut> Cut(const std::string& parameter, const Shape& whole,
+                                   uint64_t ranks) const;
+  // The same without ranks: kind, dimension, sizes and vocabulary.
+  absl::StatusOr<ParameterCut> HowToCut(const std::string& parameter, const Shape& whole) const;
+  // Whether it is padded to a number of rows.
+  bool IsVocabulary(std::string_view parameter) const { return RowsOf(parameter).has_value(); }
   // Whether several pipeline stages hold it (tied embeddings).
   bool PipelineReplicated(std::string_view parameter) const;
   const ParallelInfo& info() const { return info_; }
@@ -119,6 +151,7 @@ class ParallelRules {
   std::optional<uint64_t> RowsOf(std::string_view parameter) const;
   absl::StatusOr<ShardMap> Shard(const std::string& parameter, std::span<const Shape> shard_shapes,
                                  size_t rank) const;
+  absl::StatusOr<ParameterCut> KindOf(const std::string& parameter, const Shape& whole) const;
   absl::StatusOr<ShardMap> RuleShard(const ShardRule& rule, std::span<const Shape> shard_shapes,
                                      size_t rank) const;
   absl::StatusOr<ShardMap> SubParameterShard(const SubParameters& rule, const std::string& pattern,
@@ -126,8 +159,8 @@ class ParallelRules {
                                              size_t rank) const;
 
   ParallelInfo info_;
-  std::unique_ptr<Matcher> rules_, vocabulary_, replicated_, averaged_, row_, two_, pipeline_, sub_,
-      unsupported_, affine_;
+  std::unique_ptr<Matcher> rules_, vocabulary_, replicated_, averaged_, row_, column_, two_,
+      pipeline_, sub_, unsupported_, affine_;
 };
 
 }  // namespace holdfast::converter

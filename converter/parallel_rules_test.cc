@@ -153,5 +153,103 @@ TEST(ParallelRulesTest, PresetsCutWhatTheFamiliesCut) {
   EXPECT_EQ(Elements(maps), (All{{0, 2, 4}, {1, 3, 5}}));
 }
 
+TEST(ParallelRulesTest, WhatIsCutIsJoinedByTheSameRules) {
+  ParallelInfo info;
+  info.vocabulary = {R"(embed\.weight)"};
+  info.replicated = {R"(.*norm\.weight)"};
+  info.row = {R"(.*\.down\.weight)"};
+  info.two_sub_parameters = {R"(.*\.gate_up\.weight)"};
+  info.sub_parameters = {
+      {.patterns = {R"(.*\.qkv\.weight)"}, .shape = {4, 1}, .sizes = {4, 2, 2}, .dimension = 0},
+      {.patterns = {R"(.*\.old\.weight)"}, .shape = {1, 3}, .sizes = {}, .dimension = 1}};
+  info.original_vocabulary = 3;
+  info.rules = {{.pattern = "user", .dimension = 2, .blocks = {}, .equal_blocks = 1, .rows = {}}};
+  const ParallelRules rules = RulesOf(info);
+  struct Case {
+    const char* name;
+    Shape whole;
+    Shape shard;
+    All elements;
+  };
+  const std::vector<Case> cases = {
+      {"x.norm.weight", {2}, {2}, {{0, 1}, {0, 1}}},
+      {"x.up.weight", {2, 2}, {1, 2}, {{0, 1}, {2, 3}}},
+      {"x.down.weight", {2, 2}, {2, 1}, {{0, 2}, {1, 3}}},
+      {"x.gate_up.weight", {4, 1}, {2, 1}, {{0, 2}, {1, 3}}},
+      {"x.qkv.weight", {8, 1}, {4, 1}, {{0, 1, 4, 6}, {2, 3, 5, 7}}},
+      {"x.old.weight", {1, 6}, {1, 3}, {{0, 2, 4}, {1, 3, 5}}},
+      {"embed.weight", {3, 1}, {2, 1}, {{0, 1}, {2, kPad}}},
+      {"user", {1, 1, 2}, {1, 1, 1}, {{0}, {1}}},
+  };
+  for (const Case& each : cases) {
+    SCOPED_TRACE(each.name);
+    ASSERT_OK_AND_ASSIGN(const ParameterCut cut, rules.Cut(each.name, each.whole, 2));
+    EXPECT_EQ(cut.shard_shape, each.shard);
+    EXPECT_EQ(Elements(cut.maps), each.elements);
+    EXPECT_EQ(cut.vocabulary, std::string(each.name) == "embed.weight");
+    // One rank has it whole; a vocabulary of 3 rows needs no padding then.
+    ASSERT_OK_AND_ASSIGN(const ParameterCut whole, rules.Cut(each.name, each.whole, 1));
+    EXPECT_EQ(whole.shard_shape, each.whole);
+  }
+  const auto refused = [&rules](const char* name, const Shape& whole, const char* why) {
+    EXPECT_THAT(rules.Cut(name, whole, 2),
+                StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr(why)));
+  };
+  refused("x.up.weight", {3, 2}, "do not divide the 3 elements of dimension 0");
+  refused("x.gate_up.weight", {6, 1}, "do not divide the 3 elements of dimension 0 of one of its");
+  refused("x.gate_up.weight", {5, 1}, "2 sub-tensors along dimension 0, which do not divide");
+  refused("x.qkv.weight", {6, 1}, "expected sub-tensors of 6 elements together");
+  refused("x.down.weight", {4}, "is to be cut along dimension 1, found shape [4]");
+  refused("embed.weight", {4, 1}, "expected 3 rows, as it has without padding");
+}
+
+TEST(ParallelRulesTest, AVocabularyIsPaddedAsItWas) {
+  ParallelInfo info;
+  info.vocabulary = {"embed"};
+  info.original_vocabulary = 251;
+  info.padded_vocabulary = 256;
+  const ParallelRules rules = RulesOf(info);
+  const std::vector<std::pair<uint64_t, uint64_t>> ranks_and_rows = {{1, 256}, {2, 128}, {3, 84}};
+  for (const auto& [ranks, rows] : ranks_and_rows) {
+    ASSERT_OK_AND_ASSIGN(const ParameterCut cut, rules.Cut("embed", {251, 2}, ranks));
+    EXPECT_EQ(cut.shard_shape, (Shape{rows, 2}));
+    EXPECT_EQ(cut.maps.back().shape, (Shape{251, 2}));
+  }
+}
+
+// A preset names what it cuts: what it does not know is nobody's.
+TEST(ParallelRulesTest, WhatNobodyNamesIsNotCut) {
+  ASSERT_OK_AND_ASSIGN(const ParallelInfo llama, ParallelPreset("llama"));
+  const ParallelRules rules = RulesOf(llama);
+  EXPECT_OK(rules.Cut("model.layers.0.mlp.up_proj.weight", {4, 2}, 2));
+  EXPECT_THAT(rules.Cut("model.adapter.weight", {4, 2}, 2),
+              StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("nothing says how")));
+  const std::vector<Shape> shards(2, {2, 2});
+  EXPECT_THAT(rules.Resolve("model.adapter.weight", shards),
+              StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("preset does not know")));
+  EXPECT_THAT(RulesOf({}).Cut("model.layers.0.mlp.up_proj.weight", {4, 2}, 2),
+              StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("nothing says how")));
+  EXPECT_OK(RulesOf({}).Cut("anything", {4, 2}, 1));
+  ParallelInfo unsupported;
+  unsupported.unsupported = {{"fused", "nobody knows"}};
+  EXPECT_THAT(RulesOf(unsupported).Cut("fused", {4}, 2),
+              StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("nobody knows")));
+}
+
+TEST(ParallelRulesTest, ExactPatternsFitTheirNamesOnly) {
+  ParallelInfo info;
+  info.replicated = {ExactPattern({"a.b", "c+d"})};
+  info.row = {ExactPrefix("e.")};
+  const ParallelRules rules = RulesOf(info);
+  const auto kind = [&rules](const char* name) { return rules.Cut(name, {2, 2}, 2)->kind; };
+  EXPECT_EQ(kind("a.b"), ParameterCut::Kind::kReplicated);
+  EXPECT_EQ(kind("c+d"), ParameterCut::Kind::kReplicated);
+  EXPECT_EQ(kind("e.x"), ParameterCut::Kind::kJoined);
+  for (const char* other : {"axb", "a.bb", "ccd", "a", "ex"}) {
+    EXPECT_EQ(rules.Cut(other, {2, 2}, 2)->dimension, 0u) << other;
+    EXPECT_EQ(kind(other), ParameterCut::Kind::kJoined) << other;
+  }
+}
+
 }  // namespace
 }  // namespace holdfast::converter

@@ -57,19 +57,53 @@ struct Format {
   std::string name;
   uint64_t zero = 1;
   uint64_t ranks = 1;
+  uint64_t tensor = 0;    // 0: not said
+  uint64_t pipeline = 0;  // 0: not said
+  uint64_t expert = 1;
 
+  bool IsModelParallel() const { return tensor + pipeline > 0; }
   std::string Label() const {
-    return name + " zero=" + std::to_string(zero) + " ranks=" + std::to_string(ranks);
+    return name + " zero=" + std::to_string(zero) + " ranks=" + std::to_string(ranks) +
+           (tensor > 0 ? " tp=" + std::to_string(tensor) : "") +
+           (pipeline > 0 ? " pp=" + std::to_string(pipeline) : "") +
+           (expert > 1 ? " ep=" + std::to_string(expert) : "");
   }
 };
 
+// Why a checkpoint cannot be cut for ranks of model parallelism.
+const std::vector<std::string> kNotCut = {
+    "nothing says how tensor-parallel ranks cut it", "tensor-parallel ranks do not divide",
+    "a pipeline's tensors are called", "which layers use the tied module",
+    "which layers use this tied module"};
+
 const std::vector<Format>& Formats() {
-  static const std::vector<Format> formats = {{"torch"},           {"dcp"},
-                                              {"ucp", 1},          {"ucp", 3},
-                                              {"deepspeed", 1, 1}, {"deepspeed", 2, 3},
-                                              {"deepspeed", 3, 1}, {"deepspeed", 3, 4},
-                                              {"fsdp", 1, 1},      {"fsdp", 1, 3}};
+  static const std::vector<Format> formats = {{"torch"},
+                                              {"dcp"},
+                                              {"ucp", 1},
+                                              {"ucp", 3},
+                                              {"deepspeed", 1, 1},
+                                              {"deepspeed", 2, 3},
+                                              {"deepspeed", 3, 1},
+                                              {"deepspeed", 3, 4},
+                                              {"fsdp", 1, 1},
+                                              {"fsdp", 1, 3},
+                                              {"deepspeed", 1, 2, 2},
+                                              {"deepspeed", 2, 3, 2},
+                                              {"deepspeed", 3, 3, 2},
+                                              {"deepspeed", 1, 1, 4},
+                                              {"deepspeed", 1, 3, 0, 1},
+                                              {"deepspeed", 1, 2, 0, 2},
+                                              {"deepspeed", 1, 2, 1, 3},
+                                              {"deepspeed", 2, 4, 0, 0, 2},
+                                              {"deepspeed", 1, 4, 0, 0, 4}};
   return formats;
+}
+
+DeepSpeedWriteOptions Options(const Format& format) {
+  DeepSpeedWriteOptions options{.stage = format.zero, .dp = format.ranks, .ep = format.expert};
+  if (format.tensor > 0) options.degrees.tensor = format.tensor;
+  if (format.pipeline > 0) options.degrees.pipeline = format.pipeline;
+  return options;
 }
 
 absl::Status Write(FileSystem& file_system, const Format& format, ConversionSource& source,
@@ -85,8 +119,8 @@ absl::Status Write(FileSystem& file_system, const Format& format, ConversionSour
   absl::StatusOr<TorchFilesPlan> plan =
       format.name == "torch"  ? PlanTorch(source.index(), kFile)
       : format.name == "fsdp" ? PlanFsdp(source.index(), format.ranks)
-      : format.name == "ucp"  ? PlanUniversal(source.index(), format.zero)
-                              : PlanDeepSpeed(source, {.stage = format.zero, .dp = format.ranks});
+      : format.name == "ucp"  ? PlanUniversal(source.index(), {.stage = format.zero})
+                              : PlanDeepSpeed(source, Options(format));
   if (!plan.ok()) return plan.status();
   uint64_t done = 0;
   auto status = WriteTorchFiles(file_system, out, source, *plan, [&](uint64_t now, uint64_t of) {
@@ -124,8 +158,14 @@ class RoundTrip : public ::testing::Test {
       fs::create_directory(out);
       const absl::Status status = Write(*file_system_, format, source, out);
       if (absl::IsFailedPrecondition(status)) {
-        refused[format.Label()] = std::string(status.message());
         EXPECT_TRUE(fs::is_empty(out));
+        const std::string why(status.message());
+        if (format.expert > 1 && why.find("the model has no experts") != std::string::npos)
+          continue;
+        const bool not_cut = format.IsModelParallel() &&
+                             std::any_of(kNotCut.begin(), kNotCut.end(),
+                                         [&](auto& r) { return why.find(r) != std::string::npos; });
+        if (!not_cut) refused[format.Label()] = why;
         continue;
       }
       EXPECT_THAT(status, IsOk());
@@ -143,6 +183,7 @@ class RoundTrip : public ::testing::Test {
       ConversionSource again(*back->folder, std::move(back->index));
       Compare(format, expected, RecordsOf(again));
       ++written_;
+      if (format.IsModelParallel()) ++cut_;
     }
     return refused;
   }
@@ -175,6 +216,7 @@ class RoundTrip : public ::testing::Test {
   // In memory where there is such a place: thousands of files are made durable.
   TemporaryDirectory directory_{fs::is_directory(kMemory) ? kMemory : "."};
   int written_ = 0;
+  int cut_ = 0;  // of those for ranks of model parallelism
 };
 
 // Every folder below `root` that has a `ckpt` and is small enough, with what refuses it.
@@ -233,18 +275,18 @@ TEST_F(RoundTrip, OfTheSamplesOfTheRepository) {
   }
   EXPECT_GE(samples, 14u);
   EXPECT_GE(written_, 100);
+  EXPECT_GE(cut_, 3);
 }
 
 TEST_F(RoundTrip, OfWhatLiesBesideTheRepository) {
   const std::string shared = HOLDFAST_TEST_SHARED "/fixtures/";
   if (!fs::exists(shared)) GTEST_SKIP() << shared << " is not there";
   const std::vector<std::string> reasons = {
-      "--names FILE",                     // the optimizer's names are not in the files
-      "has no optimizer states",          // weights alone
-      "Muon",                             // DeepSpeed's momentum of whole parameters
-      "experts of DeepSpeed's own",       // files of their own
-      "2 parameter groups, and nothing",  // experts' groups have local names
-      "FSDP2 shards dimension 0",         // a parameter without dimensions
+      "--names FILE",              // the optimizer's names are not in the files
+      "has no optimizer states",   // weights alone
+      "Muon",                      // DeepSpeed's momentum of whole parameters
+      "experts of DeepSpeed's",    // files of their own, of stages 1 and 2
+      "FSDP2 shards dimension 0",  // a parameter without dimensions
   };
   for (const std::string family : {"deepspeed", "ucp", "dcp", "fsdp", "hf"}) {
     for (const std::string& sample : SamplesBelow(shared + family)) {
@@ -258,6 +300,7 @@ TEST_F(RoundTrip, OfWhatLiesBesideTheRepository) {
     }
   }
   EXPECT_GE(written_, 400);
+  EXPECT_GE(cut_, 14);
 }
 
 }  // namespace

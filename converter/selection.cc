@@ -14,6 +14,7 @@
 #include "base/status_macros.h"
 #include "base/suggestion.h"
 #include "converter/optimizer_groups.h"
+#include "converter/parallel_facts.h"
 #include "converter/rename_rules.h"
 #include "converter/rounding.h"
 #include "format/name_pattern.h"
@@ -43,6 +44,7 @@ class Selector {
     ASSIGN_OR_RETURN(const std::vector<bool> wanted, Wanted());
     Keep(wanted);
     RETURN_IF_ERROR(Rename());
+    if (!request_.rename.empty() || request_.map != nullptr) ForgetParallelFacts(index());
     if (request_.map != nullptr) {
       const Unmapped unmapped = Drops(kDropUnmapped) ? Unmapped::kLeaveOut : Unmapped::kRefuse;
       RETURN_IF_ERROR(request_.map(index(), unmapped, selection_.left_out));

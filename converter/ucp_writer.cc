@@ -11,6 +11,10 @@
 #include "absl/strings/str_format.h"
 #include "base/status_macros.h"
 #include "converter/deepspeed_output.h"
+#include "converter/deepspeed_ranks.h"
+#include "converter/layout_file.h"
+#include "converter/parallel_facts.h"
+#include "converter/parallel_rules.h"
 
 namespace holdfast::converter {
 namespace {
@@ -33,8 +37,9 @@ bool IsPath(std::string_view name) {
 
 class UniversalPlanner {
  public:
-  UniversalPlanner(const DeepSpeedOutput& output, uint64_t stage)
-      : output_(output), index_(output.index()), stage_(stage) {}
+  // `rules`: null if nothing says how tensor-parallel ranks cut parameters.
+  UniversalPlanner(const DeepSpeedOutput& output, uint64_t stage, const ParallelRules* rules)
+      : output_(output), index_(output.index()), stage_(stage), rules_(rules) {}
 
   absl::StatusOr<TorchFilesPlan> Run() {
     tag_ = absl::StrCat("global_step", index_.has_step ? index_.step : 0, "_universal");
@@ -59,12 +64,18 @@ class UniversalPlanner {
           "--rename FILE gives it another",
           parameter.name));
     }
+    ParameterCut cut;
+    if (rules_ != nullptr) {
+      const TensorState& owner = index_.tensor_states[output_.OwnerOf(parameter.weight)];
+      ASSIGN_OR_RETURN(cut, rules_->HowToCut(owner.tensor, parameter.shape));
+    }
     const std::string directory = absl::StrFormat("%s/zero/%s", tag_, parameter.name);
     const auto add = [&](std::string_view key, uint32_t number, Dtype dtype) {
       TorchDraft draft(index_, absl::StrFormat("%s/%s.pt", directory, key));
       draft.pickle().Dict([&] {
         draft.Key("param");
         draft.WholeAs(number, dtype, TorchDraft::Form::kShaped);
+        PushCut(draft, parameter, cut);
       });
       plan_.Add(std::move(draft).Finish());
     };
@@ -89,6 +100,42 @@ class UniversalPlanner {
       plan_.Add(std::move(draft).Finish());
     }
     return absl::OkStatus();
+  }
+
+  // How load_hp_checkpoint_state cuts it for tensor-parallel ranks (checkpoint/
+  // universal_checkpoint.py). Without a word along dimension 0, or not at all, by its shape there.
+  void PushCut(TorchDraft& draft, const OptimizedParameter& parameter,
+               const ParameterCut& cut) const {
+    if (cut.kind == ParameterCut::Kind::kJoined) {
+      draft.Key("cat_dim");
+      draft.out().Int(static_cast<int64_t>(cut.dimension));
+    } else if (cut.kind == ParameterCut::Kind::kSubTensors) {
+      draft.Key("sub_param_shape");
+      draft.pickle().Object("deepspeed.checkpoint.universal_checkpoint", "SubparamShape");
+      draft.pickle().State([&] { PushSubParameters(draft, parameter, cut); });
+    }
+    if (cut.vocabulary) {
+      draft.Key("vocab_tensor");
+      draft.out().Bool(true);
+    }
+  }
+
+  static void PushSubParameters(TorchDraft& draft, const OptimizedParameter& parameter,
+                                const ParameterCut& cut) {
+    draft.Key("patterns");
+    draft.pickle().List([&] { draft.out().String(ExactPattern({parameter.name})); });
+    draft.Key("shape");
+    draft.out().Mark();
+    for (size_t d = 0; d < parameter.shape.size(); ++d) {
+      if (d == cut.dimension) {
+        draft.pickle().Tuple(cut.sizes);
+      } else {
+        draft.out().Int(static_cast<int64_t>(parameter.shape[d]));
+      }
+    }
+    draft.out().Tuple();
+    draft.Key("partition_dim");
+    draft.out().Int(static_cast<int64_t>(cut.dimension));
   }
 
   // What all parameters share. Stages 1 and 2 read `param_groups` and zip them with their own;
@@ -127,16 +174,18 @@ class UniversalPlanner {
     for (const OptimizedGroup& group : output_.groups()) {
       flat.emplace_back();
       for (const OptimizedParameter& parameter : group.parameters) {
-        flat.back().push_back(&parameter);
+        flat.back().push_back({parameter.name, &parameter});
       }
     }
-    output_.PushModel(draft, {.stage = stage_, .dp = 1, .rank = 0, .universal = true}, flat);
+    output_.PushModel(
+        draft, {.ranks = DeepSpeedRanks::Whole(output_), .stage = stage_, .universal = true}, flat);
     plan_.Add(std::move(draft).Finish());
   }
 
   const DeepSpeedOutput& output_;
   const ForeignIndex& index_;
   const uint64_t stage_;
+  const ParallelRules* const rules_;
   std::string tag_;
   std::optional<uint32_t> step_;
   TorchFilesPlan plan_;
@@ -144,7 +193,8 @@ class UniversalPlanner {
 
 }  // namespace
 
-absl::StatusOr<TorchFilesPlan> PlanUniversal(const ForeignIndex& index, uint64_t stage) {
+absl::StatusOr<TorchFilesPlan> PlanUniversal(const ForeignIndex& index,
+                                             const UniversalWriteOptions& options) {
   ASSIGN_OR_RETURN(const DeepSpeedOutput output,
                    DeepSpeedOutput::Create(index, DeepSpeedOutput::Buffers::kNone));
   if (output.groups().empty()) {
@@ -152,7 +202,12 @@ absl::StatusOr<TorchFilesPlan> PlanUniversal(const ForeignIndex& index, uint64_t
         "a universal folder is made of the optimizer's parameters, and this checkpoint has no "
         "optimizer states: --format deepspeed writes weights alone");
   }
-  return UniversalPlanner(output, stage).Run();
+  ASSIGN_OR_RETURN(const LayoutFile layout, ParseLayoutFile(options.layout));
+  ASSIGN_OR_RETURN(ParallelInfo info, ParallelInfoToWrite(index, options.preset, layout));
+  // ZeRO-3 with tensor parallelism has files of its own: nothing is said there.
+  const bool says = options.stage != 3 && (info.NamesShards() || !info.rules.empty());
+  ASSIGN_OR_RETURN(const ParallelRules rules, ParallelRules::Create(std::move(info)));
+  return UniversalPlanner(output, options.stage, says ? &rules : nullptr).Run();
 }
 
 }  // namespace holdfast::converter

@@ -98,16 +98,21 @@ def make_engine(case, seed):
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 
-def pieces_of(engine):
-    """{name: (shape, first element, {state: elements})} of this rank."""
+def pieces_of(engine, rank=None):
+    """{name: (shape, first element, {state: elements})} of this rank; of Muon's momentum all elements. `rank`: the number
+    of its partition, or a function of the group; by default the rank."""
     optimizer, names = engine.optimizer, {id(p): n for n, p in engine.module.named_parameters()}
-    rank, found = torch.distributed.get_rank(), {}
+    rank, found = torch.distributed.get_rank() if rank is None else rank, {}
 
-    def add(parameter, shape, first, flat, begin, count):
+    def add(parameter, shape, first, flat, begin, count, whole_at=None):
         states = {"fp32": flat.detach()[begin:begin + count].clone()}
         for key, value in optimizer.optimizer.state[flat].items():
             value = value if torch.is_tensor(value) else torch.tensor(value)
-            states[key] = value.detach()[begin:begin + count].clone() if value.shape == flat.shape else value.clone()
+            if value.dim() > 0 and key == "momentum_buffer" and getattr(parameter, "use_muon", False):
+                if count > 0:
+                    states[key] = value.detach()[whole_at:whole_at + parameter.numel()].clone()
+            else:
+                states[key] = value.detach()[begin:begin + count].clone() if value.shape == flat.shape else value.clone()
         found[names[id(parameter)]] = (list(shape), first, states)
 
     if engine.zero_optimization_stage() == 3:
@@ -124,13 +129,14 @@ def pieces_of(engine):
         groups, flats = optimizer.round_robin_bit16_groups, optimizer.single_partition_of_fp32_groups
         offsets = optimizer.round_robin_bit16_offsets
     for g, (group, flat) in enumerate(zip(groups, flats)):
-        at = 0
+        at, whole_at, mine = 0, 0, rank(g) if callable(rank) else rank
         for i, p in enumerate(group):
             place = offsets[g][i] if offsets else at
             at += p.numel()
-            low, high = rank * flat.numel(), (rank + 1) * flat.numel()
+            low, high = mine * flat.numel(), (mine + 1) * flat.numel()
             begin, end = max(low, place), min(high, place + p.numel())
-            add(p, p.shape, max(0, begin - place), flat, begin - low, max(0, end - begin))
+            add(p, p.shape, max(0, begin - place), flat, begin - low, max(0, end - begin), whole_at)
+            whole_at += p.numel() if end > begin else 0
     return found
 
 
