@@ -22,6 +22,7 @@ sys.dont_write_bytecode = True
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "scripts")]
 import gpu_check  # noqa: E402  (the paths come first)
 import pairs  # noqa: E402
+import profiler  # noqa: E402
 
 
 class GpuCheckTest(unittest.TestCase):
@@ -120,6 +121,21 @@ class GpuCheckTest(unittest.TestCase):
     def test_a_ratio_is_of_pairs_and_few_pairs_give_the_extremes(self):
         ratio, low, high = pairs.paired_ratio([2.0, 40.0, 600.0], [1.0, 10.0, 100.0])
         self.assertEqual((ratio, low, high), (4.0, 2.0, 6.0))
+
+    def test_neighbouring_blocks_are_compared_and_steps_across_a_change_are_not(self):
+        def block(on, *steps):
+            return [{"event": "gate", "on": on}, *({"event": "step", "ms": {"a": ms, "b": 0.5}} for ms in steps)]
+
+        # The first step of a block began before it; a block with hardly a step says nothing; where a change
+        # was lost, two of one kind are neighbours.
+        events = [{"event": "step", "ms": {"a": 99}}]
+        for _ in range(profiler.BLOCKS_OF_START):
+            events += block(True, *[50] * 8)
+        for on, ms in ((True, 2), (False, 1), (False, 3), (True, 4), (True, 7), (False, 5)):
+            events += block(on, 1000, *[ms] * 6)
+        events += block(True, 1, 2, 3) + block(False, 1000, *[9] * 6) + block(True, 1000, *[8] * 6)
+        self.assertEqual(profiler.pairs_of(profiler.blocks_of(events)),
+                         [(2.5, 1.5), (4.5, 3.5), (7.5, 5.5), (8.5, 9.5)])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstring>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 
@@ -250,7 +251,7 @@ ProfilerPlugin::~ProfilerPlugin() { dlclose(library_); }
 
 CommunicatorTrace::CommunicatorTrace(std::shared_ptr<ProfilerPlugin> plugin,
                                      const Identity& identity)
-    : plugin_(std::move(plugin)), rank_(identity.rank) {
+    : plugin_(std::move(plugin)), rank_(identity.rank), process_id_(getpid()) {
   if (plugin_ == nullptr) return;
   if (CallInit(plugin_->table(), &context_, identity) == 0) return;
   context_ = nullptr;
@@ -397,7 +398,7 @@ void* CommunicatorTrace::StartProxyOp(int mask, const Flow& flow, size_t chunk_b
   descriptor.type = kProxyOp;
   descriptor.parent = flow.task;
   descriptor.rank = rank_;
-  descriptor.proxy_op = {getpid(),
+  descriptor.proxy_op = {process_id_,
                          static_cast<uint8_t>(flow.channel),
                          static_cast<int>(flow.peer),
                          static_cast<int>(flow.chunk_count()),
