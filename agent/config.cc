@@ -75,7 +75,7 @@ absl::StatusOr<std::string> TextOf(const std::string& key, const toml::node& nod
       absl::StrCat(key, ": expected a string or a whole number, found ", kind));
 }
 
-absl::Status AddFile(const std::string& path, Values& values) {
+absl::Status AddFile(const std::string& path, AgentConfig& config) {
   ASSIGN_OR_RETURN(const std::string text, ReadFile("configuration", path, kFileBytesMax));
   const toml::parse_result parsed = toml::parse(text, path);
   if (!parsed) {
@@ -86,6 +86,7 @@ absl::Status AddFile(const std::string& path, Values& values) {
   // What a job may choose about its recovery is read by who runs one; a slip in it is told here,
   // too.
   RETURN_IF_ERROR(recovery::ParseSettings(text, path).status());
+  config.recovery_toml = text;
   std::vector<std::string_view> known;
   for (const ConfigKey& key : ConfigKeys()) known.emplace_back(key.name);
   for (const auto& [key_node, node] : parsed.table()) {
@@ -102,7 +103,7 @@ absl::Status AddFile(const std::string& path, Values& values) {
     if (!value.ok()) {
       return absl::InvalidArgumentError(absl::StrCat(where, std::string(value.status().message())));
     }
-    values[key] = {*std::move(value), path};
+    config.values[key] = {*std::move(value), path};
   }
   return absl::OkStatus();
 }
@@ -226,6 +227,11 @@ absl::Status SetField(const std::string& key, const std::string& text, AgentConf
   } else if (key == "topology") {
     if (text.empty()) return absl::OkStatus();
     ASSIGN_OR_RETURN(config.topology, ParsePath(text));
+  } else if (key == "sidecar") {
+    ASSIGN_OR_RETURN(const size_t choice, ParseChoice(text, {"off", "observe", "act"}));
+    constexpr SidecarMode kChoices[] = {SidecarMode::kOff, SidecarMode::kObserve,
+                                        SidecarMode::kAct};
+    config.sidecar = kChoices[choice];
   } else {
     return absl::InternalError(absl::StrCat("no field for the key ", key));
   }
@@ -259,7 +265,7 @@ absl::StatusOr<AgentConfig> ResolveConfig(const ConfigSources& sources) {
   config.memory_bytes = sources.memory_bytes;
   for (const ConfigKey& key : ConfigKeys()) config.values[key.name] = {key.default_text, "default"};
   const std::string path = FindConfigFile(sources.config_flag, sources.environment);
-  if (!path.empty()) RETURN_IF_ERROR(AddFile(path, config.values));
+  if (!path.empty()) RETURN_IF_ERROR(AddFile(path, config));
   for (const ConfigKey& key : ConfigKeys()) {
     if (const auto text = Variable(sources, key.variable)) {
       config.values[key.name] = {*text, absl::StrCat("$", key.variable)};
@@ -303,7 +309,8 @@ std::string AgentConfig::Serialize() const {
                            {"notify_socket", unit.notify_socket},
                            {"descriptors_max", unit.descriptors_max},
                            {"watchdog_us", absl::ToInt64Microseconds(unit.watchdog)},
-                           {"topology_document", topology_document}};
+                           {"topology_document", topology_document},
+                           {"recovery_toml", recovery_toml}};
   for (const auto& [key, value] : values) {
     object["values"][key] = {{"text", value.text}, {"origin", value.origin}};
   }
@@ -321,6 +328,7 @@ absl::StatusOr<AgentConfig> DeserializeConfig(const std::string& text) {
   config.unit.descriptors_max = object.value("descriptors_max", uint32_t{0});
   config.unit.watchdog = absl::Microseconds(object.value("watchdog_us", int64_t{0}));
   config.topology_document = object.value("topology_document", "");
+  config.recovery_toml = object.value("recovery_toml", "");
   for (const auto& [key, value] : object["values"].items()) {
     config.values[key] = {value["text"], value["origin"]};
   }

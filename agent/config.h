@@ -57,6 +57,8 @@ struct ConfigSources {
 };
 
 enum class DirectIo { kAuto, kOn, kOff };
+// Of jobs that another launcher has started (agent/run/sidecar.h).
+enum class SidecarMode { kOff, kObserve, kAct };
 
 struct AgentConfig {
   // Not keys: how the agent was started.
@@ -85,11 +87,15 @@ struct AgentConfig {
   std::optional<Endpoint> http;
   std::string http_token_file;  // absolute; empty: no token is asked for
   std::string topology;         // absolute; empty: none
+  SidecarMode sidecar = SidecarMode::kOff;
   RingOptions::Kind ring{};
   DirectIo direct{};
 
   // What the file `topology` holds (monitor/topology.h), once ReadTopology has read it.
   std::string topology_document;
+  // The configuration file, for its [recovery]: what the sidecar goes by. It was parsed without an
+  // error (recovery/settings.h). Empty: there is none.
+  std::string recovery_toml;
 
   std::map<std::string, ConfigValue> values;  // every key
   uint64_t memory_bytes = 0;                  // as in ConfigSources

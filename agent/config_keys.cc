@@ -60,6 +60,9 @@ constexpr ConfigKey kKeys[] = {
     {"topology", "--topology", "HOLDFAST_TOPOLOGY", "",
      "A JSON document that tells the monitor which NIC, rail and switch each GPU of each node has. "
      "Empty: none, and a NIC is never named."},
+    {"sidecar", "--sidecar", "HOLDFAST_SIDECAR", "off",
+     "What is done about a hang in a job that another launcher has started: act (a rank is killed, "
+     "so that the launcher restarts the job), observe (evidence), or off."},
     {"log_file", "--log-file", "HOLDFAST_LOG_FILE", "",
      "The log; at 8 MiB it becomes FILE.1. Empty: standard error; a private agent writes agent.log "
      "beside its socket."},

@@ -70,6 +70,7 @@ const std::map<std::string, std::vector<std::string>>& GoodValues() {
       {"http", {"127.0.0.1:0", "[::1]:2", "10.0.0.1:9470"}},
       {"http_token_file", {"/t1", "off", "/t2"}},
       {"topology", {"/t1", "/t2", "/t3"}},
+      {"sidecar", {"observe", "act", "off"}},
       {"log_file", {"/l1", "/l2", "/l3"}},
       {"log_level", {"debug", "warning", "error"}},
   };
@@ -194,6 +195,15 @@ TEST_F(ConfigTest, SurvivesBeingHandedOverAndPrinted) {
   for (const ConfigKey& key : ConfigKeys()) {
     EXPECT_EQ(read->values.at(key.name).text, before.values.at(key.name).text) << key.name;
   }
+}
+
+TEST_F(ConfigTest, RecoveryIsHandedOverForTheSidecar) {
+  EXPECT_EQ(ResolveConfig(sources_)->recovery_toml, "");
+  const std::string text = "every = 7\n[recovery]\nhang_timeout = \"2m\"\n";
+  sources_.config_flag = WriteFile("f.toml", text);
+  const AgentConfig config = *ResolveConfig(sources_);
+  EXPECT_EQ(config.recovery_toml, text);
+  EXPECT_EQ(DeserializeConfig(config.Serialize())->recovery_toml, text);
 }
 
 TEST_F(ConfigTest, TheTopologyIsReadOnceAndHandedOver) {

@@ -30,6 +30,9 @@ recovery::WatchedJob Watched(const JobSnapshot& job) {
   }
   watched.newest = job.newest_committed;
   watched.finding = job.finding;
+  watched.next = job.word.next;
+  watched.trouble = job.word.trouble;
+  watched.is_handled = job.word.is_handled;
   return watched;
 }
 
@@ -86,6 +89,7 @@ std::vector<JobSnapshot> JobsNow(const JobSources& sources) {
   }
   for (auto& [name, job] : jobs) {
     job.watched_ranks = static_cast<uint32_t>(watched[name].size());
+    job.word = sources.sidecar.WordOf(name);
     job.every = sources.auto_saves.SentenceOf(name);
     for (const monitor::FindingRecord* const record : sources.findings.Records(name)) {
       if (record->state != monitor::FindingState::kOpen) continue;

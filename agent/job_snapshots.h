@@ -15,6 +15,7 @@
 #include "agent/monitor/boards.h"
 #include "agent/run/job_supervisor.h"
 #include "agent/run/run_service.h"
+#include "agent/run/sidecar.h"
 #include "base/ids.h"
 #include "checkpoint/engine.h"
 #include "monitor/finding.h"
@@ -38,6 +39,7 @@ struct JobSnapshot {
   uint32_t suspicions = 0;                  // open findings by grade
   uint32_t verdicts = 0;
   std::optional<monitor::Finding> finding;  // the strongest of them
+  Sidecar::Word word;                       // of another launcher's job
   std::string every;                        // AutoSaves::SentenceOf
 };
 
@@ -49,6 +51,7 @@ struct JobSources {
   const MonitorBoards& boards;
   const monitor::FindingLog& findings;
   const AutoSaves& auto_saves;
+  const Sidecar& sidecar;
 };
 // By name of the job.
 std::vector<JobSnapshot> JobsNow(const JobSources& sources);

@@ -9,7 +9,10 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <map>
+#include <set>
 #include <span>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -143,6 +146,7 @@ void Worker::DropWorld() {
   DescribeAtKillPoint(nullptr);
   server_.reset();
   auto_saves_.reset();
+  sidecar_.reset();
   run_service_.reset();
   evidence_pool_.reset();
   witness_service_.reset();
@@ -253,6 +257,7 @@ absl::Status Worker::BuildEngine() {
   server_options.take_exit = [this](RankExit exit) { node_aggregator_->TakeExit(std::move(exit)); };
   RETURN_IF_ERROR(AddWitnesses(server_options));
   RETURN_IF_ERROR(MakeRunService());
+  RETURN_IF_ERROR(MakeSidecar());
   server_options.run_service = run_service_.get();
   auto_saves_ = std::make_unique<AutoSaves>(
       AutoSaves::World{*loop_, clock_, [this] { return JobsNow(JobSourcesOf(EngineStatus())); },
@@ -292,6 +297,62 @@ absl::Status Worker::AddWitnesses(LocalServer::Options& server_options) {
   return absl::OkStatus();
 }
 
+absl::Status Worker::MakeSidecar() {
+  Sidecar::Options options;
+  options.mode = config_.sidecar;
+  ASSIGN_OR_RETURN(options.settings,
+                   recovery::ParseSettings(config_.recovery_toml, "configuration"));
+  options.state_directory = config_.state_directory;
+  sidecar_ = std::make_unique<Sidecar>(
+      std::move(options), Sidecar::World{*loop_, clock_, [this] { return RankProcesses(); },
+                                         [this](const std::string& job, const std::string& key) {
+                                           return run_service_->Runs(job, key);
+                                         },
+                                         [this](const std::string& job, const std::string& key) {
+                                           return engine_->ProgressOf(job, key);
+                                         },
+                                         [this](const std::string& job, const std::string& key) {
+                                           return engine_->ActivityOf(job, key);
+                                         },
+                                         EvidenceSources()});
+  return absl::OkStatus();
+}
+
+// Those that have a board, and those that have only opened a job: their heartbeats are seen.
+std::vector<MonitorBoards::Process> Worker::RankProcesses() const {
+  std::vector<MonitorBoards::Process> processes = monitor_boards_->Processes();
+  std::set<uint32_t> known;
+  for (const MonitorBoards::Process& process : processes) known.insert(process.process_id);
+  const nlohmann::json status = EngineStatus();
+  std::map<std::pair<std::string, uint32_t>, std::pair<std::string, uint32_t>> attempts;
+  const nlohmann::json none = nlohmann::json::array();
+  for (const nlohmann::json& job : status.value("jobs", none)) {
+    for (const nlohmann::json& attempt : job.value("attempts", none)) {
+      attempts[{job.value("job", ""), attempt.value("attempt", 0U)}] = {
+          attempt.value("key", ""), attempt.value("world_size", 0U)};
+    }
+  }
+  for (const nlohmann::json& session : status.value("sessions", none)) {
+    const uint32_t process_id = session.value("pid", 0U);
+    const std::string job = session.value("job", "");
+    if (!session.value("open", false) || process_id == 0 || !known.insert(process_id).second) {
+      continue;
+    }
+    const auto& [key, world_size] = attempts[{job, session.value("attempt", 0U)}];
+    processes.push_back({job, key, session.value("rank", UINT32_MAX), world_size, process_id, {}});
+  }
+  return processes;
+}
+
+EvidenceWorld Worker::EvidenceSources() {
+  return EvidenceWorld{*evidence_pool_,
+                       [this] { return StatusText(); },
+                       monitor_service_.get(),
+                       &witness_service_->waiting(),
+                       [this] { witness_service_->ReadKernelLog(); },
+                       config_.kernel_log};
+}
+
 absl::Status Worker::MakeRunService() {
   ASSIGN_OR_RETURN(evidence_pool_, ThreadPool::Create(*loop_, EvidenceWorld::kThreads));
   RunService::Options options;
@@ -302,12 +363,9 @@ absl::Status Worker::MakeRunService() {
   options.root = config_.root;
   run_service_ = std::make_unique<RunService>(
       std::move(options),
-      JobSupervisor::World{
-          *loop_, *pool_, clock_, *engine_,
-          [this](RankExit exit) { node_aggregator_->TakeExit(std::move(exit)); },
-          EvidenceWorld{*evidence_pool_, [this] { return StatusText(); }, monitor_service_.get(),
-                        &witness_service_->waiting(), [this] { witness_service_->ReadKernelLog(); },
-                        config_.kernel_log}});
+      JobSupervisor::World{*loop_, *pool_, clock_, *engine_,
+                           [this](RankExit exit) { node_aggregator_->TakeExit(std::move(exit)); },
+                           EvidenceSources()});
   return absl::OkStatus();
 }
 
@@ -322,10 +380,12 @@ MonitorService::Options Worker::MonitorOptions() const {
   options.mesh_of = [this](const std::string& job) { return engine_->MeshOf(job); };
   options.on_change = [this](const monitor::FindingRecord& record, monitor::FindingChange change) {
     if (run_service_ != nullptr) run_service_->TakeFinding(record, change);
+    if (sidecar_ != nullptr) sidecar_->TakeFinding(record, change);
   };
   options.on_sight = [this](const std::string& job, const std::string& key,
                             const monitor::Sight& sight) {
     if (run_service_ != nullptr) run_service_->TakeSight(job, key, sight);
+    if (sidecar_ != nullptr) sidecar_->TakeSight(job, key, sight);
   };
   options.log = LogInfo;
   options.warn = LogWarning;
@@ -342,6 +402,7 @@ void Worker::Recovered() {
   witness_service_->Start();
   run_service_->Recover();
   if (config_.every_is_auto) auto_saves_->Start();
+  sidecar_->Start();
   if (draining_) run_service_->Terminate();
   server_->Start();
   idle_since_ = clock_.Elapsed();
@@ -497,8 +558,9 @@ nlohmann::json Worker::EngineStatus() const {
 }
 
 JobSources Worker::JobSourcesOf(const nlohmann::json& engine_status) const {
-  return {*engine_,    engine_status, *run_service_, *monitor_boards_, monitor_service_->findings(),
-          *auto_saves_};
+  return {
+      *engine_,     engine_status, *run_service_, *monitor_boards_, monitor_service_->findings(),
+      *auto_saves_, *sidecar_};
 }
 
 std::string Worker::StatusText() const {
@@ -512,6 +574,7 @@ std::string Worker::StatusText() const {
   status["monitor_reports"] = nlohmann::json::parse(node_aggregator_->StatusJson());
   status["witnesses"] = nlohmann::json::parse(witness_service_->StatusJson());
   status["runs_active"] = run_service_->active_count();
+  status["sidecar"] = nlohmann::json::parse(sidecar_->StatusJson());
   nlohmann::json& agent = status["agent"];
   agent = {{"version", kVersion},
            {"protocol", abi::kProtocolVersion},

@@ -25,6 +25,7 @@
 #include "agent/monitor/node_aggregator.h"
 #include "agent/monitor/service.h"
 #include "agent/run/run_service.h"
+#include "agent/run/sidecar.h"
 #include "agent/service_manager.h"
 #include "agent/witness/service.h"
 #include "base/clock.h"
@@ -65,6 +66,9 @@ class Worker {
   MonitorService::Options MonitorOptions() const;
   absl::Status AddWitnesses(LocalServer::Options& server_options);
   absl::Status MakeRunService();
+  absl::Status MakeSidecar();
+  std::vector<MonitorBoards::Process> RankProcesses() const;
+  EvidenceWorld EvidenceSources();
   void Recovered();
   void WatchSignals();
   void TellWatchdog();
@@ -113,6 +117,7 @@ class Worker {
   std::unique_ptr<ThreadPool> evidence_pool_;
   std::unique_ptr<RunService> run_service_;
   std::unique_ptr<AutoSaves> auto_saves_;
+  std::unique_ptr<Sidecar> sidecar_;
   std::unique_ptr<LocalServer> server_;
   // Serves while the world is being built, too.
   std::unique_ptr<HttpServer> http_;

@@ -321,11 +321,12 @@ std::vector<std::string> Screen(const Settings& settings, const History& history
 
 std::string_view StateOf(const WatchedJob& job) {
   if (job.open_ranks == 0) return "not running";
+  if (!job.trouble.empty()) return "stalled";
   return job.finding.has_value() ? "suspected" : "running";
 }
 
 std::string HumanStep(const WatchedJob& job) {
-  const bool is_verdict = job.open_ranks > 0 && job.finding.has_value() &&
+  const bool is_verdict = job.open_ranks > 0 && !job.is_handled && job.finding.has_value() &&
                           job.finding->grade == monitor::Grade::kVerdict;
   return is_verdict ? absl::StrCat("holdfast monitor explain ", job.finding->id) : "nothing";
 }
@@ -349,11 +350,14 @@ std::vector<std::string> Screen(const WatchedJob& job, absl::Duration now) {
                           std::string(monitor::Name(finding.fault)), finding.confidence);
   }
   if (is_running && job.step > 0) absl::StrAppend(&first, ". Step ", CountText(job.step));
-  absl::StrAppend(&first, is_running ? ". Its own launcher restarts it" : ". No rank is open",
-                  ". You: ", HumanStep(job), ".");
+  const std::string next = job.next.empty() ? "Its own launcher restarts it" : job.next;
+  absl::StrAppend(&first, ". ", is_running ? next : "No rank is open", ". You: ", HumanStep(job),
+                  ".");
   std::vector<std::string> lines = {std::move(first)};
   if (is_running && job.finding.has_value()) {
     lines.push_back(absl::StrCat("Why: ", job.finding->sentence));
+  } else if (is_running && !job.trouble.empty()) {
+    lines.push_back(absl::StrCat("Why: ", job.trouble));
   }
   lines.push_back(absl::StrFormat("Attempt %s, %d of %d ranks open here; newest checkpoint: %s.",
                                   Value(job.attempt) == 0 ? "-" : absl::StrCat(Value(job.attempt)),

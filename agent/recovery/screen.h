@@ -35,7 +35,7 @@ std::vector<std::string> Screen(const Settings& settings, const History& history
 // "nothing", or one command.
 std::string HumanStep(const Settings& settings, const History& history);
 
-// A job that another launcher has started: nothing is decided about it here.
+// A job that another launcher has started.
 struct WatchedJob {
   std::string job;
   Attempt attempt{};  // 0: no rank has opened the job
@@ -45,8 +45,14 @@ struct WatchedJob {
   uint64_t step = 0;           // the greatest that a rank has told; 0: none
   std::optional<CheckpointId> newest;
   std::optional<monitor::Finding> finding;  // the strongest that is open
+  // Of the sidecar (agent/run/sidecar.h), if there is one: what happens next, half a sentence; and
+  // the incident that it has opened.
+  std::string next;
+  std::string trouble;
+  bool is_handled = false;  // something is done about what is wrong
 };
-// "running", "suspected" (a finding is open) or "not running".
+// "running", "suspected" (a finding is open), "stalled" (the sidecar has opened an incident) or
+// "not running".
 std::string_view StateOf(const WatchedJob& job);
 std::vector<std::string> Screen(const WatchedJob& job, absl::Duration now);
 std::string HumanStep(const WatchedJob& job);

@@ -432,6 +432,31 @@ TEST(WatchedScreens, SayThatNothingIsDoneAndWhatAPersonMayLookAt) {
   EXPECT_EQ(HumanStep(job), "nothing");
 }
 
+TEST(WatchedScreens, SayWhatTheSidecarDoes) {
+  WatchedJob job;
+  job.job = "llama";
+  job.attempt = Attempt{3};
+  job.world_size = job.open_ranks = job.watched_ranks = 4;
+  job.step = 41'990;
+  job.next = "A rank will be killed, so that its launcher restarts it";
+  // The silence of heartbeats, which the monitor says nothing of.
+  job.trouble = "No sign of life from ranks 0, 1 within the time-out.";
+  job.is_handled = true;
+  const absl::Duration now = absl::Seconds(1000);
+  EXPECT_EQ(absl::StrJoin(Screen(job, now), "\n"),
+            "STALLED. Step 41,990. A rank will be killed, so that its launcher restarts it. You: "
+            "nothing.\n"
+            "Why: No sign of life from ranks 0, 1 within the time-out.\n"
+            "Attempt 3, 4 of 4 ranks open here; newest checkpoint: none yet.\n"
+            "The monitor sees 4 ranks.");
+  job.finding = FindingOf(History(), monitor::FaultClass::kGpuHang,
+                          monitor::Syndrome::kCommunicationHang, {2})
+                    .finding;
+  EXPECT_EQ(HumanStep(job), "nothing");
+  job.is_handled = false;
+  EXPECT_EQ(HumanStep(job), "holdfast monitor explain 1f3a5c7d");
+}
+
 // ---- The downtime table.
 
 TEST(Downtime, ThePhasesAddUpToTheTimeFromTheOnsetToTheFirstNewStep) {

@@ -80,18 +80,26 @@ class Folder {
   Missing missing_;
 };
 
-// Directories beside `directory` that are numbers: all but the newest go.
-void ForgetOldIncidents(const std::string& directory) {
-  std::vector<std::pair<uint64_t, std::filesystem::path>> incidents;
+// Directories in `directory` that are numbers, ascending.
+std::vector<std::pair<uint32_t, std::filesystem::path>> IncidentsIn(
+    const std::filesystem::path& directory) {
+  std::vector<std::pair<uint32_t, std::filesystem::path>> incidents;
   std::error_code error;
-  const std::filesystem::path own(directory);
-  for (const auto& entry : std::filesystem::directory_iterator(own.parent_path(), error)) {
-    uint64_t number = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(directory, error)) {
+    uint32_t number = 0;
     if (absl::SimpleAtoi(entry.path().filename().string(), &number)) {
       incidents.emplace_back(number, entry.path());
     }
   }
   std::sort(incidents.begin(), incidents.end());
+  return incidents;
+}
+
+// Those beside `directory`: all but the newest go.
+void ForgetOldIncidents(const std::string& directory) {
+  const std::filesystem::path own(directory);
+  const auto incidents = IncidentsIn(own.parent_path());
+  std::error_code error;
   for (size_t i = 0; i + Evidence::kIncidentsMax < incidents.size(); ++i) {
     if (incidents[i].second != own) std::filesystem::remove_all(incidents[i].second, error);
   }
@@ -160,6 +168,11 @@ bool IsAllowed(std::string_view name) {
 }
 
 }  // namespace
+
+uint32_t NewestIncident(const std::string& directory) {
+  const auto incidents = IncidentsIn(directory);
+  return incidents.empty() ? 0 : incidents.back().first;
+}
 
 std::string AllowedVariables(const std::vector<std::string>& environment) {
   std::vector<std::string> shown;

@@ -72,6 +72,10 @@ Missing CollectMonitor(const std::string& directory, const std::string& monitor_
 // The last one: summary.txt, with what is missing at its end.
 absl::Status WriteSummary(const Evidence& evidence, const Missing& missing);
 
+// The greatest number of an incident's directory in `directory`; 0: there is none. Incidents of a
+// job have numbers in a row whoever collects them: `holdfast run`, or the sidecar.
+uint32_t NewestIncident(const std::string& directory);
+
 // Only variables that are known to be no secrets, sorted, one a line; the others are counted.
 std::string AllowedVariables(const std::vector<std::string>& environment);
 

@@ -111,6 +111,8 @@ TEST_F(EvidenceTest, TheNewestIncidentsAreKept) {
     EXPECT_EQ(std::filesystem::exists(place_.Join(absl::StrCat("incidents/", i))), i > 8) << i;
   }
   EXPECT_TRUE(std::filesystem::exists(place_.Join("incidents/notes")));
+  EXPECT_EQ(NewestIncident(place_.Join("incidents")), 40u);
+  EXPECT_EQ(NewestIncident(place_.Join("none")), 0u);
 }
 
 TEST_F(EvidenceTest, AnswersOfProcessesAreReadWithBounds) {

@@ -1,25 +1,13 @@
 // JobSupervisor: what is observed of a job besides the ends of its ranks and what they tell the
 // engine: silence, how much the monitor sees, faults of GPUs.
-#include <algorithm>
 #include <string>
 #include <vector>
 
-#include "absl/strings/numbers.h"
-#include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
-#include "agent/recovery/text.h"
 #include "agent/run/job_supervisor.h"
+#include "agent/run/monitor_told.h"
 #include "agent/run/process_tree.h"
 
 namespace holdfast {
-namespace {
-
-recovery::Sight SightOf(const monitor::Sight& sight) {
-  if (sight.IsWhole()) return recovery::Sight::kWhole;
-  return sight.ranks_reporting == 0 ? recovery::Sight::kBlind : recovery::Sight::kPartial;
-}
-
-}  // namespace
 
 void JobSupervisor::LookForSilence(const std::vector<Engine::RankProgress>& ranks,
                                    absl::Duration now) {
@@ -27,23 +15,15 @@ void JobSupervisor::LookForSilence(const std::vector<Engine::RankProgress>& rank
   const bool works = engine_pause_.Holds(
       world_.engine.ActivityOf(spec_.job, AttemptKeyOf(spec_, group_launch_)), now);
   const bool is_seen = sight_.has_value() && *sight_ != recovery::Sight::kBlind;
-  std::vector<SilenceWatch::Rank> open;
-  for (const Engine::RankProgress& rank : ranks) {
-    if (rank.is_open) open.push_back({Value(rank.rank), rank.heartbeat_count, rank.sections});
-  }
   for (const SilenceWatch::Said& said :
-       silence_.Look(now, open, works ? SilenceWatch::Engine::kWorks : SilenceWatch::Engine::kIdle,
+       silence_.Look(now, OpenRanks(ranks),
+                     works ? SilenceWatch::Engine::kWorks : SilenceWatch::Engine::kIdle,
                      is_seen ? SilenceWatch::Monitor::kSees : SilenceWatch::Monitor::kBlind)) {
+    Say(SentenceOf(said));
     if (!said.is_late) {
-      Say(absl::StrFormat("rank %d is there again", said.rank));
       Take(recovery::RankBeats{group_launch_, Rank{said.rank}});
       continue;
     }
-    Say(absl::StrFormat(
-        "rank %d has been silent for %s%s, beyond the time-out of %s", said.rank,
-        recovery::DurationText(said.silent),
-        said.section.empty() ? "" : absl::StrCat(" in section \"", said.section, "\""),
-        recovery::DurationText(said.timeout)));
     Take(recovery::RankTimedOut{group_launch_, Rank{said.rank}, said.section, said.silent,
                                 said.timeout});
   }

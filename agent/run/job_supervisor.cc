@@ -131,6 +131,10 @@ absl::StatusOr<std::unique_ptr<JobSupervisor>> JobSupervisor::Begin(
                                                               std::move(spec), std::move(settings),
                                                               std::move(on_change)));
   supervisor->history_ = *std::move(history);
+  // What was collected beside another launcher is not written over.
+  supervisor->history_.incident_count =
+      std::max(supervisor->history_.incident_count,
+               NewestIncident(absl::StrCat(supervisor->options_.state_directory, "/incidents")));
   supervisor->told_incident_ = supervisor->history_.incident_count;
   supervisor->BeginRun();
   return supervisor;

@@ -12,6 +12,7 @@
 #include "absl/strings/str_join.h"
 #include "agent/log.h"
 #include "agent/recovery/why.h"
+#include "agent/run/monitor_told.h"
 #include "agent/run/small_files.h"
 #include "base/status_macros.h"
 #include "format/checkpoint_names.h"
@@ -183,14 +184,7 @@ void RunService::TakeFinding(const monitor::FindingRecord& record, monitor::Find
   }
   const std::optional<recovery::Launch> launch = supervisor.LaunchOf(record.attempt_key);
   if (!launch.has_value()) return;
-  recovery::FindingTold told;
-  told.launch = *launch;
-  told.finding = record.finding;
-  told.group = record.finding.group;
-  told.timeout = record.finding.timeout;
-  // When it was opened it had stood for a while already.
-  told.standing = std::max(world_.clock.Elapsed() - record.finding.since, record.finding.standing);
-  supervisor.Take(std::move(told));
+  supervisor.Take(ToldOf(record, *launch, world_.clock.Elapsed()));
 }
 
 void RunService::TakeSight(const std::string& job, const std::string& attempt_key,
@@ -219,6 +213,14 @@ void RunService::Terminate() {
 
 void RunService::Kill() {
   for (auto& [name, job] : jobs_) job.supervisor->Kill();
+}
+
+bool RunService::Runs(const std::string& job, const std::string& attempt_key) const {
+  return std::any_of(jobs_.begin(), jobs_.end(), [&](const auto& one) {
+    const JobSupervisor& supervisor = *one.second.supervisor;
+    return !supervisor.is_over() &&
+           (one.first == job || supervisor.LaunchOf(attempt_key).has_value());
+  });
 }
 
 size_t RunService::active_count() const {

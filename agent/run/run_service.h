@@ -79,6 +79,9 @@ class RunService {
 
   // Of every job that this agent runs or has run. Valid until the loop goes on.
   std::vector<JobSupervisor::View> views() const;
+  // A run of that job is under way, or one of which the attempt is: a program may open its job by
+  // another name than its run has.
+  bool Runs(const std::string& job, const std::string& attempt_key) const;
   // Not over.
   size_t active_count() const;
   // There was a run, and all are over.

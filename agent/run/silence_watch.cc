@@ -3,7 +3,10 @@
 #include <algorithm>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "agent/monitor/sections.h"
+#include "agent/recovery/text.h"
 
 namespace holdfast {
 namespace {
@@ -118,6 +121,23 @@ std::vector<SilenceWatch::Timeout> SilenceWatch::timeouts() const {
   std::vector<Timeout> all = {OfHeartbeat()};
   for (const auto& [name, learned] : pauses_) all.push_back(OfPause(name));
   return all;
+}
+
+std::vector<SilenceWatch::Rank> OpenRanks(const std::vector<Engine::RankProgress>& ranks) {
+  std::vector<SilenceWatch::Rank> open;
+  for (const Engine::RankProgress& rank : ranks) {
+    if (rank.is_open) open.push_back({Value(rank.rank), rank.heartbeat_count, rank.sections});
+  }
+  return open;
+}
+
+std::string SentenceOf(const SilenceWatch::Said& said) {
+  if (!said.is_late) return absl::StrFormat("rank %d is there again", said.rank);
+  return absl::StrFormat(
+      "rank %d has been silent for %s%s, beyond the time-out of %s", said.rank,
+      recovery::DurationText(said.silent),
+      said.section.empty() ? "" : absl::StrCat(" in section \"", said.section, "\""),
+      recovery::DurationText(said.timeout));
 }
 
 }  // namespace holdfast

@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "absl/time/time.h"
+#include "checkpoint/engine.h"
 #include "monitor/thresholds.h"
 
 namespace holdfast {
@@ -103,6 +104,12 @@ class SilenceWatch {
   Learned heartbeats_;
   std::map<std::string, Learned> pauses_;
 };
+
+// Those that are open, as Look takes them.
+std::vector<SilenceWatch::Rank> OpenRanks(const std::vector<Engine::RankProgress>& ranks);
+
+// For people.
+std::string SentenceOf(const SilenceWatch::Said& said);
 
 }  // namespace holdfast
 
