@@ -176,6 +176,7 @@ class ConvertTest(unittest.TestCase):
                                    ("dp=3,ep=2", 2, "expected ep to divide dp"),
                                    ("dp=2,ep=2", 1, "the model has no experts of DeepSpeed's"),
                                    ("tp=4000,pp=2", 2, "at most"),
+                                   ("dp=40000,tp=2", 2, "expected at most 65536 ranks in all"),
                                    ("tp=2", 1, "parameter \"blocks.0.weight\": nothing says how tensor-parallel ranks cut it"),
                                    ("pp=2", 1, "a pipeline's tensors are called <layer>.<name>")):
             self.assertIn(expected, self.refused("--to", to, form="deepspeed", code=code))

@@ -158,6 +158,11 @@ absl::StatusOr<Target> ParseTarget(const Options& options) {
         "--to %s: expected ep to divide dp, because expert-parallel ranks are data-parallel ranks",
         options.to));
   }
+  const uint64_t model_ranks = target.megatron.tensor * target.megatron.pipeline;
+  if (options.format == "deepspeed" && target.dp > converter::kFsdpRanksMax / model_ranks) {
+    return absl::InvalidArgumentError(absl::StrFormat("--to %s: expected at most %d ranks in all",
+                                                      options.to, converter::kFsdpRanksMax));
+  }
   if (options.format == "deepspeed" && target.says_pp && target.zero != 1) {
     return absl::InvalidArgumentError(absl::StrFormat(
         "--to %s: expected zero=1 with pp, because DeepSpeed's pipelines run with no other stage",
