@@ -8,6 +8,7 @@
 #include "cli/foreign.h"
 #include "cli/output.h"
 #include "cli/progress.h"
+#include "converter/archive_check.h"
 #include "converter/prove.h"
 
 namespace holdfast::cli {
@@ -32,6 +33,8 @@ const char* KindText(ProofFinding::Kind kind) {
       return "not finite, no damage";
     case ProofFinding::Kind::kUnreadable:
       return "unreadable";
+    case ProofFinding::Kind::kChecksum:
+      return "checksum";
   }
   return "";
 }
@@ -111,6 +114,8 @@ ExitCode VerifyForeign(Invocation& invocation, const std::string& path,
                               }});
   }
   if (!report.ok()) return ReportForeign(report.status());
+  const absl::Status archives = converter::ProveArchives(*source->folder, source->index, *report);
+  if (!archives.ok()) return ReportForeign(archives);
   Print(path, source->index.format, *report, invocation.json);
   return SoundnessExitCode(report->soundness);
 }

@@ -30,6 +30,7 @@ struct ProofFinding {
     kNonFinite,  // NaN or infinite where training has neither: in weights and optimizer states
     kUnusual,    // the same elsewhere: a mask may be infinite. Not damage
     kUnreadable,
+    kChecksum,  // bytes of an archive are others than it says (converter/archive_check.h)
   };
   Kind kind = Kind::kCover;
   std::string text;
