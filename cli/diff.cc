@@ -33,8 +33,8 @@ constexpr size_t kTensorsPrintedMax = 20;
 constexpr size_t kBlobsPrintedMax = 20;
 constexpr char kDiffExitCodesHelp[] =
     "Exit codes: 0 equal, 1 differs (and nothing else), 2 usage, or no answer: some tensor has no\n"
-    "fingerprint and --bytes was not given, 4 damaged, 5 not found, 6 unsafe content refused,\n"
-    "75 trouble with reading (retry).";
+    "fingerprint and --bytes was not given, or cannot be read; 4 damaged, 5 not found, 6 unsafe\n"
+    "content refused, 75 trouble with reading (retry).";
 
 struct Options {
   std::string a;

@@ -20,6 +20,7 @@
 #include "converter/layout_file.h"
 #include "converter/megatron_layout.h"
 #include "converter/megatron_state.h"
+#include "converter/parallel_rules.h"
 #include "format/checkpoint_names.h"
 
 namespace holdfast::cli {
@@ -148,6 +149,9 @@ absl::StatusOr<converter::ForeignSource> LookAtForeign(Invocation& invocation,
   converter::ReadOptions read;
   read.tag = options.tag;
   read.preset = options.preset;
+  if (!options.preset.empty()) {
+    RETURN_IF_ERROR(converter::ParallelPreset(options.preset).status());
+  }
   if (!options.model.empty()) {
     ASSIGN_OR_RETURN(read.model_config,
                      ReadIfThere(invocation.file_system, options.model + "/config.json"));
@@ -191,6 +195,22 @@ absl::StatusOr<converter::ForeignSource> LookAtForeign(Invocation& invocation,
   }
   absl::StatusOr<converter::ForeignSource> source =
       converter::OpenForeignSource(invocation.file_system, path, read, limits);
+  if (source.ok() && source->recognized && !options.tag.empty() && !options.tag_is_of_one) {
+    const std::vector<converter::Fact>& layout = source->index.layout;
+    const bool chosen = std::any_of(layout.begin(), layout.end(), [](const converter::Fact& fact) {
+      return fact.name == "tag";  // what a reader has chosen
+    });
+    if (!chosen) {
+      return absl::InvalidArgumentError(absl::StrFormat(
+          "--tag %s: expected a folder of several checkpoints, found %s, one of the format %s",
+          options.tag, path, source->index.format));
+    }
+  }
+  if (options.memory_bytes > 0 && absl::IsResourceExhausted(source.status())) {
+    return absl::InvalidArgumentError(
+        absl::StrFormat("--memory: expected more than %d bytes to read this checkpoint with: %s",
+                        options.memory_bytes, source.status().message()));
+  }
   if (source.ok() && source->recognized && !options.layout.empty() && !options.layout_of_output &&
       source->index.format != "deepspeed" && source->index.format != "ucp") {
     return absl::InvalidArgumentError(absl::StrFormat(

@@ -16,8 +16,9 @@ namespace holdfast::cli {
 // The options by which a user supplies what the files do not hold.
 struct ForeignOptions {
   std::string tag;
-  std::string model;  // a directory
-  std::string names;  // a file
+  bool tag_is_of_one = false;  // of two checkpoints: the other one may have none
+  std::string model;           // a directory
+  std::string names;           // a file
   std::string preset;
   std::string layout;             // a layout file (converter/layout_file.h)
   bool layout_of_output = false;  // it may speak of what is written

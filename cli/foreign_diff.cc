@@ -42,15 +42,21 @@ nlohmann::ordered_json ToJson(const std::optional<TensorState>& state) {
           {"shape", state->shape}};
 }
 
+const char* VerdictText(const Comparison& comparison) {
+  if (comparison.different()) return "different";
+  return comparison.equal() ? "equal" : "unknown";
+}
+
 void Print(const Comparison& comparison, const std::string& a, const std::string& b, bool json) {
   if (json) {
     nlohmann::ordered_json output = {{"schema_version", 1},
                                      {"a", a},
                                      {"b", b},
-                                     {"verdict", comparison.equal() ? "equal" : "different"},
+                                     {"verdict", VerdictText(comparison)},
                                      {"tensors_equal", comparison.equal_count},
                                      {"tensors_different", comparison.different_count},
-                                     {"differences", nlohmann::ordered_json::array()}};
+                                     {"differences", nlohmann::ordered_json::array()},
+                                     {"not_compared", comparison.not_compared}};
     for (const Comparison::Difference& each : comparison.differences) {
       nlohmann::ordered_json record = {
           {"kind", KindText(each.kind)}, {"a", ToJson(each.a)}, {"b", ToJson(each.b)}};
@@ -66,8 +72,7 @@ void Print(const Comparison& comparison, const std::string& a, const std::string
     std::printf("%s\n", JsonText(output).c_str());
     return;
   }
-  std::printf("%s: %llu tensors equal, %llu different\n",
-              comparison.equal() ? "equal" : "different",
+  std::printf("%s: %llu tensors equal, %llu different\n", VerdictText(comparison),
               static_cast<unsigned long long>(comparison.equal_count),
               static_cast<unsigned long long>(comparison.different_count));
   for (size_t i = 0; i < comparison.differences.size() && i < kPrintedMax; ++i) {
@@ -90,6 +95,13 @@ void Print(const Comparison& comparison, const std::string& a, const std::string
     std::printf("  and %llu more\n",
                 static_cast<unsigned long long>(comparison.different_count - kPrintedMax));
   }
+  const std::vector<std::string>& unknown = comparison.not_compared;
+  for (size_t i = 0; i < unknown.size() && i < kPrintedMax; ++i) {
+    std::printf("  not compared: %s\n", Printable(unknown[i]).c_str());
+  }
+  if (unknown.size() > kPrintedMax) {
+    std::printf("  and %zu more that were not compared\n", unknown.size() - kPrintedMax);
+  }
 }
 
 absl::StatusOr<ExitCode> Run(Invocation& invocation, const std::string& a, const std::string& b,
@@ -109,14 +121,17 @@ absl::StatusOr<ExitCode> Run(Invocation& invocation, const std::string& a, const
   }
   RETURN_IF_ERROR(comparison.status());
   Print(*comparison, a, b, invocation.json);
-  return comparison->equal() ? kExitOk : kExitDiffers;
+  if (comparison->different()) return kExitDiffers;
+  return comparison->equal() ? kExitOk : kExitUsage;  // that is "no answer" of this verb
 }
 
 }  // namespace
 
 ExitCode DiffForeign(Invocation& invocation, const std::string& a, const std::string& b,
                      const ForeignOptions& options) {
-  const absl::StatusOr<ExitCode> code = Run(invocation, a, b, options);
+  ForeignOptions of_one = options;
+  of_one.tag_is_of_one = true;
+  const absl::StatusOr<ExitCode> code = Run(invocation, a, b, of_one);
   if (code.ok()) return *code;
   const ExitCode failure = ReportForeign(code.status());
   return failure == kExitFailure ? invocation.failure : failure;

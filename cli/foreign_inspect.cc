@@ -226,9 +226,10 @@ ExitCode InspectFiles(Invocation& invocation, const ForeignSource& source,
     } else {
       any = true;
     }
+    if (!invocation.json) continue;
     ordered_json record = {{"file", file.path}};
     record.update(*found);
-    if (invocation.json) files.push_back(std::move(record));
+    files.push_back(std::move(record));
   }
   if (!any) return ReportForeign(converter::NotRecognized(options.path, source));
   for (const std::string& path : unknown) {

@@ -8,12 +8,14 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import struct
 import subprocess
 import sys
 import tempfile
 import unittest
+import zipfile
 from pathlib import Path
 
 HOLDFAST = sys.argv.pop(1)
@@ -104,6 +106,12 @@ class ForeignTest(unittest.TestCase):
         self.assertIn("found", files["b.safetensors"]["error"])
         self.assertIn("expected a checkpoint", files["notes.txt"]["error"])
         self.assertTrue(any("symbolic link out of the folder" in name for name in files))
+        code, out, err = run("inspect", self.path / "some")
+        self.assertEqual((code, err), (0, ""))
+        some = self.path / "some"
+        for text in (f"{some}/a.safetensors\n  format     safetensors\n", f"{some}/b.safetensors\n  ",
+                     f"{some}/notes.txt\n  no checkpoint\n", "  refused\n"):
+            self.assertIn(text, out)
         code, out, err = run("inspect", self.path / "some" / "b.safetensors")
         self.assertEqual((code, out), (4, ""))
         self.assertIn("data", err)
@@ -121,6 +129,15 @@ class ForeignTest(unittest.TestCase):
         kinds = {finding["kind"]: finding["text"] for finding in json.loads(out)["findings"]}
         self.assertIn("model-2.safetensors", kinds["lost"])
         self.assertIn("element 0 of [1]", kinds["not finite"])
+        # What lacks something is written only as far as it is there, if that is asked for.
+        for verb, arguments in (("export", ()), ("convert", ("--format", "torch")), ("convert", ("--format", "dcp"))):
+            code, _, err = run(verb, self.path / "hf", self.path / "out", *arguments)
+            self.assertEqual(code, 4)
+            self.assertRegex(err, "something is lost: .*model-2.safetensors.*--drop lost")
+            self.assertFalse((self.path / "out").exists())
+        code, out, err = run("export", self.path / "hf", self.path / "out", "--drop", "lost")
+        self.assertEqual((code, err), (0, ""))
+        self.assertRegex(out, "left out: lost: .*model-2.safetensors")
         index["weight_map"]["b"] = "../good.safetensors"
         self.write("hf/model.safetensors.index.json", json.dumps(index).encode())
         for verb in ("verify", "inspect"):
@@ -163,6 +180,39 @@ class ForeignTest(unittest.TestCase):
             self.assertEqual((code, err), (0, ""))
             self.assertFalse((out / "stale").exists())
         self.assertEqual([path.name for path in self.path.iterdir() if "partial" in path.name], [])
+
+    def test_a_changed_byte_of_a_torch_file_is_found(self):
+        content = (Path(__file__).resolve().parents[1] / "tests" / "data" / "torch" / "training.pt").read_bytes()
+        file = self.write("training.pt", content)
+        self.assertEqual(run("verify", file)[0], 0)
+        with zipfile.ZipFile(file) as archive:
+            entry = next(each for each in archive.infolist() if "/data/" in each.filename and each.file_size > 0)
+        name_bytes, extra_bytes = struct.unpack_from("<2H", content, entry.header_offset + 26)
+        at = entry.header_offset + 30 + name_bytes + extra_bytes
+        self.write("training.pt", content[:at] + bytes([content[at] ^ 1]) + content[at + 1:])
+        code, out, _ = run("verify", file)
+        self.assertEqual(code, 4)
+        self.assertIn(f'checksum: training.pt: zip: entry "{entry.filename}": expected CRC32 {entry.CRC:08x}', out)
+
+    def test_what_was_repaired_is_said(self):
+        data = Path(__file__).resolve().parents[1] / "tests" / "data" / "deepspeed" / "zero2_round_robin" / "ckpt"
+        command = ("convert", data, self.path / "out", "--format", "ucp", "--dry-run")
+        code, out, _ = run(*command)
+        self.assertEqual(code, 0)
+        self.assertIn("\n  repaired: ", out)
+        self.assertEqual(len(json.loads(run(*command, "--json")[1])["repaired"]),
+                         len(json.loads(run("inspect", data, "--json")[1])["repairs"]))
+
+    def test_a_hole_is_found_before_anything_is_written(self):
+        data = Path(__file__).resolve().parents[1] / "tests" / "data" / "sharded" / "dcp_strided" / "ckpt"
+        copy = Path(shutil.copytree(data, self.path / "dcp"))
+        command = ("convert", copy, self.path / "out", "--format", "torch", "--drop", "objects", "--drop", "lost",
+                   "--dry-run")
+        self.assertEqual(run(*command)[0], 0)
+        (copy / "__3_0.distcp").unlink()
+        code, out, err = run(*command)
+        self.assertEqual((code, out), (4, ""))
+        self.assertIn("expected elements", err)
 
     def test_a_layout_file_says_what_the_checkpoint_does_not(self):
         data = Path(__file__).resolve().parents[1] / "tests" / "data" / "deepspeed_hostile"
@@ -220,6 +270,24 @@ class ForeignTest(unittest.TestCase):
         code, out, _ = run("convert", file, self.path / "out", "--format", "safetensors", "--drop", "unreadable")
         self.assertEqual(code, 0)
         self.assertIn("left out: six", out)
+
+    def test_what_cannot_be_read_is_not_equal(self):
+        def made(name, six, last):
+            tensors = dict(self.tensors, six=("F6_E2M3", [4], six), last=("U8", [1], last))
+            return self.write(name, safetensors(tensors))
+
+        a, b, c = made("a", b"abc", b"x"), made("b", b"xyz", b"x"), made("c", b"abc", b"y")
+        code, out, _ = run("diff", a, b)
+        self.assertEqual(code, 2)
+        self.assertIn("unknown: 6 tensors equal, 0 different\n  not compared: A: six is of dtype F6_E2M3", out)
+        code, out, _ = run("diff", a, c, "--json")
+        self.assertEqual((code, json.loads(out)["verdict"], len(json.loads(out)["not_compared"])), (1, "different", 2))
+        # Of which a part is lost.
+        index = {"weight_map": dict.fromkeys(self.tensors, "model-1.safetensors") | {"gone": "model-2.safetensors"}}
+        self.write("hf/model-1.safetensors", safetensors(self.tensors))
+        self.write("hf/model.safetensors.index.json", json.dumps(index).encode())
+        code, out, _ = run("diff", self.path / "hf", self.path / "hf", "--json")
+        self.assertEqual((code, json.loads(out)["verdict"]), (2, "unknown"))
 
     def test_holdfast_has_the_same_tensors(self):
         file = self.write("x.safetensors", safetensors(self.tensors, {"format": "pt", "tied": "wte"}))

@@ -8,6 +8,7 @@
 #include <string_view>
 #include <utility>
 
+#include "absl/strings/str_format.h"
 #include "base/status_macros.h"
 #include "converter/whole_tensor_reader.h"
 
@@ -74,6 +75,8 @@ class Comparer {
       ++b;
     }
     for (; b != in_b.end(); ++b) OnlyInB(b->second);
+    NameWhatIsNotCompared("A", a_.index);
+    NameWhatIsNotCompared("B", b_.index);
     return std::move(result_);
   }
 
@@ -86,6 +89,15 @@ class Comparer {
 
   void OnlyInB(uint32_t number) {
     Add({Comparison::Kind::kOnlyInB, std::nullopt, b_.index.tensor_states[number], {}});
+  }
+
+  void NameWhatIsNotCompared(std::string_view side, const ForeignIndex& index) {
+    for (const Unreadable& each : index.unreadable) {
+      result_.not_compared.push_back(absl::StrFormat("%s: %s %s", side, each.name, each.reason));
+    }
+    for (const std::string& loss : index.losses) {
+      result_.not_compared.push_back(absl::StrFormat("%s: lost: %s", side, loss));
+    }
   }
 
   void Add(Comparison::Difference difference) {

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -34,7 +35,10 @@ struct Comparison {
   uint64_t equal_count = 0;
   uint64_t different_count = 0;
   std::vector<Difference> differences;  // by (tensor, state)
-  bool equal() const { return different_count == 0; }
+  // In words: what one of the two holds and nobody here can read, or has lost.
+  std::vector<std::string> not_compared;
+  bool different() const { return different_count > 0; }
+  bool equal() const { return !different() && not_compared.empty(); }
 };
 
 struct CompareSide {

@@ -26,6 +26,7 @@ namespace {
 
 using absl::StatusCode;
 using ::testing::Contains;
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 namespace fs = std::filesystem;
 
@@ -113,6 +114,39 @@ TEST_F(DcpHostile, AMissingShardIsNamedAndTheRestIsRead) {
   const auto report = Prove(*folder_, index, {});
   ASSERT_THAT(report, IsOk());
   EXPECT_EQ(report->soundness, Soundness::kLost);
+}
+
+TEST_F(DcpHostile, AnObjectThatIsNotThereIsLost) {
+  for (const bool has_item : {true, false}) {
+    ASSERT_OK_AND_ASSIGN(
+        const ForeignIndex index, Read([&](DcpMetadata& metadata) {
+          ASSERT_FALSE(metadata.objects.empty());
+          metadata.files.emplace_back("__9_0.distcp");
+          metadata.items.push_back(metadata.items[metadata.objects[0].item]);
+          metadata.items.back().file = static_cast<uint32_t>(metadata.files.size() - 1);
+          metadata.objects[0].item =
+              has_item ? static_cast<uint32_t>(metadata.items.size() - 1) : kNoItem;
+        }));
+    const std::string name = "the object " + metadata_.objects[0].key + ": ";
+    EXPECT_THAT(index.losses, ElementsAre(HasSubstr(name + (has_item ? "the file \"__9_0.distcp\""
+                                                                     : ".metadata does not say"))));
+    const auto report = Prove(*folder_, index, {});
+    ASSERT_THAT(report, IsOk());
+    EXPECT_EQ(report->soundness, Soundness::kLost);
+  }
+}
+
+TEST_F(DcpHostile, APartWithoutMetadataIsLost) {
+  fs::create_directory(directory_.Join("whole"));
+  fs::copy(path(), directory_.Join("whole/pytorch_model_fsdp_0"));
+  fs::copy(path(), directory_.Join("whole/optimizer_0"));
+  fs::remove(directory_.Join("whole/optimizer_0/.metadata"));
+  fs::create_directory(directory_.Join("whole/optimizer_notes"));
+  ASSERT_OK_AND_ASSIGN(folder_, ForeignFolder::Open(*file_system_, directory_.Join("whole")));
+  ASSERT_OK_AND_ASSIGN(const FormatReader* const reader, RecognizeFormat(*folder_));
+  ASSERT_NE(reader, nullptr);
+  ASSERT_OK_AND_ASSIGN(const ForeignIndex index, ReadFormat(*reader, *folder_, {}));
+  EXPECT_THAT(index.losses, ElementsAre(HasSubstr("optimizer_0: expected .metadata")));
 }
 
 TEST_F(DcpHostile, ItemsBehindTheEndAreNamed) {

@@ -78,10 +78,17 @@ bool IsPartName(std::string_view name) {
   return name.starts_with("pytorch_model_fsdp") || name.starts_with("optimizer");
 }
 
+bool HasData(const ForeignFolder& folder, std::string_view directory) {
+  return std::ranges::any_of(folder.FilesIn(directory), [&](uint32_t file) {
+    return folder.files()[file].path.ends_with(".distcp");
+  });
+}
+
 // Directories of DCP folders that belong together.
 struct Parts {
   std::vector<std::string> directories = {};  // none: this is no DCP folder
   std::string tag = {};                       // what was chosen of several checkpoints
+  std::vector<std::string> lost = {};         // other directories, which have data alone
 };
 
 absl::StatusOr<Parts> PartsOf(const ForeignFolder& folder, const ReadOptions& options) {
@@ -89,11 +96,16 @@ absl::StatusOr<Parts> PartsOf(const ForeignFolder& folder, const ReadOptions& op
   if (!MetadataIn(folder, "").empty()) return Parts{.directories = {""}};
   std::vector<std::string> parts;
   std::vector<std::string> checkpoints;
+  std::vector<std::string> lost;
   for (const std::string& directory : folder.directories()) {
-    if (directory.find('/') != std::string::npos || MetadataIn(folder, directory).empty()) continue;
-    (IsPartName(directory) ? parts : checkpoints).push_back(directory);
+    if (directory.find('/') != std::string::npos) continue;
+    if (!MetadataIn(folder, directory).empty()) {
+      (IsPartName(directory) ? parts : checkpoints).push_back(directory);
+    } else if (IsPartName(directory) && HasData(folder, directory)) {
+      lost.push_back(directory);
+    }
   }
-  if (!parts.empty() && checkpoints.empty()) return Parts{.directories = parts};
+  if (!parts.empty() && checkpoints.empty()) return Parts{.directories = parts, .lost = lost};
   if (checkpoints.empty()) return Parts{};
   std::string chosen = options.tag;
   if (chosen.empty()) {
@@ -127,9 +139,16 @@ class Reader {
         RETURN_IF_ERROR(ReadMetadata(directory, file));
       }
     }
+    for (const std::string& directory : parts.lost) {
+      index_.losses.push_back(
+          absl::StrFormat("%s: expected %s, without which nobody knows what is "
+                          "in it, found none",
+                          directory, kMetadata));
+    }
     if (!parts.tag.empty()) index_.layout.push_back({"tag", JsonQuote(parts.tag)});
     RETURN_IF_ERROR(AddStates());
     for (Source& source : sources_) RETURN_IF_ERROR(ReadItems(source));
+    NameLostObjects();
     RETURN_IF_ERROR(NameNumberedStates());
     Describe();
     KeepOtherFiles();
@@ -270,6 +289,22 @@ class Reader {
       index_.step = *value.Uint64();
     }
     return absl::OkStatus();
+  }
+
+  // Of tensors the holes are seen, whoever looks.
+  void NameLostObjects() {
+    std::set<std::string_view> named;
+    for (const Source& source : sources_) {
+      for (const DcpObject& object : source.metadata.objects) {
+        if (objects_.contains(object.key) || !named.insert(object.key).second) continue;
+        index_.losses.push_back(
+            object.item == kNoItem
+                ? absl::StrFormat("the object %s: %s does not say where it is", object.key,
+                                  source.name)
+                : absl::StrFormat("the object %s: the file \"%s\" is not there", object.key,
+                                  source.metadata.files[source.metadata.items[object.item].file]));
+      }
+    }
   }
 
   // States whose parameter is a number in the optimizer get the name that --names has for it.

@@ -132,6 +132,37 @@ TEST(DeepSpeedTest, SamplesAreWhatTrainingHeld) {
   for (const fs::path& at : cases) ExpectTruth(at);
 }
 
+TEST(DeepSpeedTest, WhatAUniversalFolderLacksIsLost) {
+  const std::unique_ptr<FileSystem> file_system = NewPosixFileSystem();
+  const fs::path sample = kSource / "tests/data/deepspeed/universal_zero3/ckpt";
+  std::vector<fs::path> files;
+  for (const auto& entry : fs::recursive_directory_iterator(sample)) {
+    const fs::path path = fs::relative(entry.path(), sample);
+    if (entry.is_regular_file() && path.string().find("/zero/") != std::string::npos &&
+        path.filename() != "optimizer_state.pt") {
+      files.push_back(path);
+    }
+  }
+  ASSERT_GE(files.size(), 4u);
+  const auto losses_without = [&](const fs::path& gone) {
+    const TemporaryDirectory directory;
+    fs::copy(sample, directory.path(), fs::copy_options::recursive);
+    fs::remove_all(directory.path() / gone);
+    const auto folder = ForeignFolder::Open(*file_system, directory.path());
+    EXPECT_THAT(folder, IsOk());
+    const auto index = ReadCheckpoint(**folder);
+    EXPECT_THAT(index, IsOk());
+    return index.ok() ? index->losses : std::vector<std::string>();
+  };
+  for (const fs::path& file : files) {
+    const std::string parameter = "zero/" + file.parent_path().filename().string() + ": ";
+    EXPECT_THAT(losses_without(file), testing::ElementsAre(HasSubstr(parameter + "expected " +
+                                                                     file.filename().string())));
+    EXPECT_THAT(losses_without(file.parent_path()),
+                testing::ElementsAre(HasSubstr(parameter + "expected the states")));
+  }
+}
+
 TEST(DeepSpeedTest, FixturesAreWhatTrainingHeld) {
   if (!fs::exists(kShared)) GTEST_SKIP() << "no ../shared/fixtures";
   const std::vector<fs::path> cases = Cases({kShared / "deepspeed", kShared / "ucp"});

@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <string_view>
 #include <tuple>
@@ -16,6 +17,7 @@
 #include "base/json_reader.h"
 #include "base/status_macros.h"
 #include "converter/byte_source.h"
+#include "converter/decimal.h"
 #include "converter/safetensors.h"
 #include "converter/torch_file.h"
 #include "converter/torch_index.h"
@@ -95,6 +97,7 @@ class HfReader {
         if (VariantOf(folder_.files()[file].path) == options_.tag) chosen.push_back(file);
       }
       if (chosen.size() != 1) return Several(indices);
+      if (!options_.tag.empty()) index_.layout.push_back({"tag", JsonQuote(options_.tag)});
       indices = chosen;
     }
     if (!indices.empty()) {
@@ -209,7 +212,34 @@ class HfReader {
     return absl::OkStatus();
   }
 
+  // "model-00002-of-00003.safetensors": where no index names the shards, they number themselves.
+  void NameLostShards(const std::vector<uint32_t>& files) {
+    std::map<std::pair<std::string_view, uint64_t>, std::set<uint64_t>> numbers;  // name, count
+    for (uint32_t file : files) {
+      const std::string_view path = folder_.files()[file].path;
+      const size_t of = path.rfind("-of-");
+      if (of == std::string_view::npos || of == 0) continue;
+      const size_t dash = path.rfind('-', of - 1);
+      const size_t dot = path.find('.', of);
+      if (dash == std::string_view::npos || dot == std::string_view::npos) continue;
+      const auto number = ParseDecimal(path.substr(dash + 1, of - dash - 1));
+      const auto count = ParseDecimal(path.substr(of + 4, dot - of - 4));
+      if (number.has_value() && count.has_value()) {
+        numbers[{path.substr(0, dash), *count}].insert(*number);
+      }
+    }
+    for (const auto& [shards, there] : numbers) {
+      const auto& [name, count] = shards;
+      if (there.size() >= count) continue;
+      index_.losses.push_back(absl::StrFormat(
+          "%s-...-of-...: expected %d files, as their names say, found %d; no index "
+          "says what is in the others",
+          name, count, there.size()));
+    }
+  }
+
   absl::Status ReadFiles(const std::vector<uint32_t>& files) {
+    NameLostShards(files);
     std::unordered_map<std::string, std::string> seen;  // tensor -> file
     std::string twice;
     for (uint32_t file : files) {

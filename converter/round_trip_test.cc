@@ -147,6 +147,7 @@ class RoundTrip : public ::testing::Test {
     if (!opened.ok()) return refused;  // what its reader refuses has tests of its own
     SelectionRequest request;
     if (!opened->index.unreadable.empty()) request.drop = {kDropUnreadable};
+    if (!opened->index.losses.empty()) request.drop.push_back(kDropLost);
     auto selection = Select(std::move(opened->index), request);
     EXPECT_THAT(selection, IsOk());
     ConversionSource source(*opened->folder, *std::move(selection));

@@ -230,6 +230,25 @@ TEST_F(FileTest, OneNameInTwoFilesNeedsAnIndex) {
   EXPECT_THAT(Read(""), StatusIs(absl::StatusCode::kDataLoss, HasSubstr("both have the tensor")));
 }
 
+TEST_F(FileTest, ShardsWithoutAnIndexNumberThemselves) {
+  Write("config.json", "{}");
+  const auto shard = [](const std::string& name) {
+    return File(absl::StrCat(R"({")", name, R"(": {"dtype": "U8", "shape": [1], )",
+                             R"("data_offsets": [0, 1]}})"),
+                1);
+  };
+  Write("model-00001-of-00003.safetensors", shard("a"));
+  Write("model-00003-of-00003.safetensors", shard("c"));
+  Write("more-1-of-x.safetensors", shard("d"));
+  ASSERT_OK_AND_ASSIGN(ForeignIndex index, Read(""));
+  EXPECT_EQ(index.tensor_states.size(), 3u);
+  EXPECT_THAT(index.losses,
+              ElementsAre(HasSubstr("expected 3 files, as their names say, found 2")));
+  Write("model-00002-of-00003.safetensors", shard("b"));
+  ASSERT_OK_AND_ASSIGN(index, Read(""));
+  EXPECT_THAT(index.losses, testing::IsEmpty());
+}
+
 // What a damaged or hostile child could send: every byte changed, every length cut.
 TEST_F(FileTest, AnIndexThatIsNotOursIsRefusedOrValid) {
   Write("x.safetensors",

@@ -13,6 +13,7 @@
 #include "absl/strings/str_join.h"
 #include "base/status_macros.h"
 #include "base/suggestion.h"
+#include "base/utf8.h"
 #include "converter/optimizer_groups.h"
 #include "converter/parallel_facts.h"
 #include "converter/rename_rules.h"
@@ -41,6 +42,7 @@ class Selector {
     CollectStates();
     RETURN_IF_ERROR(CheckDrops());
     RETURN_IF_ERROR(LeaveOutUnreadable());
+    RETURN_IF_ERROR(LeaveOutLost());
     ASSIGN_OR_RETURN(const std::vector<bool> wanted, Wanted());
     Keep(wanted);
     RETURN_IF_ERROR(Rename());
@@ -68,8 +70,8 @@ class Selector {
   }
 
   absl::Status CheckDrops() const {
-    constexpr std::array<std::string_view, 4> kOthers = {kDropUnreadable, kDropObjects,
-                                                         kDropNoWeights, kDropUnmapped};
+    constexpr std::array<std::string_view, 5> kOthers = {kDropUnreadable, kDropObjects,
+                                                         kDropNoWeights, kDropUnmapped, kDropLost};
     for (const std::string& kind : request_.drop) {
       if (kind == kDropUnmapped && request_.map == nullptr && !states_.contains(kind)) {
         return absl::InvalidArgumentError("--drop unmapped: expected --map, found none");
@@ -79,7 +81,8 @@ class Selector {
         continue;
       }
       return absl::InvalidArgumentError(absl::StrFormat(
-          "--drop %s: expected objects, unreadable, unmapped, '*' or a state that is there (%s)%s",
+          "--drop %s: expected objects, unreadable, unmapped, lost, '*' or a state that is there "
+          "(%s)%s",
           kind.substr(0, 200), absl::StrJoin(states_, ", "), Suggestion(kind, kOthers)));
     }
     return absl::OkStatus();
@@ -98,6 +101,22 @@ class Selector {
       selection_.left_out.push_back(absl::StrFormat("%s, which %s", each.name, each.reason));
     }
     unreadable.clear();
+    return absl::OkStatus();
+  }
+
+  // A checkpoint that lacks something is not written as if it were whole.
+  absl::Status LeaveOutLost() {
+    std::vector<std::string>& losses = index().losses;
+    if (!losses.empty() && !Drops(kDropLost)) {
+      return absl::DataLossError(
+          absl::StrFormat("expected a whole checkpoint, found that something is lost: %s (and %d "
+                          "more, which verify names); --drop lost goes on with what is there",
+                          losses.front(), losses.size() - 1));
+    }
+    for (const std::string& loss : losses) {
+      selection_.left_out.push_back(absl::StrFormat("lost: %s", loss));
+    }
+    losses.clear();
     return absl::OkStatus();
   }
 
@@ -186,6 +205,10 @@ class Selector {
           return absl::FailedPreconditionError(
               absl::StrFormat("--rename: %s: expected a new name of at most %d bytes, found %d",
                               Describe(state), kNameBytesMax, name.size()));
+        }
+        if (!IsUtf8(name)) {  // a pattern can match a part of a character: \C
+          return absl::FailedPreconditionError(absl::StrFormat(
+              "--rename: %s: expected a new name in UTF-8, found other bytes", Describe(state)));
         }
         const auto [place, is_new] = names.emplace(std::pair(name, state.state), state.tensor);
         if (!is_new) {

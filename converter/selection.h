@@ -21,6 +21,7 @@ inline constexpr char kDropUnreadable[] = "unreadable";
 inline constexpr char kDropObjects[] = "objects";  // what is no tensor (converter/non_tensors.h)
 inline constexpr char kDropNoWeights[] = "*";      // objects too
 inline constexpr char kDropUnmapped[] = "unmapped";
+inline constexpr char kDropLost[] = "lost";  // ForeignIndex::losses
 
 struct SelectionRequest {
   std::vector<std::string> only =
@@ -48,7 +49,7 @@ struct Selection {
 
 // Errors: kInvalidArgument (a pattern, rule, state or dtype that is none, or fits nothing; with the
 // nearest known word), kFailedPrecondition (two tensors would have one name; what is unreadable and
-// not dropped).
+// not dropped), kDataLoss (something of the checkpoint is lost, and not dropped).
 absl::StatusOr<Selection> Select(ForeignIndex index, const SelectionRequest& request);
 
 }  // namespace holdfast::converter

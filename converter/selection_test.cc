@@ -125,6 +125,18 @@ TEST(Selection, WhatIsUnreadableIsDroppedByName) {
   EXPECT_THAT(selection.left_out, ElementsAre("s, which is sparse"));
 }
 
+TEST(Selection, WhatIsLostIsLeftOutOnlyIfAsked) {
+  ForeignIndex index = Sample();
+  index.losses = {"a shard is not there", "another"};
+  EXPECT_THAT(Select(index, {}).status(),
+              StatusIs(StatusCode::kDataLoss, HasSubstr("a shard is not there (and 1 more")));
+  EXPECT_THAT(Select(index, {.drop = {"*", "unreadable"}}).status(),
+              StatusIs(StatusCode::kDataLoss));
+  ASSERT_OK_AND_ASSIGN(const Selection selection, Select(index, {.drop = {"lost"}}));
+  EXPECT_THAT(selection.left_out, ElementsAre("lost: a shard is not there", "lost: another"));
+  EXPECT_THAT(selection.index.losses, IsEmpty());
+}
+
 TEST(OptimizerGroups, AreWhatTheScalarsTell) {
   ForeignIndex index = Sample();
   // In the words of a DCP checkpoint; the second group has nothing of this index.

@@ -22,6 +22,7 @@ namespace {
 constexpr std::string_view kFileEnd = ".pt";
 constexpr size_t kProbeElementsMax = size_t{1} << 16;
 constexpr size_t kNotedNamesMax = 8;
+constexpr size_t kKindsMax = 64;
 
 // States of one parameter, by key.
 using StateFiles = std::map<std::string, uint32_t>;
@@ -34,6 +35,7 @@ class UniversalReader {
 
   absl::Status Read() {
     FindStates();
+    NameLostFiles();
     for (const auto& [name, states] : parameters_) {
       const absl::Status status = ReadStates(name, states);
       if (!status.ok()) {
@@ -70,6 +72,44 @@ class UniversalReader {
   // no master but the rounded weight (or the buffer, even of integers).
   bool IsMaster(const std::string& name, const StateFiles& states) const {
     return states.size() > 1 || model_ == nullptr || model_->IsOptimized(name);
+  }
+
+  // A file that is not there leaves no hole that anybody could see. But the optimizer has the same
+  // states of all parameters of a kind, so none has fewer than another one.
+  void NameLostFiles() {
+    std::set<std::set<std::string>> kinds;
+    const auto keys_of = [](const StateFiles& states) {
+      std::set<std::string> keys;
+      for (const auto& [key, file] : states) keys.insert(key);
+      return keys;
+    };
+    for (const auto& [name, states] : parameters_) {
+      if (IsMaster(name, states)) kinds.insert(keys_of(states));
+    }
+    if (kinds.size() > kKindsMax) kinds.clear();  // of no optimizer
+    for (const auto& [name, states] : parameters_) {
+      if (!IsMaster(name, states)) continue;
+      const std::set<std::string> keys = keys_of(states);
+      std::set<std::string> lost;
+      for (const std::set<std::string>& kind : kinds) {
+        if (std::ranges::includes(kind, keys)) lost.insert(kind.begin(), kind.end());
+      }
+      for (const std::string& key : keys) lost.erase(key);
+      for (const std::string& key : lost) {
+        table_.index().losses.push_back(
+            absl::StrFormat("zero/%s: expected %s%s, as other parameters have it, found none", name,
+                            key, kFileEnd));
+      }
+    }
+    for (uint32_t mp = 0; model_ != nullptr && mp < model_->ranks(); ++mp) {
+      for (const std::vector<NamedShape>& group : model_->states(mp).param_shapes) {
+        for (const NamedShape& entry : group) {
+          if (parameters_.contains(entry.name) || !absent_.insert(entry.name).second) continue;
+          table_.index().losses.push_back(absl::StrFormat(
+              "zero/%s: expected the states of this parameter, found none", entry.name));
+        }
+      }
+    }
   }
 
   absl::Status ReadStates(const std::string& name, const StateFiles& states) {
@@ -368,6 +408,7 @@ class UniversalReader {
   DeepSpeedModel* model_;  // null: the folder has no model-state files
   PieceTable& table_;
   std::map<std::string, StateFiles> parameters_;
+  std::set<std::string> absent_;  // of which there are none
   std::map<std::string, std::map<std::string, StoredTensor>> tensors_;
   std::optional<uint32_t> optimizer_file_;
   UniversalOptimizer optimizer_;
