@@ -11,10 +11,22 @@
 namespace holdfast::converter {
 namespace {
 
-absl::Status CheckCount(size_t blocks) {
-  if (blocks <= kPiecesMax) return absl::OkStatus();
-  return absl::ResourceExhaustedError(
-      absl::StrFormat("expected at most %d blocks of a tensor, found more", kPiecesMax));
+// That its bytes can be counted: padding and views that repeat an element cost none.
+absl::Status CheckSize(const BlockTensor& tensor) {
+  if (tensor.shape.size() > kTensorDimsMax) {
+    return absl::InvalidArgumentError(absl::StrFormat("expected at most %d dimensions, found %d",
+                                                      kTensorDimsMax, tensor.shape.size()));
+  }
+  uint64_t elements = 1;
+  for (const uint64_t size : tensor.shape) {
+    if (size == 0) return absl::OkStatus();
+    if (size > kTensorBytesMax / ElementBytes(tensor.dtype) / elements) {
+      return absl::ResourceExhaustedError(
+          absl::StrFormat("expected a tensor of at most %d bytes, found more", kTensorBytesMax));
+    }
+    elements *= size;
+  }
+  return absl::OkStatus();
 }
 
 uint64_t StoredBytes(const Block& block, Dtype dtype) {
@@ -42,6 +54,13 @@ bool IsRowMajor(const Block& block) {
 }
 
 }  // namespace
+
+absl::Status CheckBlockCount(size_t blocks) {
+  if (blocks <= kMappingBlocksMax) return absl::OkStatus();
+  return absl::ResourceExhaustedError(absl::StrFormat(
+      "expected a mapping that cuts tensors into at most %d blocks at a time, found more",
+      kMappingBlocksMax));
+}
 
 absl::StatusOr<BlockTensor> BlocksOf(const ForeignIndex& index, uint32_t tensor_state) {
   const TensorState& state = index.tensor_states[tensor_state];
@@ -75,14 +94,18 @@ absl::StatusOr<BlockTensor> BlocksOf(const ForeignIndex& index, uint32_t tensor_
       }
       tensor.blocks.push_back(std::move(block));
     }
-    RETURN_IF_ERROR(CheckCount(tensor.blocks.size()));
+    RETURN_IF_ERROR(CheckBlockCount(tensor.blocks.size()));
   }
   return tensor;
 }
 
 absl::StatusOr<uint32_t> AddBlocks(const BlockTensor& tensor, std::string name, std::string state,
                                    ForeignIndex& index) {
-  RETURN_IF_ERROR(CheckCount(index.pieces.size() + tensor.blocks.size()));
+  if (index.pieces.size() + tensor.blocks.size() > kPiecesMax) {
+    return absl::ResourceExhaustedError(
+        absl::StrFormat("expected at most %d pieces of all tensors, found more", kPiecesMax));
+  }
+  RETURN_IF_ERROR(CheckSize(tensor));
   const uint32_t number =
       index.AddState({std::move(name), std::move(state), tensor.dtype, tensor.shape});
   std::vector<uint64_t> lo;
@@ -163,6 +186,10 @@ absl::StatusOr<BlockTensor> GatherRows(std::span<const BlockTensor> parts,
   whole.shape[0] = 0;
   std::vector<std::vector<RowRun>> of_part(parts.size());
   for (const RowRun& run : runs) {
+    if (run.count > kTensorBytesMax - whole.shape[0]) {
+      return absl::ResourceExhaustedError(
+          absl::StrFormat("expected at most %d rows, found more", kTensorBytesMax));
+    }
     whole.shape[0] += run.count;
     if (run.count > 0) of_part[run.part].push_back(run);
   }
@@ -188,7 +215,7 @@ absl::StatusOr<BlockTensor> GatherRows(std::span<const BlockTensor> parts,
         whole.blocks.push_back(RowsOf(block, whole.dtype, run->part_row + from * step, step,
                                       to - from, run->whole_row + from));
       }
-      RETURN_IF_ERROR(CheckCount(whole.blocks.size()));
+      RETURN_IF_ERROR(CheckBlockCount(whole.blocks.size()));
     }
   }
   return whole;
@@ -219,7 +246,7 @@ absl::StatusOr<std::vector<BlockTensor>> ScatterRows(const BlockTensor& whole,
       for (uint64_t row = from; row < to; row += rows) {
         const uint64_t part_row = run->part_row + (row - run->whole_row) * run->part_step;
         parts[run->part].blocks.push_back(RowsOf(block, whole.dtype, row, 1, rows, part_row));
-        RETURN_IF_ERROR(CheckCount(++count));
+        RETURN_IF_ERROR(CheckBlockCount(++count));
       }
     }
   }
@@ -256,7 +283,7 @@ absl::StatusOr<std::vector<BlockTensor>> Unstacked(const BlockTensor& whole) {
       Block part = RowsOf(block, whole.dtype, i, 1, 1, 0);
       part.axes.erase(part.axes.begin());
       parts[i].blocks.push_back(std::move(part));
-      RETURN_IF_ERROR(CheckCount(++count));
+      RETURN_IF_ERROR(CheckBlockCount(++count));
     }
   }
   return parts;
@@ -285,7 +312,7 @@ absl::StatusOr<BlockTensor> Padded(BlockTensor tensor, uint64_t rows, Padding pa
     tensor.blocks.push_back(
         RowsOf(tensor.blocks[i], tensor.dtype, there - 1, 0, rows - there, there));
   }
-  RETURN_IF_ERROR(CheckCount(tensor.blocks.size()));
+  RETURN_IF_ERROR(CheckBlockCount(tensor.blocks.size()));
   return tensor;
 }
 

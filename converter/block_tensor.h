@@ -24,6 +24,11 @@ namespace holdfast::converter {
 // Of layers, experts, heads, groups: what one operation may cut a dimension into.
 inline constexpr uint64_t kMappingPartsMax = 65'536;
 
+// Blocks in memory at a time: those of the tensors that one rule reads, and of those that it makes.
+inline constexpr size_t kMappingBlocksMax = 4'000'000;
+// kResourceExhausted.
+absl::Status CheckBlockCount(size_t blocks);
+
 struct BlockAxis {
   uint64_t begin = 0;  // in the tensor
   uint64_t size = 0;
@@ -43,10 +48,11 @@ struct BlockTensor {
 };
 
 // The blocks of a tensor state of at most kTensorDimsMax dimensions. kResourceExhausted
-// (kPiecesMax), as for all below.
+// (kMappingBlocksMax, kTensorBytesMax), as for all below.
 absl::StatusOr<BlockTensor> BlocksOf(const ForeignIndex& index, uint32_t tensor_state);
 
-// Adds a state with these blocks. Finish has still to be called. The new number.
+// Adds a state with these blocks (kPiecesMax in all). Finish has still to be called. The new
+// number.
 absl::StatusOr<uint32_t> AddBlocks(const BlockTensor& tensor, std::string name, std::string state,
                                    ForeignIndex& index);
 

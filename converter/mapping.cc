@@ -123,8 +123,11 @@ class Mapper {
     bool one_to_one = false;           // one tensor becomes one other
     std::vector<uint64_t> group = {};  // one element: its optimizer's group
   };
-  // A tensor that is made, in one state.
-  using Made = std::vector<std::pair<std::string, BlockTensor>>;
+  // The tensors that are made, in one state.
+  struct Made {
+    std::vector<std::pair<std::string, BlockTensor>> tensors = {};
+    size_t block_count = 0;
+  };
 
   const MappingRule& RuleOf(const Instance& instance) const {
     return request_.rules.rules[instance.rule];
@@ -145,6 +148,7 @@ class Mapper {
   // An operation's error, with rule and tensor.
   absl::Status At(const Instance& instance, std::string_view name,
                   const absl::Status& status) const {
+    if (status.ok()) return status;
     return absl::Status(status.code() == absl::StatusCode::kInvalidArgument
                             ? absl::StatusCode::kFailedPrecondition
                             : status.code(),
@@ -327,8 +331,8 @@ class Mapper {
     for (const Tensor* leaf : leaves) mains.push_back(MainState(*leaf));
     const std::string& main = in_.tensor_states[mains[0]].state;
     ASSIGN_OR_RETURN(const Made of_main, Make(instance, main));
-    for (const auto& [name, blocks] : of_main) instance.targets.push_back(name);
-    instance.one_to_one = leaves.size() == 1 && of_main.size() == 1;
+    for (const auto& [name, blocks] : of_main.tensors) instance.targets.push_back(name);
+    instance.one_to_one = leaves.size() == 1 && of_main.tensors.size() == 1;
     for (const uint32_t number : first.states) {
       const std::string& state = in_.tensor_states[number].state;
       Made other;
@@ -342,7 +346,7 @@ class Mapper {
         }
         ASSIGN_OR_RETURN(other, Make(instance, state));
       }
-      for (const auto& [name, blocks] : state == main ? of_main : other) {
+      for (const auto& [name, blocks] : (state == main ? of_main : other).tensors) {
         RETURN_IF_ERROR(Claim(instance, name, state));
         const absl::StatusOr<uint32_t> added = AddBlocks(blocks, name, state, out_);
         if (!added.ok()) return At(instance, name, added.status());
@@ -352,8 +356,13 @@ class Mapper {
     return absl::OkStatus();
   }
 
-  // No two tensors get one name.
+  // No two tensors get one name, and none a longer one than a tensor may have.
   absl::Status Claim(const Instance& instance, const std::string& name, const std::string& state) {
+    if (name.size() > kNameBytesMax) {
+      return Refuse(instance,
+                    absl::StrFormat("expected a name of at most %d bytes, found \"%s...\"",
+                                    kNameBytesMax, name.substr(0, 200)));
+    }
     const size_t line = RuleOf(instance).line;
     const auto [place, is_new] = claimed_.try_emplace(std::pair(name, state), line);
     if (is_new) return absl::OkStatus();
@@ -438,13 +447,18 @@ class Mapper {
     }
     const std::string& first_name = NamesIn(expression)[0]->text();
     std::vector<BlockTensor> parts;
+    size_t block_count = 0;
+    const auto add = [&](const MappingExpression& operand) -> absl::Status {
+      ASSIGN_OR_RETURN(BlockTensor part, Evaluate(instance, operand, state, numbers));
+      block_count += part.blocks.size();
+      parts.push_back(std::move(part));
+      return At(instance, first_name, CheckBlockCount(block_count));
+    };
     if (expression.kind == Kind::kStack) {
       const uint64_t count = instance.stacked.at(expression.capture).size();
       for (uint64_t i = 0; i < count; ++i) {
         numbers[expression.capture] = i;
-        ASSIGN_OR_RETURN(BlockTensor part,
-                         Evaluate(instance, expression.operands[0], state, numbers));
-        parts.push_back(std::move(part));
+        RETURN_IF_ERROR(add(expression.operands[0]));
       }
       numbers.erase(expression.capture);
       for (const BlockTensor& part : parts) {
@@ -457,10 +471,7 @@ class Mapper {
       }
       return Stacked(std::move(parts));
     }
-    for (const MappingExpression& operand : expression.operands) {
-      ASSIGN_OR_RETURN(BlockTensor part, Evaluate(instance, operand, state, numbers));
-      parts.push_back(std::move(part));
-    }
+    for (const MappingExpression& operand : expression.operands) RETURN_IF_ERROR(add(operand));
     absl::StatusOr<BlockTensor> whole = Join(expression, state, std::move(parts));
     if (!whole.ok()) return At(instance, first_name, whole.status());
     return whole;
@@ -548,8 +559,9 @@ class Mapper {
                           const std::string& state, BlockTensor value, NamePatternNumbers& numbers,
                           Made& made) {
     if (expression.kind == Kind::kTensor) {
-      made.emplace_back(expression.name->Name(numbers), std::move(value));
-      return absl::OkStatus();
+      made.block_count += value.blocks.size();
+      made.tensors.emplace_back(expression.name->Name(numbers), std::move(value));
+      return At(instance, made.tensors.back().first, CheckBlockCount(made.block_count));
     }
     absl::StatusOr<std::vector<BlockTensor>> parts = Split(instance, expression, state, value);
     if (!parts.ok()) {
@@ -558,6 +570,7 @@ class Mapper {
       RETURN_IF_ERROR(LeavesOf(instance, SourceOf(instance), own, leaves));
       return At(instance, leaves[0]->name, parts.status());
     }
+    value = BlockTensor();  // its blocks are in the parts
     for (size_t i = 0; i < parts->size(); ++i) {
       const bool stack = expression.kind == Kind::kStack;
       if (stack) numbers[expression.capture] = i;

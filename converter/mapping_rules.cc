@@ -11,6 +11,7 @@
 #include "absl/strings/str_join.h"
 #include "base/status_macros.h"
 #include "base/suggestion.h"
+#include "base/utf8.h"
 #include "converter/block_tensor.h"
 #include "format/tensor_piece.h"
 
@@ -427,6 +428,16 @@ std::vector<const NameTemplate*> NamesIn(const MappingExpression& expression) {
 }
 
 absl::StatusOr<MappingRules> ParseMappingRules(std::string_view text, std::string_view where) {
+  // Names that no format could hold. A line's end is no part of a longer character.
+  std::string_view rest = text;
+  for (size_t line = 1; !rest.empty(); ++line) {
+    const size_t end = std::min(rest.find('\n'), rest.size());
+    if (!IsUtf8(rest.substr(0, end))) {
+      return absl::InvalidArgumentError(
+          absl::StrFormat("%s: line %d: expected UTF-8, found other bytes", where, line));
+    }
+    rest.remove_prefix(std::min(end + 1, rest.size()));
+  }
   return Parser(text, where).Run();
 }
 

@@ -1,10 +1,12 @@
 // The language of mapping files (`--map FILE`) and of the built-in families: equations between the
 // tensors of two frameworks. Grammar with examples: docs/CONVERTER_MAPPING.md.
 //
-//   wte.weight                  = model.embed_tokens.weight
-//   h.{n}.attn.qkv.weight       = interleave(groups, heads * h.{n}.q, groups * h.{n}.k, groups *
-//   h.{n}.v) transpose(h.{n}.up.weight)  = concat(h.{n}.gate, h.{n}.up) drop  h.{n}.attn.mask shape
-//   h.{n}.q [q hidden] require args.swiglu true
+//   wte.weight            = model.embed_tokens.weight
+//   h.{n}.qkv.weight      = interleave(groups, heads * h.{n}.q, groups * h.{n}.k, groups * h.{n}.v)
+//   transpose(h.{n}.fc1)  = concat(h.{n}.gate, h.{n}.up)
+//   drop  h.{n}.attn.mask
+//   shape h.{n}.q [q hidden]
+//   require args.swiglu true
 //
 // An equation says that two expressions are the same tensor. It is read from left to right or from
 // right to left: the side that the source has is put together, and the other one is taken apart.
@@ -31,6 +33,7 @@ inline constexpr size_t kMappingStatementsMax = 10'000;
 inline constexpr size_t kMappingDepthMax = 8;       // of operations in operations
 inline constexpr size_t kMappingOperandsMax = 256;  // of one operation
 inline constexpr uint64_t kMappingNumberMax = uint64_t{1} << 32;
+inline constexpr uint64_t kMappingPaddingMax = uint64_t{1} << 20;  // rows
 
 using NamePatternNumbers = NamePattern::Numbers;
 

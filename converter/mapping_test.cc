@@ -8,8 +8,10 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "converter/block_tensor.h"
 #include "converter/mapping_sample.h"
 #include "converter/optimizer_groups.h"
+#include "format/tensor_piece.h"
 
 namespace holdfast::converter {
 namespace {
@@ -265,6 +267,15 @@ TEST(Mapping, RefusesWhatDoesNotFit) {
                 {.set = {"vocab=4"}});
   ExpectRefused("pad(a) = b", *with({{"a", {3}}}), "expected 4 rows (vocab), found 3",
                 {.set = {"vocab=4"}});
+  ExpectRefused("pad(a, 3, 1048580) = b", *with({{"a", {3}}}),
+                "at most 1048576 rows of padding for the 3 rows that are there");
+  ExpectRefused("a.{n} = " + std::string(kNameBytesMax - 3, 'b') + "{n}", *with({{"a.1000", {1}}}),
+                "expected a name of at most 4096 bytes");
+  ExpectRefused("transpose(a) = concat(b, c)",
+                *with({{"a", std::vector<uint64_t>(kTensorDimsMax + 1, 1)}}),
+                "expected at most 32 dimensions");
+  ExpectRefused("stack(n, a.{n}) = b", *with({{"a.0", std::vector<uint64_t>(kTensorDimsMax, 1)}}),
+                "expected at most 32 dimensions, found 33");
   ExpectRefused("rotary(2, a) = b", *with({{"a", {6}}}), "even number of rows");
   ExpectRefused("a = b\nc = d\nshape a [x y]\nshape b [y]", *with({{"a", {3}}, {"c", {3}}}),
                 "line 3: tensor \"a\", state \"param\": expected 2 dimensions");
@@ -276,6 +287,19 @@ TEST(Mapping, RefusesWhatDoesNotFit) {
   ExpectRefused("a = concat(heads * b, groups * c)", *with({{"a", {3}}}),
                 "the training arguments in the checkpoint say 4, config.json says 2",
                 {.arguments = R"({"num_attention_heads": 4})", .config = R"({"n_head": 2})"});
+}
+
+// A rule's blocks are bounded, and what padding makes can be counted.
+TEST(Mapping, RefusesWhatTakesTooMuch) {
+  EXPECT_THAT(CheckBlockCount(kMappingBlocksMax), IsOk());
+  EXPECT_THAT(CheckBlockCount(kMappingBlocksMax + 1), StatusIs(StatusCode::kResourceExhausted));
+  ForeignIndex index;
+  BlockTensor tensor{.dtype = Dtype::kFloat32, .shape = {uint64_t{1} << 30, 1 << 30}, .blocks = {}};
+  EXPECT_THAT(AddBlocks(tensor, "a", "param", index), IsOkAndHolds(0u));
+  tensor.shape = {uint64_t{1} << 31, 1 << 30};
+  EXPECT_THAT(AddBlocks(tensor, "b", "param", index), StatusIs(StatusCode::kResourceExhausted));
+  tensor.shape = {uint64_t{1} << 32, uint64_t{1} << 32};
+  EXPECT_THAT(AddBlocks(tensor, "c", "param", index), StatusIs(StatusCode::kResourceExhausted));
 }
 
 TEST(Mapping, RefusesStatesThatDoNotFit) {
@@ -381,6 +405,7 @@ TEST(MappingRules, SaysWhatIsWrongAndWhere) {
            {"a.{n} = concat(b.{n}, c)", "expected {n} in all names of one side, found {}"},
            {"a = stack(e, b)", "stack: expected {e} in the names that it counts"},
            {"a = concat(b, b)", "\"b\" is on one side twice"},
+           {"a = b\n\nc = \"\xff\"", "line 3: expected UTF-8"},
            {"a{ = b", "expected a name between { and }"},
            {"\"a*\" = b", "without *"},
            {"\"a = b", "expected a JSON string"},

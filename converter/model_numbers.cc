@@ -133,6 +133,12 @@ absl::StatusOr<uint64_t> ModelNumbers::PaddedRows(const MappingNumber& padded, u
   ASSIGN_OR_RETURN(const std::optional<uint64_t> given, Find(padded));
   const uint64_t divisor = kVocabularyDivisor * tensor_ranks_;
   const uint64_t made = given.has_value() ? *given : (rows + divisor - 1) / divisor * divisor;
+  if (made > rows + kMappingPaddingMax) {
+    return absl::InvalidArgumentError(
+        absl::StrFormat("%s: expected at most %d rows of padding for the %d rows that are there, "
+                        "found %d rows in all",
+                        padded.name, kMappingPaddingMax, rows, made));
+  }
   if (made >= rows) return made;
   return absl::InvalidArgumentError(absl::StrFormat(
       "%s: expected at least the %d rows that are there, found %d", padded.name, rows, made));

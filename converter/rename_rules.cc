@@ -10,6 +10,7 @@
 #include "absl/strings/str_format.h"
 #include "base/status_macros.h"
 #include "base/suggestion.h"
+#include "base/utf8.h"
 #include "format/tensor_piece.h"
 
 namespace holdfast::converter {
@@ -17,6 +18,7 @@ namespace {
 
 constexpr std::array<std::string_view, 4> kWords = {"name", "prefix", "suffix", "regex"};
 constexpr size_t kTokensMax = 4;  // one more than a rule has
+constexpr int64_t kPatternMemoryBytes = 1 << 20;
 
 absl::Status Refuse(size_t line, const std::string& what) {
   return absl::InvalidArgumentError(absl::StrFormat("--rename: line %d: %s", line, what));
@@ -100,11 +102,13 @@ RenameRules::~RenameRules() = default;
 absl::StatusOr<RenameRules> RenameRules::Parse(std::string_view text) {
   std::vector<std::unique_ptr<Rule>> rules;
   size_t number = 0;
+  size_t patterns = 0;
   while (!text.empty()) {
     const size_t end = std::min(text.find('\n'), text.size());
     const std::string_view line = text.substr(0, end);
     text.remove_prefix(std::min(end + 1, text.size()));
     ++number;
+    if (!IsUtf8(line)) return Refuse(number, "expected UTF-8, found other bytes");
     ASSIGN_OR_RETURN(std::vector<std::string> tokens, TokensOf(line, number));
     if (tokens.empty()) continue;
     const auto word = std::find(kWords.begin(), kWords.end(), tokens[0]);
@@ -120,6 +124,12 @@ absl::StatusOr<RenameRules> RenameRules::Parse(std::string_view text) {
     if (rules.size() == kRenameRulesMax) {
       return Refuse(number, absl::StrFormat("expected at most %d rules", kRenameRulesMax));
     }
+    // What no name can have; a longer NEW would be put in at every match of a pattern.
+    for (const std::string& each : {tokens[1], tokens[2]}) {
+      if (each.size() <= kNameBytesMax) continue;
+      return Refuse(number, absl::StrFormat("expected words of at most %d bytes, found %d",
+                                            kNameBytesMax, each.size()));
+    }
     auto rule = std::make_unique<Rule>();
     rule->kind = static_cast<Rule::Kind>(word - kWords.begin());
     rule->from = std::move(tokens[1]);
@@ -129,8 +139,11 @@ absl::StatusOr<RenameRules> RenameRules::Parse(std::string_view text) {
       return Refuse(number, "expected a pattern, found an empty one");
     }
     if (rule->kind == Rule::Kind::kRegex) {
+      if (++patterns > kRenamePatternsMax) {
+        return Refuse(number, absl::StrFormat("expected at most %d patterns", kRenamePatternsMax));
+      }
       re2::RE2::Options options(re2::RE2::Quiet);
-      options.set_max_mem(8 << 20);
+      options.set_max_mem(kPatternMemoryBytes);
       rule->pattern = std::make_unique<const re2::RE2>(rule->from, options);
       if (!rule->pattern->ok()) {
         return Refuse(number, absl::StrFormat("expected an RE2 pattern, found \"%s\": %s",

@@ -23,6 +23,8 @@
 namespace holdfast::converter {
 
 inline constexpr size_t kRenameRulesMax = 10'000;
+// Of them with patterns, each of which may take up to a MiB to match.
+inline constexpr size_t kRenamePatternsMax = 1'000;
 
 // Threads: one at a time (it counts what it does). Lifetime: owns everything.
 class RenameRules {

@@ -56,6 +56,8 @@ TEST(RenameRules, WhatIsWrongIsNamed) {
       {"regex a( b", "expected an RE2 pattern"},
       {"regex (a) \\2", "line 1: \"\\2\""},
       {"regex \"\" b", "found an empty one"},
+      {"name a b\nname c \xff", "line 2: expected UTF-8"},
+      {"name a " + std::string(5000, 'b'), "expected words of at most 4096 bytes, found 5000"},
   };
   for (const auto& [text, expected] : texts) {
     EXPECT_THAT(RenameRules::Parse(text).status(),

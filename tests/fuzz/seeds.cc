@@ -420,6 +420,39 @@ Seeds ShardRules() {
       R"({"rules":[{"parameters":"a","cut":0,"rows":3}]})"};
 }
 
+// Every operation and statement, on the names of fuzz_mapping.cc; without and with padding.
+Seeds MappingFiles() {
+  return {
+      R"(# all
+transpose(x) = a
+y = b
+qkv.{n} = interleave(groups, heads * h.{n}.q, groups * h.{n}.k, groups * h.{n}.v)
+all = stack(e, e.{e})
+concat(2 * bias.0, 1 * bias.1) = bias
+s = scale
+"no ne" = none
+one = transpose(deep)
+shape h.{n}.q [q hidden]
+require args.swiglu true
+require config.hidden_act "silu"
+)",
+      R"(transpose(pad(x)) = rotary(heads, a)
+pad(y, 4, 9) = b
+rotary(2, c.{n}) = h.{n}.q
+concat(k, v) = stack(n, concat(h.{n}.k,
+  h.{n}.v))
+drop e.{e}
+drop bias
+drop scale)"};
+}
+
+Seeds RenameFiles() {
+  return {
+      "# a wrapper\nprefix h. layers.\nsuffix .q \".q w\"\nregex ^layers\\.(\\d+)\\. \\1.x.\n"
+      "name bias first # one\n",
+      "regex (.*)(\\d) \\2\\1\\0\nname a \"\\u00e9\"\nprefix \"\" p.\n"};
+}
+
 // As NCCL 2.30.7 prints them.
 Seeds RasReports() {
   return {R"({"communicators":[{"hash":"0xa1","secondary_hash":"0x1:0x2","size":2,
@@ -561,6 +594,8 @@ std::vector<std::string> SeedsOf(const Target& target) {
   if (name == "foreign_index") return ForeignIndexes();
   if (name == "dcp_metadata") return DcpMetadataFiles();
   if (name == "shard_rules") return ShardRules();
+  if (name == "mapping") return MappingFiles();
+  if (name == "renames") return RenameFiles();
   if (name == "ras") return RasReports();
   if (name == "stacks") return Stacks();
   if (name == "board") return Boards();

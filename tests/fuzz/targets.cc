@@ -28,6 +28,8 @@ constexpr Target kTargets[] = {
     {"foreign_index", FuzzForeignIndex, Form::kBinary, 1 * kMiB, 256, true, 10'000},
     {"dcp_metadata", FuzzDcpMetadata, Form::kBinary, 1 * kMiB, 512, true, 5'000},
     {"shard_rules", FuzzShardRules, Form::kText, 128 * kMiB, 128, true, 3'000},
+    {"mapping", FuzzMapping, Form::kText, 1024 * kMiB, 128, true, 3'000},
+    {"renames", FuzzRenames, Form::kText, 256 * kMiB, 512, true, 3'000},
     {"ras", FuzzRas, Form::kText, 1 * kMiB, 128, true, 10'000},
     {"stacks", FuzzStacks, Form::kText, 4 * kMiB, 512, true, 5'000},
 };

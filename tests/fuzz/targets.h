@@ -41,6 +41,8 @@ bool FuzzFlightRecord(Input input);  // base/pickle_reader.h, monitor/witness/fl
 bool FuzzSafetensors(Input input);   // converter/safetensors.h
 bool FuzzForeignIndex(Input input);  // converter/foreign_index.h
 bool FuzzShardRules(Input input);    // converter/layout_file.h, converter/parallel_rules.h
+bool FuzzMapping(Input input);       // converter/mapping_rules.h, converter/mapping.h
+bool FuzzRenames(Input input);       // converter/rename_rules.h, converter/selection.h
 bool FuzzRas(Input input);           // monitor/witness/ras.h
 bool FuzzPickle(Input input);        // base/pickle_reader.h, classes as inert nodes
 bool FuzzZip(Input input);           // converter/zip_reader.h
