@@ -32,6 +32,11 @@ namespace {
 constexpr uint64_t kBlockBytes = uint64_t{4} << 20;
 constexpr uint64_t kPieceBytesMax = uint64_t{1} << 20;  // of head and zeros that are made at once
 
+// SingleImagePlan::write_memory_bytes.
+constexpr uint64_t kWriteBytes = uint64_t{24} << 20;
+constexpr uint64_t kWriteBytesOfState = 1024;
+constexpr uint64_t kWriteCopies = 4;
+
 // A document of a world of one rank that has everything.
 std::string LayoutOf(const std::vector<TensorState>& states) {
   nlohmann::ordered_json tensors = nlohmann::ordered_json::array();
@@ -51,7 +56,9 @@ std::string LayoutOf(const std::vector<TensorState>& states) {
       .dump();
 }
 
-struct Plan {
+}  // namespace
+
+struct SingleImagePlan::Contents {
   std::vector<uint32_t> order;  // of the states, by (tensor, state)
   std::string layout;
   std::vector<TensorState> states;  // in that order
@@ -59,7 +66,14 @@ struct Plan {
   ImageTemplate image;
 };
 
-absl::StatusOr<Plan> MakePlan(const TensorSource& source, const SingleImageRequest& request) {
+SingleImagePlan::SingleImagePlan(std::unique_ptr<Contents> contents)
+    : contents_(std::move(contents)) {}
+SingleImagePlan::~SingleImagePlan() = default;
+SingleImagePlan::SingleImagePlan(SingleImagePlan&&) noexcept = default;
+SingleImagePlan& SingleImagePlan::operator=(SingleImagePlan&&) noexcept = default;
+
+absl::StatusOr<SingleImagePlan> SingleImagePlan::Create(const TensorSource& source,
+                                                        const SingleImageRequest& request) {
   std::vector<uint32_t> order(source.states.size());
   std::iota(order.begin(), order.end(), 0);
   std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) {
@@ -90,9 +104,25 @@ absl::StatusOr<Plan> MakePlan(const TensorSource& source, const SingleImageReque
     spec.blobs.push_back({BlobScope::kGlobal, blob.name, blob.bytes.size()});
   }
   ASSIGN_OR_RETURN(ImageTemplate image, ImageTemplate::Build(spec, request.scratch_directory));
-  return Plan{std::move(order), std::move(text), std::move(states), std::move(pieces),
-              std::move(image)};
+  return SingleImagePlan(std::make_unique<Contents>(Contents{.order = std::move(order),
+                                                             .layout = std::move(text),
+                                                             .states = std::move(states),
+                                                             .pieces = std::move(pieces),
+                                                             .image = std::move(image)}));
 }
+
+uint64_t SingleImagePlan::image_bytes() const { return contents_->image.image_bytes(); }
+
+uint64_t SingleImagePlan::write_memory_bytes() const {
+  uint64_t names = 0;
+  for (const TensorState& state : contents_->states) {
+    names += state.tensor.size() + state.state.size() + sizeof(uint64_t) * state.shape.size();
+  }
+  return kWriteBytes + contents_->states.size() * kWriteBytesOfState + kWriteCopies * names +
+         kWriteCopies * contents_->layout.size();
+}
+
+namespace {
 
 // The image, front to back.
 class ImageWriter {
@@ -140,7 +170,7 @@ struct Written {
 
 absl::StatusOr<Written> WriteImage(FileSystem& file_system, const std::string& path,
                                    const TensorSource& source, const SingleImageRequest& request,
-                                   const Plan& plan, CheckpointId id) {
+                                   const SingleImagePlan::Contents& plan, CheckpointId id) {
   ASSIGN_OR_RETURN(const std::unique_ptr<WritableFile> file, file_system.CreateNew(path));
   ImageWriter image(*file, plan.image.block_bytes());
   std::vector<uint64_t> blob_bytes;
@@ -189,21 +219,21 @@ absl::StatusOr<Written> WriteImage(FileSystem& file_system, const std::string& p
   return written;
 }
 
-Index MakeIndex(const SingleImageRequest& request, const Plan& plan, CheckpointId id,
+Index MakeIndex(const SingleImageRequest& request, SingleImagePlan::Contents plan, CheckpointId id,
                 Written written) {
   Index index;
   index.job = request.job;
   index.job_uuid = request.job_uuid;
   index.checkpoint = id;
   index.world_size = 1;
-  index.layouts = {plan.layout};
+  index.layouts.push_back(std::move(plan.layout));
   index.images.push_back({.file = ImageFileName(Rank{0}),
                           .rank = Rank{0},
                           .layout = 0,
                           .bytes = plan.image.image_bytes(),
                           .block_bytes = plan.image.block_bytes(),
                           .block_crc32c = std::move(written.block_crc32c)});
-  index.tensor_states = plan.states;
+  index.tensor_states = std::move(plan.states);
   index.facts = std::move(written.facts);
   for (size_t i = 0; i < plan.pieces.size(); ++i) {
     index.pieces.push_back({plan.pieces[i], 0, plan.image.piece_offsets()[i]});
@@ -237,31 +267,27 @@ absl::Status PublishJob(FileSystem& file_system, const SingleImageRequest& reque
 
 }  // namespace
 
-absl::StatusOr<uint64_t> SingleImageBytes(const TensorSource& source,
-                                          const SingleImageRequest& request) {
-  ASSIGN_OR_RETURN(const Plan plan, MakePlan(source, request));
-  return plan.image.image_bytes();
-}
-
 absl::StatusOr<SingleImageReport> WriteSingleImage(FileSystem& file_system,
                                                    const TensorSource& source,
-                                                   const SingleImageRequest& request) {
+                                                   const SingleImageRequest& request,
+                                                   SingleImagePlan plan) {
   RETURN_IF_ERROR(CheckJobName(request.job));
-  ASSIGN_OR_RETURN(const Plan plan, MakePlan(source, request));
   const CheckpointId id{Attempt{0}, request.step};
   SingleImageReport report;
   report.directory = absl::StrCat(request.job_directory, "/", CheckpointDirectoryName(id));
-  report.bytes_written = plan.image.image_bytes();
+  report.bytes_written = plan.image_bytes();
   RETURN_IF_ERROR(PublishJob(file_system, request));
   RETURN_IF_ERROR(EnsureDirectory(file_system, request.job_directory, CheckpointDirectoryName(id)));
   const std::string path = absl::StrCat(report.directory, "/", ImageFileName(Rank{0}));
-  ASSIGN_OR_RETURN(Written written, WriteImage(file_system, path, source, request, plan, id));
-  RETURN_IF_ERROR(CommitCheckpoint(file_system,
-                                   {.job_directory = request.job_directory,
-                                    .writer = request.writer,
-                                    .parent = std::nullopt,
-                                    .created_at = request.created_at},
-                                   MakeIndex(request, plan, id, std::move(written))));
+  ASSIGN_OR_RETURN(Written written,
+                   WriteImage(file_system, path, source, request, *plan.contents_, id));
+  RETURN_IF_ERROR(
+      CommitCheckpoint(file_system,
+                       {.job_directory = request.job_directory,
+                        .writer = request.writer,
+                        .parent = std::nullopt,
+                        .created_at = request.created_at},
+                       MakeIndex(request, std::move(*plan.contents_), id, std::move(written))));
   return report;
 }
 

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
@@ -52,10 +53,37 @@ struct SingleImageReport {
   uint64_t bytes_written = 0;
 };
 
-// What the image will have, for those who ask first: plans, and writes nothing.
-absl::StatusOr<uint64_t> SingleImageBytes(const TensorSource& source,
-                                          const SingleImageRequest& request);
+// Everything about the image that can be said before a byte is written, its head included.
+//
+// Threads: one. Lifetime: owns everything.
+class SingleImagePlan {
+ public:
+  // Writes nothing but scratch files. Errors: kInvalidArgument (names, shapes), those of
+  // ImageTemplate::Build.
+  static absl::StatusOr<SingleImagePlan> Create(const TensorSource& source,
+                                                const SingleImageRequest& request);
+  ~SingleImagePlan();
+  SingleImagePlan(SingleImagePlan&&) noexcept;
+  SingleImagePlan& operator=(SingleImagePlan&&) noexcept;
 
+  uint64_t image_bytes() const;
+  // The most memory that writing it takes besides the plan: INDEX, in all forms in which a commit
+  // has it at a time. An upper bound that was measured.
+  uint64_t write_memory_bytes() const;
+
+  struct Contents;  // of single_image.cc
+
+ private:
+  friend absl::StatusOr<SingleImageReport> WriteSingleImage(FileSystem& file_system,
+                                                            const TensorSource& source,
+                                                            const SingleImageRequest& request,
+                                                            SingleImagePlan plan);
+  explicit SingleImagePlan(std::unique_ptr<Contents> contents);
+
+  std::unique_ptr<Contents> contents_;
+};
+
+// `plan`: of the same source and request.
 // After OK the checkpoint is committed: step `step` of attempt 0 of a new job. After an error it is
 // not, with the one exception of CommitCheckpoint; whoever made the directory removes it.
 // Errors: kAlreadyExists (the directory has a JOB.json), kInvalidArgument (names, shapes, a source
@@ -63,7 +91,8 @@ absl::StatusOr<uint64_t> SingleImageBytes(const TensorSource& source,
 // FileSystem.
 absl::StatusOr<SingleImageReport> WriteSingleImage(FileSystem& file_system,
                                                    const TensorSource& source,
-                                                   const SingleImageRequest& request);
+                                                   const SingleImageRequest& request,
+                                                   SingleImagePlan plan);
 
 }  // namespace holdfast
 

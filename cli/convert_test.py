@@ -85,6 +85,8 @@ class ConvertTest(unittest.TestCase):
         rules.write_text("prefx a b\n")
         self.assertIn("line 1: expected name, prefix, suffix or regex, found \"prefx\"; did you mean",
                       self.refused("--rename", rules))
+        rules.write_bytes(b"name mask m\n\nname m \xff\n")
+        self.assertIn("line 3: expected UTF-8", self.refused("--rename", rules))
         rules.write_text("regex blocks\\.\\d same\n")
         self.assertIn("would both be called \"same.weight\"", self.refused("--rename", rules, code=1))
 
@@ -130,6 +132,7 @@ class ConvertTest(unittest.TestCase):
                          {name: each["sha256"] for name, each in source.items() if name != "mask"})
         (self.path / "out").unlink()
         self.assertIn("did you mean \"llama\"", self.refused("--map", "lama"))
+        self.assertIn("did you mean \"llama\"", self.refused("--preset", "lama"))
         self.assertIn("did you mean \"megatron\"", self.refused("--map", "llama:megatrn"))
         self.assertIn("expected names of llama", self.refused("--map", "llama", code=1))
         self.assertIn("--set: expected --map", self.refused("--set", "heads=4"))
@@ -160,8 +163,8 @@ class ConvertTest(unittest.TestCase):
     def test_layouts(self):
         for form, to, expected in (("torch", "dp=2", "expected a format with a layout"),
                                    ("fsdp", "zero=2", "column 1: expected an axis of fsdp (dp)"),
-                                   ("deepspeed", "zero=1,dpp=2", "column 8: expected an axis of deepspeed (zero, dp, tp, pp, ep); "
-                                                                "did you mean \"dp\""),
+                                   ("deepspeed", "zero=1,dpp=2", "column 8: expected an axis of deepspeed (zero, dp, tp, pp, ep), "
+                                                                "found \"dpp=2\"; did you mean \"dp\""),
                                    ("deepspeed", "zero=4", "expected a stage from 1 to 3"),
                                    ("fsdp", "dp=0", "expected 1 to"), ("fsdp", "dp", "expected AXIS=SIZE")):
             self.assertIn(expected, self.refused("--to", to, form=form))
@@ -230,9 +233,33 @@ class ConvertTest(unittest.TestCase):
         said = self.convert("--only", "mask", "--force")
         self.assertEqual((said["tensors"], set(tensors_in(self.path / "out"))), (1, {"mask"}))
         self.assertEqual([path.name for path in self.path.iterdir() if "partial" in path.name], [])
-        code, _, err = run("convert", self.file, self.path, "--format", "torch", "--force")
+        (self.path / "folder").mkdir()
+        code, _, err = run("convert", self.file, self.path / "folder", "--format", "torch", "--force")
         self.assertEqual(code, 1)
         self.assertIn("is no file", err)
+
+    def test_nothing_that_is_read_is_replaced_with_what_is_around_it(self):
+        before = sorted(self.path.iterdir())
+        for out in (self.path, f"{self.path}/", self.path.parent):
+            code, _, err = run("convert", self.file, out, "--format", "fsdp", "--force")
+            self.assertEqual(code, 1, err)
+            self.assertIn("is in it: choose another place", err)
+        self.assertEqual(sorted(self.path.iterdir()), before)
+        # A checkpoint may be replaced by what is made of it.
+        self.convert(out="model.pt")
+        expected = tensors_in(self.path / "model.pt")
+        code, _, err = run("convert", self.path / "model.pt", self.path / "model.pt", "--format", "torch", "--force")
+        self.assertEqual((code, err), (0, ""))
+        self.assertEqual(tensors_in(self.path / "model.pt"), expected)
+
+    def test_odd_names_of_outputs_and_tags(self):
+        self.assertIn("OUT: expected the name", run("convert", self.file, "", "--format", "torch")[2])
+        self.assertEqual(run("convert", self.file, f"{self.path}/folder/", "--format", "fsdp")[0], 0)
+        self.assertEqual(run("diff", self.file, self.path / "folder")[0], 0)
+        self.assertEqual(run("convert", self.file, f"{self.path}/file/", "--format", "torch")[0], 5)
+        err = self.refused("--tag", "step-7")
+        self.assertIn("--tag step-7: expected a folder of several checkpoints, found", err)
+        self.assertIn("expected more than 0 bytes", self.refused("--memory", "0"))
 
     def test_memory_is_bounded(self):
         size = 64 << 20
@@ -244,6 +271,11 @@ class ConvertTest(unittest.TestCase):
         code, _, err = run("convert", big, self.path / "out", "--format", "torch", "--memory", "1M")
         self.assertEqual(code, 2)
         self.assertIn("--memory: expected", err)
+        if not SANITIZED:  # of which the address space has no limit
+            many = safetensors(self.path / "many.safetensors", {f"tensor.{i}": ("U8", [1], b"x") for i in range(60000)})
+            code, _, err = run("convert", many, self.path / "out", "--format", "torch", "--memory", "20M")
+            self.assertEqual(code, 2)
+            self.assertIn("--memory: expected more than 20971520 bytes to read this checkpoint with", err)
         limit = 32 << 20  # less than what is read, and than what is written
         memory = [] if SANITIZED else ["--memory", str(limit)]
         code, out, err = run("convert", big, self.path / "out", "--format", "torch", "--dtype", "float64", "--json",

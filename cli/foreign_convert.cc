@@ -10,6 +10,7 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -31,6 +32,7 @@
 #include "converter/dcp_writer.h"
 #include "converter/deepspeed_writer.h"
 #include "converter/fsdp_writer.h"
+#include "converter/mapping_checks.h"
 #include "converter/megatron_dist_writer.h"
 #include "converter/megatron_legacy_writer.h"
 #include "converter/safetensors_writer.h"
@@ -50,10 +52,9 @@ constexpr std::array<std::string_view, 8> kFormats = {
 constexpr uint64_t kBlobBytesMax = uint64_t{256} << 20;
 constexpr uint64_t kRenameFileBytesMax = uint64_t{16} << 20;
 constexpr uint64_t kLayoutFileBytesMax = uint64_t{16} << 20;
-// Of --memory: stacks, lists of files and what the allocator keeps; of a committed checkpoint its
-// blocks and INDEX too.
+// Of --memory: stacks, lists of files and what the allocator keeps.
 constexpr uint64_t kReserveBytes = uint64_t{12} << 20;
-constexpr uint64_t kHoldfastBytes = uint64_t{24} << 20;
+constexpr uint64_t kEntryBytes = 600;  // of a torch file, in the list and in the directory
 constexpr uint64_t kDecoderBytes = uint64_t{64} << 20;  // ExtentReader's
 constexpr uint64_t kWindowsMax = 4;                     // ConversionSource's
 constexpr uint64_t kWindowBytesMin = uint64_t{256} << 10;
@@ -125,15 +126,15 @@ absl::StatusOr<Target> ParseTarget(const Options& options) {
   }
   ASSIGN_OR_RETURN(const std::vector<AxisSize> sizes, ParseAxisSizes(options.to));
   for (const AxisSize& size : sizes) {
-    const auto refuse = [&](const std::string& expected) {
+    const auto refuse = [&](const std::string& expected, const std::string& hint = "") {
       return absl::InvalidArgumentError(
-          absl::StrFormat("--to, column %d: expected %s, found \"%s=%d\"", size.column, expected,
-                          size.axis, size.size));
+          absl::StrFormat("--to, column %d: expected %s, found \"%s=%d\"%s", size.column, expected,
+                          size.axis, size.size, hint));
     };
     if (!size.mesh.empty() || std::find(axes.begin(), axes.end(), size.axis) == axes.end()) {
       const std::vector<std::string> names(axes.begin(), axes.end());
       return refuse(
-          absl::StrFormat("an axis of %s (%s)", options.format, absl::StrJoin(names, ", ")) +
+          absl::StrFormat("an axis of %s (%s)", options.format, absl::StrJoin(names, ", ")),
           DidYouMean(size.axis, axes));
     }
     if (size.axis == "zero") {
@@ -206,7 +207,8 @@ struct Outcome {
   uint64_t bytes = 0;
   std::vector<std::string> left_out;
   std::vector<std::string> casts;
-  uint64_t became_infinite = 0;  // by casts
+  std::vector<std::string> repairs;  // of the source, which the framework's tools do not make
+  uint64_t became_infinite = 0;      // by casts
   std::string first_infinite;
   uint64_t peak_memory_bytes = 0;  // of this process
 };
@@ -233,22 +235,34 @@ class Conversion {
   absl::StatusOr<Outcome> Run(Invocation& invocation) {
     RETURN_IF_ERROR(CheckFormat(options_));
     ASSIGN_OR_RETURN(target_, ParseTarget(options_));
-    ASSIGN_OR_RETURN(parent_, DirectoryOf(options_.out));
-    const std::filesystem::path out = std::filesystem::path(options_.out).lexically_normal();
-    out_name_ = (out.has_filename() ? out : out.parent_path()).filename().string();
+    if (options_.out.empty()) {
+      return absl::InvalidArgumentError("OUT: expected the name of what is to be made, found none");
+    }
+    std::filesystem::path out = std::filesystem::path(options_.out).lexically_normal();
+    // A new directory may be called "out/", a file may not.
+    if (!out.has_filename() && out.has_relative_path() && options_.format != "torch") {
+      out = out.parent_path();
+    }
+    out_ = out.string();
+    ASSIGN_OR_RETURN(parent_, DirectoryOf(out_));
+    out_name_ = out.filename().string();
     ASSIGN_OR_RETURN(converter::SelectionRequest request, Request());
     drops_objects_ = converter::DropsObjects(request);
+    RETURN_IF_ERROR(CheckSourceIsNotInOut());
     ForeignOptions foreign = options_.foreign;
     foreign.layout_of_output = TakesCuts();
     ASSIGN_OR_RETURN(source_, OpenAny(invocation, options_.path, foreign));
     ASSIGN_OR_RETURN(converter::Selection selection,
                      converter::Select(std::move(source_.index), request));
+    // Or a dry run would find nothing wrong, and a hole would be met after gigabytes.
+    RETURN_IF_ERROR(converter::CheckCover(selection.index));
     outcome_.left_out = selection.left_out;
     outcome_.casts = selection.casts;
+    outcome_.repairs = selection.index.repairs;
     input_.emplace(*source_.folder, std::move(selection));
     ASSIGN_OR_RETURN(
         staged_,
-        StagedDirectory::Create(options_.out, absl::StrFormat("%016x", RandomBits()),
+        StagedDirectory::Create(out_, absl::StrFormat("%016x", RandomBits()),
                                 options_.force ? StagedDirectory::Existing::kReplace
                                                : StagedDirectory::Existing::kRefuse,
                                 options_.format == "torch" ? StagedDirectory::Result::kFile
@@ -264,6 +278,22 @@ class Conversion {
 
  private:
   const converter::ForeignIndex& index() const { return input_->index(); }
+
+  // What --force replaces is removed with all that is in it: never what was read, and whatever else
+  // lies around it. (CKPT itself may be replaced: it has been read by then.)
+  absl::Status CheckSourceIsNotInOut() const {
+    std::error_code error;
+    const std::filesystem::path out = std::filesystem::canonical(options_.out, error);
+    if (error) return absl::OkStatus();  // there is nothing to replace
+    const std::filesystem::path source = std::filesystem::canonical(options_.path, error);
+    if (error) return absl::OkStatus();  // who opens it says so
+    const auto [out_end, source_end] =
+        std::mismatch(out.begin(), out.end(), source.begin(), source.end());
+    if (out_end != out.end() || source_end == source.end()) return absl::OkStatus();
+    return absl::FailedPreconditionError(
+        absl::StrFormat("%s is there already, and %s is in it: choose another place for the output",
+                        options_.out, options_.path));
+  }
 
   absl::StatusOr<converter::SelectionRequest> Request() {
     converter::SelectionRequest request = options_.selection;
@@ -360,7 +390,7 @@ class Conversion {
 
   // What a plan says, and whether there is room for it.
   absl::Status TakePlan(uint64_t bytes, uint64_t tensor_count,
-                        const std::vector<std::string>& left_out) {
+                        const std::vector<std::string>& left_out, uint64_t writing_bytes = 0) {
     outcome_.bytes = bytes;
     outcome_.tensor_count = tensor_count;
     if (!left_out.empty() && !drops_objects_) {
@@ -369,8 +399,17 @@ class Conversion {
                           options_.format, absl::StrJoin(left_out, "; "), converter::kDropObjects));
     }
     outcome_.left_out.insert(outcome_.left_out.end(), left_out.begin(), left_out.end());
-    RETURN_IF_ERROR(SetWindow(0));
+    RETURN_IF_ERROR(SetWindow(writing_bytes));
     return CheckRoom(file_system_, parent_, bytes);
+  }
+
+  // Memory that writing takes besides the plan: of one file its pickle again, and its entries.
+  static uint64_t WritingBytes(const converter::TorchFilesPlan& plan) {
+    uint64_t most = 0;
+    for (const converter::PlannedFile& file : plan.files) {
+      most = std::max(most, 2 * file.pickle.size() + kEntryBytes * file.storages.size());
+    }
+    return most;
   }
 
   absl::Status ToTorchFiles(const absl::StatusOr<converter::TorchFilesPlan>& plan) {
@@ -378,7 +417,7 @@ class Conversion {
     for (const converter::PlannedFile& file : plan->files) {
       outcome_.files.push_back({file.path, file.bytes});
     }
-    RETURN_IF_ERROR(TakePlan(plan->bytes, plan->tensor_count, plan->left_out));
+    RETURN_IF_ERROR(TakePlan(plan->bytes, plan->tensor_count, plan->left_out, WritingBytes(*plan)));
     if (options_.dry_run) return absl::OkStatus();
     return converter::WriteTorchFiles(file_system_, staged_->path(), *input_, *plan, Watch());
   }
@@ -472,13 +511,14 @@ class Conversion {
     request.scratch_directory = staged_->path();
     request.created_at = absl::Now();
     ASSIGN_OR_RETURN(request.blobs, Blobs());
-    ASSIGN_OR_RETURN(outcome_.bytes, SingleImageBytes(tensors, request));
+    ASSIGN_OR_RETURN(SingleImagePlan plan, SingleImagePlan::Create(tensors, request));
+    outcome_.bytes = plan.image_bytes();
     outcome_.tensor_count = tensors.states.size();
-    RETURN_IF_ERROR(SetWindow(kHoldfastBytes));
+    RETURN_IF_ERROR(SetWindow(plan.write_memory_bytes()));
     RETURN_IF_ERROR(CheckRoom(file_system_, parent_, outcome_.bytes));
     if (options_.dry_run) return absl::OkStatus();
     ASSIGN_OR_RETURN(const SingleImageReport report,
-                     WriteSingleImage(file_system_, tensors, request));
+                     WriteSingleImage(file_system_, tensors, request, std::move(plan)));
     outcome_.files.push_back(
         {std::filesystem::path(report.directory).filename().string(), report.bytes_written});
     return absl::OkStatus();
@@ -525,6 +565,7 @@ class Conversion {
   Progress progress_;
   const InterruptFlag interrupt_;
   Target target_;
+  std::string out_;  // options_.out, without the slash behind a directory's name
   std::string parent_;
   std::string out_name_;
   converter::ForeignSource source_;  // its index is input_'s
@@ -547,6 +588,7 @@ ExitCode Run(Invocation& invocation, const Options& options) {
                                    {"files", nlohmann::ordered_json::array()},
                                    {"left_out", outcome->left_out},
                                    {"cast", outcome->casts},
+                                   {"repaired", outcome->repairs},
                                    {"became_infinite", outcome->became_infinite},
                                    {"peak_memory_bytes", outcome->peak_memory_bytes}};
     for (const Outcome::File& file : outcome->files) {
@@ -571,6 +613,9 @@ ExitCode Run(Invocation& invocation, const Options& options) {
     std::printf("  cast: %llu finite numbers became infinite, the first in %s\n",
                 static_cast<unsigned long long>(outcome->became_infinite),
                 Printable(outcome->first_infinite).c_str());
+  }
+  for (const std::string& each : outcome->repairs) {
+    std::printf("  repaired: %s\n", Printable(each).c_str());
   }
   for (const std::string& each : outcome->left_out) {
     std::printf("  left out: %s\n", Printable(each).c_str());
@@ -610,7 +655,7 @@ void AddVerb(CLI::App& app, Invocation& invocation, const char* name, const char
   AddMapOptions(*verb, options->map);
   verb->add_option("--drop", options->selection.drop,
                    "Leave out: a state (exp_avg), objects (what is no tensor), '*' for all that "
-                   "are no weights, unreadable, unmapped")
+                   "are no weights, unreadable, unmapped, lost")
       ->allow_extra_args(false);
   verb->add_option("--dtype", options->selection.dtypes,
                    "DTYPE of floating weights and buffers, or STATE=DTYPE: float32, bfloat16, "
@@ -619,12 +664,12 @@ void AddVerb(CLI::App& app, Invocation& invocation, const char* name, const char
   verb->add_option("--shard-bytes", options->shard_bytes,
                    "Tensors of one file, at most (safetensors, dcp, megatron)")
       ->transform(SizeValue(SizeValue::Units::kDecimal))
-      ->check(CLI::PositiveNumber)
+      ->check(PositiveSize())
       ->capture_default_str();
   verb->add_option("--memory", options->foreign.memory_bytes,
                    "Most memory of all processes together, like 256M (default: as it comes)")
       ->transform(SizeValue(SizeValue::Units::kBinary))
-      ->check(CLI::PositiveNumber);
+      ->check(PositiveSize());
   verb->add_flag("--force", options->force, "Replace what is there");
   verb->add_flag("--dry-run", options->dry_run,
                  "Check everything, say what would be written, and write nothing");

@@ -20,6 +20,15 @@ class SizeValue : public CLI::AsSizeValue {
   }
 };
 
+// Of what SizeValue has made.
+inline CLI::Validator PositiveSize() {
+  return CLI::Validator(
+      [](std::string& text) {
+        return text == "0" ? std::string("expected more than 0 bytes") : std::string();
+      },
+      "POSITIVE", "PositiveSize");
+}
+
 }  // namespace holdfast::cli
 
 #endif  // HOLDFAST_CLI_SIZE_VALUE_H_

@@ -564,7 +564,7 @@ absl::StatusOr<ParallelInfo> ParallelPreset(std::string_view name) {
   }
   constexpr std::array<std::string_view, 3> kKnown = {"gpt2", "llama", "mixtral"};
   return absl::InvalidArgumentError(
-      absl::StrFormat("preset \"%s\": expected gpt2, llama or mixtral%s", std::string(name),
+      absl::StrFormat("--preset \"%s\": expected gpt2, llama or mixtral%s", std::string(name),
                       DidYouMean(name, kKnown)));
 }
 

@@ -29,6 +29,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <iterator>
+#include <new>
 #include <span>
 #include <utility>
 
@@ -47,6 +48,7 @@ constexpr size_t kMessageBytesMax = size_t{64} << 10;
 constexpr uint8_t kNoLandlock = 1;
 constexpr uint8_t kNoSeccomp = 2;
 constexpr uint8_t kNoLimits = 4;
+constexpr int kNoMemoryExit = 3;
 constexpr int kSeals = F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE;
 
 // What the child hands over, in both directions of base/byte_codec.h.
@@ -199,13 +201,9 @@ bool ApplySeccomp() {
   return prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter) == 0;
 }
 
-[[noreturn]] void RunChild(const std::string& directory, const SandboxLimits& limits,
-                           const std::function<absl::StatusOr<std::string>()>& work, int memory) {
-  Result result;
-  const bool privileges = prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0;
-  if (!ApplyLimits(limits)) result.missing |= kNoLimits;
-  if (!privileges || !ApplyLandlock(directory)) result.missing |= kNoLandlock;
-  if (!privileges || !ApplySeccomp()) result.missing |= kNoSeccomp;
+// What the child hands over, sealed.
+std::string SealedOutcome(const SandboxLimits& limits, Result result,
+                          const std::function<absl::StatusOr<std::string>()>& work) {
   absl::StatusOr<std::string> outcome = work();
   if (outcome.ok() && outcome->size() > limits.result_bytes) {
     outcome = absl::ResourceExhaustedError(absl::StrFormat(
@@ -222,9 +220,27 @@ bool ApplySeccomp() {
   ByteWriter writer(&bytes);
   Walk(writer, result);
   SealEnvelope(kEnvelope, bytes);
-  const bool written = WriteAll(memory, 0, std::as_bytes(std::span(bytes))).ok() &&
-                       fcntl(memory, F_ADD_SEALS, kSeals) == 0;
-  _exit(written ? 0 : 1);
+  return bytes;
+}
+
+// Other exceptions than for memory end the child here (SIGABRT): behind this function are the
+// parent's.
+[[noreturn]] void RunChild(const std::string& directory, const SandboxLimits& limits,
+                           const std::function<absl::StatusOr<std::string>()>& work,
+                           int memory) noexcept {
+  Result result;
+  const bool privileges = prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0;
+  if (!ApplyLimits(limits)) result.missing |= kNoLimits;
+  if (!privileges || !ApplyLandlock(directory)) result.missing |= kNoLandlock;
+  if (!privileges || !ApplySeccomp()) result.missing |= kNoSeccomp;
+  try {
+    const std::string bytes = SealedOutcome(limits, std::move(result), work);
+    const bool written = WriteAll(memory, 0, std::as_bytes(std::span(bytes))).ok() &&
+                         fcntl(memory, F_ADD_SEALS, kSeals) == 0;
+    _exit(written ? 0 : 1);
+  } catch (const std::bad_alloc&) {
+    _exit(kNoMemoryExit);
+  }
 }
 
 absl::Status Killed(int status) {
@@ -273,15 +289,21 @@ absl::StatusOr<std::string> RunSandboxed(const std::string& readable_directory,
   while (waitpid(child, &status, 0) < 0) {
     if (errno != EINTR) return ErrnoStatus(errno, "wait for", "the process that reads");
   }
+  if (WIFEXITED(status) && WEXITSTATUS(status) == kNoMemoryExit) {
+    return absl::ResourceExhaustedError(
+        absl::StrFormat("the process that reads it expected more than the %d bytes of memory that "
+                        "it may have",
+                        limits.memory_bytes));
+  }
   if (!WIFEXITED(status) || WEXITSTATUS(status) != 0) return Killed(status);
-  const absl::StatusOr<Result> taken = TakeResult(memory.get());
+  absl::StatusOr<Result> taken = TakeResult(memory.get());
   if (!taken.ok()) return absl::DataLossError(std::string(taken.status().message()));
   if ((taken->missing & kNoLandlock) != 0) report->missing.push_back("Landlock");
   if ((taken->missing & kNoSeccomp) != 0) report->missing.push_back("seccomp");
   if ((taken->missing & kNoLimits) != 0) report->missing.push_back("resource limits");
   if (taken->code != 0)
     return absl::Status(static_cast<absl::StatusCode>(taken->code), taken->text);
-  return taken->text;
+  return std::move(taken->text);
 }
 
 }  // namespace holdfast::converter

@@ -15,6 +15,8 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <new>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -64,6 +66,20 @@ TEST_F(SandboxTest, GivesBackTheResultAndTheError) {
   EXPECT_THAT(Run([] { return std::string(100, 'x'); }, {.result_bytes = 99}),
               StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("99")));
   EXPECT_THAT(Run([this] { return ReadFile("/in/file"); }), IsOkAndHolds("inside"));
+}
+
+TEST_F(SandboxTest, TooLittleMemoryIsSaidAndAnExceptionEndsTheChildAlone) {
+  EXPECT_THAT(
+      Run([]() -> absl::StatusOr<std::string> { throw std::bad_alloc(); },
+          {.memory_bytes = 64 << 20}),
+      StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("67108864 bytes of memory")));
+  const pid_t parent = getpid();
+  EXPECT_THAT(Run([]() -> absl::StatusOr<std::string> {
+                signal(SIGABRT, SIG_DFL);
+                throw std::out_of_range("of an array");
+              }),
+              StatusIs(absl::StatusCode::kDataLoss, HasSubstr("ended by signal 6")));
+  EXPECT_EQ(getpid(), parent);  // or the child would have gone on with the test
 }
 
 TEST_F(SandboxTest, ReadsNothingElse) {

@@ -4,6 +4,7 @@
 #include "converter/zip_reader.h"
 
 #include <algorithm>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -68,6 +69,34 @@ TEST(ZipReader, SizesMayStandInAZip64Field) {
   const auto directory = ReadBytes(zip.Bytes());
   ASSERT_TRUE(directory.ok()) << directory.status().ToString();
   EXPECT_EQ(directory->entries()[1].bytes, 7u);
+}
+
+// Sums of these with an offset would begin again at 0.
+TEST(ZipReader, Zip64NumbersThatOverflowAreRefused) {
+  TestZip zip = Two();
+  zip.entries[1].zip64_sizes = true;
+  std::string bytes = zip.Bytes();
+  // The end record says that its numbers stand in its ZIP64 form: counts, size, offset.
+  std::fill_n(bytes.end() - 14, 12, '\xff');
+  ASSERT_EQ(ErrorOf(bytes), "");
+  const size_t field = bytes.find(std::string("\x01\0\x10\0", 4));
+  const size_t end = bytes.find("PK\x06\x06");
+  const size_t locator = bytes.find("PK\x06\x07");
+  ASSERT_TRUE(field != std::string::npos && end != std::string::npos);
+  ASSERT_NE(locator, std::string::npos);
+  // An entry's size, stored and not; the numbers of entries; the directory's size and offset; the
+  // offset of the ZIP64 end record.
+  const std::vector<std::vector<size_t>> places = {
+      {field + 4}, {field + 12}, {field + 4, field + 12}, {end + 24, end + 32},
+      {end + 40},  {end + 48},   {end + 40, end + 48},    {locator + 8}};
+  for (const uint64_t value : {~uint64_t{0}, ~uint64_t{0} - 7, ~uint64_t{0} - bytes.size(),
+                               uint64_t{1} << 63, (uint64_t{1} << 63) - 1, uint64_t{1} << 32}) {
+    for (const std::vector<size_t>& changed : places) {
+      std::string lying = bytes;
+      for (const size_t place : changed) std::memcpy(&lying[place], &value, sizeof(value));
+      EXPECT_NE(ErrorOf(lying), "") << changed[0] << " " << value;
+    }
+  }
 }
 
 TEST(ZipReader, WhatCouldBeReadInTwoWaysIsRefused) {
