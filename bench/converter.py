@@ -1,9 +1,11 @@
 """Figures of reading and exporting other frameworks' checkpoints: how fast `inspect` is with very many files and with
-very much metadata, and `export` against cp of the same bytes. The commands are the user's, start included."""
+very much metadata, `export` against cp of the same bytes, and of DCP's shards against PyTorch's own consolidation. The
+commands are the user's, start included. Where it is said that neither side syncs, ours runs under eatmydata."""
 
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import time
 
@@ -11,6 +13,7 @@ import numpy as np
 import safetensors.numpy
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties,
                                                    TensorStorageMetadata)
@@ -22,10 +25,12 @@ EXPORT_BYTES = 2048 * MIB
 SHARDS = 4
 
 
-def holdfast(place, *arguments):
+def holdfast(place, *arguments, syncs=True):
     """Seconds, and standard output."""
+    command = [] if syncs else ["eatmydata"]
     begun = time.perf_counter()
-    done = subprocess.run([place.build / "cli" / "holdfast", *map(str, arguments)], check=True, capture_output=True)
+    done = subprocess.run([*command, place.build / "cli" / "holdfast", *map(str, arguments)], check=True,
+                          capture_output=True)
     return time.perf_counter() - begun, done.stdout
 
 
@@ -73,15 +78,20 @@ def large_metadata(place, ranks=64):
                        f"{size / 1e6:.0f} MB, {tried * ranks} chunks; what is written in .metadata only")
 
 
+def random_tensors(shard):
+    """Of a shard's bytes: 16 matrices."""
+    rows = EXPORT_BYTES // SHARDS // 16 // 4096 // 4
+    return {f"layers.{shard}.{i}.weight": np.frombuffer(os.urandom(rows * 4096 * 4), np.float32).reshape(rows, 4096)
+            for i in range(16)}
+
+
 def export(place):
     folder = place.directory / "hf"
     folder.mkdir()
     weight_map = {}
-    rows = EXPORT_BYTES // SHARDS // 16 // 4096 // 4
     for shard in range(SHARDS):
         name = f"model-{shard + 1:05}-of-{SHARDS:05}.safetensors"
-        tensors = {f"layers.{shard}.{i}.weight": np.frombuffer(os.urandom(rows * 4096 * 4), np.float32).reshape(rows, 4096)
-                   for i in range(16)}
+        tensors = random_tensors(shard)
         safetensors.numpy.save_file(tensors, folder / name)
         weight_map.update(dict.fromkeys(tensors, name))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
@@ -91,23 +101,71 @@ def export(place):
         subprocess.run(["rm", "-rf", out], check=True)
         return EXPORT_BYTES / run() / 1e9
 
-    def ours():
-        return cleared(lambda: holdfast(place, "export", folder, out, "--shard-bytes", EXPORT_BYTES // SHARDS)[0])
+    def ours(syncs):
+        return cleared(lambda: holdfast(place, "export", folder, out, "--shard-bytes", EXPORT_BYTES // SHARDS,
+                                        syncs=syncs)[0])
 
-    def copy():
+    def copy(syncs):
         begun = time.perf_counter()
         subprocess.run(["cp", "-r", "--reflink=never", folder, out], check=True)
-        for path in out.iterdir():
+        for path in out.iterdir() if syncs else ():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         return time.perf_counter() - begun
 
-    ours()  # the source is in memory for both
-    row = pairs.compare("export to a Hugging Face folder, against cp --reflink=never and fsync", "GB/s", ours,
-                        lambda: cleared(copy), 1.0, note="both durable: ours ends with its fsyncs")
+    ours(True)  # the source is in memory for both
+
+    def against_copy(syncs, words, note):
+        return pairs.compare(f"export to a Hugging Face folder, against {words}", "GB/s", lambda: ours(syncs),
+                             lambda: cleared(lambda: copy(syncs)), 1.0, note=note)
+
+    found = [against_copy(False, "cp --reflink=never", "neither side syncs"),
+             against_copy(True, "cp --reflink=never and fsync", "both durable: ours ends with its fsyncs")]
     subprocess.run(["rm", "-rf", out, folder], check=True)
+    return found
+
+
+def consolidation(place):
+    """Every tensor cut by rows over 4 ranks, as HuggingFaceStorageWriter(save_distributed=True) leaves them, made whole."""
+    folder, out = place.directory / "shards", place.directory / "whole"
+    folder.mkdir()
+    parts, file_of = [{} for _ in range(SHARDS)], {}
+    for shard in range(SHARDS):
+        for name, tensor in random_tensors(shard).items():
+            file_of[name] = shard + 1
+            for rank, part in enumerate(np.array_split(tensor, SHARDS)):
+                parts[rank][name] = part
+        for rank in range(SHARDS):
+            offsets = {name: {"saved_offsets": [len(part) * rank, 0]} for name, part in parts[rank].items()}
+            path = folder / f"shard-{rank + 1:05}-model-{shard + 1:05}-of-{SHARDS:05}.safetensors"
+            safetensors.numpy.save_file({name: np.ascontiguousarray(part) for name, part in parts[rank].items()}, path,
+                                        {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"})
+            parts[rank].clear()
+
+    def ours(syncs=False):
+        subprocess.run(["rm", "-rf", out], check=True)
+        return EXPORT_BYTES / holdfast(place, "export", folder, out, "--shard-bytes", EXPORT_BYTES // SHARDS,
+                                       syncs=syncs)[0] / 1e9
+
+    def theirs():
+        subprocess.run(["rm", "-rf", theirs_out], check=True)
+        theirs_out.mkdir()
+        begun = time.perf_counter()
+        consolidate_safetensors_files(str(folder), str(theirs_out), file_of, num_threads=SHARDS)
+        return EXPORT_BYTES / (time.perf_counter() - begun) / 1e9
+
+    theirs_out = place.directory / "theirs"
+    theirs()
+    durable = ours(syncs=True)
+    holdfast(place, "diff", out, theirs_out)  # or a mistake would be measured
+    row = pairs.compare("DCP's safetensors shards to a Hugging Face folder, against PyTorch's consolidation", "GB/s", ours,
+                        theirs, 1.0, note=f"neither side syncs; theirs without Python's start, {SHARDS} threads; "
+                                          f"ours durable {durable:.2f} GB/s")
+    subprocess.run(["rm", "-rf", out, theirs_out, folder], check=True)
     return row
 
 
 def rows(place):
-    return [many_files(place), large_metadata(place), export(place)]
+    if shutil.which("eatmydata") is None:
+        raise RuntimeError("eatmydata is not installed")
+    return [many_files(place), large_metadata(place), *export(place), consolidation(place)]

@@ -5,10 +5,12 @@ ranks. Neither side syncs its files (ours runs under eatmydata); what it takes w
 Needs build/venv, which scripts/interop makes.
 """
 
+import dataclasses
 import os
 import pathlib
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
 
@@ -39,39 +41,52 @@ def children_of(pid):
 
 
 def memory_of(pids):
-    """Of each process, its resident memory (a shared page counts in each of them)."""
+    """Of each process, the most resident memory that it has had so far (a shared page counts in each of them)."""
     found = []
     for pid in pids:
         try:
-            resident = int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1])
-            found.append(resident * os.sysconf("SC_PAGESIZE"))
-        except (OSError, IndexError):
-            pass
+            lines = pathlib.Path(f"/proc/{pid}/status").read_text().splitlines()
+            found += [int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:")]
+        except OSError:
+            pass  # it has ended
     return found
 
 
+@dataclasses.dataclass
+class Run:
+    seconds: float
+    together_bytes: int  # the peaks of all processes that were there at a time: at least what they had together
+    largest_bytes: int   # of one process
+    read_bytes: int      # by read(2) and its kin, of the process and those that it waited for
+    written_bytes: int
+
+
 def run(command, environment=None):
-    """Seconds, and the most memory seen in all processes together and in the largest one."""
     begun = time.perf_counter()
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                               env={**os.environ, **(environment or {})})
-    peaks, ended = [0, 0], threading.Event()
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=errors,
+                                   env={**os.environ, **(environment or {})})
+        peaks, ended = [0, 0], threading.Event()
 
-    def watch():
-        while not ended.wait(0.02):
-            found = memory_of(children_of(process.pid))
-            if found:
-                peaks[0], peaks[1] = max(peaks[0], sum(found)), max(peaks[1], max(found))
+        def watch():
+            while not ended.wait(0.01):
+                found = memory_of(children_of(process.pid))
+                if found:
+                    peaks[0], peaks[1] = max(peaks[0], sum(found)), max(peaks[1], max(found))
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    error = process.communicate()[1].decode(errors="replace")
-    seconds = time.perf_counter() - begun
-    ended.set()
-    watcher.join()
-    if process.returncode != 0:
-        raise RuntimeError(f"{command[0]}: exit {process.returncode}: {error[-2000:]}")
-    return seconds, peaks
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        # It has ended, and is still there to be asked.
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        seconds = time.perf_counter() - begun
+        ended.set()
+        watcher.join()
+        counted = dict(line.split(": ") for line in pathlib.Path(f"/proc/{process.pid}/io").read_text().splitlines())
+        if process.wait() != 0:
+            errors.seek(0)
+            raise RuntimeError(f"{command[0]}: exit {process.returncode}: "
+                               f"{errors.read().decode(errors='replace')[-2000:]}")
+    return Run(seconds, *peaks, int(counted["rchar"]), int(counted["wchar"]))
 
 
 def of_stage(place, stage):
@@ -79,13 +94,12 @@ def of_stage(place, stage):
     size = sum(path.stat().st_size for path in source.rglob("*.pt"))
     out, copied = place.directory / "universal", place.directory / "copy"
     command = [place.build / "cli" / "holdfast", "convert", source, out, "--format", "ucp", "--memory", MEMORY_BYTES]
-    peaks = {"ours": [], "theirs": []}
+    runs = {"ours": [], "theirs": []}
 
     def cleared(who, run_it):
         shutil.rmtree(out, ignore_errors=True)
-        seconds, memory = run_it()
-        peaks[who].append(memory)
-        return seconds
+        runs[who].append(run_it())
+        return runs[who][-1].seconds
 
     def ours():
         return cleared("ours", lambda: run(["eatmydata", *command]))
@@ -114,13 +128,23 @@ def of_stage(place, stage):
     bare.goal = "<= 1.3 times as long"
     shutil.rmtree(kept)
     framework = pairs.compare(f"{name}, against ds_to_universal", "s", ours, theirs, 10, pairs=3, rate=False)
-    framework.note += f"; its largest process {max(peak[1] for peak in peaks['theirs']) / 2**20:.0f} MiB"
-    most = max(peak[0] for peak in peaks["ours"]) / (1 << 20)
+    framework.note += f"; its largest process {max(each.largest_bytes for each in runs['theirs']) / 2**20:.0f} MiB"
+    most = max(each.together_bytes for each in runs["ours"]) / (1 << 20)
     memory = pairs.Row(f"{name}, memory", most, "MiB", goal="<= 256 MiB", holds=most <= MEMORY_BYTES >> 20,
-                       note="resident, all processes together, watched every 20 ms")
+                       note="peaks of all processes together, watched every 10 ms")
     shutil.rmtree(out)
     shutil.rmtree(source.parent)
-    return [framework, bare, memory]
+    return [framework, bare, memory,
+            traffic(f"{name}, bytes read", max(each.read_bytes for each in runs["ours"]), size, "the source has"),
+            traffic(f"{name}, bytes written", max(each.written_bytes for each in runs["ours"]), written, "the output has")]
+
+
+def traffic(name, counted, least, words):
+    """What passed through system calls, against what must."""
+    if counted < 0.9 * least:
+        raise RuntimeError(f"{name}: the kernel counted {counted} bytes of at least {least}: it does not see all of them")
+    return pairs.Row(name, counted / 1e9, "GB", least / 1e9, least / counted, goal="<= 1.05 of the minimum",
+                     holds=counted <= 1.05 * least, note=f"{words} {least / 1e9:.3f} GB")
 
 
 def rows(place):
