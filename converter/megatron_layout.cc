@@ -77,10 +77,11 @@ bool IsOneOf(std::string_view word, const std::array<std::string_view, N>& words
   return std::ranges::find(words, word) != words.end();
 }
 
-constexpr std::array<std::string_view, 12> kColumnParallel = {
+constexpr std::array<std::string_view, 13> kColumnParallel = {
     "linear_qkv",    "linear_fc1",       "word_embeddings",   "output_layer",
     "linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "linear_q",
-    "linear_kv",     "query_key_value",  "dense_h_to_4h",     "word_embeddings_for_head"};
+    "linear_kv",     "query_key_value",  "dense_h_to_4h",     "word_embeddings_for_head",
+    "eh_proj"};
 constexpr std::array<std::string_view, 3> kRowParallel = {"linear_proj", "linear_fc2",
                                                           "dense_4h_to_h"};
 constexpr std::array<std::string_view, 3> kReplicated = {"position_embeddings",
@@ -92,13 +93,15 @@ constexpr std::array<std::string_view, 4> kBufferLeaves = {"expert_bias", "local
 
 // The place of a component among its siblings: where modules register their children and
 // parameters. A module's own parameters come before its children.
-constexpr std::array<std::string_view, 39> kOrder = {
+constexpr std::array<std::string_view, 44> kOrder = {
     // a module's own parameters
     "gate_weight", "softmax_offset", "layer_norm_weight", "layer_norm_bias", "weight", "bias",
     // the model
     "embedding", "encoder", "decoder", "mtp", "output_layer",
     // the embedding
     "word_embeddings", "position_embeddings", "tokentype_embeddings",
+    // a layer of multi-token prediction, before its norm
+    "enorm", "hnorm", "eh_proj", "transformer_layer", "mtp_model_layer",
     // the block
     "layers", "final_layernorm",
     // a layer
@@ -422,14 +425,14 @@ MegatronPlace MegatronPlaceOf(std::string_view name, MegatronLayers layers, bool
     place.key.expert_axis = true;
     text = before + after;
   }
-  const auto layer = ParseMegatronLayer(text);
-  if (!layer.has_value()) return place;
-  std::string rest(layer->rest);
-  if (local_modules) {
+  if (local_modules) {  // also in the layers of multi-token prediction
     absl::StrReplaceAll({{".input_layernorm.", ".self_attention.linear_qkv.layer_norm_"},
                          {".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"}},
-                        &rest);
+                        &text);
   }
+  const auto layer = ParseMegatronLayer(text);
+  if (!layer.has_value()) return place;
+  const std::string rest(layer->rest);
   place.layer = layer->number;
   place.key.layer_axis = layers == MegatronLayers::kAxis;
   // The prefix ends in a dot, the rest begins with one.

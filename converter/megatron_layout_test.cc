@@ -150,6 +150,8 @@ TEST(MegatronLayout, NamesSayHowAParameterIsCut) {
   EXPECT_EQ(cut("embedding.word_embeddings.weight"), "0");
   EXPECT_EQ(cut("embedding.position_embeddings.weight"), "replicated");
   EXPECT_EQ(cut("output_layer.weight"), "0");
+  EXPECT_EQ(cut("mtp.layers.0.eh_proj.weight"), "0");
+  EXPECT_EQ(cut("mtp.layers.0.enorm.weight"), "replicated");
   EXPECT_EQ(cut("language_model.encoder.layers.3.attention.dense.weight"), "1");
   EXPECT_EQ(cut("lm_head.dense.weight"), "not told");
   EXPECT_EQ(cut("vision.patch_embed.weight"), "not told");
@@ -198,6 +200,13 @@ TEST(MegatronLayout, ModelsHaveTheirParametersInTheOrderOfTheirModules) {
       "decoder.layers.10.mlp.experts.linear_fc1.weight10",
       "decoder.layers.10.mlp.experts.linear_fc2.weight0",
       "decoder.final_layernorm.weight",
+      "mtp.layers.0.enorm.weight",
+      "mtp.layers.0.hnorm.weight",
+      "mtp.layers.0.eh_proj.weight",
+      "mtp.layers.0.transformer_layer.input_layernorm.weight",
+      "mtp.layers.0.transformer_layer.mlp.linear_fc1.weight",
+      "mtp.layers.0.final_layernorm.weight",
+      "mtp.layers.1.enorm.weight",
       "output_layer.weight"};
   std::mt19937_64 random(7);
   for (int round = 0; round < 50; ++round) {

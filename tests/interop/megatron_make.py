@@ -89,7 +89,7 @@ def build(case, seed):
     """The model chunks of this rank's stage, and their optimizer."""
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -106,19 +106,21 @@ def build(case, seed):
         pipeline_dtype=torch.bfloat16, add_bias_linear=case["bias"], attention_dropout=0.0, hidden_dropout=0.0,
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=case.get("pp", 1), virtual_pipeline_model_parallel_size=case.get("vpp"),
-        num_layers_in_first_pipeline_stage=case.get("first"),
+        num_layers_in_first_pipeline_stage=case.get("first"), mtp_num_layers=case.get("mtp"),
         gradient_accumulation_fusion=False, masked_softmax_fusion=False, bias_activation_fusion=False,
         bias_dropout_fusion=False, apply_rope_fusion=False, persist_layer_norm=False,
         normalization="LayerNorm" if case["bias"] else "RMSNorm", **activation, **experts)
     spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=False,
                                     normalization=config.normalization)
+    # Of multi-token prediction.
+    more = {"mtp_block_spec": get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False)} if case.get("mtp") else {}
     chunks = []
     for number in range(case.get("vpp") or 1):
         place = {"vp_stage": number} if case.get("vpp") else {}
         model = GPTModel(config, spec, vocab_size=case["words"], max_sequence_length=8, position_embedding_type="rope",
                          share_embeddings_and_output_weights=case["tied"],
                          pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, **place),
-                         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, **place), **place)
+                         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, **place), **place, **more)
         model.bfloat16()
         chunks.append(DistributedDataParallel(
             config, DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True,

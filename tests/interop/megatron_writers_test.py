@@ -170,7 +170,7 @@ def main():
     for tp, dp, target in ((2, 2, {"tp": 1, "ranks": 2}), (1, 2, {"tp": 2, "ranks": 2})):
         case = {"tp": tp, "layers": rng.choice((2, 3)), "hidden": rng.choice((16, 24)), "ffn": 4 * rng.randrange(3, 12),
                 "words": 8 * rng.randrange(4, 12), "gated": rng.random() < 0.5, "bias": rng.random() < 0.5,
-                "tied": rng.random() < 0.5}
+                "tied": rng.random() < 0.5, "mtp": 1 if tp == 2 else None}
         with tempfile.TemporaryDirectory() as scratch:
             check(holdfast, case, tp * dp, target, seed, pathlib.Path(scratch))
     dense = {"tp": 1, "layers": 4, "hidden": 16, "ffn": 24, "words": 40, "gated": True, "bias": False, "tied": True}
