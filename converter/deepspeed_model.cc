@@ -26,6 +26,12 @@ absl::Status NotEverywhere(const std::string& name, uint32_t tensor_ranks) {
       "\"%s\": expected it on all %d tensor-parallel ranks, found it on some", name, tensor_ranks));
 }
 
+// Of an expert, what comes before its number; of all else nothing.
+std::string_view PrefixOf(std::string_view name) {
+  const auto expert = ParseExpertName(name);
+  return expert.has_value() ? expert->prefix : std::string_view();
+}
+
 // The tied modules of a pipeline (`tied_modules.<key>.`), in the order in which they were built:
 // names below the key, and shapes.
 struct TiedModule {
@@ -333,11 +339,16 @@ void DeepSpeedModel::NameParameterGroups() {
       for (size_t place = 0; place < flat.size(); ++place) {
         in_order[order[place]] = flat[place].name;
       }
-      for (uint32_t expert_rank = 0; expert_rank < expert_ranks; ++expert_rank) {
-        for (const std::string& local : in_order) {
-          if (expert_rank >= ExpertRanks(local, mp)) continue;
-          std::string name = GlobalExpertName(local, mp, expert_rank);
-          if (seen.insert(name).second) names[g].push_back(std::move(name));
+      // A job has the experts of one layer together, whatever its ranks: layer by layer.
+      for (size_t begin = 0, end = 0; begin < in_order.size(); begin = end) {
+        const uint64_t sharing = ExpertRanks(in_order[begin], mp);
+        const auto layer = PrefixOf(in_order[begin]);
+        while (end < in_order.size() && PrefixOf(in_order[end]) == layer) ++end;
+        for (uint32_t expert_rank = 0; expert_rank < sharing; ++expert_rank) {
+          for (size_t i = begin; i < end; ++i) {
+            std::string name = GlobalExpertName(in_order[i], mp, expert_rank);
+            if (seen.insert(name).second) names[g].push_back(std::move(name));
+          }
         }
       }
     }
