@@ -134,6 +134,7 @@ class Reader {
     ASSIGN_OR_RETURN(std::string bytes, folder_.ReadAll(*files_.metadata, kDcpMetadataBytesMax));
     ASSIGN_OR_RETURN(metadata_, ParseDcpMetadata(std::move(bytes), path));
     DcpItems items(folder_, metadata_, files_.directory, path, table_.index());
+    NameLostFiles();
     RETURN_IF_ERROR(ReadCommon());
     for (const DcpObject& object : metadata_.objects) {
       RETURN_IF_ERROR(ReadObject(items, object));
@@ -169,6 +170,24 @@ class Reader {
 
  private:
   // ---------------------------------------------------------------- objects
+
+  // Without these two Megatron loads nothing.
+  void NameLostFiles() {
+    if (dtensors_) return;
+    // Since 2026 it is an object of the checkpoint.
+    const bool has_object = std::ranges::any_of(
+        metadata_.objects, [](const DcpObject& object) { return object.key.starts_with(kCommon); });
+    if (!files_.common.has_value() && !has_object) {
+      table_.index().losses.push_back(
+          "common.pt: expected it beside .metadata, found none: arguments, groups of the optimizer "
+          "and its step are not known");
+    }
+    if (!files_.json.has_value()) {
+      table_.index().repairs.push_back(
+          "metadata.json: expected it beside .metadata, found none; it says that the folder is "
+          "Megatron's, which its other files say, too");
+    }
+  }
 
   absl::Status ReadCommon() {
     if (!files_.common.has_value()) return absl::OkStatus();
@@ -208,7 +227,12 @@ class Reader {
     if (object.item == kNoItem) return absl::OkStatus();
     const DcpItem& item = metadata_.items[object.item];
     ASSIGN_OR_RETURN(const std::optional<uint32_t> file, items.FileOf(item));
-    if (!file.has_value() || !objects_.insert(object.key).second) return absl::OkStatus();
+    if (!objects_.insert(object.key).second) return absl::OkStatus();
+    if (!file.has_value()) {
+      table_.index().losses.push_back(absl::StrFormat("the object %s: the file \"%s\" is not there",
+                                                      object.key, metadata_.files[item.file]));
+      return absl::OkStatus();
+    }
     ASSIGN_OR_RETURN(const OpenedItem opened, items.Open(item, *file, kObjectBytesMax));
     TorchValue value = opened.torch->root();
     // Megatron's sharded objects are lists of one.

@@ -61,12 +61,15 @@ absl::StatusOr<std::optional<MegatronFiles>> FilesIn(const ForeignFolder& folder
   files.metadata = folder.Find(Join(directory, ".metadata"));
   if (!files.metadata.has_value()) return std::nullopt;
   files.common = folder.Find(Join(directory, "common.pt"));
-  if (const auto json = folder.Find(Join(directory, "metadata.json")); json.has_value()) {
-    ASSIGN_OR_RETURN(const std::string head, folder.ReadHead(*json, kHeadBytes));
-    files.kind = MegatronFiles::Kind::kTorchDist;
+  files.json = folder.Find(Join(directory, "metadata.json"));
+  files.kind = MegatronFiles::Kind::kTorchDist;
+  if (files.json.has_value()) {
+    ASSIGN_OR_RETURN(const std::string head, folder.ReadHead(*files.json, kHeadBytes));
     if (head.find("\"sharded_backend\"") != std::string::npos) return files;
     return std::nullopt;
   }
+  // It has been lost. A folder of other software is not called as an iteration.
+  if (files.common.has_value() && !directory.empty()) return files;
   // fsdp_dtensor has no file of its own: its keys tell, and are there from the first bytes on.
   ASSIGN_OR_RETURN(const std::string head, folder.ReadHead(*files.metadata, kHeadBytes));
   files.kind = MegatronFiles::Kind::kFsdpDTensor;

@@ -42,6 +42,7 @@ struct MegatronFiles {
   std::vector<MegatronRankFiles> ranks = {};  // kLegacy, by name
   std::optional<uint32_t> metadata = {};      // `.metadata`, of the others
   std::optional<uint32_t> common = {};        // common.pt
+  std::optional<uint32_t> json = {};          // metadata.json
 };
 
 // Whether the folder is one iteration, or holds at least one. Reads the first bytes of `.metadata`

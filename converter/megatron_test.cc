@@ -281,6 +281,35 @@ TEST_F(MegatronTest, AMissingRankIsNamed) {
   EXPECT_THAT(Read(), StatusIs(absl::StatusCode::kDataLoss, HasSubstr("of pipeline stage 1")));
 }
 
+TEST_F(MegatronTest, WhatTorchDistLacksBesideItsTensorsIsNamed) {
+  const MegatronSample sample({.tp = 2, .etp = 2});
+  const MegatronSample::Files whole = sample.TorchDist(MegatronSample::Form::kReshardable);
+  const auto soundness = [this] {
+    const absl::StatusOr<ForeignIndex> index = Read();
+    EXPECT_THAT(index, IsOk());
+    const auto proof = Prove(*folder_, *index, {});
+    EXPECT_THAT(proof, IsOk());
+    return std::pair(proof->soundness, index->losses.empty() ? index->repairs : index->losses);
+  };
+  MegatronSample::Files files = whole;
+  files.erase("iter_0000007/common.pt");
+  Write(files);
+  EXPECT_THAT(soundness(), testing::Pair(Soundness::kLost,
+                                         testing::Contains(HasSubstr("common.pt: expected it"))));
+  files = whole;
+  files.erase("iter_0000007/metadata.json");
+  Write(files);
+  EXPECT_THAT(soundness(), testing::Pair(Soundness::kRepairable,
+                                         testing::ElementsAre(HasSubstr("metadata.json: exp"))));
+  ASSERT_OK_AND_ASSIGN(const ForeignIndex index, Read());
+  EXPECT_TRUE(Compare(index, sample).empty());
+  files = sample.TorchDist(MegatronSample::Form::kGathered);
+  files.erase("iter_0000007/__0_0.distcp");
+  Write(files);
+  EXPECT_THAT(soundness(), testing::Pair(Soundness::kLost,
+                                         testing::Contains(HasSubstr("the object optimizer."))));
+}
+
 TEST_F(MegatronTest, OptimizersThatAreNotOfTheseWeightsAreUnreadableAndTheWeightsAreNot) {
   const MegatronSampleConfig config{.tp = 2, .etp = 2};
   const MegatronSample sample(config);
