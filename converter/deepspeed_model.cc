@@ -10,6 +10,7 @@
 #include "absl/strings/str_join.h"
 #include "base/check.h"
 #include "base/status_macros.h"
+#include "converter/decimal.h"
 #include "converter/layout_file.h"
 #include "converter/parallel_facts.h"
 #include "converter/pipeline_stages.h"
@@ -405,8 +406,44 @@ absl::Status DeepSpeedModel::AddModule(uint32_t mp) {
   return absl::OkStatus();
 }
 
+// Of layers with names of their own ("12.weight": of layer 12). The masters have the values of what
+// the optimizer owns, too; buffers are nowhere else.
+void DeepSpeedModel::NameMissingLayers() {
+  const auto layer_of = [](std::string_view name) {
+    return ParseDecimal(name.substr(0, name.find('.')));
+  };
+  std::map<uint64_t, std::vector<std::string>> layers;  // and their buffers
+  for (const std::string& name : optimized_) {
+    if (const auto layer = layer_of(name); layer.has_value()) layers.try_emplace(*layer);
+  }
+  for (const std::string& name : buffers_) {
+    if (const auto layer = layer_of(name); layer.has_value()) layers[*layer].push_back(name);
+  }
+  for (const auto& [layer, buffers] : layers) {
+    for (uint32_t tp = 0; tp < tensor_ranks_; ++tp) {
+      const bool is_there =
+          std::ranges::any_of(files_.layers, [&, layer = layer](const auto& file) {
+            return file.first.layer == layer && file.first.tp == tp;
+          });
+      if (is_there) continue;
+      const std::string missing = absl::StrFormat(
+          "layer %d: expected its file of tensor-parallel rank %d, found none; ", layer, tp);
+      if (buffers.empty()) {
+        table_.index().repairs.push_back(
+            absl::StrCat(missing,
+                         "weights are taken from their masters, but DeepSpeed does not load the "
+                         "folder"));
+      } else {
+        table_.index().losses.push_back(
+            absl::StrCat(missing, "its buffers are nowhere else: ", absl::StrJoin(buffers, ", ")));
+      }
+    }
+  }
+}
+
 absl::Status DeepSpeedModel::AddLayers() {
   if (files_.layers.empty()) return absl::OkStatus();
+  NameMissingLayers();
   // Layer files have the names of their layer: `norm.weight` is `4.norm.weight` elsewhere, and what
   // is tied `tied_modules.<key>.weight`. Which layer is which key is told by their order.
   std::vector<TiedModule> tied;

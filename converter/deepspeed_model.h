@@ -88,6 +88,7 @@ class DeepSpeedModel {
   absl::Status FindDegrees();
   absl::Status CollectShapes();
   absl::Status AddModule(uint32_t mp);
+  void NameMissingLayers();
   absl::Status AddLayers();
   absl::Status AddExperts();
   // How many ranks share the experts of this parameter; 1 of what is none.

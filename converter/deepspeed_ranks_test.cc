@@ -11,6 +11,7 @@
 #include <optional>
 #include <set>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -30,6 +31,7 @@ namespace {
 
 namespace fs = std::filesystem;
 using ::testing::Contains;
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 
@@ -154,6 +156,37 @@ TEST_F(DeepSpeedRanksTest, FilesHaveDeepSpeedsNames) {
   EXPECT_EQ(Files().size(), 1u + 7u * (2 + 2 + 6));
   EXPECT_THAT(Files(), Contains("layer_04-model_06-model_states.pt"));
   EXPECT_THAT(Files(), Contains("mp_rank_13_model_states.pt"));
+}
+
+// Their weights are in the optimizer's files, too, but DeepSpeed does not load what lacks one.
+TEST_F(DeepSpeedRanksTest, EveryLayerFileThatIsMissingIsNamed) {
+  DeepSpeedWriteOptions options{.stage = 1, .dp = 1};
+  options.degrees = {.tensor = 1, .pipeline = 2, .layout = kLayout};
+  ASSERT_OK(Write(*source_, options));
+  std::vector<fs::path> layers;
+  for (const auto& entry : fs::recursive_directory_iterator(out_)) {
+    const std::string name = entry.path().filename().string();
+    const bool tied = name.starts_with("layer_00") || name.starts_with("layer_07");
+    if (name.starts_with("layer_") && !tied) layers.push_back(entry.path());
+  }
+  ASSERT_EQ(layers.size(), 4u);
+  for (const fs::path& path : layers) {
+    const std::string number = path.filename().string().substr(6, 2);
+    const fs::path away = directory_.Join("away");
+    fs::rename(path, away);
+    ASSERT_OK_AND_ASSIGN(Opened back, OpenCheckpoint(*file_system_, out_));
+    // The fifth has a buffer, which no other file has.
+    Records expected = expected_;
+    const bool is_lost = expected.erase({number.substr(1) + ".scale", "buffer"}) > 0;
+    EXPECT_EQ(is_lost, number == "05");
+    const auto& [said, unsaid] = is_lost ? std::tie(back.index.losses, back.index.repairs)
+                                         : std::tie(back.index.repairs, back.index.losses);
+    EXPECT_THAT(said, ElementsAre(HasSubstr(absl::StrCat("layer ", number.substr(1), ": exp"))));
+    EXPECT_THAT(unsaid, IsEmpty());
+    ConversionSource again(*back.folder, std::move(back.index));
+    EXPECT_EQ(RecordsOf(again), expected);
+    fs::rename(away, path);
+  }
 }
 
 // What was written says how it was cut: it can be written again, and cut otherwise.
