@@ -412,6 +412,11 @@ void DeepSpeedModel::NameMissingLayers() {
   const auto layer_of = [](std::string_view name) {
     return ParseDecimal(name.substr(0, name.find('.')));
   };
+  const auto has_file = [this](uint64_t layer, uint32_t tp) {
+    return std::ranges::any_of(files_.layers, [&](const auto& file) {
+      return file.first.layer == layer && file.first.tp == tp;
+    });
+  };
   std::map<uint64_t, std::vector<std::string>> layers;  // and their buffers
   for (const std::string& name : optimized_) {
     if (const auto layer = layer_of(name); layer.has_value()) layers.try_emplace(*layer);
@@ -421,11 +426,7 @@ void DeepSpeedModel::NameMissingLayers() {
   }
   for (const auto& [layer, buffers] : layers) {
     for (uint32_t tp = 0; tp < tensor_ranks_; ++tp) {
-      const bool is_there =
-          std::ranges::any_of(files_.layers, [&, layer = layer](const auto& file) {
-            return file.first.layer == layer && file.first.tp == tp;
-          });
-      if (is_there) continue;
+      if (has_file(layer, tp)) continue;
       const std::string missing = absl::StrFormat(
           "layer %d: expected its file of tensor-parallel rank %d, found none; ", layer, tp);
       if (buffers.empty()) {
