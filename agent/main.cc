@@ -229,7 +229,6 @@ std::vector<KeptDescriptor> TakeKept(ServiceStart service, AgentConfig& config) 
     service_manager.Drop(refusal.name);
   }
   const UniqueFd kept_config = TakeFrom(service.descriptors, kConfigName);
-  service_manager.Drop(kConfigName);  // the new one takes its place
   if (service.descriptors.empty()) return {};
   absl::StatusOr<std::vector<std::string>> replaced =
       absl::DataLossError("systemd has kept no configuration of the agent that began them");
@@ -270,6 +269,10 @@ int RunFirstKeeper(AgentConfig config, const KillPlans& plans, UniqueFd lock, Un
   start.descriptors = TakeKept(std::move(service), config);
   absl::StatusOr<UniqueFd> handed_config = SealedMemfd("holdfast config", config.Serialize());
   if (!handed_config.ok()) return Complain(handed_config.status(), kExitFailure);
+  // One after the other: whoever dies in between has lost what it says of all the rest.
+  ServiceManager service_manager(config.unit);
+  service_manager.Drop(kConfigName);
+  service_manager.Keep(kConfigName, handed_config->get());
   if (!plans.keeper.empty()) ArmKillPoint(*ParseKillPlan(plans.keeper));
   start.descriptors.push_back({kLockName, std::move(lock)});
   start.descriptors.push_back({kListenerName, std::move(listener)});

@@ -7,6 +7,7 @@ package)
 """
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -198,15 +199,18 @@ class TorchDdpTest(unittest.TestCase):
                    if board["rank"] == 1 and board["alive"]]
         os.kill(victim, signal.SIGKILL)
         self.assertNotEqual(run.finish(), 0)  # torchrun has ended the other one, too
+        # Before Linux 6.15 nobody tells how it ended once torchrun has waited for it.
+        is_told = tuple(int(number) for number in platform.release().split(".")[:2]) >= (6, 15)
         deadline = time.monotonic() + TIMEOUT_SECONDS
         while not (verdicts := [finding for finding in ask("--json", "monitor", "verdicts")["findings"]
-                                if finding["grade"] == "verdict"]):
+                                if finding["grade"] == "verdict" or not is_told]):
             self.assertLess(time.monotonic(), deadline, "no verdict")
             time.sleep(0.1)
         verdict, = verdicts
         self.assertEqual((verdict["fault"], [suspect["rank"] for suspect in verdict["suspects"]]),
                          ("dead", [1]), verdict)
-        self.assertIn("was ended by signal 9", verdict["evidence"][0])
+        if is_told:
+            self.assertIn("was ended by signal 9", verdict["evidence"][0])
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ under `holdfast run`.
 Runs in the virtual environment of scripts/interop.
 Usage: torch_launchers_test.py EXAMPLE HOLDFAST HOLDFASTD        ($HOLDFAST_LIBRARY, $PYTHONPATH: the package)
 """
+import contextlib
 import json
 import os
 import pathlib
@@ -134,7 +135,12 @@ class Run:
 class TorchLaunchersTest(unittest.TestCase):
     def place(self):
         place = Place(self.addCleanup, DAEMON)
-        self.addCleanup(lambda: [os.kill(pid, signal.SIGKILL) for pid in self.left(place)])
+
+        def end_the_rest():
+            for pid in self.left(place):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        self.addCleanup(end_the_rest)
         return place
 
     @staticmethod

@@ -40,6 +40,7 @@ recovery::Settings SettingsFor(const Sidecar::Options& options) {
   settings.pause_first = settings.pause_max = absl::ZeroDuration();
   settings.max_restarts = std::numeric_limits<uint32_t>::max();  // those are counted here
   settings.slow = recovery::SlowPolicy::kReport;
+  settings.hangs_to_exclude = std::numeric_limits<uint32_t>::max();
   settings.layouts.clear();
   return settings;
 }
@@ -76,6 +77,8 @@ struct Sidecar::Job {
   bool is_left_alone = false;
   // Attempts that were watched while the next one began, as long as they live.
   std::set<std::string> former_keys;
+
+  absl::Duration left{};  // when its last attempt was over
 
   uint32_t kills = 0;
   uint32_t kills_in_a_row = 0;
@@ -118,6 +121,10 @@ void Sidecar::Look() {
       if (!is_known) Begin(*job, key, processes);
     }
   }
+  const absl::Duration now = world_.clock.Elapsed();
+  std::erase_if(jobs_, [now](const auto& entry) {
+    return !entry.second->lives() && now - entry.second->left >= kForgottenAfter;
+  });
   for (const auto& [name, job] : jobs_) {
     const std::map<std::string, Processes>& its = attempts[name];
     std::erase_if(job->former_keys, [&](const std::string& key) { return !its.contains(key); });
@@ -153,6 +160,7 @@ void Sidecar::Begin(Job& job, const std::string& attempt_key, const Processes& p
     ranks[process.rank] = {process.process_id, *std::move(pidfd)};
   }
   if (job.lives()) {
+    NoteHealth(job);
     job.former_keys.insert(job.attempt_key);
     Leave(job);
   }
@@ -211,6 +219,7 @@ void Sidecar::LookAt(Job& job) {
 // With the first end the attempt is over for us: what comes of it the launcher decides. It may
 // start the next one, under another key, before the last of this one has gone.
 void Sidecar::Ended(Job& job) {
+  NoteHealth(job);
   const recovery::Launch launch = job.history.launch;
   // The policy remembers what it has restarted for once it has started again.
   const auto size = static_cast<uint32_t>(job.killed.has_value() ? job.ranks.size() : 0);
@@ -221,8 +230,17 @@ void Sidecar::Ended(Job& job) {
   if (size > 0 && !job.history.past.empty()) WriteIncident(job, job.history.past.back());
 }
 
+// An attempt that was not killed, and lived well to its end, ends a row of kills.
+void Sidecar::NoteHealth(Job& job) const {
+  if (!job.killed.has_value() &&
+      recovery::IsHealthyFor(job.history, settings_.healthy_after, world_.clock.Elapsed())) {
+    job.kills_in_a_row = 0;
+  }
+}
+
 void Sidecar::Leave(Job& job) {
   for (const auto& [rank, process] : job.ranks) world_.loop.Unwatch(process.pidfd.get());
+  if (job.lives()) job.left = world_.clock.Elapsed();
   job.ranks.clear();
 }
 

@@ -41,6 +41,8 @@ class Sidecar {
  public:
   // Beyond, one of which no attempt lives is forgotten; if all live, a new one is left alone.
   static constexpr size_t kJobsMax = 64;
+  // A job of which no attempt has lived for so long is forgotten: its recording takes memory.
+  static constexpr absl::Duration kForgottenAfter = absl::Minutes(5);
 
   struct Options {
     SidecarMode mode = SidecarMode::kOff;
@@ -102,6 +104,7 @@ class Sidecar {
   void Stop(Job& job);
   void Kill(Job& job, const recovery::Incident& incident);
   void Ended(Job& job);
+  void NoteHealth(Job& job) const;
   void Leave(Job& job);
   void WriteIncident(const Job& job, const recovery::Incident& incident) const;
   std::string IncidentDirectory(const Job& job, uint32_t number) const;

@@ -269,7 +269,15 @@ TEST_F(SidecarTest, KillsInARowHaveALimitAndAHealthyAttemptBeginsANewRow) {
       ASSERT_TRUE(Dies(1));
       EXPECT_EQ(Status()["kills_in_a_row"], healthy ? 1 : i + 1);
     }
-    if (healthy) break;
+    if (healthy) {
+      // One that ends by itself, too.
+      Launch();
+      ASSERT_TRUE(Pump([&] { return WatchesAttempt() && Status()["state"] == "running"; }));
+      End();
+      ASSERT_TRUE(Pump([&] { return WatchesNone(); }));
+      EXPECT_EQ(Status()["kills_in_a_row"], 0);
+      break;
+    }
     ASSERT_TRUE(Pump([&] { return Status()["state"] == "left alone"; })) << Status();
     EXPECT_THAT(Said(), HasSubstr("2 attempts in a row had a rank killed"));
     EXPECT_TRUE(IsAlive(1));

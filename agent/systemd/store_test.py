@@ -296,11 +296,12 @@ class StoreTest(unittest.TestCase):
 
     def test_a_trainer_goes_on_whoever_dies_and_when_the_unit_is_restarted(self):
         keeper = self.start()
-        trainer = self.train(60, 2, milliseconds=10)
+        steps = 400
+        trainer = self.train(steps, 2, milliseconds=10)
         for step, both in ((4, False), (12, True)):
             self.until(lambda step=step: self.committed(trainer) >= step, 'step %d' % step)
-            worker = self.status()['agent']['worker_pid']
             os.kill(trainer.pid, signal.SIGSTOP)
+            worker = self.status()['agent']['worker_pid']
             if both:
                 self.kill_both(keeper)
             else:
@@ -325,7 +326,7 @@ class StoreTest(unittest.TestCase):
         self.assertIn('agent/listener', self.systemd.names())
         keeper = self.start()
         self.assertEqual(trainer.wait(TIMEOUT_SECONDS), 0, trainer.output.read_text() + self.log_text())
-        self.assertIn('finished 60\n', trainer.output.read_text())
+        self.assertIn('finished %d\n' % steps, trainer.output.read_text())
         self.assertNotIn('trouble', trainer.output.read_text())
         names = self.systemd.names()
         self.assertEqual(len(names), len(set(names)), names)
