@@ -406,45 +406,70 @@ absl::Status DeepSpeedModel::AddModule(uint32_t mp) {
   return absl::OkStatus();
 }
 
-// Of layers with names of their own ("12.weight": of layer 12). The masters have the values of what
-// the optimizer owns, too; buffers are nowhere else.
-void DeepSpeedModel::NameMissingLayers() {
-  const auto layer_of = [](std::string_view name) {
-    return ParseDecimal(name.substr(0, name.find('.')));
+// A pipeline's modules are in files of their own, one for each layer and tensor-parallel rank. The
+// optimizer's masters have the values of what it owns, too; buffers are nowhere else.
+void DeepSpeedModel::NameMissingLayers(const std::set<std::string>& found_tied) {
+  const bool has_masters = files_.universal || !files_.optimizers.empty();
+  const auto say = [&](const std::string& what, bool is_partly_there,
+                       const std::vector<std::string>& buffers) {
+    if (!has_masters) {
+      table_.index().losses.push_back(
+          absl::StrCat(what, "; no file has masters of its weights either"));
+    } else if (!buffers.empty() && !is_partly_there) {
+      table_.index().losses.push_back(
+          absl::StrCat(what, "; its buffers are nowhere else: ", absl::StrJoin(buffers, ", ")));
+    } else {
+      table_.index().repairs.push_back(
+          absl::StrCat(what,
+                       "; its weights are taken from their masters (frozen ones have none), but "
+                       "DeepSpeed does not load the folder"));
+    }
   };
-  const auto has_file = [this](uint64_t layer, uint32_t tp) {
-    return std::ranges::any_of(files_.layers, [&](const auto& file) {
-      return file.first.layer == layer && file.first.tp == tp;
-    });
+  struct Layer {
+    std::optional<uint64_t> number;  // none: tied
+    std::vector<std::string> buffers = {};
   };
-  std::map<uint64_t, std::vector<std::string>> layers;  // and their buffers
-  for (const std::string& name : optimized_) {
-    if (const auto layer = layer_of(name); layer.has_value()) layers.try_emplace(*layer);
-  }
+  std::map<std::string, Layer> layers;  // by what names begin with: "12", "tied_modules.embed"
+  const auto layer_of = [&layers](std::string_view name) -> Layer* {
+    const size_t from = name.starts_with(kTied) ? kTied.size() : 0;
+    const std::string_view prefix = name.substr(0, name.find('.', from));
+    const auto number = ParseDecimal(prefix);
+    if (from == 0 && !number.has_value()) return nullptr;  // of no pipeline
+    return &layers.try_emplace(std::string(prefix), Layer{.number = number}).first->second;
+  };
+  for (const std::string& name : optimized_) layer_of(name);
   for (const std::string& name : buffers_) {
-    if (const auto layer = layer_of(name); layer.has_value()) layers[*layer].push_back(name);
+    if (Layer* const layer = layer_of(name); layer != nullptr) layer->buffers.push_back(name);
   }
-  for (const auto& [layer, buffers] : layers) {
+  for (const auto& [prefix, layer] : layers) {
+    if (!layer.number.has_value()) {
+      if (found_tied.contains(prefix.substr(kTied.size()))) continue;
+      say(absl::StrCat(prefix, ": expected a file of its layer, found none"), false, layer.buffers);
+      continue;
+    }
+    std::vector<uint32_t> missing;
     for (uint32_t tp = 0; tp < tensor_ranks_; ++tp) {
-      if (has_file(layer, tp)) continue;
-      const std::string missing = absl::StrFormat(
-          "layer %d: expected its file of tensor-parallel rank %d, found none; ", layer, tp);
-      if (buffers.empty()) {
-        table_.index().repairs.push_back(
-            absl::StrCat(missing,
-                         "weights are taken from their masters, but DeepSpeed does not load the "
-                         "folder"));
-      } else {
-        table_.index().losses.push_back(
-            absl::StrCat(missing, "its buffers are nowhere else: ", absl::StrJoin(buffers, ", ")));
-      }
+      const bool is_there =
+          *layer.number <= UINT32_MAX &&
+          files_.layers.contains({.layer = static_cast<uint32_t>(*layer.number), .tp = tp});
+      if (!is_there) missing.push_back(tp);
+    }
+    for (const uint32_t tp : missing) {
+      say(absl::StrFormat("layer %s: expected its file of tensor-parallel rank %d, found none",
+                          prefix, tp),
+          missing.size() < tensor_ranks_, layer.buffers);
     }
   }
 }
 
 absl::Status DeepSpeedModel::AddLayers() {
-  if (files_.layers.empty()) return absl::OkStatus();
-  NameMissingLayers();
+  const bool has_modules = std::ranges::any_of(
+      modules_, [](const std::map<std::string_view, const StoredTensor*>& module) {
+        return !module.empty();
+      });
+  if (files_.layers.empty() && (files_.universal || partitioned_ || has_modules)) {
+    return absl::OkStatus();
+  }
   // Layer files have the names of their layer: `norm.weight` is `4.norm.weight` elsewhere, and what
   // is tied `tied_modules.<key>.weight`. Which layer is which key is told by their order.
   std::vector<TiedModule> tied;
@@ -466,7 +491,9 @@ absl::Status DeepSpeedModel::AddLayers() {
   for (auto at = files_.layers.begin(); at != files_.layers.end();) {
     const uint32_t layer = at->first.layer;
     std::vector<std::vector<NamedTensor>> on_ranks(tensor_ranks_);
-    for (; at != files_.layers.end() && at->first.layer == layer; ++at) {
+    const uint32_t first = at->first.tp;
+    uint32_t file_count = 0;
+    for (; at != files_.layers.end() && at->first.layer == layer; ++at, ++file_count) {
       if (at->first.tp >= tensor_ranks_) {
         return absl::DataLossError(absl::StrFormat("%s: expected files of %d tensor-parallel ranks",
                                                    folder_.files()[at->second].path,
@@ -474,18 +501,18 @@ absl::Status DeepSpeedModel::AddLayers() {
       }
       ASSIGN_OR_RETURN(on_ranks[at->first.tp], ReadStateDict(folder_, at->second, table_));
     }
+    const std::vector<NamedTensor>& there = on_ranks[first];  // of the first rank with a file
     std::string prefix = absl::StrCat(layer, ".");
-    const bool plain = std::any_of(
-        on_ranks[0].begin(), on_ranks[0].end(),
-        [&](const NamedTensor& entry) { return shapes_.contains(prefix + entry.name); });
+    const bool plain = std::any_of(there.begin(), there.end(), [&](const NamedTensor& entry) {
+      return shapes_.contains(prefix + entry.name);
+    });
     if (!plain) {
-      const auto fits = [&on_ranks](const TiedModule& module) {
+      const auto fits = [&there](const TiedModule& module) {
         return !module.shapes.empty() &&
                std::all_of(module.shapes.begin(), module.shapes.end(), [&](const auto& entry) {
-                 return std::any_of(
-                     on_ranks[0].begin(), on_ranks[0].end(), [&](const NamedTensor& tensor) {
-                       return tensor.name == entry.first && tensor.tensor.shape == entry.second;
-                     });
+                 return std::any_of(there.begin(), there.end(), [&](const NamedTensor& tensor) {
+                   return tensor.name == entry.first && tensor.tensor.shape == entry.second;
+                 });
                });
       };
       const TiedModule* match = nullptr;
@@ -501,7 +528,7 @@ absl::Status DeepSpeedModel::AddLayers() {
         tied_layers_[match->key].push_back(layer);
       }
     }
-    for (const NamedTensor& entry : on_ranks[0]) {
+    for (const NamedTensor& entry : there) {
       const std::string name = prefix + entry.name;
       if (buffers_.contains(name)) {
         if (table_.Find(name, "buffer").has_value()) continue;
@@ -510,6 +537,7 @@ absl::Status DeepSpeedModel::AddLayers() {
         RETURN_IF_ERROR(table_.AddWhole(state, entry.tensor));
         continue;
       }
+      if (file_count < tensor_ranks_) continue;  // NameMissingLayers() says so
       std::vector<Shape> shapes;
       std::vector<const StoredTensor*> tensors;
       for (const std::vector<NamedTensor>& of_rank : on_ranks) {
@@ -529,6 +557,7 @@ absl::Status DeepSpeedModel::AddLayers() {
       }
     }
   }
+  NameMissingLayers(used);
   return absl::OkStatus();
 }
 

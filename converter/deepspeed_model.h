@@ -88,7 +88,7 @@ class DeepSpeedModel {
   absl::Status FindDegrees();
   absl::Status CollectShapes();
   absl::Status AddModule(uint32_t mp);
-  void NameMissingLayers();
+  void NameMissingLayers(const std::set<std::string>& found_tied);
   absl::Status AddLayers();
   absl::Status AddExperts();
   // How many ranks share the experts of this parameter; 1 of what is none.

@@ -158,35 +158,58 @@ TEST_F(DeepSpeedRanksTest, FilesHaveDeepSpeedsNames) {
   EXPECT_THAT(Files(), Contains("mp_rank_13_model_states.pt"));
 }
 
-// Their weights are in the optimizer's files, too, but DeepSpeed does not load what lacks one.
+// Weights are in the optimizer's files, too, but DeepSpeed does not load what lacks a layer's file.
+// A buffer is nowhere else, and without the optimizer's files nothing is.
 TEST_F(DeepSpeedRanksTest, EveryLayerFileThatIsMissingIsNamed) {
+  for (const uint64_t tensor : {1, 7}) {
+    DeepSpeedWriteOptions options{.stage = 1, .dp = 1};
+    options.degrees = {.tensor = tensor, .pipeline = 2, .layout = kLayout};
+    ASSERT_OK(Write(*source_, options));
+    std::vector<fs::path> layers, optimizers;
+    for (const auto& entry : fs::recursive_directory_iterator(out_)) {
+      const std::string name = entry.path().filename().string();
+      if (name.ends_with("_optim_states.pt")) optimizers.push_back(entry.path());
+      const bool tied = name.starts_with("layer_00") || name.starts_with("layer_07");
+      if (name.starts_with("layer_") && !tied) layers.push_back(entry.path());
+    }
+    ASSERT_EQ(layers.size(), 4u * tensor);
+    const fs::path away = directory_.Join("away");
+    for (const fs::path& path : layers) {
+      SCOPED_TRACE(path);
+      const std::string number = path.filename().string().substr(7, 1);
+      fs::rename(path, away);
+      ASSERT_OK_AND_ASSIGN(Opened back, OpenCheckpoint(*file_system_, out_));
+      // The fifth has a buffer, which another rank's file may have, too.
+      Records expected = expected_;
+      const bool is_lost = tensor == 1 && expected.erase({number + ".scale", "buffer"}) > 0;
+      EXPECT_EQ(is_lost, tensor == 1 && number == "5");
+      const auto& [said, unsaid] = is_lost ? std::tie(back.index.losses, back.index.repairs)
+                                           : std::tie(back.index.repairs, back.index.losses);
+      EXPECT_THAT(said, ElementsAre(HasSubstr(absl::StrCat("layer ", number, ": expected"))));
+      EXPECT_THAT(unsaid, IsEmpty());
+      ConversionSource again(*back.folder, std::move(back.index));
+      EXPECT_EQ(RecordsOf(again), expected);
+      fs::rename(away, path);
+    }
+    for (const fs::path& path : optimizers) fs::remove(path);
+    fs::remove(layers[0]);
+    ASSERT_OK_AND_ASSIGN(const Opened back, OpenCheckpoint(*file_system_, out_));
+    EXPECT_THAT(back.index.losses, ElementsAre(HasSubstr("no file has masters")));
+  }
+}
+
+TEST_F(DeepSpeedRanksTest, OfAPipelineWithoutAnyLayerFileEachIsNamed) {
   DeepSpeedWriteOptions options{.stage = 1, .dp = 1};
   options.degrees = {.tensor = 1, .pipeline = 2, .layout = kLayout};
   ASSERT_OK(Write(*source_, options));
-  std::vector<fs::path> layers;
   for (const auto& entry : fs::recursive_directory_iterator(out_)) {
-    const std::string name = entry.path().filename().string();
-    const bool tied = name.starts_with("layer_00") || name.starts_with("layer_07");
-    if (name.starts_with("layer_") && !tied) layers.push_back(entry.path());
+    if (entry.path().filename().string().starts_with("layer_")) fs::remove(entry.path());
   }
-  ASSERT_EQ(layers.size(), 4u);
-  for (const fs::path& path : layers) {
-    const std::string number = path.filename().string().substr(6, 2);
-    const fs::path away = directory_.Join("away");
-    fs::rename(path, away);
-    ASSERT_OK_AND_ASSIGN(Opened back, OpenCheckpoint(*file_system_, out_));
-    // The fifth has a buffer, which no other file has.
-    Records expected = expected_;
-    const bool is_lost = expected.erase({number.substr(1) + ".scale", "buffer"}) > 0;
-    EXPECT_EQ(is_lost, number == "05");
-    const auto& [said, unsaid] = is_lost ? std::tie(back.index.losses, back.index.repairs)
-                                         : std::tie(back.index.repairs, back.index.losses);
-    EXPECT_THAT(said, ElementsAre(HasSubstr(absl::StrCat("layer ", number.substr(1), ": exp"))));
-    EXPECT_THAT(unsaid, IsEmpty());
-    ConversionSource again(*back.folder, std::move(back.index));
-    EXPECT_EQ(RecordsOf(again), expected);
-    fs::rename(away, path);
-  }
+  ASSERT_OK_AND_ASSIGN(const Opened back, OpenCheckpoint(*file_system_, out_));
+  EXPECT_THAT(back.index.repairs,
+              ElementsAre(HasSubstr("layer 1:"), HasSubstr("layer 2:"), HasSubstr("layer 4:"),
+                          HasSubstr("tied_modules.embed: expected a file of its layer")));
+  EXPECT_THAT(back.index.losses, ElementsAre(HasSubstr("its buffers are nowhere else: 5.scale")));
 }
 
 // What was written says how it was cut: it can be written again, and cut otherwise.

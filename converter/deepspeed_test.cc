@@ -132,6 +132,27 @@ TEST(DeepSpeedTest, SamplesAreWhatTrainingHeld) {
   for (const fs::path& at : cases) ExpectTruth(at);
 }
 
+// The weights of frozen parameters lie alone in their folders, and nobody says of which they are.
+TEST(DeepSpeedTest, AUniversalFolderWithoutTheModelsFilesIsWhole) {
+  const std::unique_ptr<FileSystem> file_system = NewPosixFileSystem();
+  const TemporaryDirectory directory;
+  fs::copy(kSource / "tests/data/deepspeed/universal_zero3/ckpt", directory.path(),
+           fs::copy_options::recursive);
+  std::vector<fs::path> models;
+  fs::path frozen;
+  for (const auto& entry : fs::recursive_directory_iterator(directory.path())) {
+    if (entry.path().filename().string().ends_with("model_states.pt")) models.push_back(entry);
+    if (entry.path().filename() == "fp32.pt") frozen = entry.path();
+  }
+  ASSERT_FALSE(models.empty() || frozen.empty());
+  for (const fs::path& path : models) fs::remove(path);
+  fs::create_directory(frozen.parent_path().parent_path() / "frozen.weight");
+  fs::copy(frozen, frozen.parent_path().parent_path() / "frozen.weight" / "fp32.pt");
+  ASSERT_OK_AND_ASSIGN(const auto folder, ForeignFolder::Open(*file_system, directory.path()));
+  ASSERT_OK_AND_ASSIGN(const ForeignIndex index, ReadCheckpoint(*folder));
+  EXPECT_THAT(index.losses, testing::IsEmpty());
+}
+
 TEST(DeepSpeedTest, WhatAUniversalFolderLacksIsLost) {
   const std::unique_ptr<FileSystem> file_system = NewPosixFileSystem();
   const fs::path sample = kSource / "tests/data/deepspeed/universal_zero3/ckpt";

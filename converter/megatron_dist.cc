@@ -174,18 +174,17 @@ class Reader {
   // Without these two Megatron loads nothing.
   void NameLostFiles() {
     if (dtensors_) return;
-    // Since 2026 it is an object of the checkpoint.
-    const bool has_object = std::ranges::any_of(
-        metadata_.objects, [](const DcpObject& object) { return object.key.starts_with(kCommon); });
+    const auto is_common = [](const DcpObject& object) {  // since 2026
+      return object.item != kNoItem && object.key.starts_with(kCommon);
+    };
+    const bool has_object = std::ranges::any_of(metadata_.objects, is_common);
     if (!files_.common.has_value() && !has_object) {
       table_.index().losses.push_back(
           "common.pt: expected it beside .metadata, found none: arguments, groups of the optimizer "
           "and its step are not known");
     }
     if (!files_.json.has_value()) {
-      table_.index().repairs.push_back(
-          "metadata.json: expected it beside .metadata, found none; it says that the folder is "
-          "Megatron's, which its other files say, too");
+      table_.index().repairs.push_back("metadata.json: expected it beside .metadata, found none");
     }
   }
 
@@ -224,7 +223,11 @@ class Reader {
   }
 
   absl::Status ReadObject(DcpItems& items, const DcpObject& object) {
-    if (object.item == kNoItem) return absl::OkStatus();
+    if (object.item == kNoItem) {
+      table_.index().losses.push_back(
+          absl::StrFormat("the object %s: .metadata does not say where it is", object.key));
+      return absl::OkStatus();
+    }
     const DcpItem& item = metadata_.items[object.item];
     ASSIGN_OR_RETURN(const std::optional<uint32_t> file, items.FileOf(item));
     if (!objects_.insert(object.key).second) return absl::OkStatus();

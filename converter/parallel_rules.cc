@@ -301,7 +301,8 @@ absl::StatusOr<ParameterCut> ParallelRules::KindOf(const std::string& parameter,
   };
   const auto equal = [&](size_t dimension, uint64_t count) -> absl::StatusOr<ParameterCut> {
     const uint64_t size = dimension < whole.size() ? whole[dimension] : 0;
-    if (size % count != 0) {
+    // A number that the source says is not believed before its memory is asked for.
+    if (count > std::max<uint64_t>(size, 1) || size % count != 0) {
       return absl::FailedPreconditionError(
           absl::StrFormat("has %d sub-tensors along dimension %d, which do not divide its size %d",
                           count, dimension, size));

@@ -161,7 +161,8 @@ TEST(ParallelRulesTest, WhatIsCutIsJoinedByTheSameRules) {
   info.two_sub_parameters = {R"(.*\.gate_up\.weight)"};
   info.sub_parameters = {
       {.patterns = {R"(.*\.qkv\.weight)"}, .shape = {4, 1}, .sizes = {4, 2, 2}, .dimension = 0},
-      {.patterns = {R"(.*\.old\.weight)"}, .shape = {1, 3}, .sizes = {}, .dimension = 1}};
+      {.patterns = {R"(.*\.old\.weight)"}, .shape = {1, 3}, .sizes = {}, .dimension = 1},
+      {.patterns = {R"(.*\.huge\.weight)"}, .shape = {INT64_MAX, 1}, .sizes = {}, .dimension = 0}};
   info.original_vocabulary = 3;
   info.rules = {{.pattern = "user", .dimension = 2, .blocks = {}, .equal_blocks = 1, .rows = {}}};
   const ParallelRules rules = RulesOf(info);
@@ -198,6 +199,9 @@ TEST(ParallelRulesTest, WhatIsCutIsJoinedByTheSameRules) {
   refused("x.up.weight", {3, 2}, "do not divide the 3 elements of dimension 0");
   refused("x.gate_up.weight", {6, 1}, "do not divide the 3 elements of dimension 0 of one of its");
   refused("x.gate_up.weight", {5, 1}, "2 sub-tensors along dimension 0, which do not divide");
+  // Were the number believed, its memory would be asked for.
+  refused("x.huge.weight", {0, 1}, "sub-tensors along dimension 0, which do not divide");
+  refused("x.huge.weight", {8, 1}, "sub-tensors along dimension 0, which do not divide");
   refused("x.qkv.weight", {6, 1}, "expected sub-tensors of 6 elements together");
   refused("x.down.weight", {4}, "is to be cut along dimension 1, found shape [4]");
   refused("embed.weight", {4, 1}, "expected 3 rows, as it has without padding");

@@ -88,7 +88,8 @@ class UniversalReader {
     }
     if (kinds.size() > kKindsMax) kinds.clear();  // of no optimizer
     for (const auto& [name, states] : parameters_) {
-      if (!IsMaster(name, states)) continue;
+      // Without the model's files nothing tells a lone rounded weight from a master.
+      if (!IsMaster(name, states) || (model_ == nullptr && states.size() == 1)) continue;
       const std::set<std::string> keys = keys_of(states);
       std::set<std::string> lost;
       for (const std::set<std::string>& kind : kinds) {
