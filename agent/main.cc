@@ -222,8 +222,8 @@ absl::StatusOr<UniqueFd> TakeListener(const std::string& socket, ServiceStart& s
 
 // What systemd has kept of the unit's last agent, as a worker would have found it; changes `config`
 // to go on with it. Logs what is refused, which systemd forgets.
-std::vector<KeptDescriptor> TakeKept(ServiceStart service, AgentConfig& config) {
-  ServiceManager service_manager(config.unit);
+std::vector<KeptDescriptor> TakeKept(ServiceStart service, ServiceManager& service_manager,
+                                     AgentConfig& config) {
   for (const ServiceStart::Refusal& refusal : service.refusals) {
     LogError(absl::StrCat("refused of what systemd has given us: ", refusal.why));
     service_manager.Drop(refusal.name);
@@ -266,11 +266,11 @@ int RunFirstKeeper(AgentConfig config, const KillPlans& plans, UniqueFd lock, Un
   }
   Keeper::Start start;
   start.unit = config.unit;
-  start.descriptors = TakeKept(std::move(service), config);
+  ServiceManager service_manager(config.unit);
+  start.descriptors = TakeKept(std::move(service), service_manager, config);
   absl::StatusOr<UniqueFd> handed_config = SealedMemfd("holdfast config", config.Serialize());
   if (!handed_config.ok()) return Complain(handed_config.status(), kExitFailure);
   // One after the other: whoever dies in between has lost what it says of all the rest.
-  ServiceManager service_manager(config.unit);
   service_manager.Drop(kConfigName);
   service_manager.Keep(kConfigName, handed_config->get());
   if (!plans.keeper.empty()) ArmKillPoint(*ParseKillPlan(plans.keeper));

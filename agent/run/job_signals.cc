@@ -14,18 +14,11 @@ void JobSupervisor::LookForSilence(const std::vector<Engine::RankProgress>& rank
   if (stops_) return;  // whoever was told to end need not go on
   const bool works = engine_pause_.Holds(
       world_.engine.ActivityOf(spec_.job, AttemptKeyOf(spec_, group_launch_)), now);
-  const bool is_seen = sight_.has_value() && *sight_ != recovery::Sight::kBlind;
-  for (const SilenceWatch::Said& said :
-       silence_.Look(now, OpenRanks(ranks),
-                     works ? SilenceWatch::Engine::kWorks : SilenceWatch::Engine::kIdle,
-                     is_seen ? SilenceWatch::Monitor::kSees : SilenceWatch::Monitor::kBlind)) {
+  for (const SilenceWatch::Said& said : silence_.Look(
+           now, OpenRanks(ranks),
+           works ? SilenceWatch::Engine::kWorks : SilenceWatch::Engine::kIdle, MonitorOf(sight_))) {
     Say(SentenceOf(said));
-    if (!said.is_late) {
-      Take(recovery::RankBeats{group_launch_, Rank{said.rank}});
-      continue;
-    }
-    Take(recovery::RankTimedOut{group_launch_, Rank{said.rank}, said.section, said.silent,
-                                said.timeout});
+    Take(ToldOf(said, group_launch_));
   }
 }
 

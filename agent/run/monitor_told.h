@@ -1,11 +1,13 @@
-// What the policy is told of what the monitor says.
+// What the policy is told of what the monitor says, and of silence.
 #ifndef HOLDFAST_AGENT_RUN_MONITOR_TOLD_H_
 #define HOLDFAST_AGENT_RUN_MONITOR_TOLD_H_
 
 #include <algorithm>
+#include <optional>
 
 #include "absl/time/time.h"
 #include "agent/recovery/events.h"
+#include "agent/run/silence_watch.h"
 #include "monitor/analyzer.h"
 #include "monitor/finding_log.h"
 
@@ -27,6 +29,20 @@ inline recovery::FindingTold ToldOf(const monitor::FindingRecord& record, recove
 inline recovery::Sight SightOf(const monitor::Sight& sight) {
   if (sight.IsWhole()) return recovery::Sight::kWhole;
   return sight.ranks_reporting == 0 ? recovery::Sight::kBlind : recovery::Sight::kPartial;
+}
+
+// Of the ranks of this launch.
+inline decltype(recovery::Event::what) ToldOf(const SilenceWatch::Said& said,
+                                              recovery::Launch launch) {
+  const Rank rank{said.rank};
+  if (!said.is_late) return recovery::RankBeats{launch, rank};
+  return recovery::RankTimedOut{launch, rank, said.section, said.silent, said.timeout};
+}
+
+// How much of the job the monitor sees, as far as silence is concerned; none: nobody has said.
+inline SilenceWatch::Monitor MonitorOf(const std::optional<recovery::Sight>& sight) {
+  const bool sees = sight.has_value() && *sight != recovery::Sight::kBlind;
+  return sees ? SilenceWatch::Monitor::kSees : SilenceWatch::Monitor::kBlind;
 }
 
 }  // namespace holdfast

@@ -200,18 +200,12 @@ void Sidecar::LookAt(Job& job) {
     Push(job, recovery::StepDone{launch, rank.rank, rank.step});
   }
   const bool works = job.engine_pause.Holds(world_.activity(job.name, job.attempt_key), now);
-  const bool is_seen = job.sight.has_value() && *job.sight != recovery::Sight::kBlind;
   for (const SilenceWatch::Said& said :
        job.silence.Look(now, OpenRanks(ranks),
                         works ? SilenceWatch::Engine::kWorks : SilenceWatch::Engine::kIdle,
-                        is_seen ? SilenceWatch::Monitor::kSees : SilenceWatch::Monitor::kBlind)) {
+                        MonitorOf(job.sight))) {
     Say(job, SentenceOf(said));
-    const Rank rank{said.rank};
-    if (said.is_late) {
-      Push(job, recovery::RankTimedOut{launch, rank, said.section, said.silent, said.timeout});
-    } else {
-      Push(job, recovery::RankBeats{launch, rank});
-    }
+    Push(job, ToldOf(said, launch));
   }
   Push(job, recovery::Tick{});
 }
