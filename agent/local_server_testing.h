@@ -121,6 +121,7 @@ class NotingEngine final : public Engine {
   }
   std::vector<MeshAxis> MeshOf(const std::string&) const override { return {}; }
   size_t open_session_count() const override { return sessions_.size(); }
+  std::vector<OpenSession> open_sessions() const override { return {}; }
   size_t pending_image_count() const override { return 0; }
   std::vector<UncommittedSave> uncommitted_saves() const override { return {}; }
   Activity ActivityOf(const std::string&, const std::string&) const override { return {}; }

@@ -323,23 +323,14 @@ std::vector<MonitorBoards::Process> Worker::RankProcesses() const {
   std::vector<MonitorBoards::Process> processes = monitor_boards_->Processes();
   std::set<uint32_t> known;
   for (const MonitorBoards::Process& process : processes) known.insert(process.process_id);
-  const nlohmann::json status = EngineStatus();
-  std::map<std::pair<std::string, uint32_t>, std::pair<std::string, uint32_t>> attempts;
-  const nlohmann::json none = nlohmann::json::array();
-  for (const nlohmann::json& job : status.value("jobs", none)) {
-    for (const nlohmann::json& attempt : job.value("attempts", none)) {
-      attempts[{job.value("job", ""), attempt.value("attempt", 0U)}] = {
-          attempt.value("key", ""), attempt.value("world_size", 0U)};
-    }
-  }
-  for (const nlohmann::json& session : status.value("sessions", none)) {
-    const uint32_t process_id = session.value("pid", 0U);
-    const std::string job = session.value("job", "");
-    if (!session.value("open", false) || process_id == 0 || !known.insert(process_id).second) {
-      continue;
-    }
-    const auto& [key, world_size] = attempts[{job, session.value("attempt", 0U)}];
-    processes.push_back({job, key, session.value("rank", UINT32_MAX), world_size, process_id, {}});
+  for (Engine::OpenSession& session : engine_->open_sessions()) {
+    if (session.process_id == 0 || !known.insert(session.process_id).second) continue;
+    processes.push_back({std::move(session.job),
+                         std::move(session.attempt_key),
+                         Value(session.rank),
+                         session.world_size,
+                         session.process_id,
+                         {}});
   }
   return processes;
 }

@@ -234,6 +234,15 @@ class Engine {
   // Sessions that are open (neither closed nor dead), and images not yet durable that can become
   // so.
   virtual size_t open_session_count() const = 0;
+  // Whose they are, by the names that they were opened with. Cheap.
+  struct OpenSession {
+    std::string job;
+    std::string attempt_key;
+    Rank rank{};
+    uint32_t world_size = 0;
+    uint32_t process_id = 0;
+  };
+  virtual std::vector<OpenSession> open_sessions() const = 0;
   virtual size_t pending_image_count() const = 0;
   // Saves that are captured, or being captured, and not committed on storage: what they hold ends
   // with the agent. Also such as storage has refused, which can be restored from memory until then.

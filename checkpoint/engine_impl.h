@@ -50,6 +50,7 @@ class EngineImpl final : public Engine {
   std::vector<SessionId> sessions() const override;
   std::vector<MeshAxis> MeshOf(const std::string& job) const override;
   size_t open_session_count() const override;
+  std::vector<OpenSession> open_sessions() const override;
   size_t pending_image_count() const override;
   std::vector<UncommittedSave> uncommitted_saves() const override;
   Activity ActivityOf(const std::string& job, const std::string& attempt_key) const override;

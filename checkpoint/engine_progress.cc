@@ -50,6 +50,17 @@ std::vector<Engine::RankProgress> EngineImpl::ProgressOf(const std::string& job,
   return ranks;
 }
 
+std::vector<Engine::OpenSession> EngineImpl::open_sessions() const {
+  std::vector<OpenSession> open;
+  for (const auto& [id, entry] : sessions_) {
+    const SessionIdentity& identity = entry.session->identity();
+    if (!entry.session->is_open()) continue;
+    open.push_back({identity.job, identity.attempt_key, identity.rank, identity.world_size,
+                    identity.process_id});
+  }
+  return open;
+}
+
 absl::StatusOr<Step> EngineImpl::MakeDue(const std::string& job, const std::string& attempt_key) {
   std::vector<Session*> sessions;
   uint32_t world_size = 0;

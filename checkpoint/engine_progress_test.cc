@@ -4,6 +4,8 @@
 #include <gtest/gtest.h>
 
 #include <cstdint>
+#include <map>
+#include <vector>
 
 #include "checkpoint/engine_testing.h"
 #include "tests/support/status_matchers.h"
@@ -76,6 +78,29 @@ TEST(MakeDue, WhereNotEveryRankCanBeToldNoneIs) {
   EXPECT_OK(harness.engine().MakeDue("job", "a").status());
   harness.Close(*second);
   refused("a", "found 1");
+}
+
+TEST(OpenSessions, AreToldByTheNamesThatTheyWereOpenedWith) {
+  SimDisk disk;
+  EngineHarness harness(disk, {});
+  EXPECT_TRUE(harness.engine().open_sessions().empty());
+  ASSERT_OK_AND_ASSIGN(const auto trainers, harness.Launch(2, "a"));
+  std::map<uint32_t, Engine::OpenSession> open;  // by process
+  for (const Engine::OpenSession& session : harness.engine().open_sessions()) {
+    open[session.process_id] = session;
+  }
+  ASSERT_EQ(open.size(), 2u);
+  for (const TestTrainer* trainer : trainers) {
+    const Engine::OpenSession& session = open[trainer->process_id];
+    EXPECT_EQ(session.job, "job");
+    EXPECT_EQ(session.attempt_key, "a");
+    EXPECT_EQ(session.rank, trainer->rank);
+    EXPECT_EQ(session.world_size, 2u);
+  }
+  harness.Close(*trainers[1]);
+  const std::vector<Engine::OpenSession> left = harness.engine().open_sessions();
+  ASSERT_EQ(left.size(), 1u);
+  EXPECT_EQ(left[0].process_id, trainers[0]->process_id);
 }
 
 }  // namespace
