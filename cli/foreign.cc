@@ -143,6 +143,19 @@ bool IsOurs(const std::string& path) {
          std::filesystem::exists(whole / "MANIFEST.json", error);
 }
 
+absl::StatusOr<std::string> ReadLayoutFile(FileSystem& file_system, const std::string& path) {
+  ASSIGN_OR_RETURN(std::string text, file_system.ReadSmallFile(path, kModelFileBytesMax));
+  if (text.empty()) {
+    return absl::InvalidArgumentError(
+        absl::StrFormat("--layout-file %s: expected JSON, found an empty file", path));
+  }
+  if (const auto layout = converter::ParseLayoutFile(text); !layout.ok()) {
+    return absl::Status(layout.status().code(),
+                        absl::StrFormat("--layout-file %s: %s", path, layout.status().message()));
+  }
+  return text;
+}
+
 absl::StatusOr<converter::ForeignSource> LookAtForeign(Invocation& invocation,
                                                        const std::string& path,
                                                        const ForeignOptions& options) {
@@ -168,18 +181,7 @@ absl::StatusOr<converter::ForeignSource> LookAtForeign(Invocation& invocation,
                      invocation.file_system.ReadSmallFile(options.names, kModelFileBytesMax));
   }
   if (!options.layout.empty()) {
-    ASSIGN_OR_RETURN(read.layout,
-                     invocation.file_system.ReadSmallFile(options.layout, kModelFileBytesMax));
-    if (read.layout.empty()) {
-      return absl::InvalidArgumentError(
-          absl::StrFormat("--layout-file %s: expected JSON, found an empty file", options.layout));
-    }
-    // Here, where its mistakes are not the checkpoint's.
-    if (const auto layout = converter::ParseLayoutFile(read.layout); !layout.ok()) {
-      return absl::Status(
-          layout.status().code(),
-          absl::StrFormat("--layout-file %s: %s", options.layout, layout.status().message()));
-    }
+    ASSIGN_OR_RETURN(read.layout, ReadLayoutFile(invocation.file_system, options.layout));
   }
   converter::SandboxLimits limits;
   if (options.memory_bytes > 0) {

@@ -39,6 +39,10 @@ void AddExport(CLI::App& app, Invocation& invocation);
 // taken as ours, whose errors say so.
 bool IsOurs(const std::string& path);
 
+// The contents of a layout file (converter/layout_file.h), which are one: here, where its mistakes
+// are not the checkpoint's.
+absl::StatusOr<std::string> ReadLayoutFile(FileSystem& file_system, const std::string& path);
+
 // Says on standard error if the sandbox was not whole. What no reader knows is kNotFound.
 absl::StatusOr<converter::ForeignSource> OpenForeign(Invocation& invocation,
                                                      const std::string& path,

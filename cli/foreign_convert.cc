@@ -51,7 +51,6 @@ constexpr std::array<std::string_view, 8> kFormats = {
     "holdfast", "safetensors", "dcp", "torch", "deepspeed", "ucp", "fsdp", "megatron"};
 constexpr uint64_t kBlobBytesMax = uint64_t{256} << 20;
 constexpr uint64_t kRenameFileBytesMax = uint64_t{16} << 20;
-constexpr uint64_t kLayoutFileBytesMax = uint64_t{16} << 20;
 // Of --memory: stacks, lists of files and what the allocator keeps.
 constexpr uint64_t kReserveBytes = uint64_t{12} << 20;
 constexpr uint64_t kEntryBytes = 600;  // of a torch file, in the list and in the directory
@@ -331,8 +330,7 @@ class Conversion {
     if (TakesCuts()) {
       preset = options_.foreign.preset;
       if (!options_.foreign.layout.empty()) {
-        ASSIGN_OR_RETURN(layout,
-                         file_system_.ReadSmallFile(options_.foreign.layout, kLayoutFileBytesMax));
+        ASSIGN_OR_RETURN(layout, ReadLayoutFile(file_system_, options_.foreign.layout));
       }
     }
     if (options_.format == "ucp") {

@@ -166,4 +166,14 @@ absl::StatusOr<OpenedItem> DcpItems::Open(const DcpItem& item, uint32_t file,
   return opened;
 }
 
+std::string LostObject(const DcpMetadata& metadata, std::string_view name,
+                       const DcpObject& object) {
+  if (object.item == kNoItem) {
+    return absl::StrFormat("the object %s: %s does not say where it is", object.key,
+                           std::string(name));
+  }
+  return absl::StrFormat("the object %s: the file \"%s\" is not there", object.key,
+                         metadata.files[metadata.items[object.item].file]);
+}
+
 }  // namespace holdfast::converter

@@ -56,6 +56,10 @@ class DcpItems {
   std::vector<File> files_;
 };
 
+// Of an object that cannot be read, because nothing says where it is or its file is missing: a
+// sentence for ForeignIndex::losses. `name`: that of the metadata file.
+std::string LostObject(const DcpMetadata& metadata, std::string_view name, const DcpObject& object);
+
 }  // namespace holdfast::converter
 
 #endif  // HOLDFAST_CONVERTER_DCP_ITEMS_H_

@@ -297,12 +297,7 @@ class Reader {
     for (const Source& source : sources_) {
       for (const DcpObject& object : source.metadata.objects) {
         if (objects_.contains(object.key) || !named.insert(object.key).second) continue;
-        index_.losses.push_back(
-            object.item == kNoItem
-                ? absl::StrFormat("the object %s: %s does not say where it is", object.key,
-                                  source.name)
-                : absl::StrFormat("the object %s: the file \"%s\" is not there", object.key,
-                                  source.metadata.files[source.metadata.items[object.item].file]));
+        index_.losses.push_back(LostObject(source.metadata, source.name, object));
       }
     }
   }

@@ -20,24 +20,9 @@
 
 #include "absl/status/statusor.h"
 #include "converter/deepspeed_output.h"
+#include "converter/zero_layout.h"
 
 namespace holdfast::converter {
-
-// A job's ranks, as far as experts are concerned: data-parallel ranks, some of which have the same
-// experts.
-struct ExpertGrid {
-  uint64_t data_ranks = 1;
-  uint64_t expert_ranks = 1;  // a divisor of data_ranks
-  bool data_first = false;    // `use_data_before_expert_parallelism`
-
-  uint64_t Partitions() const { return data_ranks / expert_ranks; }  // of experts' flat buffers
-  uint64_t ExpertRank(uint64_t data_rank) const {
-    return data_first ? data_rank / Partitions() : data_rank % expert_ranks;
-  }
-  uint64_t Partition(uint64_t data_rank) const {
-    return data_first ? data_rank % Partitions() : data_rank / expert_ranks;
-  }
-};
 
 // Threads: one. Lifetime: the output outlives it.
 class DeepSpeedExperts {

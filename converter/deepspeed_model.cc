@@ -10,7 +10,6 @@
 #include "absl/strings/str_join.h"
 #include "base/check.h"
 #include "base/status_macros.h"
-#include "converter/decimal.h"
 #include "converter/layout_file.h"
 #include "converter/parallel_facts.h"
 #include "converter/pipeline_stages.h"
@@ -20,7 +19,6 @@ namespace holdfast::converter {
 namespace {
 
 constexpr std::string_view kExperts = "deepspeed_experts.";
-constexpr std::string_view kTied = "tied_modules.";
 
 absl::Status NotEverywhere(const std::string& name, uint32_t tensor_ranks) {
   return absl::DataLossError(absl::StrFormat(
@@ -250,7 +248,8 @@ absl::StatusOr<const ShardMap*> DeepSpeedModel::ExpertShard(const std::string& l
     return absl::DataLossError(
         absl::StrFormat("\"%s\": found no shape of it on model-parallel rank %d", local, mp));
   }
-  if (found->second.size() > 1 && !local.starts_with(kTied) && !rules_->PipelineReplicated(local)) {
+  if (found->second.size() > 1 && !local.starts_with(kTiedModules) &&
+      !rules_->PipelineReplicated(local)) {
     return absl::DataLossError(
         absl::StrFormat("\"%s\": found on %d pipeline stages; expected one, or a pattern in "
                         "pipeline_replicated_parameter_patterns that says that they share it",
@@ -425,49 +424,39 @@ void DeepSpeedModel::NameMissingLayers(const std::set<std::string>& found_tied) 
                        "DeepSpeed does not load the folder"));
     }
   };
-  struct Layer {
-    std::optional<uint64_t> number;  // none: tied
-    std::vector<std::string> buffers = {};
+  std::map<uint64_t, std::vector<std::string>> layers;  // and their buffers
+  std::map<std::string, std::vector<std::string>> tied;
+  const auto buffers_of = [&](const std::string& name) -> std::vector<std::string>* {
+    const std::optional<PipelineName> parsed = ParsePipelineName(name);
+    if (!parsed.has_value()) return nullptr;  // of no pipeline
+    return parsed->layer.has_value() ? &layers[*parsed->layer] : &tied[std::string(parsed->tied)];
   };
-  std::map<std::string, Layer> layers;  // by what names begin with: "12", "tied_modules.embed"
-  const auto layer_of = [&layers](std::string_view name) -> Layer* {
-    const size_t from = name.starts_with(kTied) ? kTied.size() : 0;
-    const std::string_view prefix = name.substr(0, name.find('.', from));
-    const auto number = ParseDecimal(prefix);
-    if (from == 0 && !number.has_value()) return nullptr;  // of no pipeline
-    return &layers.try_emplace(std::string(prefix), Layer{.number = number}).first->second;
-  };
-  for (const std::string& name : optimized_) layer_of(name);
+  for (const std::string& name : optimized_) buffers_of(name);
   for (const std::string& name : buffers_) {
-    if (Layer* const layer = layer_of(name); layer != nullptr) layer->buffers.push_back(name);
+    if (std::vector<std::string>* const buffers = buffers_of(name)) buffers->push_back(name);
   }
-  for (const auto& [prefix, layer] : layers) {
-    if (!layer.number.has_value()) {
-      if (found_tied.contains(prefix.substr(kTied.size()))) continue;
-      say(absl::StrCat(prefix, ": expected a file of its layer, found none"), false, layer.buffers);
-      continue;
-    }
+  for (const auto& [layer, buffers] : layers) {
     std::vector<uint32_t> missing;
     for (uint32_t tp = 0; tp < tensor_ranks_; ++tp) {
-      const bool is_there =
-          *layer.number <= UINT32_MAX &&
-          files_.layers.contains({.layer = static_cast<uint32_t>(*layer.number), .tp = tp});
-      if (!is_there) missing.push_back(tp);
+      const LayerKey key{.layer = static_cast<uint32_t>(layer), .tp = tp};
+      if (!files_.layers.contains(key)) missing.push_back(tp);
     }
     for (const uint32_t tp : missing) {
-      say(absl::StrFormat("layer %s: expected its file of tensor-parallel rank %d, found none",
-                          prefix, tp),
-          missing.size() < tensor_ranks_, layer.buffers);
+      say(absl::StrFormat("layer %d: expected its file of tensor-parallel rank %d, found none",
+                          layer, tp),
+          missing.size() < tensor_ranks_, buffers);
     }
+  }
+  for (const auto& [key, buffers] : tied) {
+    if (found_tied.contains(key)) continue;
+    say(absl::StrCat(kTiedModules, key, ": expected a file of its layer, found none"), false,
+        buffers);
   }
 }
 
 absl::Status DeepSpeedModel::AddLayers() {
-  const bool has_modules = std::ranges::any_of(
-      modules_, [](const std::map<std::string_view, const StoredTensor*>& module) {
-        return !module.empty();
-      });
-  if (files_.layers.empty() && (files_.universal || partitioned_ || has_modules)) {
+  const bool is_elsewhere = files_.universal || partitioned_ || states_.front().has_module;
+  if (files_.layers.empty() && is_elsewhere) {
     return absl::OkStatus();
   }
   // Layer files have the names of their layer: `norm.weight` is `4.norm.weight` elsewhere, and what
@@ -476,14 +465,13 @@ absl::Status DeepSpeedModel::AddLayers() {
   for (const ModelStates& states : states_) {
     for (const std::vector<NamedShape>& group : states.param_shapes) {
       for (const NamedShape& entry : group) {
-        if (!entry.name.starts_with(kTied)) continue;
-        const size_t dot = entry.name.find('.', kTied.size());
-        if (dot == std::string::npos) continue;
-        const std::string key = entry.name.substr(kTied.size(), dot - kTied.size());
+        const std::optional<PipelineName> name = ParsePipelineName(entry.name);
+        if (!name.has_value() || name->layer.has_value()) continue;
+        const std::string key(name->tied);
         auto module = std::find_if(tied.begin(), tied.end(),
                                    [&key](const TiedModule& t) { return t.key == key; });
         if (module == tied.end()) module = tied.insert(tied.end(), {.key = key, .shapes = {}});
-        module->shapes[entry.name.substr(dot + 1)] = entry.shape;
+        module->shapes[std::string(name->rest)] = entry.shape;
       }
     }
   }
@@ -523,7 +511,7 @@ absl::Status DeepSpeedModel::AddLayers() {
         }
       }
       if (match != nullptr) {
-        prefix = absl::StrCat(std::string(kTied), match->key, ".");
+        prefix = absl::StrCat(kTiedModules, match->key, ".");
         used.insert(match->key);
         tied_layers_[match->key].push_back(layer);
       }

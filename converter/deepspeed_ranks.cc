@@ -16,12 +16,6 @@ namespace {
 
 constexpr double kInfoVersion = 0.4;
 
-uint64_t Product(std::span<const uint64_t> shape) {
-  uint64_t elements = 1;
-  for (const uint64_t size : shape) elements *= size;
-  return elements;
-}
-
 // The last of those that begin at or before the layer.
 uint64_t StageOf(uint64_t layer, std::span<const uint64_t> first_layers) {
   const auto after = std::ranges::upper_bound(first_layers, layer);
@@ -292,7 +286,7 @@ void DeepSpeedRanks::PushInfo(TorchDraft& draft) const {
     }
   }
   for (const std::string& key : replicated_keys_) {
-    tied.push_back(ExactPrefix(absl::StrCat("tied_modules.", key, ".")));
+    tied.push_back(ExactPrefix(absl::StrCat(kTiedModules, key, ".")));
   }
   const auto list = [&](const char* key, const Names& patterns) {
     draft.Key(key);

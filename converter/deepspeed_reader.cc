@@ -119,12 +119,11 @@ class ZeroReader {
           "%d partitions over %d data-parallel ranks, and its parameters are no experts",
           partitions, dp_count));
     }
-    // deepspeed/utils/groups.py, _create_expert_and_data_parallel.
-    const bool data_first = model_.states(0).data_before_expert_parallel;
+    const ExpertGrid grid{.data_ranks = dp_count,
+                          .expert_ranks = buffers,
+                          .data_first = model_.states(0).data_before_expert_parallel};
     std::vector<std::vector<uint32_t>> members(buffers);
-    for (uint32_t dp = 0; dp < dp_count; ++dp) {
-      members[data_first ? dp / partitions : dp % buffers].push_back(dp);
-    }
+    for (uint32_t dp = 0; dp < dp_count; ++dp) members[grid.ExpertRank(dp)].push_back(dp);
     return members;
   }
 

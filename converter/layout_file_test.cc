@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "converter/shard_testing.h"
 #include "tests/support/status_matchers.h"
 
 namespace holdfast::converter {
@@ -34,22 +35,12 @@ constexpr uint64_t kNone = UINT64_MAX;
 // The whole tensor as the maps put it together, where element i of rank r's shard is
 // shards[r][i]; kNone where no shard has an element.
 Values Joined(const std::vector<ShardMap>& maps, const std::vector<Values>& shards) {
-  uint64_t elements = 1;
-  for (const uint64_t size : maps.front().shape) elements *= size;
-  const TensorState state{
-      .tensor = "t", .state = "param", .dtype = Dtype::kInt8, .shape = maps.front().shape};
-  Values whole(elements, kNone);
+  Values whole(Product(maps.front().shape), kNone);
   for (size_t r = 0; r < maps.size(); ++r) {
     EXPECT_EQ(maps[r].shard_elements, shards[r].size());
-    for (const ShardBlock& block : maps[r].blocks) {
-      BoxTable boxes;
-      const Piece piece{.tensor_state = 0,
-                        .box = boxes.Add(block.lo, block.size),
-                        .begin = 0,
-                        .end = block.ElementCount()};
-      for (uint64_t i = 0; i < piece.end; ++i) {
-        whole[ElementInTensor(piece, boxes, state, i)] = shards[r][block.shard_begin + i];
-      }
+    const Values numbers = ElementsOf(maps[r]);
+    for (size_t i = 0; i < numbers.size(); ++i) {
+      if (numbers[i] != kPaddingElement) whole[numbers[i]] = shards[r][i];
     }
   }
   return whole;

@@ -223,19 +223,17 @@ class Reader {
   }
 
   absl::Status ReadObject(DcpItems& items, const DcpObject& object) {
-    if (object.item == kNoItem) {
-      table_.index().losses.push_back(
-          absl::StrFormat("the object %s: .metadata does not say where it is", object.key));
+    std::optional<uint32_t> file;
+    if (object.item != kNoItem) {
+      ASSIGN_OR_RETURN(file, items.FileOf(metadata_.items[object.item]));
+    }
+    if (!objects_.insert(object.key).second) return absl::OkStatus();
+    if (!file.has_value()) {
+      const std::string& path = folder_.files()[*files_.metadata].path;
+      table_.index().losses.push_back(LostObject(metadata_, path, object));
       return absl::OkStatus();
     }
     const DcpItem& item = metadata_.items[object.item];
-    ASSIGN_OR_RETURN(const std::optional<uint32_t> file, items.FileOf(item));
-    if (!objects_.insert(object.key).second) return absl::OkStatus();
-    if (!file.has_value()) {
-      table_.index().losses.push_back(absl::StrFormat("the object %s: the file \"%s\" is not there",
-                                                      object.key, metadata_.files[item.file]));
-      return absl::OkStatus();
-    }
     ASSIGN_OR_RETURN(const OpenedItem opened, items.Open(item, *file, kObjectBytesMax));
     TorchValue value = opened.torch->root();
     // Megatron's sharded objects are lists of one.

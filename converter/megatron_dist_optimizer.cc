@@ -335,16 +335,8 @@ absl::StatusOr<std::vector<MegatronDistOptimizer::Local>> MegatronDistOptimizer:
 
 BufferRule MegatronDistOptimizer::RuleOf(const Place& place, uint32_t chunk) const {
   const MegatronArguments& arguments = dist_.arguments;
-  BufferRule rule{.bucket_elements = {},
-                  .end_multiple = BucketEndMultiple(
-                      place.expert ? arguments.expert_data_ranks : arguments.data_ranks,
-                      arguments.wide_padding)};
-  // Only the first chunk of the first stage has buckets: its communication is waited for.
-  if (arguments.overlap_reduce && !arguments.one_bucket && place.stage == 0 && chunk == 0) {
-    rule.bucket_elements = arguments.bucket_elements.value_or(
-        std::max<uint64_t>(40'000'000, 1'000'000 * arguments.data_ranks));
-  }
-  return rule;
+  return BufferRuleOf(arguments, place.expert ? arguments.expert_data_ranks : arguments.data_ranks,
+                      place.stage == 0 && chunk == 0);
 }
 
 // Begins are those within a bucket; of coalesced ones, within all of them.

@@ -20,6 +20,8 @@ namespace {
 
 constexpr uint64_t kRanksMax = uint64_t{1} << 20;
 constexpr uint64_t kLayersMax = uint64_t{1} << 20;
+constexpr uint64_t kUsualBucketElements = 40'000'000;
+constexpr uint64_t kUsualBucketElementsPerRank = 1'000'000;
 
 bool Contains(std::string_view text, std::string_view part) {
   return text.find(part) != std::string_view::npos;
@@ -192,6 +194,17 @@ absl::StatusOr<MegatronArguments> ReadMegatronArguments(const TorchValue& argume
   const TorchValue layout = find("pipeline_model_parallel_layout");
   read.free_layout = layout.present() && !layout.Is(TorchValue::Kind::kNone);
   return read;
+}
+
+BufferRule BufferRuleOf(const MegatronArguments& arguments, uint64_t data_ranks, bool first_chunk) {
+  BufferRule rule{.bucket_elements = {},
+                  .end_multiple = BucketEndMultiple(data_ranks, arguments.wide_padding)};
+  // Only there are buckets: its communication is waited for.
+  if (first_chunk && arguments.overlap_reduce && !arguments.one_bucket) {
+    rule.bucket_elements = arguments.bucket_elements.value_or(
+        std::max(kUsualBucketElements, kUsualBucketElementsPerRank * arguments.data_ranks));
+  }
+  return rule;
 }
 
 std::optional<std::vector<uint64_t>> LayersOfStages(const MegatronArguments& arguments,

@@ -17,6 +17,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "converter/megatron_buffers.h"
 #include "converter/shard_map.h"
 #include "converter/torch_file.h"
 
@@ -55,6 +56,10 @@ struct MegatronArguments {
 // Anything that is no number where a number should be is left at its default; kDataLoss for degrees
 // beyond any world (2^20) or 0.
 absl::StatusOr<MegatronArguments> ReadMegatronArguments(const TorchValue& arguments);
+
+// How the buffers of a model chunk are cut into buckets: of the first chunk of the first stage, or
+// of another one; over `data_ranks` ranks.
+BufferRule BufferRuleOf(const MegatronArguments& arguments, uint64_t data_ranks, bool first_chunk);
 
 // Layers of each model chunk, in the order of the model: counts[chunk * pipeline_ranks + stage].
 // Nothing if the arguments do not say it.

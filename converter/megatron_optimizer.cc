@@ -393,16 +393,11 @@ std::optional<BufferLayout> MegatronOptimizer::LayoutOf(const Buffer& buffer,
     return *std::move(layout);
   };
   const uint64_t ranks = first.expert ? arguments.expert_data_ranks : arguments.data_ranks;
-  const uint64_t multiple = BucketEndMultiple(ranks, arguments.wide_padding);
-  const bool may_bucket =
-      arguments.overlap_reduce && !arguments.one_bucket && rank.stage == 0 && first.chunk == 0;
-  const uint64_t usual = std::max<uint64_t>(40'000'000, 1'000'000 * arguments.data_ranks);
-  BufferRule said{.bucket_elements = {}, .end_multiple = multiple};
-  if (may_bucket) said.bucket_elements = arguments.bucket_elements.value_or(usual);
+  const BufferRule said = BufferRuleOf(arguments, ranks, rank.stage == 0 && first.chunk == 0);
   if (auto layout = fitting(said); layout.has_value()) return layout;
   // The arguments do not say it (a number of buckets instead of a size, another world): one bucket,
   // or a size that closes the first bucket behind some parameter.
-  for (const uint64_t end_multiple : {multiple, uint64_t{128}, uint64_t{65536}}) {
+  for (const uint64_t end_multiple : {said.end_multiple, uint64_t{128}, uint64_t{65536}}) {
     if (auto layout = fitting({.bucket_elements = {}, .end_multiple = end_multiple});
         layout.has_value()) {
       return layout;

@@ -1,6 +1,7 @@
 #include "converter/megatron_shares.h"
 
 #include <algorithm>
+#include <span>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
@@ -14,8 +15,6 @@ namespace {
 
 constexpr std::string_view kEmbedding = "embedding.word_embeddings.weight";
 constexpr std::string_view kOutput = "output_layer.weight";
-constexpr uint64_t kUsualBucketElements = 40'000'000;
-constexpr uint64_t kUsualBucketElementsPerRank = 1'000'000;
 
 bool IsEmbedding(std::string_view name) {
   return name.starts_with("embedding.") || name.find(".embedding.") != std::string_view::npos;
@@ -306,10 +305,9 @@ void MegatronShares::AppendRanges(const MegatronLocal& local, uint32_t tensor_st
     return;
   }
   const size_t d = local.cut.dimension;
-  uint64_t inner = 1;
-  for (size_t i = d + 1; i < whole.size(); ++i) inner *= whole[i];
-  uint64_t outer = 1;
-  for (size_t i = 0; i < d; ++i) outer *= whole[i];
+  const std::span<const uint64_t> sizes(whole);
+  const uint64_t inner = Product(sizes.subspan(d + 1));
+  const uint64_t outer = Product(sizes.first(d));
   const uint64_t halves = local.cut.kind == MegatronCut::Kind::kGated ? 2 : 1;
   const uint64_t width = local.shape[d] / halves * inner;
   CHECK(halves == 1 || outer == 1);
@@ -332,14 +330,7 @@ BufferRule MegatronShares::RuleOf(const MegatronJobRank& rank, uint64_t chunk,
           ? arguments_.data_ranks
           : std::max<uint64_t>(1, arguments_.data_ranks * degrees_.tensor /
                                       (degrees_.expert * degrees_.ExpertTensor()));
-  BufferRule rule{.bucket_elements = {},
-                  .end_multiple = BucketEndMultiple(ranks, arguments_.wide_padding)};
-  // Only the first chunk of the first stage has buckets: its communication is waited for.
-  if (arguments_.overlap_reduce && !arguments_.one_bucket && Place(rank, chunk) == 0) {
-    rule.bucket_elements = arguments_.bucket_elements.value_or(
-        std::max(kUsualBucketElements, kUsualBucketElementsPerRank * arguments_.data_ranks));
-  }
-  return rule;
+  return BufferRuleOf(arguments_, ranks, Place(rank, chunk) == 0);
 }
 
 absl::StatusOr<std::vector<MegatronLocalBuffer>> MegatronShares::BuffersOf(

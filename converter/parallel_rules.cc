@@ -20,6 +20,11 @@ std::string Show(std::span<const uint64_t> sizes) {
   return "[" + absl::StrJoin(sizes.begin(), sizes.end(), ", ") + "]";
 }
 
+absl::Status Named(const std::string& parameter, const absl::Status& status) {
+  return absl::Status(status.code(),
+                      absl::StrCat("parameter \"", parameter, "\": ", status.message()));
+}
+
 // The shape in which `rule` sees the whole parameter of so many elements.
 absl::StatusOr<Shape> LogicalShape(const SubParameters& rule, uint64_t dimension_size,
                                    uint64_t elements) {
@@ -188,22 +193,18 @@ std::optional<uint64_t> ParallelRules::RowsOf(std::string_view parameter) const 
 absl::StatusOr<std::vector<ShardMap>> ParallelRules::Resolve(
     const std::string& parameter, std::span<const Shape> shard_shapes) const {
   CHECK(!shard_shapes.empty());
-  const auto named = [&parameter](const absl::Status& status) {
-    return absl::Status(status.code(),
-                        absl::StrCat("parameter \"", parameter, "\": ", status.message()));
-  };
   std::vector<ShardMap> maps;
   for (size_t rank = 0; rank < shard_shapes.size(); ++rank) {
     absl::StatusOr<ShardMap> map = Shard(parameter, shard_shapes, rank);
-    if (!map.ok()) return named(map.status());
+    if (!map.ok()) return Named(parameter, map.status());
     if (const std::optional<uint64_t> rows = RowsOf(parameter); rows.has_value()) {
       const absl::Status kept = KeepRows(*rows, *map);
-      if (!kept.ok()) return named(kept);
+      if (!kept.ok()) return Named(parameter, kept);
     }
     if (!maps.empty() && map->shape != maps.front().shape) {
-      return named(absl::InvalidArgumentError(
-          absl::StrFormat("expected one shape by all ranks, found %s and %s",
-                          Show(maps.front().shape), Show(map->shape))));
+      return Named(parameter, absl::InvalidArgumentError(absl::StrFormat(
+                                  "expected one shape by all ranks, found %s and %s",
+                                  Show(maps.front().shape), Show(map->shape))));
     }
     maps.push_back(*std::move(map));
   }
@@ -348,10 +349,7 @@ absl::StatusOr<ParameterCut> ParallelRules::KindOf(const std::string& parameter,
 absl::StatusOr<ParameterCut> ParallelRules::HowToCut(const std::string& parameter,
                                                      const Shape& whole) const {
   absl::StatusOr<ParameterCut> cut = KindOf(parameter, whole);
-  if (!cut.ok()) {
-    return absl::Status(cut.status().code(),
-                        absl::StrCat("parameter \"", parameter, "\": ", cut.status().message()));
-  }
+  if (!cut.ok()) return Named(parameter, cut.status());
   cut->vocabulary = IsVocabulary(parameter);
   return cut;
 }
@@ -359,18 +357,15 @@ absl::StatusOr<ParameterCut> ParallelRules::HowToCut(const std::string& paramete
 absl::StatusOr<ParameterCut> ParallelRules::Cut(const std::string& parameter, const Shape& whole,
                                                 uint64_t ranks) const {
   CHECK(ranks > 0 && info_.affine.empty() && info_.widths.empty());
-  const auto refuse = [&parameter](const absl::Status& status) {
-    return absl::Status(status.code(),
-                        absl::StrCat("parameter \"", parameter, "\": ", status.message()));
-  };
   absl::StatusOr<ParameterCut> cut = ParameterCut{};
   if (ranks > 1) cut = KindOf(parameter, whole);
-  if (!cut.ok()) return refuse(cut.status());
+  if (!cut.ok()) return Named(parameter, cut.status());
   cut->shard_shape = whole;
   if (const std::optional<uint64_t> rows = RowsOf(parameter); rows.has_value()) {
     if (whole.empty() || whole[0] != *rows) {
-      return refuse(absl::FailedPreconditionError(absl::StrFormat(
-          "expected %d rows, as it has without padding, found shape %s", *rows, Show(whole))));
+      return Named(parameter, absl::FailedPreconditionError(absl::StrFormat(
+                                  "expected %d rows, as it has without padding, found shape %s",
+                                  *rows, Show(whole))));
     }
     cut->vocabulary = true;
     const uint64_t padded = info_.padded_vocabulary.value_or(*rows);
@@ -385,25 +380,28 @@ absl::StatusOr<ParameterCut> ParallelRules::Cut(const std::string& parameter, co
     for (const uint64_t part : parts) {
       sum += std::min(part, kTensorBytesMax / kTensorDimsMax);
       if (part % ranks == 0) continue;
-      return refuse(absl::FailedPreconditionError(absl::StrFormat(
-          "%d tensor-parallel ranks do not divide the %d elements of dimension %d%s of shape %s",
-          ranks, part, cut->dimension, cut->sizes.empty() ? "" : " of one of its sub-tensors",
-          Show(whole))));
+      return Named(parameter,
+                   absl::FailedPreconditionError(absl::StrFormat(
+                       "%d tensor-parallel ranks do not divide the %d elements of dimension %d%s "
+                       "of shape %s",
+                       ranks, part, cut->dimension,
+                       cut->sizes.empty() ? "" : " of one of its sub-tensors", Show(whole))));
     }
     if (sum != size) {
-      return refuse(absl::FailedPreconditionError(
-          absl::StrFormat("expected sub-tensors of %d elements together along dimension %d, found "
-                          "sizes %s",
-                          size, cut->dimension, Show(parts))));
+      return Named(parameter,
+                   absl::FailedPreconditionError(absl::StrFormat(
+                       "expected sub-tensors of %d elements together along dimension %d, found "
+                       "sizes %s",
+                       size, cut->dimension, Show(parts))));
     }
     size /= ranks;
   }
   // What will be read: by the very rules of reading.
   ASSIGN_OR_RETURN(cut->maps, Resolve(parameter, std::vector<Shape>(ranks, cut->shard_shape)));
   if (cut->maps.front().shape != whole) {
-    return refuse(absl::FailedPreconditionError(
-        absl::StrFormat("expected shape %s, as its shards would make, found %s",
-                        Show(cut->maps.front().shape), Show(whole))));
+    return Named(parameter, absl::FailedPreconditionError(absl::StrFormat(
+                                "expected shape %s, as its shards would make, found %s",
+                                Show(cut->maps.front().shape), Show(whole))));
   }
   return cut;
 }

@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "converter/shard_testing.h"
 #include "tests/support/status_matchers.h"
 
 namespace holdfast::converter {
@@ -13,22 +14,7 @@ using ::testing::HasSubstr;
 // The number in the whole tensor of every element of every rank's shard.
 std::vector<std::vector<uint64_t>> Elements(const std::vector<ShardMap>& maps) {
   std::vector<std::vector<uint64_t>> all;
-  for (const ShardMap& map : maps) {
-    const TensorState state{
-        .tensor = "t", .state = "param", .dtype = Dtype::kInt8, .shape = map.shape};
-    std::vector<uint64_t> elements(map.shard_elements, UINT64_MAX);
-    for (const ShardBlock& block : map.blocks) {
-      BoxTable boxes;
-      const Piece piece{.tensor_state = 0,
-                        .box = boxes.Add(block.lo, block.size),
-                        .begin = 0,
-                        .end = block.ElementCount()};
-      for (uint64_t i = 0; i < piece.end; ++i) {
-        elements[block.shard_begin + i] = ElementInTensor(piece, boxes, state, i);
-      }
-    }
-    all.push_back(std::move(elements));
-  }
+  for (const ShardMap& map : maps) all.push_back(ElementsOf(map));
   return all;
 }
 
@@ -38,7 +24,7 @@ ParallelRules RulesOf(ParallelInfo info) {
   return *std::move(rules);
 }
 
-constexpr uint64_t kPad = UINT64_MAX;
+constexpr uint64_t kPad = kPaddingElement;
 using All = std::vector<std::vector<uint64_t>>;
 
 TEST(ParallelRulesTest, EveryClassOfDeepSpeedsLanguage) {

@@ -11,15 +11,14 @@
 namespace holdfast::converter {
 namespace {
 
-constexpr std::string_view kTied = "tied_modules.";
 constexpr uint64_t kSearchStepsMax = uint64_t{1} << 31;
 
 }  // namespace
 
 std::optional<PipelineName> ParsePipelineName(std::string_view name) {
   PipelineName parsed;
-  if (name.starts_with(kTied)) {
-    const std::string_view below = name.substr(kTied.size());
+  if (name.starts_with(kTiedModules)) {
+    const std::string_view below = name.substr(std::string_view(kTiedModules).size());
     const size_t dot = below.find('.');
     if (dot == std::string_view::npos || dot == 0 || dot + 1 == below.size()) return std::nullopt;
     parsed.tied = below.substr(0, dot);

@@ -17,6 +17,8 @@
 namespace holdfast::converter {
 
 inline constexpr uint64_t kPipelineLayersMax = 10'000;
+// What the names of tied modules' parameters begin with, before the key.
+inline constexpr char kTiedModules[] = "tied_modules.";
 
 // "4.norm.weight", "tied_modules.embed.weight".
 struct PipelineName {

@@ -14,12 +14,6 @@ std::string Show(std::span<const uint64_t> sizes) {
   return "[" + absl::StrJoin(sizes.begin(), sizes.end(), ", ") + "]";
 }
 
-uint64_t Product(std::span<const uint64_t> sizes) {
-  uint64_t product = 1;
-  for (uint64_t size : sizes) product *= size;  // of a shape that ElementCount has accepted
-  return product;
-}
-
 Shape RowMajorStrides(const Shape& shape) {
   Shape strides(shape.size(), 1);
   for (size_t d = shape.size(); d-- > 1;) strides[d - 1] = strides[d] * shape[d];
@@ -173,6 +167,12 @@ absl::Status AppendAffine(const AffinePiece& folded, const Shape& strides, Shard
 }
 
 }  // namespace
+
+uint64_t Product(std::span<const uint64_t> sizes) {
+  uint64_t product = 1;
+  for (uint64_t size : sizes) product *= size;  // of a shape that ElementCount has accepted
+  return product;
+}
 
 absl::StatusOr<uint64_t> ElementCount(std::span<const uint64_t> shape, const std::string& what) {
   if (shape.size() > kTensorDimsMax) {

@@ -27,6 +27,8 @@ inline constexpr uint64_t kShardBlocksMax = uint64_t{1} << 20;
 
 using Shape = std::vector<uint64_t>;
 
+// Of sizes whose product is known to fit.
+uint64_t Product(std::span<const uint64_t> sizes);
 // Product, or kInvalidArgument beyond kTensorBytesMax / 8; `what` begins the text.
 absl::StatusOr<uint64_t> ElementCount(std::span<const uint64_t> shape, const std::string& what);
 

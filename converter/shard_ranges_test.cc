@@ -9,31 +9,13 @@
 #include <algorithm>
 #include <random>
 
-#include "format/tensor_piece.h"
+#include "converter/shard_testing.h"
 #include "tests/support/status_matchers.h"
 
 namespace holdfast::converter {
 namespace {
 
 constexpr uint32_t kTensor = 7;
-constexpr uint64_t kPadding = UINT64_MAX;
-
-std::vector<uint64_t> ByBlocks(const ShardMap& map) {
-  std::vector<uint64_t> elements(map.shard_elements, kPadding);
-  const TensorState state{
-      .tensor = "t", .state = "param", .dtype = Dtype::kInt8, .shape = map.shape};
-  for (const ShardBlock& block : map.blocks) {
-    BoxTable boxes;
-    const Piece piece{.tensor_state = 0,
-                      .box = boxes.Add(block.lo, block.size),
-                      .begin = 0,
-                      .end = block.ElementCount()};
-    for (uint64_t i = 0; i < piece.end; ++i) {
-      elements[block.shard_begin + i] = ElementInTensor(piece, boxes, state, i);
-    }
-  }
-  return elements;
-}
 
 std::vector<uint64_t> ByRanges(const ShardMap& map, uint64_t begin, uint64_t end) {
   std::vector<ElementRange> ranges;
@@ -45,7 +27,7 @@ std::vector<uint64_t> ByRanges(const ShardMap& map, uint64_t begin, uint64_t end
       for (uint64_t i = range.begin; i < range.end; ++i) {
         const bool zero = range.tensor_state == kZeroElements;
         EXPECT_TRUE(zero || range.tensor_state == kTensor);
-        elements.push_back(zero ? kPadding : i + part * range.repeat_stride);
+        elements.push_back(zero ? kPaddingElement : i + part * range.repeat_stride);
       }
     }
   }
@@ -86,7 +68,7 @@ TEST(ShardRanges, AreTheElementsOfTheShardInItsOrder) {
   bool repeats = false;
   for (int round = 0; round < 2000; ++round) {
     const ShardMap map = RandomShard(random);
-    const std::vector<uint64_t> expected = ByBlocks(map);
+    const std::vector<uint64_t> expected = ElementsOf(map);
     const uint64_t a = random() % (expected.size() + 1);
     const uint64_t b = random() % (expected.size() + 1);
     const auto begin = static_cast<int64_t>(std::min(a, b));

@@ -3,28 +3,23 @@
 #include <utility>
 
 #include "base/check.h"
+#include "converter/shard_map.h"
 #include "converter/torch_pickle.h"
 #include "format/tensor_piece.h"
 
 namespace holdfast::converter {
 namespace {
 
-uint64_t ElementsOf(std::span<const uint64_t> shape) {
-  uint64_t elements = 1;
-  for (const uint64_t size : shape) elements *= size;
-  return elements;
-}
-
 std::string PickleOf(Dtype dtype, std::span<const uint64_t> shape) {
   TorchPickle pickle;
-  pickle.Tensor(dtype, shape, {.storage = 0, .storage_elements = ElementsOf(shape), .offset = 0});
+  pickle.Tensor(dtype, shape, {.storage = 0, .storage_elements = Product(shape), .offset = 0});
   return std::move(pickle).Finish();
 }
 
 }  // namespace
 
 TensorArchive::TensorArchive(Dtype dtype, std::span<const uint64_t> shape)
-    : data_bytes_(ElementsOf(shape) * ElementBytes(dtype)), archive_(PickleOf(dtype, shape)) {
+    : data_bytes_(Product(shape) * ElementBytes(dtype)), archive_(PickleOf(dtype, shape)) {
   CHECK(data_bytes_ <= kTensorBytesMax);
   head_ = archive_.BeginStorage(data_bytes_);
 }

@@ -94,6 +94,22 @@ std::vector<PartRun> SplitAtParts(std::span<const FlatRun> runs,
 // buffer: result[i] is the parameter at place i. (stage_1_and_2.py, _round_robin_reorder.)
 std::vector<uint32_t> RoundRobinOrder(uint32_t count, uint32_t ranks);
 
+// A job's ranks, as far as experts are concerned: data-parallel ranks, some of which have the same
+// experts (DeepSpeed utils/groups.py, _create_expert_and_data_parallel).
+struct ExpertGrid {
+  uint64_t data_ranks = 1;
+  uint64_t expert_ranks = 1;  // a divisor of data_ranks
+  bool data_first = false;    // `use_data_before_expert_parallelism`
+
+  uint64_t Partitions() const { return data_ranks / expert_ranks; }  // of experts' flat buffers
+  uint64_t ExpertRank(uint64_t data_rank) const {
+    return data_first ? data_rank / Partitions() : data_rank % expert_ranks;
+  }
+  uint64_t Partition(uint64_t data_rank) const {
+    return data_first ? data_rank % Partitions() : data_rank / expert_ranks;
+  }
+};
+
 }  // namespace holdfast::converter
 
 #endif  // HOLDFAST_CONVERTER_ZERO_LAYOUT_H_
