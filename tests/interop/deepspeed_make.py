@@ -225,15 +225,20 @@ def run_world(function, case, *arguments):
     return pathlib.Path(scratch)
 
 
-def universal(source, out):
-    """What DeepSpeed's own converter makes of a checkpoint folder."""
+def ds_to_universal(source, out, *options):
+    """DeepSpeed's own converter, of the newest tag in a checkpoint folder."""
     tag = (source / "latest").read_text()
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(source / tag),
-               "--output_folder", str(out / f"{tag}_universal"), "--num_extract_workers", "1", "--num_merge_workers", "1",
-               "--inject_missing_state"]
+               "--output_folder", str(out), "--num_extract_workers", "1", "--num_merge_workers", "1", *options]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(done.stderr[-3000:])
+
+
+def universal(source, out):
+    """What DeepSpeed's own converter makes of a checkpoint folder."""
+    tag = (source / "latest").read_text()
+    ds_to_universal(source, out / f"{tag}_universal", "--inject_missing_state")
 
 
 def make_case(case, seed, target):

@@ -12,16 +12,13 @@ import itertools
 import json
 import math
 import pathlib
-import random
 import re
 import shutil
-import subprocess
-import sys
-import tempfile
 
 import deepspeed_make as maker
 import torch
 import torch.distributed as dist
+import truth
 from torch import nn
 
 VOCAB, HIDDEN, FFN = 12, 6, 8
@@ -356,11 +353,7 @@ def expect_equal(expected, found):
 
 def universal(folder, out):
     """{parameter/state: tensor} of what ds_to_universal makes."""
-    tag = (folder / "latest").read_text()
-    done = subprocess.run([sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", folder / tag,
-                           "--output_folder", out, "--num_extract_workers", "1", "--num_merge_workers", "1"],
-                          capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    maker.ds_to_universal(folder, out)
     found = {}
     for path in sorted((out / "zero").glob("**/*.pt")):
         if path.name != "optimizer_state.pt":
@@ -381,12 +374,11 @@ def check(holdfast, source, target, options, seed, folder):
     to = f"zero={target.get('stage', 1)}"
     if form == "deepspeed":
         to += f",dp={dp}" + "".join(f",{axis}={target[axis]}" for axis in ("tp", "pp", "ep") if axis in target)
-    command = [holdfast, "convert", made / "ckpt", folder / "out", "--format", form, "--to", to]
+    cuts = []
     if "layout" in options:
         (folder / "layout.json").write_text(json.dumps(options["layout"]))
-        command += ["--layout-file", folder / "layout.json"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"holdfast convert: exit {done.returncode}: {done.stderr}"
+        cuts = ["--layout-file", folder / "layout.json"]
+    holdfast.run("convert", made / "ckpt", folder / "out", "--format", form, "--to", to, *cuts)
     ours = maker.run_world(resume, target, seed, str(folder / "out"), form == "ucp")
     expect_equal(expected, whole(ours))
     if source == target:
@@ -399,17 +391,5 @@ def check(holdfast, source, target, options, seed, folder):
         shutil.rmtree(scratch)
 
 
-def main():
-    holdfast = sys.argv[1]
-    seed = int(sys.argv[2]) if len(sys.argv) > 2 else random.SystemRandom().randrange(10**6)
-    count = int(sys.argv[3]) if len(sys.argv) > 3 else len(CASES)
-    print(f"seed {seed}, {count} of {len(CASES)} cases", flush=True)
-    torch.set_num_threads(1)
-    for source, target, options in random.Random(seed).sample(CASES, count):
-        with tempfile.TemporaryDirectory() as scratch:
-            check(holdfast, source, target, options, seed, pathlib.Path(scratch))
-        print(f"{source} -> {target}", flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    truth.run_cases(CASES, check)

@@ -9,14 +9,10 @@ With COUNT so many of the cases, drawn from the seed.
 
 import json
 import pathlib
-import random
 import shutil
-import subprocess
-import sys
-import tempfile
 
 import deepspeed_make as maker
-import torch
+import truth
 
 # What is made, and into what it is loaded: stage, ranks, and whether by way of a universal folder.
 CASES = [
@@ -59,9 +55,7 @@ def check(holdfast, source, target, seed, folder):
     universal = target.get("universal", False)
     to = f"zero={target['stage']}" + ("" if universal else f",dp={target['world']}")
     form = "ucp" if universal else "deepspeed"
-    command = [holdfast, "convert", made / "ckpt", folder / "out", "--format", form, "--to", to]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"holdfast convert: exit {done.returncode}: {done.stderr}"
+    holdfast.run("convert", made / "ckpt", folder / "out", "--format", form, "--to", to)
     case = {**{k: v for k, v in source.items() if k not in ("stage", "world")},
             "stage": target["stage"], "world": target["world"]}
     found = resumed(case, seed, folder / "out", universal)
@@ -82,17 +76,5 @@ def check(holdfast, source, target, seed, folder):
     shutil.rmtree(made)
 
 
-def main():
-    holdfast = sys.argv[1]
-    seed = int(sys.argv[2]) if len(sys.argv) > 2 else random.SystemRandom().randrange(10**6)
-    count = int(sys.argv[3]) if len(sys.argv) > 3 else len(CASES)
-    print(f"seed {seed}, {count} of {len(CASES)} cases", flush=True)
-    torch.set_num_threads(1)
-    for source, target in random.Random(seed).sample(CASES, count):
-        with tempfile.TemporaryDirectory() as scratch:
-            check(holdfast, source, target, seed, pathlib.Path(scratch))
-        print(f"{source} -> {target}", flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    truth.run_cases(CASES, check)

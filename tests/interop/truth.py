@@ -2,7 +2,11 @@
 
 import hashlib
 import json
+import pathlib
+import random
 import subprocess
+import sys
+import tempfile
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -69,3 +73,17 @@ class Holdfast:
             tensor = model[want["name"]] if want["state"] in ONE_CLASS else states[want["name"]][want["state"]]
             if record(want["name"], want["state"], tensor)["sha256"] != want["sha256"]:
                 raise AssertionError(f"torch loads another {want['name']}, {want['state']}")
+
+
+def run_cases(cases, check):
+    """For the command line HOLDFAST [SEED [COUNT]]: check(holdfast, *case, seed, folder) of so many of the cases, drawn
+    from the seed, each in a folder of its own. A case is a tuple: what is made, what it becomes, perhaps more."""
+    holdfast = Holdfast(sys.argv[1])
+    seed = int(sys.argv[2]) if len(sys.argv) > 2 else random.SystemRandom().randrange(10**6)
+    count = int(sys.argv[3]) if len(sys.argv) > 3 else len(cases)
+    print(f"seed {seed}, {count} of {len(cases)} cases", flush=True)
+    torch.set_num_threads(1)
+    for case in random.Random(seed).sample(cases, count):
+        with tempfile.TemporaryDirectory() as scratch:
+            check(holdfast, *case, seed, pathlib.Path(scratch))
+        print(f"{case[0]} -> {case[1]}", flush=True)
