@@ -269,7 +269,11 @@ TEST_F(DeviceCaptureTest, AnUpdateUnderCaptureVoidsTheImageByName) {
     return job_->Report(1, &report).ok() && report.blocks_captured >= 2;
   }));
   devices_->Set(0, other, weights, std::byte{2}, bytes);
+  hf_save_report report = {};
+  ASSERT_TRUE(agent_.Await(
+      [&] { return job_->Report(1, &report).ok() && report.state == HF_SAVE_FAILED; }));
   const Error waited = Wait();
+  EXPECT_STREQ(report.error.text, waited.text());
   EXPECT_EQ(waited.code(), HF_ABORTED);
   EXPECT_NE(std::string(waited.text()).find("'weights' changed under capture"), std::string::npos)
       << waited.text();

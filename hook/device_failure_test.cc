@@ -122,8 +122,14 @@ TEST_F(DeviceFailureTest, ALostContextFailsTheSaveAndItsBlocksStay) {
     EXPECT_EQ(FirstDifference(older, OracleImage(plan_, buffers_)), -1);
     fake_->FailCopy(7, sticky.code);
     ASSERT_TRUE(Save(2).ok());
+    // The report knows it before the training loop waits.
+    hf_save_report report = {};
+    ASSERT_TRUE(agent_.Await(
+        [&] { return job_->Report(2, &report).ok() && report.state == HF_SAVE_FAILED; }));
+    const std::string reported = report.error.text;
     const Error lost = Wait();
     EXPECT_EQ(lost.code(), HF_INTERNAL);
+    EXPECT_EQ(reported, lost.text());
     ExpectNames(lost, {"buffer 'b", "device 0 (fake)", driver_error});
     // Void, and never recycled while the process lives.
     EXPECT_EQ(State(1), SlotState::kAbandoned);
@@ -137,7 +143,6 @@ TEST_F(DeviceFailureTest, ALostContextFailsTheSaveAndItsBlocksStay) {
     ExpectNames(next, {"device 0 (fake)", driver_error});
     EXPECT_EQ(State(0), SlotState::kGranted);
     EXPECT_TRUE(Wait().ok());
-    hf_save_report report = {};
     ASSERT_TRUE(job_->Report(2, &report).ok());
     EXPECT_EQ(report.state, HF_SAVE_FAILED);
     EXPECT_STREQ(report.error.text, lost.text());

@@ -551,9 +551,12 @@ Error Job::Report(uint64_t step, hf_save_report* report) const {
   }
   const bool running =
       capture_->running() && record == &records_[(record_count_ - 1) % kSaveRecords];
-  Error error = record->error;
+  // The copiers know of it before anyone waits for them.
+  const Error failure = running ? capture_->failure() : Error();
+  const hf_save_state state = failure.ok() ? record->state : HF_SAVE_FAILED;
+  Error error = failure.ok() ? record->error : failure;
   report->step = step;
-  report->state = record->state;
+  report->state = state;
   report->image_bytes = record->image_bytes;
   report->blocks = record->blocks;
   report->blocks_captured = running ? capture_->blocks_done() : record->blocks_captured;
@@ -570,15 +573,15 @@ Error Job::Report(uint64_t step, hf_save_report* report) const {
   report->device_ns = device.ended_ns == 0 ? 0 : device.ended_ns - device.begun_ns;
   if (std::optional<AgentReport> agent = FindReport(link_->page(), step)) {
     // The agent learns of the end of a capture behind us, and we of a commit behind it.
-    if (record->state != HF_SAVE_FAILED) report->state = std::max(record->state, agent->state);
+    if (state != HF_SAVE_FAILED) report->state = std::max(state, agent->state);
     report->blocks_flushed = agent->blocks_flushed;
     report->flush_ns = agent->flush_ns;
     report->commit_ns = agent->commit_ns;
     if (error.ok()) error = agent->error;
-  } else if (record->state != HF_SAVE_FAILED &&
+  } else if (state != HF_SAVE_FAILED &&
              link_->page().committed_power_step.load(std::memory_order_acquire) == step) {
     report->state = HF_SAVE_COMMITTED_POWER;  // by an agent that is gone
-  } else if (record->state != HF_SAVE_FAILED && record->session_id != link_->session().id) {
+  } else if (state != HF_SAVE_FAILED && record->session_id != link_->session().id) {
     report->state = HF_SAVE_FAILED;
     error = Error(HF_ABORTED, "the agent that held the image of step %llu is gone", Print(step));
   }
