@@ -78,11 +78,13 @@ def paired_ratio(ours, baseline):
     six pairs there is none, and the extremes are returned."""
     ratios = sorted(x / y for x, y in zip(ours, baseline))
     count = len(ratios)
-    # The greatest rank below which the median lies with a probability of at most 2.5%.
-    tail, rank = 0.5 ** count, 0
-    while tail <= 0.025:
+    # The greatest rank below which the median lies with a probability of at most 2.5%: the sum of binomial
+    # coefficients up to it, over 2^count, in whole numbers, which thousands of pairs do not overflow.
+    term, tail, rank = 1, 1, 0
+    while 40 * tail <= 2 ** count:
         rank += 1
-        tail += math.comb(count, rank) * 0.5 ** count
+        term = term * (count - rank + 1) // rank
+        tail += term
     low = max(rank - 1, 0)
     return statistics.median(ratios), ratios[low], ratios[count - 1 - low]
 

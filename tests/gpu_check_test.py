@@ -108,15 +108,17 @@ class GpuCheckTest(unittest.TestCase):
         seed = int(os.environ.get("HOLDFAST_TEST_SEED", "1"))
         print(f"seed {seed}")
         generator = random.Random(seed)
-        for count in (6, 9, 20, 40):
+        for count, series in ((6, 2000), (9, 2000), (20, 2000), (40, 2000), (2500, 60)):
             held = 0
-            for _ in range(2000):
+            for _ in range(series):
                 # Skewed, as times are; the median of exp(x) with x around 0 is 1.
                 ours = [generator.lognormvariate(0, 0.3) for _ in range(count)]
                 _, low, high = pairs.paired_ratio(ours, [1.0] * count)
                 held += low <= 1.0 <= high
-            self.assertGreaterEqual(held / 2000, 0.94, count)
-            self.assertLessEqual(held / 2000, 0.99, count)
+            # Of few series some less, or all, hold by chance.
+            self.assertGreaterEqual(held / series, 0.94 if series >= 2000 else 0.85, count)
+            if series >= 2000:
+                self.assertLessEqual(held / series, 0.99, count)
 
     def test_a_ratio_is_of_pairs_and_few_pairs_give_the_extremes(self):
         ratio, low, high = pairs.paired_ratio([2.0, 40.0, 600.0], [1.0, 10.0, 100.0])
