@@ -16,7 +16,7 @@ namespace holdfast {
 namespace {
 
 using Trainers = std::vector<std::unique_ptr<Trainer>>;
-constexpr absl::Duration kDeadline = absl::Seconds(60);
+constexpr absl::Duration kDeadline = absl::Seconds(120);
 
 class DeviceEndToEnd : public ::testing::Test {
  protected:

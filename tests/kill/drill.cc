@@ -91,6 +91,15 @@ bool Trainer::WaitForCommit(uint64_t step, absl::Duration deadline) {
       deadline);
 }
 
+bool Trainer::WaitFor(const std::string& line_start, absl::Duration deadline) {
+  return WaitUntil(
+      [&] {
+        ReadOutput();
+        return HasSaid(line_start);
+      },
+      deadline);
+}
+
 int Trainer::Wait(absl::Duration deadline) {
   if (exit_code_.has_value()) return *exit_code_;
   // The pipe is emptied while waiting, so that a talkative trainer never blocks.
@@ -197,6 +206,15 @@ std::string Drill::RuntimePath(const std::string& name) const {
   }
   return "";
 }
+
+std::string Drill::GatePath() const { return absl::StrCat(directory_, "/gate"); }
+
+void Drill::CloseGate() {
+  std::filesystem::remove(GatePath());
+  Set("HOLDFAST_DRILL_GATE", GatePath());
+}
+
+void Drill::OpenGate() const { CHECK(std::ofstream(GatePath()).good()); }
 
 std::string Drill::Log() const { return ReadText(RuntimePath("agent.log")); }
 

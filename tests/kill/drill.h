@@ -36,6 +36,8 @@ class Trainer {
   std::optional<uint64_t> LastNumber(const std::string& line_start) const;
   // Reads until it knows a step from `step` on to be committed; false at the deadline.
   bool WaitForCommit(uint64_t step, absl::Duration deadline);
+  // Reads until it has said such a line; false at the deadline.
+  bool WaitFor(const std::string& line_start, absl::Duration deadline);
   // Waits until it has ended and returns its exit code, or 128 + signal; -1 at the deadline.
   int Wait(absl::Duration deadline);
   void Kill();
@@ -72,6 +74,12 @@ class Drill {
   std::vector<std::unique_ptr<Trainer>> StartTrainers(int world_size, uint64_t steps,
                                                       uint64_t every, uint64_t step_ms = 0);
 
+  // From now on trainers wait before their last step until OpenGate(): however slow the test is,
+  // they have not finished before it has done what it does to them.
+  void CloseGate();
+  // For those that wait, and those that are started later.
+  void OpenGate() const;
+
   // Everything that agents have logged here so far.
   std::string Log() const;
   // Waits until the log holds `text`; false at the deadline.
@@ -99,6 +107,7 @@ class Drill {
   pid_t LoggedWorker() const;
   pid_t LoggedKeeper() const;
   std::string RuntimePath(const std::string& name) const;
+  std::string GatePath() const;
 
   std::string directory_;
   std::string root_;

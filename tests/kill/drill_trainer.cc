@@ -24,6 +24,8 @@
 //           copies slowly. Prints
 //   midway <blocks captured> <blocks>
 //
+// HOLDFAST_DRILL_GATE is a path: before its last step it waits until a file is there.
+//
 // With HOLDFAST_DRILL_DEVICE the state is in the memory of a CUDA device.
 #include <dlfcn.h>
 #include <signal.h>
@@ -51,7 +53,8 @@ constexpr uint64_t kShardedElements = 48 * 1024;  // uint32; divides by 1, 2, 3,
 // In the drill `fork` the state is so many times as large, so that a capture takes a while.
 constexpr uint64_t kForkScale = 64;
 constexpr uint64_t kReplicatedElements = 5000;  // uint64
-constexpr int64_t kSecond = 1'000'000'000;
+// Of every call that waits: long, because this process may wait for a processor, too.
+constexpr int64_t kPatienceNs = 60'000'000'000;
 // So slow that nobody misses the middle of a capture.
 constexpr uint64_t kMidwayBytesPerSecond = 16 << 10;
 
@@ -131,13 +134,16 @@ class Trainer {
     if (int failed = Restore(); failed != 0) return failed;
     const uint64_t last = step_ + steps_;
     while (step_ < last) {
+      if (step_ + 1 == last) AwaitGate();
       // What the device would compute meanwhile.
       const timespec device = {step_ms / 1000, step_ms % 1000 * 1'000'000};
       nanosleep(&device, nullptr);
-      Check("wait_captured", hf_wait_captured(job_, HF_ALL_GROUPS, 10 * kSecond, &error_), error_);
+      Check("wait_captured", hf_wait_captured(job_, HF_ALL_GROUPS, kPatienceNs, &error_), error_);
       Change(++step_);
       const bool is_last_save = step_ == last / every_ * every_;
-      if ((drill_ == "torn" || drill_ == "midway") && is_last_save) AwaitCommit(step_ - every_);
+      if (is_last_save && (drill_ == "torn" || drill_ == "midway" || drill_ == "stop")) {
+        AwaitCommit(step_ - every_);
+      }
       if (drill_ == "midway" && is_last_save) SlowDownCopies();
       if (step_ % every_ == 0) Save();
       if (drill_ == "fork" && step_ % every_ == 0 && !Fork()) return 1;
@@ -177,7 +183,7 @@ class Trainer {
         "register",
         hf_register(job_,
                     LayoutDocument(static_cast<uint64_t>(world_size_), sharded_elements_).c_str(),
-                    buffers, 2, blobs, 2, 30 * kSecond, &error),
+                    buffers, 2, blobs, 2, kPatienceNs, &error),
         error);
   }
 
@@ -199,7 +205,7 @@ class Trainer {
     options.stream_count = 1;
     hf_restore_result result = {};
     result.struct_bytes = sizeof(result);
-    const hf_code code = hf_restore_partial(job_, &options, &result, 60 * kSecond, &error_);
+    const hf_code code = hf_restore_partial(job_, &options, &result, kPatienceNs, &error_);
     if (code == HF_NOT_FOUND) {
       Change(0);
       Say("restored none");
@@ -247,7 +253,7 @@ class Trainer {
     options.blob_count = 2;
     options.streams = &stream_;
     options.stream_count = 1;
-    options.wait_ns = 20 * kSecond;
+    options.wait_ns = kPatienceNs;
     Check("save", hf_save(job_, step_, &options, &error_), error_);
   }
 
@@ -311,9 +317,10 @@ class Trainer {
     return false;
   }
 
-  // The ranks are not in step with one another: a death must not fail the save before.
+  // The ranks are not in step with one another: a death must not fail the save before, and who
+  // counts what an agent takes along counts the last one only.
   void AwaitCommit(uint64_t step) {
-    Check("wait_committed", hf_wait_committed(job_, step, HF_SURVIVE_POWER, 60 * kSecond, &error_),
+    Check("wait_committed", hf_wait_committed(job_, step, HF_SURVIVE_POWER, kPatienceNs, &error_),
           error_);
   }
 
@@ -355,6 +362,16 @@ class Trainer {
     raise(SIGKILL);
   }
 
+  void AwaitGate() {
+    const char* const gate = std::getenv("HOLDFAST_DRILL_GATE");
+    if (gate == nullptr || *gate == '\0') return;
+    while (access(gate, F_OK) != 0) {
+      Observe();
+      const timespec moment = {0, 2'000'000};
+      nanosleep(&moment, nullptr);
+    }
+  }
+
   void Observe() {
     hf_info info = {};
     info.struct_bytes = sizeof(info);
@@ -370,10 +387,10 @@ class Trainer {
   }
 
   int Finish(uint64_t last_saved) {
-    Check("wait_captured", hf_wait_captured(job_, HF_ALL_GROUPS, 10 * kSecond, &error_), error_);
+    Check("wait_captured", hf_wait_captured(job_, HF_ALL_GROUPS, kPatienceNs, &error_), error_);
     const bool committed =
         Check("wait_committed",
-              hf_wait_committed(job_, last_saved, HF_SURVIVE_POWER, 60 * kSecond, &error_), error_);
+              hf_wait_committed(job_, last_saved, HF_SURVIVE_POWER, kPatienceNs, &error_), error_);
     Observe();
     if (!committed) return 1;
     if (forks_ > 0) {

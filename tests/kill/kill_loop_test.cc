@@ -30,7 +30,7 @@ using ::testing::AnyOf;
 using ::testing::HasSubstr;
 
 using Trainers = std::vector<std::unique_ptr<Trainer>>;
-constexpr absl::Duration kDeadline = absl::Seconds(90);
+constexpr absl::Duration kDeadline = absl::Seconds(120);
 constexpr uint64_t kSteps = 6;
 constexpr uint64_t kEvery = 2;
 
@@ -139,8 +139,9 @@ class KillLoop : public ::testing::Test {
     ASSERT_TRUE(drill_.WaitForLog(absl::StrCat("kill point ", point, " reached"), kDeadline))
         << "the drill missed its point\n"
         << Seen(trainers_);
+    // The keeper says so behind the start: the worker may have come to its first points by then.
+    ASSERT_TRUE(drill_.WaitForLog("started worker ", kDeadline)) << Seen(trainers_);
     worker_ = drill_.WorkerPid();
-    ASSERT_GT(worker_, 0) << Seen(trainers_);
     ASSERT_TRUE(WaitUntil([this] { return IsStopped(worker_); }, kDeadline)) << Seen(trainers_);
   }
 
@@ -270,24 +271,26 @@ TEST_F(KillLoop, ARandomSeriesOfKillsLosesNothingCommitted) {
   for (uint64_t i = 0; i < kills; ++i) {
     ASSERT_TRUE(drill_.WaitAgentGone(kDeadline));
     drill_.ClearLog();
+    drill_.CloseGate();
     trainers_ = drill_.StartTrainers(2, 40, 2, /*step_ms=*/2);
     // After a random share of the world's life: counted in its commits, not in time.
     const uint64_t start = committed_ + random() % 30;
     ASSERT_TRUE(WaitUntil(
         [&] {
           trainers_[0]->ReadOutput();
-          return trainers_[0]->LastNumber("committed").value_or(0) >= start ||
-                 trainers_[0]->HasSaid("finished");
+          return trainers_[0]->LastNumber("committed").value_or(0) >= start;
         },
         kDeadline))
         << Seen(trainers_);
     switch (random() % 4) {
       case 0:
         if (KillOfAgent(drill_.WorkerPid())) ++hits;
+        drill_.OpenGate();
         ExpectFinished(trainers_);
         break;
       case 1:
         if (KillOfAgent(drill_.KeeperPid())) ++hits;
+        drill_.OpenGate();
         ExpectFinished(trainers_);
         break;
       case 2:
@@ -301,10 +304,9 @@ TEST_F(KillLoop, ARandomSeriesOfKillsLosesNothingCommitted) {
     }
     if (HasFailure()) return;
   }
+  drill_.OpenGate();
   RunToEnd();
-  RecordProperty("kills_that_hit", static_cast<int>(hits));
-  // Now and then a world has ended by itself before its kill.
-  EXPECT_GE(2 * hits, kills) << "of " << kills << " kills only " << hits << " hit something alive";
+  EXPECT_EQ(hits, kills) << "no world ends by itself before its kill";
 }
 
 }  // namespace
