@@ -73,7 +73,7 @@ class Place:
         return window
 
     @staticmethod
-    def until(condition, seconds=20):
+    def until(condition, seconds=120):
         end = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > end:
@@ -95,7 +95,7 @@ class WindowTest(unittest.TestCase):
         self.addCleanup(self.place.close)
 
     def lines_of(self, window):
-        _, err = window.communicate(timeout=30)
+        _, err = window.communicate(timeout=120)
         self.assertEqual(window.returncode, 0, err)
         with window.lines as lines:
             lines.seek(0)
@@ -119,7 +119,7 @@ class WindowTest(unittest.TestCase):
         self.assertEqual(kinds, {"operation_enqueued", "operation_started", "operation_finished", "transfer_begun",
                                  "step_begun", "step_state", "step_done", "transfer_ended"})
         self.assertEqual([line["us"] for line in lines], sorted(line["us"] for line in lines))
-        self.assertLess(lines[-1]["us"], 1.1e6)
+        self.assertLess(lines[-1]["us"], 2e6)
         state = next(line for line in lines if line["kind"] == "step_state")
         self.assertEqual({key: state[key] for key in ("state", "bytes", "channel", "peer", "direction",
                                                       "communicator")},
@@ -156,7 +156,7 @@ class WindowTest(unittest.TestCase):
                 ("windowed", "3", "61", 2, "--seconds")):
             window = self.place.window("--job", job, "--rank", rank, "--seconds", seconds)
             with window.lines:
-                _, err = window.communicate(timeout=30)
+                _, err = window.communicate(timeout=120)
             self.assertEqual(window.returncode, code, err)
             self.assertIn(text, err)
 

@@ -20,6 +20,10 @@ constexpr auto kRelease = std::memory_order_release;
 // How long the time-stamp counter's rate is measured: its error is then some 1e-4, until a reader
 // finds it exactly.
 constexpr int64_t kCalibrationNs = kNsPerMs;
+// Two clocks are read at one instant if so little passes meanwhile; if that never happens (the
+// thread loses its processor again and again), the shortest of so many tries is taken.
+constexpr int64_t kInstantWidthNs = 500;
+constexpr int kInstantTries = 20;
 
 // Leaf 0x80000007, EDX bit 8: it ticks at one rate in all power states, and all cores have one.
 bool HasInvariantTsc() {
@@ -151,18 +155,34 @@ void MonitorBoard::WriteHeader(abi::BoardWriter writer, abi::MonitorLevel level,
 
   tsc_ = tsc;
   header_->clock = tsc ? abi::BoardClock::kTsc : abi::BoardClock::kMonotonicNs;
-  header_->start_monotonic_ns = MonotonicNs();
-  header_->start_ticks = tsc ? Now() : static_cast<uint64_t>(header_->start_monotonic_ns);
+  const Instant start = BothClocks();
+  header_->start_monotonic_ns = start.monotonic_ns;
+  header_->start_ticks = start.ticks;
   header_->ticks_per_second = kNsPerSecond;
   if (tsc) {
-    int64_t passed_ns = 0;
-    while (passed_ns < kCalibrationNs) passed_ns = MonotonicNs() - header_->start_monotonic_ns;
-    const double ticks = static_cast<double>(Now() - header_->start_ticks);
-    header_->ticks_per_second = static_cast<uint64_t>(ticks / static_cast<double>(passed_ns) * 1e9);
+    Instant end = start;
+    while (end.monotonic_ns - start.monotonic_ns < kCalibrationNs) end = BothClocks();
+    const double passed_ns = static_cast<double>(end.monotonic_ns - start.monotonic_ns);
+    const double ticks = static_cast<double>(end.ticks - start.ticks);
+    header_->ticks_per_second = static_cast<uint64_t>(ticks / passed_ns * 1e9);
   }
   foreign_idle_ticks_ = header_->ticks_per_second * kForeignIdleSeconds;
   header_->version = abi::kBoardVersion;
   header_->magic = abi::kBoardMagic;
+}
+
+MonitorBoard::Instant MonitorBoard::BothClocks() const {
+  Instant best = {};
+  int64_t best_width_ns = INT64_MAX;
+  for (int i = 0; i < kInstantTries && best_width_ns > kInstantWidthNs; ++i) {
+    const int64_t before_ns = MonotonicNs();
+    const uint64_t ticks = Now();
+    const int64_t width_ns = MonotonicNs() - before_ns;
+    if (width_ns >= best_width_ns) continue;
+    best_width_ns = width_ns;
+    best = {before_ns, tsc_ ? ticks : static_cast<uint64_t>(before_ns)};
+  }
+  return best;
 }
 
 void MonitorBoard::Reset(abi::Communicator& place, const CommunicatorInfo& info, uint64_t token,

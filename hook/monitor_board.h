@@ -119,7 +119,14 @@ class MonitorBoard {
   void SetSectionDepth(uint32_t depth) const;
 
  private:
+  struct Instant {
+    int64_t monotonic_ns = 0;
+    uint64_t ticks = 0;
+  };
+
   MonitorBoard() = default;
+  // The monotonic clock and the board's own at one instant.
+  Instant BothClocks() const;
   void WriteHeader(abi::BoardWriter writer, abi::MonitorLevel level,
                    const MonitorIdentity& identity, bool tsc);
   void Reset(abi::Communicator& place, const CommunicatorInfo& info, uint64_t token,
