@@ -337,7 +337,7 @@ TEST_F(DeviceFailureTest, ADeviceThatStopsIsWaitedForShortlyAndItsBlocksUntilItG
   SaveUntilTheDeviceStops(1);
   const int64_t before_ns = MonotonicNs();
   EXPECT_EQ(Wait(0).code(), HF_DEADLINE_EXCEEDED);
-  EXPECT_LT(MonotonicNs() - before_ns, 10 * kDrainNs);
+  EXPECT_LT(MonotonicNs() - before_ns, 60 * kDrainNs);  // it stands still for ever
   EXPECT_EQ(State(0), SlotState::kAbandoned);
   // Its copies are in flight: no other capture may begin, and training goes on.
   const Error next = Save(2);

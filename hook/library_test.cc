@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <functional>
 #include <iterator>
@@ -532,8 +533,8 @@ TEST(LibraryTest, ThreadsOfTheLibraryTakeNoSignals) {
   ASSERT_EQ(library.hf_open(&options, &job, &error), HF_OK) << error.text;
   int ours = 0;
   for (const char* name : {"holdfast-link", "holdfast-copy0"}) {
-    for (pid_t tid = getpid(); tid < getpid() + 1000; ++tid) {
-      const std::string task = "/proc/self/task/" + std::to_string(tid);
+    for (const auto& entry : std::filesystem::directory_iterator("/proc/self/task")) {
+      const std::string task = entry.path().string();
       std::string comm;
       std::ifstream(task + "/comm") >> comm;
       if (comm != name) continue;

@@ -24,7 +24,7 @@
 namespace holdfast::hook {
 namespace {
 
-constexpr int64_t kPatienceNs = 30 * kNsPerSecond;
+constexpr int64_t kPatienceNs = 120 * kNsPerSecond;
 
 // ---- The daemon
 

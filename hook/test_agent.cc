@@ -20,7 +20,7 @@
 namespace holdfast::hook {
 namespace {
 
-constexpr std::chrono::seconds kPatience{30};
+constexpr std::chrono::seconds kPatience{120};
 
 // Broken set-up of a test: there is nothing to go on with.
 void Require(bool condition, const char* what) {

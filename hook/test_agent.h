@@ -123,6 +123,12 @@ class TestAgent {
     std::lock_guard lock(mutex_);
     lasting_faults_[type] = fault;
   }
+  // Ends both.
+  void FailNoMore(abi::MessageType type) {
+    std::lock_guard lock(mutex_);
+    faults_.erase(type);
+    lasting_faults_.erase(type);
+  }
   void SetDueEvery(uint64_t steps) { due_every_ = steps; }
   // Changes a reply before it is sent.
   void MutateRegister(
@@ -141,7 +147,7 @@ class TestAgent {
   // Runs `body` while the agent's thread can do nothing.
   void Hold(const std::function<void()>& body);
 
-  // ---- Looking. All wait for at most 30 s, and say whether it came true.
+  // ---- Looking. All wait for at most 2 minutes, and say whether it came true.
   bool Await(const std::function<bool()>& condition);
   bool AwaitSlot(uint32_t slot, abi::SlotState state);
   bool AwaitMessages(abi::MessageType type, int count);

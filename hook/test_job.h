@@ -15,7 +15,7 @@
 
 namespace holdfast::hook {
 
-inline constexpr int64_t kPatienceNs = 30 * kNsPerSecond;
+inline constexpr int64_t kPatienceNs = 120 * kNsPerSecond;
 // The agent fills the memory with this; what is not written keeps it.
 inline constexpr std::byte kUntouched{0xee};
 
