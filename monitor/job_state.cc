@@ -1,6 +1,7 @@
 #include "monitor/job_state.h"
 
 #include <algorithm>
+#include <iterator>
 #include <tuple>
 #include <unordered_set>
 #include <utility>
@@ -198,17 +199,14 @@ absl::Duration JobState::StillFor(Rank rank, uint64_t communicator) const {
   return c == nullptr ? absl::ZeroDuration() : Micros(track.clock_us - c->still_since_us);
 }
 
-absl::Duration JobState::StillAfter(Rank rank, uint64_t communicator, uint64_t tick) const {
+absl::Duration JobState::StillSince(Rank rank, uint64_t communicator, uint64_t tick) const {
   const RankTrack& track = ranks_[Value(rank)];
   const CommunicatorTrack* c = track.Find(communicator);
-  // The first report that came after `tick`; if it is not kept any more, the oldest kept one.
-  uint64_t begin_us = track.clock_us;
-  for (const RankTrack::Receipt& receipt : track.receipts) {
-    if (receipt.tick > tick) {
-      begin_us = receipt.clock_us;
-      break;
-    }
-  }
+  // If neither report is kept any more, the oldest kept one.
+  auto first = std::find_if(track.receipts.begin(), track.receipts.end(),
+                            [&](const RankTrack::Receipt& receipt) { return receipt.tick > tick; });
+  if (first != track.receipts.begin() && std::prev(first)->tick == tick) --first;
+  uint64_t begin_us = first == track.receipts.end() ? track.clock_us : first->clock_us;
   if (c != nullptr) begin_us = std::max(begin_us, c->still_since_us);
   return Micros(track.clock_us - std::min(track.clock_us, begin_us));
 }

@@ -50,7 +50,7 @@ struct RankTrack {
   bool InPause() const;
   const CommunicatorTrack* Find(uint64_t communicator) const;
 
-  // When its recent reports arrived and were taken: for "taken after that one had arrived".
+  // When its recent reports arrived and were taken: what it has not done since another's arrived.
   struct Receipt {
     uint64_t tick = 0;
     uint64_t clock_us = 0;
@@ -92,9 +92,9 @@ class JobState {
 
   // How long the communicator has stood on the clock of `rank`; zero if the rank is not in it.
   absl::Duration StillFor(Rank rank, uint64_t communicator) const;
-  // The same, counted only by reports that arrived after `tick`: what the rank did not do since
-  // then.
-  absl::Duration StillAfter(Rank rank, uint64_t communicator, uint64_t tick) const;
+  // The same, counted from the newest report that arrived at `tick`, else from the first one behind
+  // it: what the rank has not done since what was known of it then.
+  absl::Duration StillSince(Rank rank, uint64_t communicator, uint64_t tick) const;
   // The longest standstill to be taken for normal, or nothing while there is no baseline.
   std::optional<absl::Duration> NormalStandstill(uint64_t communicator) const;
 

@@ -78,15 +78,25 @@ TEST_F(JobStateTest, StandingIsMeasuredOnTheRanksOwnClock) {
   EXPECT_EQ(StillFor(0), absl::ZeroDuration());
 }
 
-TEST_F(JobStateTest, OnlyReportsThatCameLaterCountAgainstTheAwaited) {
+TEST_F(JobStateTest, AgainstTheAwaitedCountsWhatItHasNotDoneSinceAReportThatWasThere) {
+  const auto since = [&](uint64_t tick) { return state_.StillSince(Rank{1}, kCommunicator, tick); };
   Arrive(1, {{.node = 1, .sequence = 1, .clock_s = 1000}});
-  Arrive(2, {{.node = 1, .sequence = 2, .clock_s = 1010}});
-  Arrive(3, {{.node = 1, .sequence = 3, .clock_s = 1020}});
-  Arrive(4, {{.node = 1, .sequence = 4, .clock_s = 1023}});
-  EXPECT_EQ(StillFor(1), absl::Seconds(23));
-  EXPECT_EQ(state_.StillAfter(Rank{1}, kCommunicator, /*tick=*/2), absl::Seconds(3));
-  EXPECT_EQ(state_.StillAfter(Rank{1}, kCommunicator, /*tick=*/3), absl::ZeroDuration());
-  EXPECT_EQ(state_.StillAfter(Rank{1}, kCommunicator, /*tick=*/4), absl::ZeroDuration());
+  Arrive(2, {});
+  // Of two that came at once the newer is what was known.
+  Arrive(3, {{.node = 1, .sequence = 2, .clock_s = 1010},
+             {.node = 1, .sequence = 3, .clock_s = 1012}});
+  Arrive(4, {{.node = 1, .sequence = 4, .clock_s = 1020}});
+  Arrive(5, {});
+  EXPECT_EQ(StillFor(1), absl::Seconds(20));
+  EXPECT_EQ(since(1), absl::Seconds(20));
+  EXPECT_EQ(since(2), absl::Seconds(10)) << "none came with it: the first behind it";
+  EXPECT_EQ(since(3), absl::Seconds(8));
+  EXPECT_EQ(since(4), absl::ZeroDuration()) << "one report alone";
+  EXPECT_EQ(since(5), absl::ZeroDuration()) << "none at all";
+  // What it did do ends it.
+  Arrive(6, {{.node = 1, .sequence = 5, .clock_s = 1030, .finished = 1}});
+  Arrive(7, {{.node = 1, .sequence = 6, .clock_s = 1031, .finished = 1}});
+  EXPECT_EQ(since(3), absl::Seconds(1));
 }
 
 TEST_F(JobStateTest, AnObserverThatWasLateProvesNoStandstill) {

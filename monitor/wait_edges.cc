@@ -200,8 +200,11 @@ class Drawing {
   absl::Duration Still(Rank rank, const CommunicatorTrack& c) const {
     return state_.StillFor(rank, c.now.id);
   }
+  // There is no common clock: what the awaited one did before its report that came with the
+  // waiter's first does not count, and one report of it is not enough. Of two that are a threshold
+  // apart the second was taken behind the waiter's first, so that the waiter was not the one ahead.
   absl::Duration Both(Rank waiter, const CommunicatorTrack& c, Rank awaited) const {
-    const absl::Duration later = state_.StillAfter(awaited, c.now.id, c.still_since_tick);
+    const absl::Duration later = state_.StillSince(awaited, c.now.id, c.still_since_tick);
     // Receipts are kept for a while only; that much of no progress is enough to be sure of it.
     if (later >= absl::Seconds(20)) return Still(waiter, c);
     return std::min(Still(waiter, c), later);

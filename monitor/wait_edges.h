@@ -44,8 +44,9 @@ struct ReasonedEdge {
   uint64_t communicator = 0;
   WaitReason reason{};
   bool point_to_point = false;
-  // How long both ends stood, each on its own clock, the awaited one in reports that came after the
-  // waiter's: below the threshold the edge shapes the graph and accuses nobody.
+  // How long both ends stood, each on its own clock, the awaited one since the report that came
+  // with the waiter's first (Drawing::Both): below the threshold the edge shapes the graph and
+  // accuses nobody.
   absl::Duration standing;
 };
 

@@ -4,10 +4,13 @@
 Results are lines of JSON (--results), one per run, written as soon as it has ended; a run whose case
 has been changed since counts as missing. With them the recordings of the runs, which can be replayed.
 
+With --replay instead: what the analysis as it is now says of the recordings that are there.
+
 With --smallest instead: of each case that has severities the mildest one that is found, by bisection; a
 severity counts as found if all of its runs (3, if --runs does not say otherwise) are right.
 """
 import argparse
+import concurrent.futures
 import dataclasses
 import json
 import os
@@ -26,7 +29,8 @@ import cases  # noqa: E402
 import main as faults_main  # noqa: E402
 import network  # noqa: E402
 import score as scoring  # noqa: E402
-from job import Programs  # noqa: E402
+from job import Programs, replay  # noqa: E402
+from run import judge  # noqa: E402
 
 CLEAN_MINUTES = 60
 SMALLEST_RUNS = 3
@@ -38,6 +42,8 @@ def parse_arguments(table):
     parser = argparse.ArgumentParser(prog="bench/detection/run", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", action="store_true", help="print what is there and end")
+    parser.add_argument("--replay", action="store_true",
+                        help="print what the recordings that are there say now, and end")
     parser.add_argument("--smallest", action="store_true",
                         help="the smallest fault that is found, of each class")
     parser.add_argument("--only", action="append", metavar="CASE", help="may be repeated")
@@ -49,6 +55,8 @@ def parse_arguments(table):
     parser.add_argument("--results", type=pathlib.Path,
                         default=ROOT / "build" / "detection" / "results.jsonl")
     arguments = parser.parse_args()
+    if arguments.replay and (arguments.report or arguments.smallest):
+        parser.error("--replay: expected without --report and --smallest")
     try:
         arguments.cases = ([table.case(name) for name in arguments.only] if arguments.only else
                            with_long_clean(table.cases, arguments.minutes))
@@ -222,6 +230,27 @@ def baselines(arguments, case, rows):
     return counts
 
 
+def replayed(case, row, recording, programs):
+    """The row of a run, judged anew by a replay of its recording."""
+    document = replay(programs, recording)
+    expected = case.expected and case.expected.filled_in(row["victim"], row["peer"])
+    score = judge(case, expected, scoring.seen_in_replay(document, row["onset"]),
+                  document["findings"])
+    return row | dataclasses.asdict(score)
+
+
+def replay_all(arguments, results):
+    """Of the cases that are asked for: the results whose recordings are there, judged anew."""
+    programs = Programs(arguments.build)
+    recordings = arguments.results.parent / "recordings"
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        running = {key: pool.submit(replayed, case, results[key], recording, programs)
+                   for case in arguments.cases for key in sorted(results)
+                   if (key[0], key[2]) == (case.name, case.digest) and
+                   (recording := recordings / results[key]["recording"]).exists()}
+    return {key: future.result() for key, future in running.items()}
+
+
 def report(arguments, results):
     names = ("watchdog 600 s", "counts (RAS)", "largest z", "C4 rules")
     print("| fault | right | at least (95%) | suspicion s | verdict s | step ms | load | " +
@@ -261,8 +290,8 @@ def main():
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     results = read_results(arguments.results)
     run, tell = (find_smallest, report_smallest) if arguments.smallest else (run_missing, report)
-    if arguments.report:
-        tell(arguments, results)
+    if arguments.report or arguments.replay:
+        tell(arguments, replay_all(arguments, results) if arguments.replay else results)
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     began = time.monotonic()

@@ -74,4 +74,4 @@ def span(values):
     """Median and 90th percentile, as text."""
     if not values:
         return ""
-    return f"{scoring.percentile(values, 0.5):.0f}, {scoring.percentile(values, 0.9):.0f}"
+    return f"{scoring.percentile(values, 0.5):.1f}, {scoring.percentile(values, 0.9):.1f}"
