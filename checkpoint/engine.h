@@ -16,6 +16,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -258,6 +259,9 @@ class Engine {
     bool capturing = false;  // a save has begun, and its blocks are not all captured
     bool flushing = false;   // images of the job are on their way to storage
     bool restoring = false;
+    // For how long calls of the library have held up the training loop of each rank that has an
+    // open session and says so, in total. It begins anew with a session.
+    std::vector<std::pair<Rank, absl::Duration>> held;
   };
   // By the names that its sessions were opened with. Cheap enough for every 100 ms.
   virtual Activity ActivityOf(const std::string& job, const std::string& attempt_key) const = 0;

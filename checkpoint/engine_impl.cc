@@ -657,6 +657,10 @@ Engine::Activity EngineImpl::ActivityOf(const std::string& job,
         entry.session->is_open() && images != nullptr && images->IsTrainerCapturing();
     activity.restoring |= !entry.restores.empty() && !entry.restores.back()->is_over();
     activity.flushing |= entry.job != nullptr && entry.job->pending_image_count() > 0;
+    const std::optional<absl::Duration> held = entry.session->reports().held();
+    if (entry.session->is_open() && held.has_value()) {
+      activity.held.emplace_back(identity.rank, *held);
+    }
   }
   return activity;
 }

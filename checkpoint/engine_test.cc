@@ -275,6 +275,9 @@ TEST(Engine, SaysWhatIsUnderWayForAnAttempt) {
   EXPECT_TRUE(flushed);
   harness.Settle();
   EXPECT_TRUE(nothing());
+  EXPECT_THAT(activity().held, testing::IsEmpty());
+  trainers[1]->script->page().held_ns.store(3'000'000);
+  EXPECT_THAT(activity().held, testing::ElementsAre(testing::Pair(Rank{1}, absl::Milliseconds(3))));
 }
 
 // ---- Storage that fails ----

@@ -8,6 +8,8 @@
 #include <atomic>
 #include <climits>
 #include <cstring>
+#include <ctime>
+#include <limits>
 #include <utility>
 
 #include "base/check.h"
@@ -109,6 +111,22 @@ SaveReports::Heartbeat SaveReports::heartbeat() const {
   heartbeat.count = page().heartbeat_count.load(std::memory_order_acquire);
   heartbeat.step = page().heartbeat_step.load(std::memory_order_relaxed);
   return heartbeat;
+}
+
+std::optional<absl::Duration> SaveReports::held() const {
+  // A call that is open before the sum is read and behind it is not in the sum.
+  const int64_t since_ns = page().held_since_ns.load(std::memory_order_acquire);
+  const uint64_t sum_ns = page().held_ns.load(std::memory_order_acquire);
+  if (since_ns == 0 && sum_ns == 0) return std::nullopt;
+  const bool open =
+      since_ns != 0 && page().held_since_ns.load(std::memory_order_acquire) == since_ns;
+  const absl::Duration past = absl::Nanoseconds(
+      static_cast<int64_t>(std::min<uint64_t>(sum_ns, std::numeric_limits<int64_t>::max())));
+  if (!open) return past;
+  timespec now = {};
+  clock_gettime(CLOCK_MONOTONIC, &now);  // the trainer's clock, on the same machine
+  const absl::Duration present = absl::DurationFromTimespec(now) - absl::Nanoseconds(since_ns);
+  return past + std::max(present, absl::ZeroDuration());
 }
 
 std::vector<std::string> SaveReports::sections() const {

@@ -82,6 +82,9 @@ class SaveReports {
     uint64_t step = 0;
   };
   Heartbeat heartbeat() const;
+  // For how long calls of the library have held the training loop up, in total, as the trainer
+  // says; nothing before the first. It may fall by the length of a call that is just ending.
+  std::optional<absl::Duration> held() const;
   // The sections that it says it is in, outermost first, as text whatever the bytes are.
   std::vector<std::string> sections() const;
   // The newest step that is committed; `begun` of its save, if that is still known.

@@ -6,6 +6,8 @@
 #include <gtest/gtest.h>
 
 #include <cstring>
+#include <ctime>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -52,6 +54,26 @@ TEST_F(SaveReportsTest, ANewPageIsEmpty) {
   EXPECT_EQ(page().committed_power_step.load(), abi::kNoStep);
   EXPECT_EQ(Of(0), nullptr);  // step 0 is a step
   EXPECT_EQ(page().fenced_by.load(), 0u);
+}
+
+TEST_F(SaveReportsTest, TheTimeThatCallsTakeIsASumAndTheOneThatIsOpen) {
+  EXPECT_EQ(reports->held(), std::nullopt);
+  timespec now = {};
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  page().held_since_ns.store((now.tv_sec - 5) * 1'000'000'000);
+  const absl::Duration open = reports->held().value();
+  EXPECT_GE(open, absl::Seconds(5));
+  page().held_ns.store(2'000'000'000);
+  EXPECT_GE(reports->held().value(), open + absl::Seconds(2));
+  page().held_since_ns.store(0);
+  EXPECT_EQ(reports->held(), absl::Seconds(2));
+  // A trainer may write what it likes.
+  page().held_since_ns.store(INT64_MAX);
+  EXPECT_EQ(reports->held(), absl::Seconds(2));
+  page().held_ns.store(UINT64_MAX);
+  EXPECT_EQ(reports->held(), absl::Nanoseconds(INT64_MAX));
+  page().held_since_ns.store(INT64_MIN);
+  EXPECT_GT(reports->held(), absl::Nanoseconds(INT64_MAX));
 }
 
 TEST_F(SaveReportsTest, SectionsAreTextWhateverTheTrainerWrites) {

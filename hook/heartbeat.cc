@@ -36,8 +36,32 @@ void Heartbeat::EndSection(abi::RankPage& page) {
   page.section_depth.store(depth_, std::memory_order_release);
 }
 
+void Heartbeat::BeginHeld() {
+  MutexLock lock(mutex_);
+  if (held_depth_++ == 0) held_since_ns_ = MonotonicNs();
+}
+
+void Heartbeat::EndHeld() {
+  MutexLock lock(mutex_);
+  if (--held_depth_ > 0) return;
+  held_ns_ += static_cast<uint64_t>(MonotonicNs() - held_since_ns_);
+  held_since_ns_ = 0;
+}
+
+void Heartbeat::WriteHeld(abi::RankPage& page) {
+  MutexLock lock(mutex_);
+  WriteHeldTimes(page);
+}
+
+void Heartbeat::WriteHeldTimes(abi::RankPage& page) const {
+  // In this order: who sees a call open sees a sum without it.
+  page.held_since_ns.store(held_since_ns_, std::memory_order_release);
+  page.held_ns.store(held_ns_, std::memory_order_release);
+}
+
 void Heartbeat::Rewrite(abi::RankPage& page) {
   MutexLock lock(mutex_);
+  WriteHeldTimes(page);
   for (uint32_t depth = 0; depth < depth_ && depth < abi::kSectionDepthMax; ++depth) {
     WriteName(page, depth);
   }

@@ -1,6 +1,7 @@
-// Liveness of the training loop, as stores to the rank page: heartbeats and the stack of sections.
+// Liveness of the training loop, as stores to the rank page: heartbeats, the stack of sections, and
+// the time that calls of the library take from it.
 //
-// The stack is kept here too, because a new agent brings a new page.
+// Stack and time are kept here too, because a new agent brings a new page.
 #ifndef HOLDFAST_HOOK_HEARTBEAT_H_
 #define HOLDFAST_HOOK_HEARTBEAT_H_
 
@@ -19,13 +20,23 @@ class Heartbeat {
   void BeginSection(abi::RankPage& page, const char* name) HOOK_EXCLUDES(mutex_);
   // Without an open section: nothing.
   void EndSection(abi::RankPage& page) HOOK_EXCLUDES(mutex_);
-  // Writes the sections that are open to a page that does not have them yet.
+  // The training loop is in a call that holds it up; calls nest. Told by WriteHeld, to the page
+  // that is the newest after the change.
+  void BeginHeld() HOOK_EXCLUDES(mutex_);
+  void EndHeld() HOOK_EXCLUDES(mutex_);
+  void WriteHeld(abi::RankPage& page) HOOK_EXCLUDES(mutex_);
+  // Writes the sections that are open, and what WriteHeld does, to a page that does not have them
+  // yet.
   void Rewrite(abi::RankPage& page) HOOK_EXCLUDES(mutex_);
 
  private:
   void WriteName(abi::RankPage& page, uint32_t depth) HOOK_REQUIRES(mutex_);
+  void WriteHeldTimes(abi::RankPage& page) const HOOK_REQUIRES(mutex_);
 
   Mutex mutex_;
+  uint32_t held_depth_ HOOK_GUARDED_BY(mutex_) = 0;
+  int64_t held_since_ns_ HOOK_GUARDED_BY(mutex_) = 0;
+  uint64_t held_ns_ HOOK_GUARDED_BY(mutex_) = 0;
   uint32_t depth_ HOOK_GUARDED_BY(mutex_) = 0;
   char names_[abi::kSectionDepthMax][abi::kSectionNameBytes] HOOK_GUARDED_BY(mutex_) = {};
 };

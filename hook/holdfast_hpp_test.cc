@@ -27,7 +27,13 @@ class WrapperTest : public ::testing::Test {
     options.socket = agent_.socket_path().c_str();
     return options;
   }
+  // Whether calls have held the training loop up since it was asked last.
+  bool WasHeld() {
+    const std::uint64_t now = agent_.page().held_ns.load();
+    return std::exchange(held_ns_, now) != now;
+  }
   TestAgent agent_;
+  std::uint64_t held_ns_ = 0;
 };
 
 TEST_F(WrapperTest, ATrainingLoopFromRestoreToCommit) {
@@ -67,6 +73,7 @@ TEST_F(WrapperTest, ATrainingLoopFromRestoreToCommit) {
 
   const holdfast::Result<hf_restore_result> restored = job.Restore(30s);
   ASSERT_TRUE(restored.ok()) << restored.error().text();
+  EXPECT_TRUE(WasHeld());
   EXPECT_EQ(restored.value().step, 4u);
   EXPECT_TRUE(agent_.last_selection().empty());
   ASSERT_TRUE(job.Restore({"w*"}, {}, 30s).ok());
@@ -84,19 +91,25 @@ TEST_F(WrapperTest, ATrainingLoopFromRestoreToCommit) {
     job.Heartbeat(5);
   }
   EXPECT_EQ(agent_.page().section_depth.load(), 0u);
+  WasHeld();
   EXPECT_FALSE(job.Due(5));
   ASSERT_TRUE(job.Due(6));
   holdfast::Blobs blobs;
   const std::string next = "next";
   blobs.Add("rng", next);
   blobs.AddValue("cursor", cursor);
+  EXPECT_FALSE(WasHeld());
   ASSERT_TRUE(job.Save(6, blobs).ok());
+  EXPECT_TRUE(WasHeld());
   EXPECT_TRUE(job.WaitGroupCaptured(1, 30s).ok());
+  EXPECT_TRUE(WasHeld());
   EXPECT_TRUE(job.WaitCaptured(holdfast::kForever).ok());
   EXPECT_EQ(agent_.BlobBytes(0, 0), 4u);
   EXPECT_EQ(agent_.BlobBytes(0, 1), 8u);
   agent_.Report(6, HF_SAVE_COMMITTED_POWER);
+  WasHeld();
   EXPECT_TRUE(job.WaitCommitted(6, HF_SURVIVE_POWER, 30s).ok());
+  EXPECT_TRUE(WasHeld());
   EXPECT_EQ(job.WaitCommitted(6, 1u << 5, 30s).code(), HF_UNIMPLEMENTED);
   EXPECT_EQ(job.Report()->state, HF_SAVE_COMMITTED_POWER);
   EXPECT_FALSE(job.Report(1).has_value());

@@ -128,6 +128,7 @@ bool Job::Close() {
 
 Error Job::Register(const char* layout_json, std::span<const hf_buffer> buffers,
                     std::span<const hf_blob_slot> blobs, Deadline deadline) {
+  const HeldUp held(this);
   if (capture_->running()) {
     return Error(HF_FAILED_PRECONDITION,
                  "the capture of step %llu has not been waited for (hf_wait_captured)",
@@ -306,6 +307,7 @@ Error Job::WriteBlobs(const Registration& registration, uint32_t slot,
 }
 
 Error Job::Save(uint64_t step, const hf_save_options& options) {
+  const HeldUp held(this);
   const int64_t called_ns = MonotonicNs();
   const Deadline deadline = Deadline::After(options.wait_ns);
   const std::span<const hf_blob> blobs(options.blobs, options.blob_count);
@@ -383,6 +385,7 @@ void Job::CaptureSucceeded() {
 }
 
 Error Job::WaitCaptured(int32_t group, Deadline deadline) {
+  const HeldUp held(this);
   if (group != HF_ALL_GROUPS && (group < 0 || group >= static_cast<int32_t>(kGroupCount))) {
     return Error(HF_INVALID_ARGUMENT, "group: expected -1 to %u, found %d", kGroupCount - 1, group);
   }
@@ -448,6 +451,7 @@ std::optional<Error> Job::Outcome(uint64_t step, bool power) const {
 }
 
 Error Job::WaitCommitted(uint64_t step, uint32_t faults, Deadline deadline) {
+  const HeldUp held(this);
   if ((faults & ~kKnownFaults) != 0) {
     return Error(HF_UNIMPLEMENTED, "faults: expected a subset of 0x%x (process, power), found 0x%x",
                  kKnownFaults, faults);
@@ -475,6 +479,7 @@ Error Job::WaitCommitted(uint64_t step, uint32_t faults, Deadline deadline) {
 
 Error Job::Restore(const hf_restore_options& options, hf_restore_result* result,
                    Deadline deadline) {
+  const HeldUp held(this);
   const int64_t called_ns = MonotonicNs();
   if (capture_->running()) {
     return Error(HF_FAILED_PRECONDITION,

@@ -79,6 +79,24 @@ class Job {
   Job(const Settings& settings, SourceReader* reader, uint64_t seed)
       : settings_(settings), reader_(reader), checker_(settings.check_source, seed) {}
 
+  // The training loop is held up by a call of ours while this lives.
+  class HeldUp {
+   public:
+    explicit HeldUp(Job* job) : job_(*job) {
+      job_.heartbeat_.BeginHeld();
+      job_.heartbeat_.WriteHeld(job_.link_->page());
+    }
+    ~HeldUp() {
+      job_.heartbeat_.EndHeld();
+      job_.heartbeat_.WriteHeld(job_.link_->page());
+    }
+    HeldUp(const HeldUp&) = delete;
+    HeldUp& operator=(const HeldUp&) = delete;
+
+   private:
+    Job& job_;
+  };
+
   // The link's snapshot, taken anew if it has changed.
   const Link::Snapshot& Fresh();
   Error CheckMaySave(uint64_t step);

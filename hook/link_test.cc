@@ -148,11 +148,16 @@ TEST_F(LinkTest, ANewAgentGetsTheRegistrationAgainAndSectionsReturn) {
   ASSERT_TRUE(SaveAndWait(1).ok());
   job_->BeginSection("forward");
   job_->Beat(17);
+  // Registering, saving and waiting held the loop up, and it is in none of them now.
+  const uint64_t held_ns = agent_.page().held_ns.load();
+  EXPECT_GT(held_ns, 0u);
+  EXPECT_EQ(agent_.page().held_since_ns.load(), 0);
   agent_.ReplaceAgent();
   ASSERT_TRUE(AwaitReconnects(1));
   EXPECT_EQ(agent_.messages(MessageType::kRegister), 2);
   EXPECT_TRUE(agent_.Await([&] { return agent_.page().section_depth.load() == 1; }));
   EXPECT_STREQ(agent_.page().section_names[0], "forward");
+  EXPECT_EQ(agent_.page().held_ns.load(), held_ns);
   job_->EndSection();
   EXPECT_EQ(agent_.page().section_depth.load(), 0u);
   job_->Beat(18);
@@ -181,8 +186,10 @@ TEST_F(LinkTest, ASaveThatWaitsForAnImageOfADeadAgentTakesOneOfTheNext) {
   patient.wait_ns = 24 * 3600 * kNsPerSecond;
   Error saved(HF_INTERNAL, "not yet");
   std::thread saver([&] { saved = job_->Save(1, patient); });
+  EXPECT_TRUE(agent_.Await([&] { return agent_.page().held_since_ns.load() != 0; }));
   agent_.ReplaceAgent();
   saver.join();
+  EXPECT_EQ(agent_.page().held_since_ns.load(), 0);
   ASSERT_TRUE(saved.ok()) << saved.text();
   ASSERT_TRUE(job_->WaitCaptured(HF_ALL_GROUPS, Deadline::After(kPatienceNs)).ok());
   EXPECT_EQ(FirstDifference(agent_.Image(0), OracleImage(plan_, buffers_)), -1);

@@ -46,11 +46,16 @@ const Section* RankTrack::InnermostSection() const {
   return report.sections.empty() ? nullptr : &report.sections.back();
 }
 
-bool RankTrack::InPause() const {
-  return paused ||
-         std::any_of(report.sections.begin(), report.sections.end(), [](const Section& s) {
-           return s.kind != SectionKind::kCompute && s.kind != SectionKind::kData;
-         });
+static bool InNamedPause(const RankReport& report) {
+  return std::any_of(report.sections.begin(), report.sections.end(), [](const Section& s) {
+    return s.kind != SectionKind::kCompute && s.kind != SectionKind::kData;
+  });
+}
+
+bool RankTrack::InPause() const { return paused || InNamedPause(report); }
+
+bool RankTrack::InUntoldPause() const {
+  return (paused && !report.held_us.has_value()) || InNamedPause(report);
 }
 
 const CommunicatorTrack* RankTrack::Find(uint64_t communicator) const {

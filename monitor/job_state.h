@@ -48,6 +48,8 @@ struct RankTrack {
   bool IsBlind() const { return !seen || report.level == TelemetryLevel::kNone; }
   const Section* InnermostSection() const;
   bool InPause() const;
+  // A pause whose length is not told by the report.
+  bool InUntoldPause() const;
   const CommunicatorTrack* Find(uint64_t communicator) const;
 
   // When its recent reports arrived and were taken: what it has not done since another's arrived.

@@ -104,7 +104,7 @@ void SlowSearch::Look(const JobState& state, Candidates& out) {
     if (!track.seen || track.IsBlind()) continue;
     RankWindow& window = windows_[r];
     if (!window.begun) Begin(state, Rank{r});
-    window.spoilt |= track.InPause() || track.observer_late;
+    window.spoilt |= track.InUntoldPause() || track.observer_late;
   }
   if (IsDue(state)) {
     Close(state);
@@ -123,6 +123,7 @@ void SlowSearch::Begin(const JobState& state, Rank rank) {
   window.operation_us = track.report.operation_us;
   window.run_delay_us = track.report.run_delay_us;
   window.data_us = track.report.data_us;
+  window.held_us = track.report.held_us;
   window.finished = FinishedOf(track);
   for (const CommunicatorTrack& c : track.communicators) window.communicators.push_back(c.now);
   windows_[Value(rank)] = std::move(window);
@@ -195,9 +196,12 @@ void SlowSearch::MeasureRanks(const JobState& state) {
     ranks_[r].starved.Add(ranks_[r].run_delay_share > t.starved_share, t);
     all.push_back(&ranks_[r].starved);
     const RankPlace& place = state.shape().ranks[r];
+    // In its operations, or held up by ourselves. (Known since the middle of the window: nothing.)
+    const bool tells = window.held_us.has_value() && now.held_us.has_value();
+    const uint64_t busy_before = window.operation_us + (tells ? *window.held_us : 0);
+    const uint64_t busy_now = now.operation_us + (tells ? *now.held_us : 0);
     groups[{place.stage, place.tensor_position}].push_back(
-        {Rank{r}, 1 - share(window.operation_us, now.operation_us),
-         share(window.data_us, now.data_us)});
+        {Rank{r}, 1 - share(busy_before, busy_now), share(window.data_us, now.data_us)});
   }
   Persistence::Judge(all, t);
   current_.notes.clear();

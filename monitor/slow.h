@@ -12,6 +12,7 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <set>
 #include <tuple>
 #include <utility>
@@ -79,6 +80,7 @@ class SlowSearch {
     uint64_t run_delay_us = 0;
     uint64_t finished = 0;
     uint64_t data_us = 0;
+    std::optional<uint64_t> held_us;
     std::vector<CommunicatorReport> communicators;
   };
   struct RankSlowness {

@@ -13,16 +13,22 @@
 namespace holdfast::monitor {
 namespace {
 
-constexpr Envelope kEnvelope = {"summary", "HFMS", 2, kSummaryBytesMax};
-// Of recordings from before operations were told.
-constexpr Envelope kFirstEnvelope = {"summary", "HFMS", 1, kSummaryBytesMax};
+constexpr uint8_t kVersion = 3;
+constexpr uint8_t kFirstVersion = 1;       // the oldest that is read
+constexpr uint8_t kOperationsVersion = 2;  // the first that tells operations and local ranks
+constexpr uint8_t kHeldVersion = 3;        // the first that tells the time that our own calls take
+
+constexpr Envelope EnvelopeOf(uint8_t version) {
+  return {"summary", "HFMS", version, kSummaryBytesMax};
+}
 constexpr size_t kOperationsOfTightBudget = 4;  // of a communicator
 
-const Envelope& EnvelopeOf(std::span<const std::byte> bytes) {
-  const size_t at = kFirstEnvelope.magic.size();
-  const bool first =
-      bytes.size() > at && std::to_integer<uint8_t>(bytes[at]) == kFirstEnvelope.version;
-  return first ? kFirstEnvelope : kEnvelope;
+// That the bytes say if it is read, else ours.
+uint8_t VersionOf(std::span<const std::byte> bytes) {
+  const size_t at = EnvelopeOf(kVersion).magic.size();
+  if (bytes.size() <= at) return kVersion;
+  const auto version = std::to_integer<uint8_t>(bytes[at]);
+  return version >= kFirstVersion && version <= kVersion ? version : kVersion;
 }
 
 template <typename Codec>
@@ -76,7 +82,7 @@ void Walk(Codec& codec, CommunicatorReport& c, uint8_t version) {
   codec.Number("time since begin", c.open_us);
   codec.Length("connections", c.connections, kConnectionsMax);
   for (ConnectionReport& connection : c.connections) Walk(codec, connection);
-  if (version == kFirstEnvelope.version) return;
+  if (version < kOperationsVersion) return;
   codec.Length("operations", c.operations, kOperationsMax);
   for (RecentOperation& operation : c.operations) Walk(codec, operation);
 }
@@ -103,11 +109,16 @@ void Walk(Codec& codec, RankReport& r, uint8_t version) {
   }
   codec.Length("communicators", r.communicators, kCommunicatorsMax);
   for (CommunicatorReport& communicator : r.communicators) Walk(codec, communicator, version);
-  if (version == kFirstEnvelope.version) return;
+  if (version < kOperationsVersion) return;
   // 0: not known.
   uint64_t local_rank = r.local_rank == kNoLocalRank ? 0 : uint64_t{r.local_rank} + 1;
   codec.Number("local rank", local_rank, uint64_t{kLocalRankMax} + 1);
   r.local_rank = local_rank == 0 ? kNoLocalRank : static_cast<uint32_t>(local_rank - 1);
+  if (version < kHeldVersion) return;
+  uint64_t held = !r.held_us.has_value() ? 0 : std::min(*r.held_us, UINT64_MAX - 1) + 1;
+  codec.Number("time held up", held);
+  r.held_us.reset();
+  if (held != 0) r.held_us = held - 1;
 }
 
 template <typename Codec>
@@ -148,7 +159,7 @@ void MergeChannels(CommunicatorReport& communicator) {
 // Also of a summary that is too large to be encoded.
 size_t EncodedBytes(NodeSummary& summary) {
   ByteSizer sizer;
-  Walk(sizer, summary, kEnvelope.version);
+  Walk(sizer, summary, kVersion);
   return kEnvelopeBytes + sizer.bytes();
 }
 
@@ -201,16 +212,16 @@ bool HalveCommunicators(NodeSummary& summary) {
 
 std::string EncodeSummary(const NodeSummary& summary) {
   std::string bytes;
-  OpenEnvelope(kEnvelope, bytes);
+  OpenEnvelope(EnvelopeOf(kVersion), bytes);
   ByteWriter writer(&bytes);
   NodeSummary copy = summary;  // Walk takes what it could also fill
-  Walk(writer, copy, kEnvelope.version);
-  SealEnvelope(kEnvelope, bytes);
+  Walk(writer, copy, kVersion);
+  SealEnvelope(EnvelopeOf(kVersion), bytes);
   return bytes;
 }
 
 absl::StatusOr<NodeSummary> DecodeSummary(std::span<const std::byte> bytes) {
-  const Envelope& envelope = EnvelopeOf(bytes);
+  const Envelope envelope = EnvelopeOf(VersionOf(bytes));
   ASSIGN_OR_RETURN(const auto fields, FieldsIn(envelope, bytes));
   ByteReader reader(envelope.name, fields);
   NodeSummary summary;

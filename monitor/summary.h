@@ -10,14 +10,15 @@
 // Bytes: magic "HFMS", version, body, CRC32C of all before it. The body is LEB128 varints in the
 // order of the fields below; signed numbers are zigzag, lists carry their length. Decode is strict:
 // the shortest form of every number, known enumerators, lengths within the limits, no byte left
-// over. Version 2 is written; version 1, of older recordings, has neither
-// CommunicatorReport::operations nor RankReport::local_rank.
+// over. Version 3 is written. Version 2, of older recordings, has no RankReport::held_us; version 1
+// has neither CommunicatorReport::operations nor RankReport::local_rank, either.
 #ifndef HOLDFAST_MONITOR_SUMMARY_H_
 #define HOLDFAST_MONITOR_SUMMARY_H_
 
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -180,6 +181,9 @@ struct RankReport {
   // early: then lateness is not visible in it.
   uint64_t operation_us = 0;
   uint64_t data_us = 0;  // total time in sections of kind data, as sampled every 100 ms
+  // Total time that calls of our own library (saves, restores, waiting for either) have held up its
+  // training loop. Nothing: not known (it does not use the library), or of an older recording.
+  std::optional<uint64_t> held_us;
   // Total time its proxy threads were runnable and did not run; of those that waited the longest.
   uint64_t run_delay_us = 0;
   TelemetryLevel level{};

@@ -89,6 +89,8 @@ TEST(SummaryTest, WhatIsDecodedIsWhatWasEncoded) {
   node.ranks[3].exit = ExitKind::kError;
   node.ranks[3].exit_value = -17;
   node.ranks[4].local_rank = 0;
+  node.ranks[4].held_us = 0;
+  node.ranks[5].held_us = UINT64_MAX - 1;
   node.ranks[5].local_rank = kLocalRankMax;
   node.ranks[5].communicators[2].operations = {{OperationKind::kReduce, 0, 0},
                                                {OperationKind::kAllReduce, UINT64_MAX, kNoRoot},
@@ -151,20 +153,27 @@ TEST(SummaryTest, AByteLeftOverALongNumberAndAnotherVersionAreNamed) {
   EXPECT_THAT(DecodeSummary(Bytes(Sealed(padded))),
               StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("shortest form")));
   std::string newer = bytes;
-  newer[4] = 3;
+  newer[4] = 4;
   EXPECT_THAT(DecodeSummary(Bytes(Sealed(newer))),
-              StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("expected 2, found 3")));
+              StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("expected 3, found 4")));
 }
 
-// Recordings that were made before operations were told are still read.
-TEST(SummaryTest, VersionOneHasNoOperationsAndIsRead) {
+// Recordings that were made before our own calls or operations were told are still read.
+TEST(SummaryTest, OlderVersionsHaveLessAndAreRead) {
   NodeSummary node = MakeNode(0);
   node.ranks.resize(1);
   node.ranks[0].communicators.resize(1);
-  std::string first = EncodeSummary(node);
+  const std::string newest = EncodeSummary(node);
+  // The last three fields before the checksum: how many operations, the local rank, and the time
+  // held up.
+  std::string second = newest;
+  second[4] = 2;
+  second.erase(second.size() - 5, 1);
+  ASSERT_OK_AND_ASSIGN(const NodeSummary without_held, DecodeSummary(Bytes(Sealed(second))));
+  EXPECT_EQ(without_held, node);
+  std::string first = newest;
   first[4] = 1;
-  // The last two fields before the checksum: how many operations, and the local rank.
-  first.erase(first.size() - 6, 2);
+  first.erase(first.size() - 7, 3);
   ASSERT_OK_AND_ASSIGN(const NodeSummary found, DecodeSummary(Bytes(Sealed(first))));
   EXPECT_EQ(found, node);
 }
@@ -209,6 +218,7 @@ TEST(SummaryTest, TheLargestSummaryThatThereCanBeFits) {
   rank.sections.assign(kSectionsMax,
                        {SectionKind::kData, UINT64_MAX, std::string(kSectionNameBytesMax, 'x')});
   rank.cpu_us = rank.operation_us = rank.data_us = rank.run_delay_us = rank.drops = UINT64_MAX;
+  rank.held_us = UINT64_MAX;
   rank.exit_value = INT32_MIN;
   CommunicatorReport communicator = rank.communicators[0];
   communicator.id = communicator.last_bytes = communicator.open_us = UINT64_MAX;

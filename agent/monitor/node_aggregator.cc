@@ -136,6 +136,8 @@ void NodeAggregator::SampleEngine(const GroupKey& key, Group& group, absl::Durat
   const Engine::Activity activity = activity_of_(std::get<0>(key), std::get<1>(key));
   group.attempt = std::max(group.attempt, activity.attempt);
   group.engine_paused |= group.engine_pause.Holds(activity, now);
+  group.held.clear();
+  for (const auto& [rank, held] : activity.held) group.held.emplace(Value(rank), held);
 }
 
 // ---- Boards and processes
@@ -324,6 +326,14 @@ void NodeAggregator::Report() {
   DropEnded(now);
 }
 
+// The total begins anew with a session, and may fall by a call: what is told never does.
+void NodeAggregator::TakeHeld(const Group& group, RankReport& report) {
+  const auto found = group.held.find(Value(report.rank));
+  if (found == group.held.end()) return;
+  const auto held_us = static_cast<uint64_t>(absl::ToInt64Microseconds(found->second));
+  report.held_us = std::max(report.held_us.value_or(0), held_us);
+}
+
 bool NodeAggregator::HasProcess(const RankExit& exit) const {
   return std::any_of(processes_.begin(), processes_.end(), [&](const auto& entry) {
     const Process& process = *entry.second;
@@ -349,6 +359,7 @@ size_t NodeAggregator::ReportGroup(const GroupKey& key, Group& group, absl::Dura
     const ExitOutcome outcome = OutcomeOfProcess(*process, now);
     process->report.exit = outcome.kind;
     process->report.exit_value = outcome.value;
+    TakeHeld(group, process->report);
     group.world_size = std::max(group.world_size, process->world_size);
     summary.ranks.push_back(process->report);
   }

@@ -132,9 +132,10 @@ class NodeAggregator {
   struct Group {
     uint64_t incarnation = 0;
     uint64_t sequence = 0;
-    absl::Duration last_alive{};      // or the last word of an end
-    std::map<uint32_t, uint64_t> of;  // by rank: first board of the process that counts
-    bool engine_paused = false;       // in this window
+    absl::Duration last_alive{};              // or the last word of an end
+    std::map<uint32_t, uint64_t> of;          // by rank: first board of the process that counts
+    bool engine_paused = false;               // in this window
+    std::map<uint32_t, absl::Duration> held;  // Engine::Activity::held, of the last look
     EnginePause engine_pause;
     Attempt attempt{};
     uint32_t world_size = 0;
@@ -160,6 +161,7 @@ class NodeAggregator {
   // How many ranks there was no room for.
   size_t ReportGroup(const GroupKey& key, Group& group, absl::Duration now);
   std::vector<Process*> Choose(const GroupKey& key, Group& group);
+  static void TakeHeld(const Group& group, monitor::RankReport& report);
   void ReadProcess(Process& process, absl::Duration now);
   void ReadBoards(Process& process);
   const Exits::Entry* ToldOf(const Process& process) const;

@@ -407,6 +407,22 @@ TEST_F(NodeAggregatorTest, WhatTheEngineDoesInBetweenIsAPause) {
   EXPECT_FALSE(Next().engine_paused);
 }
 
+TEST_F(NodeAggregatorTest, WhatOurOwnCallsHoldUpIsToldOfEachRankAndNeverFalls) {
+  Join(Named(0));
+  Join(Named(2));
+  EXPECT_EQ(Next().ranks.at(0).held_us, std::nullopt) << "it does not use the library";
+  activity_.held = {{Rank{2}, absl::Milliseconds(1500)}, {Rank{3}, absl::Seconds(9)}};
+  NodeSummary summary = Next();
+  EXPECT_EQ(summary.ranks.at(0).held_us, std::nullopt);
+  EXPECT_EQ(summary.ranks.at(1).held_us, 1'500'000u);
+  activity_.held = {{Rank{2}, absl::Milliseconds(1400)}};  // a call was just ending
+  EXPECT_EQ(Next().ranks.at(1).held_us, 1'500'000u);
+  activity_.held = {{Rank{2}, absl::Milliseconds(1600)}};
+  EXPECT_EQ(Next().ranks.at(1).held_us, 1'600'000u);
+  activity_.held.clear();  // between two sessions
+  EXPECT_EQ(Next().ranks.at(1).held_us, 1'600'000u);
+}
+
 TEST_F(NodeAggregatorTest, ConnectionsServedByAnotherProcessBelongToTheirOwner) {
   const Trainer owner = Join(Named(0), 31, abi::BoardWriter::kProfilerPlugin);
   const Trainer server = Join(Named(1), 32, abi::BoardWriter::kProfilerPlugin);

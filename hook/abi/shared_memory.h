@@ -111,7 +111,13 @@ struct RankPage {
   // sequentially consistent, so that of an agent that writes `due_step` to all pages and then finds
   // a lower step here on each every rank will see it in time.
   std::atomic<uint64_t> due_asked_step;
-  uint8_t reserved4[24];
+  // Calls that hold up the training loop (registering, saving, restoring, waiting for either):
+  // since when one is open, CLOCK_MONOTONIC, 0: none is; and for how long those lasted, in total,
+  // that are over. Both are 0 until the first such call (and for good with a library that does not
+  // know them). A call that ends takes the first back before it adds to the second.
+  std::atomic<int64_t> held_since_ns;
+  std::atomic<uint64_t> held_ns;
+  uint8_t reserved4[8];
   char section_names[kSectionDepthMax][kSectionNameBytes];
 
   SaveReport reports[kReportCount];

@@ -79,6 +79,7 @@ RankReport World::Impl::ReportRank(uint32_t rank, const Agent& agent) {
   report.exit_value = state.exit == ExitKind::kKilled ? 9 : state.exit == ExitKind::kError ? 1 : 0;
   report.cpu_us = Micros(state.cpu, agent);
   report.data_us = Micros(state.loading, agent);
+  report.held_us = Micros(state.held, agent);
   report.run_delay_us = Micros(state.run_delay, agent);
   Nanos inside = state.operation_time;
   if (state.in_operation) inside += now_ - state.opened;
@@ -108,7 +109,7 @@ NodeSummary World::Impl::Summarize(uint32_t node) {
   summary.incarnation = 1;
   summary.sequence = ++agent.sequence;
   summary.clock_us = Micros(now_, agent) + static_cast<uint64_t>(agent.offset / 1000);
-  summary.engine_paused = now_ < agent.paused_until;
+  summary.engine_paused = now_ < agent.paused_until + kSecond;
   for (uint32_t r = 0; r < ranks.size(); ++r) {
     if (NodeOf(r) != node) continue;
     if (Active(FaultKind::kNeverJoins, r) != nullptr) continue;

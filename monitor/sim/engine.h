@@ -112,7 +112,7 @@ struct RankState {
   std::vector<bool> pauses_taken;  // by fault
   ExitKind exit = ExitKind::kNone;
   ProcessState process = ProcessState::kRunning;
-  Nanos cpu = 0, run_delay = 0, loading = 0, accounted = 0;
+  Nanos cpu = 0, run_delay = 0, loading = 0, held = 0, accounted = 0;
   Nanos section_since = 0;
   std::vector<std::pair<uint32_t, bool>> stuck;  // proxy actions: connection, at its receiving end
 };
@@ -151,7 +151,7 @@ class World::Impl {
     uint64_t sequence = 0;
     Nanos late_since = kNever;
     bool dead = false;
-    Nanos paused_until = 0;
+    Nanos paused_until = 0;  // and told for a second more
   };
 
   // job.cc: the programs.

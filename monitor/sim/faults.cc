@@ -25,7 +25,12 @@ const Fault* World::Impl::Active(FaultKind kind, uint32_t rank) const {
 // CPU time and run delay up to now, in the state that holds since the last call.
 void World::Impl::Account(uint32_t rank) {
   RankState& state = ranks[rank];
-  const auto span = static_cast<double>(now_ - std::exchange(state.accounted, now_));
+  const Nanos before = std::exchange(state.accounted, now_);
+  const auto span = static_cast<double>(now_ - before);
+  if (!state.in_operation) {
+    const Nanos end = std::min(now_, agents_[NodeOf(rank)].paused_until);
+    state.held += std::max<Nanos>(end - before, 0);
+  }
   if (state.exit != ExitKind::kNone || state.frozen) return;
   double share = 0.5;  // launches kernels
   const bool loading = !state.in_operation && state.now.section == SectionKind::kData;

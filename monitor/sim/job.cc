@@ -170,7 +170,7 @@ void World::Impl::WritePauses(uint32_t rank) {
                                                                        : SectionKind::kCompute;
     state.program.push_back(Computing(Seconds(fault.factor), section));
     if (fault.kind == FaultKind::kEnginePause) {
-      agents_[NodeOf(rank)].paused_until = now_ + Seconds(fault.factor + 1);
+      agents_[NodeOf(rank)].paused_until = now_ + Seconds(fault.factor);
     }
   }
 }

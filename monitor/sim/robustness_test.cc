@@ -226,6 +226,29 @@ TEST(RobustnessTest, TwoFaultsAtOnceAreBothNamed) {
   }
 }
 
+// Our own engine holds every rank up for a moment, every other second, and each report says that it
+// did: what it held up is taken off, and the rest is judged.
+TEST(RobustnessTest, WhoSavesAllTheTimeIsWatchedAllTheSame) {
+  WorldOptions options;
+  constexpr absl::Duration kLength = absl::Seconds(110);
+  for (absl::Duration at; at < kOnset + kLength; at += absl::Seconds(2)) {
+    for (uint32_t rank = 0; rank < options.data_parallel; ++rank) {
+      Fault save = FaultOf(FaultKind::kEnginePause, rank, 0.1);
+      save.onset = at;
+      options.faults.push_back(save);
+    }
+  }
+  const Outcome clean = Observe(options, kLength);
+  EXPECT_TRUE(clean.told.empty()) << Describe(clean);
+  options.faults.push_back(FaultOf(FaultKind::kSlowGpu, 5, 1.6));
+  const Outcome slow = Observe(options, kLength);
+  SCOPED_TRACE(Describe(slow));
+  ASSERT_EQ(slow.told.size(), 1u);
+  EXPECT_EQ(slow.told[0].finding.fault, FaultClass::kLateCompute);
+  EXPECT_EQ(slow.told[0].finding.suspects.front().rank, Rank{5});
+  EXPECT_TRUE(slow.told[0].verdict.has_value());
+}
+
 // --- Comings and goings.
 
 TEST(RobustnessTest, WhatHealsIsWithdrawnAndKnownWhenItComesAgain) {
