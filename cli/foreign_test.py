@@ -288,6 +288,14 @@ class ForeignTest(unittest.TestCase):
         self.write("hf/model.safetensors.index.json", json.dumps(index).encode())
         code, out, _ = run("diff", self.path / "hf", self.path / "hf", "--json")
         self.assertEqual((code, json.loads(out)["verdict"]), (2, "unknown"))
+        # What the one has lost the other may have; what else differs is different all the same.
+        whole = self.write("whole", safetensors(self.tensors | {"gone": ("U8", [1], b"x")}))
+        for pair in ((whole, self.path / "hf"), (self.path / "hf", whole)):
+            code, out, _ = run("diff", *pair)
+            self.assertEqual((code, out.splitlines()[0]), (2, "unknown: 5 tensors equal, 0 different"))
+            self.assertIn('tensor "gone", state "tensor": not found in', out)
+        changed = self.write("changed", safetensors(self.tensors | {"half": ("BF16", [3], bytes(6))}))
+        self.assertEqual(run("diff", changed, self.path / "hf")[0], 1)
 
     def test_holdfast_has_the_same_tensors(self):
         file = self.write("x.safetensors", safetensors(self.tensors, {"format": "pt", "tied": "wte"}))

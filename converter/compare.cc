@@ -44,6 +44,33 @@ std::map<Key, uint32_t> StatesOf(const ForeignIndex& index,
   return states;
 }
 
+// What a side does not have, and may have had: it has lost something, or holds something that
+// nobody here can read. That is told by name where the other side knows the name, too; else it may
+// be anything.
+class Absences {
+ public:
+  Absences(const ForeignIndex& of, const ForeignIndex& other) : has_lost_(!of.losses.empty()) {
+    for (const Unreadable& each : of.unreadable) unreadable_.insert(each.name);
+    if (unreadable_.empty()) return;
+    std::set<std::string_view> unknown = unreadable_;
+    for (const TensorState& state : other.tensor_states) unknown.erase(state.tensor);
+    for (const Unreadable& each : other.unreadable) unknown.erase(each.name);
+    hides_something_ = !unknown.empty();
+  }
+
+  // Why it cannot be said that the side does not have this tensor; empty: it has not.
+  std::string_view WhyUnknown(std::string_view tensor) const {
+    if (has_lost_) return "which has lost something";
+    if (unreadable_.contains(tensor)) return "where it cannot be read";
+    return hides_something_ ? "which holds something that cannot be read" : "";
+  }
+
+ private:
+  const bool has_lost_;
+  bool hides_something_ = false;
+  std::set<std::string_view> unreadable_;
+};
+
 class Comparer {
  public:
   Comparer(const CompareSide& a, const CompareSide& b,
@@ -52,7 +79,9 @@ class Comparer {
         b_(b),
         progress_(progress),
         a_reader_(a.folder, a.index),
-        b_reader_(b.folder, b.index) {}
+        b_reader_(b.folder, b.index),
+        absent_in_a_(a.index, b.index),
+        absent_in_b_(b.index, a.index) {}
 
   absl::StatusOr<Comparison> Run() {
     std::set<std::string_view> ambiguous = Ambiguous(a_.index);
@@ -68,7 +97,7 @@ class Comparer {
     for (const auto& [key, number] : in_a) {
       for (; b != in_b.end() && b->first < key; ++b) OnlyInB(b->second);
       if (b == in_b.end() || b->first != key) {
-        Add({Comparison::Kind::kOnlyInA, a_.index.tensor_states[number], std::nullopt, {}});
+        OnlyInA(number);
         continue;
       }
       RETURN_IF_ERROR(CompareStates(number, b->second));
@@ -87,8 +116,25 @@ class Comparer {
     return x.dtype == y.dtype && x.shape == y.shape;
   }
 
+  void OnlyInA(uint32_t number) {
+    const TensorState& state = a_.index.tensor_states[number];
+    if (IsUnknown("A", state, "B", absent_in_b_)) return;
+    Add({Comparison::Kind::kOnlyInA, state, std::nullopt, {}});
+  }
   void OnlyInB(uint32_t number) {
-    Add({Comparison::Kind::kOnlyInB, std::nullopt, b_.index.tensor_states[number], {}});
+    const TensorState& state = b_.index.tensor_states[number];
+    if (IsUnknown("B", state, "A", absent_in_a_)) return;
+    Add({Comparison::Kind::kOnlyInB, std::nullopt, state, {}});
+  }
+
+  // Whether nobody can say that the other side does not have it; it is named then.
+  bool IsUnknown(std::string_view side, const TensorState& state, std::string_view other,
+                 const Absences& absences) {
+    const std::string_view why = absences.WhyUnknown(state.tensor);
+    if (why.empty()) return false;
+    result_.not_compared.push_back(
+        absl::StrFormat("%s: %s: not found in %s, %s", side, Describe(state), other, why));
+    return true;
   }
 
   void NameWhatIsNotCompared(std::string_view side, const ForeignIndex& index) {
@@ -122,8 +168,12 @@ class Comparer {
       const uint64_t end = std::min(elements, begin + step);
       a_bytes_.resize((end - begin) * element_bytes);
       b_bytes_.resize(a_bytes_.size());
-      RETURN_IF_ERROR(a_reader_.ReadRange(a, begin, end, a_bytes_));
-      RETURN_IF_ERROR(b_reader_.ReadRange(b, begin, end, b_bytes_));
+      const absl::Status status = ReadBoth(a, b, begin, end);
+      if (absl::IsDataLoss(status)) {
+        result_.not_compared.emplace_back(status.message());
+        return absl::OkStatus();
+      }
+      RETURN_IF_ERROR(status);
       found += CompareElements(x.dtype, a_bytes_, b_bytes_, begin);
       done_ += 2 * a_bytes_.size();
       if (progress_ != nullptr && !progress_(done_, total_)) {
@@ -138,11 +188,23 @@ class Comparer {
     return absl::OkStatus();
   }
 
+  absl::Status ReadBoth(uint32_t a, uint32_t b, uint64_t begin, uint64_t end) {
+    const auto named = [](const char* side, const absl::Status& status) {
+      return absl::Status(status.code(), absl::StrFormat("%s: %s", side, status.message()));
+    };
+    const absl::Status of_a = a_reader_.ReadRange(a, begin, end, a_bytes_);
+    if (!of_a.ok()) return named("A", of_a);
+    const absl::Status of_b = b_reader_.ReadRange(b, begin, end, b_bytes_);
+    return of_b.ok() ? of_b : named("B", of_b);
+  }
+
   const CompareSide& a_;
   const CompareSide& b_;
   const std::function<bool(uint64_t, uint64_t)>& progress_;
   WholeTensorReader a_reader_;
   WholeTensorReader b_reader_;
+  const Absences absent_in_a_;
+  const Absences absent_in_b_;
   Comparison result_;
   uint64_t total_ = 0;
   uint64_t done_ = 0;

@@ -35,7 +35,8 @@ struct Comparison {
   uint64_t equal_count = 0;
   uint64_t different_count = 0;
   std::vector<Difference> differences;  // by (tensor, state)
-  // In words: what one of the two holds and nobody here can read, or has lost.
+  // In words: what one of the two holds and nobody here can read, or has lost in part or whole; and
+  // what only the other has, where it may be among that.
   std::vector<std::string> not_compared;
   bool different() const { return different_count > 0; }
   bool equal() const { return !different() && not_compared.empty(); }
@@ -48,9 +49,11 @@ struct CompareSide {
 
 // Tensor states are the same by tensor and state; the states param, buffer, tensor, other, rng and
 // ema count as one, because not every format says which of them a tensor is. If one side has
-// two of those for a name, they count as they are written. Equal: dtype, shape and all bits.
-// `progress`: bytes read and to read; false stops: kCancelled. Errors: kDataLoss (of one of the
-// checkpoints: an element is missing, a file damaged), those of reading.
+// two of those for a name, they count as they are written. Equal: dtype, shape and all bits. What a
+// side does not have is no difference if that side has lost something, or holds something that
+// cannot be read and may be it.
+// `progress`: bytes read and to read; false stops: kCancelled. A tensor of which an element is
+// missing, or a file damaged, is not compared. Errors: those of reading.
 absl::StatusOr<Comparison> Compare(const CompareSide& a, const CompareSide& b,
                                    const std::function<bool(uint64_t, uint64_t)>& progress);
 
