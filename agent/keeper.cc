@@ -47,9 +47,11 @@ Keeper::Keeper(Start start, const KeeperLimits& limits, const Clock& clock)
       worker_pidfd_(std::move(start.worker_pidfd)),
       worker_started_(clock.Elapsed()),
       start_at_(clock.Elapsed()) {
-  for (KeptDescriptor& kept : start.descriptors) {
-    descriptors_[kept.name] = std::move(kept.fd);
-  }
+  for (KeptDescriptor& kept : start.descriptors) Hold(kept.name, std::move(kept.fd));
+}
+
+void Keeper::Hold(const std::string& name, UniqueFd fd) {
+  descriptors_[name] = {next_order_++, std::move(fd)};
 }
 
 int Keeper::Run() {
@@ -92,7 +94,9 @@ void Keeper::StartWorker() {
     request.kill_plan = std::move(worker_kill_plans_.front());
     worker_kill_plans_.pop_front();
   }
-  for (const auto& [name, fd] : descriptors_) request.descriptors.push_back({name, fd.get()});
+  std::map<uint64_t, NamedFd> in_order;
+  for (const auto& [name, held] : descriptors_) in_order[held.order] = {name, held.fd.get()};
+  for (const auto& [order, one] : in_order) request.descriptors.push_back(one);
   KillPoint("keeper.worker_starting");
   absl::StatusOr<StartedPeer> started = StartPeer(request);
   KillPoint("keeper.worker_started");
@@ -131,7 +135,7 @@ bool Keeper::ReadMessages() {
     ChannelMessage& message = **received;
     switch (message.type) {
       case ChannelMessage::Type::kKeep:
-        descriptors_[message.name] = std::move(message.fd);
+        Hold(message.name, std::move(message.fd));
         break;
       case ChannelMessage::Type::kDrop:
         descriptors_.erase(message.name);

@@ -64,6 +64,7 @@ class Keeper {
 
  private:
   absl::Duration TimeUntilNextDeadline() const;
+  void Hold(const std::string& name, UniqueFd fd);
   void StartWorker();
   // False when nothing waits any more.
   bool ReadMessages();
@@ -74,7 +75,13 @@ class Keeper {
   const KeeperLimits limits_;
   const Clock& clock_;
   ServiceManager service_manager_;
-  std::map<std::string, UniqueFd> descriptors_;
+  // In the order in which they came, which the next worker must know (ServiceManager).
+  struct Held {
+    uint64_t order = 0;
+    UniqueFd fd;
+  };
+  std::map<std::string, Held> descriptors_;
+  uint64_t next_order_ = 0;
   std::deque<std::string> worker_kill_plans_;
 
   UniqueFd channel_;

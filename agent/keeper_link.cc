@@ -73,7 +73,9 @@ void KeeperLink::Keep(const std::string& name, int fd) {
 
 void KeeperLink::Drop(const std::string& name) {
   if (descriptors_.erase(name) == 0) return;
-  if (service_manager_ != nullptr) service_manager_->Drop(name);
+  if (service_manager_ != nullptr) {
+    service_manager_->Drop(name, [this](const std::string& waiting) { return Find(waiting); });
+  }
   if (!keeper_pidfd_) return;
   const absl::Status sent = SendDrop(channel_.get(), name, limits_.send_deadline);
   KillPoint("drop.sent");

@@ -126,6 +126,8 @@ void TakeDescriptors(const std::string& count_text, const std::string& names_tex
                                  std::string(fits.message()))});
     }
   }
+  // systemd gives the newest first.
+  std::reverse(start.descriptors.begin(), start.descriptors.end());
 }
 
 absl::StatusOr<UniqueFd> ConnectToManager(const std::string& path) {
@@ -197,25 +199,42 @@ void ServiceManager::Watchdog() { Say("WATCHDOG=1"); }
 
 void ServiceManager::Keep(const std::string& name, int fd) {
   if (!keeps_descriptors() || !IsForServiceManager(name)) return;
-  const size_t bytes = name.size() + 1;
-  if (kept_.size() >= unit_.descriptors_max || kept_names_bytes_ + bytes > kKeptNamesBytesMax) {
-    if (!std::exchange(told_full_, true)) {
-      LogWarning(absl::StrFormat(
-          "systemd keeps %d descriptors for this unit (FileDescriptorStoreMax) with names of %d "
-          "bytes at most: from %s on they are lost if keeper and worker die at once",
-          unit_.descriptors_max, kKeptNamesBytesMax, name));
-    }
-    return;
+  if (kept_.contains(name)) return Store(name, fd);
+  if (waiting_.empty() && HasRoomFor(name)) return Store(name, fd);
+  waiting_.push_back(name);
+  if (!std::exchange(told_full_, true)) {
+    LogWarning(absl::StrFormat(
+        "systemd keeps %d descriptors for this unit (FileDescriptorStoreMax) with names of %d "
+        "bytes at most: from %s on they are lost if keeper and worker die at once, before others "
+        "make room",
+        unit_.descriptors_max, kKeptNamesBytesMax, name));
   }
-  if (kept_.insert(name).second) kept_names_bytes_ += bytes;
-  // Without FDPOLL=0 systemd would close a pipe or socket whose other end is gone.
-  Say(absl::StrCat("FDSTORE=1\nFDPOLL=0\nFDNAME=", name), fd);
 }
 
-void ServiceManager::Drop(const std::string& name) {
+void ServiceManager::Drop(const std::string& name, const Lookup& lookup) {
   if (!keeps_descriptors() || name.empty() || !IsOneLine(name)) return;
-  if (kept_.erase(name) > 0) kept_names_bytes_ -= name.size() + 1;
+  if (kept_.erase(name) > 0) {
+    kept_names_bytes_ -= name.size() + 1;
+    for (; !waiting_.empty() && HasRoomFor(waiting_.front()); waiting_.pop_front()) {
+      const int fd = lookup ? lookup(waiting_.front()) : -1;
+      if (fd >= 0) Store(waiting_.front(), fd);
+    }
+  } else {
+    std::erase(waiting_, name);
+  }
+  // Also of what we do not know: it may be there from an earlier life.
   Say(absl::StrCat("FDSTOREREMOVE=1\nFDNAME=", name));
+}
+
+bool ServiceManager::HasRoomFor(const std::string& name) const {
+  return kept_.size() + 1 < unit_.descriptors_max &&
+         kept_names_bytes_ + name.size() + 1 <= kKeptNamesBytesMax;
+}
+
+void ServiceManager::Store(const std::string& name, int fd) {
+  if (kept_.insert(name).second) kept_names_bytes_ += name.size() + 1;
+  // Without FDPOLL=0 systemd would close a pipe or socket whose other end is gone.
+  Say(absl::StrCat("FDSTORE=1\nFDPOLL=0\nFDNAME=", name), fd);
 }
 
 void ServiceManager::AwaitAllRead() {

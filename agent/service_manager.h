@@ -8,8 +8,8 @@
 // waits for its start) are not kept.
 //
 // Invariant: at any instant the store, with what lies in systemd's queue, holds what Keep() was
-// called for and Drop() was not, in the order of the calls: whoever is given a part of it is where
-// a worker that died a moment earlier would have left its successor. Therefore:
+// called for and Drop() was not, in the order of the calls, up to some call: whoever is given that
+// is where a worker that died a moment earlier would have left its successor. Therefore:
 //   1. KeeperLink keeps in the keeper first, then here, and drops here first: a worker that dies in
 //      between leaves to the next one what is missing here, because
 //   2. a worker that starts keeps everything that it was given; systemd ignores what it has.
@@ -17,11 +17,15 @@
 //      when all that it had said was read (AwaitAllRead).
 //   4. A worker dies with its keeper (DieWithParent), which is the unit's main process: systemd
 //      starts the next one with the store as it was then, and nobody has added to it since.
+//   5. Where the store is full, nothing newer is kept before what is waiting, in its order. One
+//      place is left free, so that the next is in the store before what makes room for it goes.
 #ifndef HOLDFAST_AGENT_SERVICE_MANAGER_H_
 #define HOLDFAST_AGENT_SERVICE_MANAGER_H_
 
 #include <cstddef>
 #include <cstdint>
+#include <deque>
+#include <functional>
 #include <set>
 #include <string>
 #include <utility>
@@ -83,13 +87,19 @@ class ServiceManager {
   void Stopping();
   void Watchdog();
 
-  // Keeps a duplicate, unless the store is full: then that is in the log, once.
+  // Keeps a duplicate. If the store is full (its last place is not used), or if others wait, it
+  // waits until those before it have been dropped or kept; that is in the log, once.
   void Keep(const std::string& name, int fd);
-  void Drop(const std::string& name);
+  // The descriptor that was kept as `name`, borrowed; -1: there is none any more.
+  using Lookup = std::function<int(const std::string& name)>;
+  // `lookup`: for those that have waited for the room.
+  void Drop(const std::string& name, const Lookup& lookup = nullptr);
   // Returns when everything that any process of the agent has said was read, or at a deadline.
   void AwaitAllRead();
 
  private:
+  bool HasRoomFor(const std::string& name) const;
+  void Store(const std::string& name, int fd);
   void Say(const std::string& text, int fd = -1);
   absl::Status Send(const std::string& text, int fd, absl::Duration deadline);
 
@@ -98,6 +108,7 @@ class ServiceManager {
   bool is_deaf_ = false;  // the last message could not be sent
   std::set<std::string> kept_;
   size_t kept_names_bytes_ = 0;
+  std::deque<std::string> waiting_;  // for room, the oldest first
   bool told_full_ = false;
 };
 
