@@ -114,6 +114,21 @@ void Device::StallFlush(absl::Duration duration) {
   changed_.SignalAll();
 }
 
+void Device::GoOn() {
+  {
+    MutexLock lock(mutex_);
+    const Deadline now = Clock::now();
+    if (!computing_.empty()) computes_until_ = now;
+    hang_next_ = absl::ZeroDuration();
+    flush_stalls_until_ = now;
+    for (auto& [id, stream] : streams_) {
+      if (stream.front().hangs_until != Deadline{}) stream.front().hangs_until = now;
+    }
+    kicked_ = true;
+  }
+  changed_.SignalAll();
+}
+
 void Device::Run() {
   pthread_setname_np(pthread_self(), "device");
   MutexLock lock(mutex_);

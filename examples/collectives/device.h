@@ -62,8 +62,10 @@ class Device {
   // Faults.
   // The next operation to begin stands still in its middle for so long.
   void HangNextOperation(absl::Duration duration);
-  // For so long nothing is flushed; zero: it is again.
+  // For so long nothing is flushed.
   void StallFlush(absl::Duration duration);
+  // Ends these, and the computing that it is at, however long they were to take.
+  void GoOn();
 
  private:
   struct Computing {

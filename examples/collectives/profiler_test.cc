@@ -260,7 +260,7 @@ WaitState StateOf(pid_t pid, uint32_t rank, SlotDirection direction) {
 // Looks until it is so, or until a deadline that a right program never meets.
 template <typename Condition>
 bool Eventually(const Condition& condition) {
-  const Deadline deadline = std::chrono::steady_clock::now() + std::chrono::seconds(30);
+  const Deadline deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
   while (!condition()) {
     if (std::chrono::steady_clock::now() > deadline) return false;
     static_cast<void>(poll(nullptr, 0, 1));
@@ -284,8 +284,7 @@ TEST(WaitStates, AComputingDeviceMakesItsSenderWaitForItAndTheReceiverForData) {
   RunRanks(world, [&](Context& context, uint32_t rank) {
     auto pair = *context.CreateCommunicator("pair");
     std::vector<std::byte> data(1000);
-    const Handle computed =
-        rank == 0 ? context.device().Compute(absl::Milliseconds(500)) : pair->Barrier();
+    const Handle computed = rank == 0 ? context.device().Compute(absl::Hours(1)) : pair->Barrier();
     const Handle barrier = rank == 0 ? pair->Barrier() : computed;
     const Handle moved = rank == 0 ? pair->Send(data, 1) : pair->Receive(data, 0);
     if (rank == 0) {
@@ -294,6 +293,7 @@ TEST(WaitStates, AComputingDeviceMakesItsSenderWaitForItAndTheReceiverForData) {
       EXPECT_TRUE(EventuallyShows(1, SlotDirection::kReceive, WaitState::kReceiveWait));
     }
     seen.arrive_and_wait();
+    if (rank == 0) context.device().GoOn();
     for (const Handle& handle : {computed, barrier, moved}) EXPECT_TRUE(handle.Wait().ok());
   });
 }
@@ -327,11 +327,11 @@ TEST(WaitStates, AStalledFlushAndAComputingDeviceMakeTheReceiverWaitForThem) {
       if (state == WaitState::kReceiveFlushWait) {
         context.device().StallFlush(absl::Hours(1));
       } else {
-        context.device().Compute(absl::Milliseconds(500));
+        context.device().Compute(absl::Hours(1));
       }
       const Handle received = pair->Receive(data, 0);
       EXPECT_TRUE(EventuallyShows(1, SlotDirection::kReceive, state));
-      context.device().StallFlush(absl::ZeroDuration());
+      context.device().GoOn();
       EXPECT_TRUE(received.Wait().ok());
     }
   });
@@ -395,7 +395,7 @@ TEST(WaitStates, ADeviceThatStandsStillInAnAllReduceIsNamedByTheBoardsAlone) {
     std::latch named(kSize);
     RunRanks(world, [&](Context& context, uint32_t rank) {
       auto ring = *context.CreateCommunicator(absl::StrCat("ring", victim));
-      if (rank == victim) context.device().HangNextOperation(absl::Milliseconds(700));
+      if (rank == victim) context.device().HangNextOperation(absl::Hours(1));
       std::vector<int64_t> data = Filled<int64_t>(rank, 1000);
       const Handle reduced = ring->AllReduce(std::span(data));
       if (rank == 0) {
@@ -412,6 +412,7 @@ TEST(WaitStates, ADeviceThatStandsStillInAnAllReduceIsNamedByTheBoardsAlone) {
             << victim;
       }
       named.arrive_and_wait();
+      if (rank == victim) context.device().GoOn();
       EXPECT_TRUE(reduced.Wait().ok());
       EXPECT_EQ(data, Sum<int64_t>(kSize, 1000));
     });
@@ -437,15 +438,12 @@ TEST(Idle, EightRanksThatWaitForOneUseNextToNoCpu) {
     EXPECT_TRUE(all->Barrier().Wait().ok());
     std::vector<int64_t> data(10'000, 1);
     if (rank == 0) {
-      // Rank 0 does not come. The others are as far as they get when nothing has moved for 50 ms.
-      double before = -1;
-      for (double now = cpu_ms(); now - before > 1; now = cpu_ms()) {
-        before = now;
-        static_cast<void>(poll(nullptr, 0, 50));
-      }
-      before = cpu_ms();
-      static_cast<void>(poll(nullptr, 0, 500));
-      EXPECT_LT(cpu_ms() - before, 25) << "of 500 ms";
+      // Rank 0 does not come. Whoever is not as far as it gets yet may still have work to do.
+      EXPECT_TRUE(Eventually([&] {
+        const double before = cpu_ms();
+        static_cast<void>(poll(nullptr, 0, 500));
+        return cpu_ms() - before < 25;
+      })) << "of 500 ms";
       measured.count_down();
     }
     if (rank == 0) measured.wait();

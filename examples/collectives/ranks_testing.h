@@ -26,8 +26,8 @@ struct World {
     options.master_port = LocalEndpoint(listener)->port;
     options.chunk_bytes = 64;
     options.token = "test";
-    options.rendezvous_timeout = absl::Seconds(60);
-    options.operation_timeout = absl::Seconds(60);
+    options.rendezvous_timeout = absl::Seconds(120);
+    options.operation_timeout = absl::Seconds(120);
   }
   Options ForRank(uint32_t rank) {
     Options result = options;

@@ -24,7 +24,7 @@ inline void RunRanks(
   options.world_size = world_size;
   options.master_port = collectives::LocalEndpoint(listener)->port;
   options.token = "test";
-  options.operation_timeout = absl::Seconds(60);
+  options.operation_timeout = absl::Seconds(120);
   std::vector<std::thread> threads;
   for (uint32_t rank = 0; rank < world_size; ++rank) {
     options.rank = rank;
