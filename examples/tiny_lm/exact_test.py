@@ -57,7 +57,10 @@ def local_addresses(pid):
     """Of all TCP sockets of a process."""
     inodes = set()
     for descriptor in pathlib.Path('/proc/%d/fd' % pid).iterdir():
-        target = os.readlink(descriptor)
+        try:
+            target = os.readlink(descriptor)
+        except FileNotFoundError:  # closed since
+            continue
         if target.startswith('socket:['):
             inodes.add(target[len('socket:['):-1])
     found = set()
