@@ -32,7 +32,7 @@ using ::testing::Field;
 using ::testing::HasSubstr;
 
 constexpr char kToken[] = "0123456789abcdef0123456789abcdef";
-constexpr absl::Duration kLong = absl::Seconds(20);
+constexpr absl::Duration kLong = absl::Seconds(60);
 constexpr absl::Duration kShort = absl::Milliseconds(100);
 
 Identity Rank(uint32_t rank, const std::string& token = kToken, uint32_t node_count = 4) {
