@@ -4,6 +4,7 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <poll.h>
 #include <signal.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
@@ -17,6 +18,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
+#include "base/clock.h"
 #include "monitor/witness/gpu.h"
 #include "monitor/witness/stacks.h"
 #include "tests/support/temporary_directory.h"
@@ -43,7 +45,7 @@ absl::StatusOr<std::string> RunOne(const std::vector<std::string>& arguments,
   for (;;) pause();
 }
 
-// A child that stands in StandHere, until it goes.
+// A child that stands in StandHere, asleep, until it goes.
 class StandingChild {
  public:
   StandingChild() {
@@ -60,6 +62,7 @@ class StandingChild {
     CHECK(read(ends[0], &byte, 1) == 1);
     close(ends[0]);
     close(ends[1]);
+    AwaitState('S');  // it has written: what it sleeps in is the pause
   }
   ~StandingChild() {
     kill(pid_, SIGKILL);
@@ -69,6 +72,14 @@ class StandingChild {
   std::string Status() const {
     std::ifstream file(absl::StrCat("/proc/", pid_, "/status"));
     return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+  }
+  // Whoever was held and is let go runs for a moment before it sleeps, or is stopped, again.
+  void AwaitState(char state) const {
+    const absl::Duration end = RealClock().Elapsed() + kPatience;
+    while (Status().find(absl::StrCat("State:\t", std::string(1, state))) == std::string::npos) {
+      ASSERT_LT(RealClock().Elapsed(), end) << Status();
+      poll(nullptr, 0, 1);
+    }
   }
 
  private:
@@ -87,7 +98,7 @@ TEST(HelperTest, NativeStacksNameFunctionAndModule) {
   EXPECT_THAT(threads[0].frames, Contains(HasSubstr("pause (libc.so.6)"))) << *text;
   EXPECT_THAT(*text, HasSubstr("# held "));
   // It goes on as before, and nobody holds it.
-  EXPECT_THAT(child.Status(), HasSubstr("State:\tS"));
+  child.AwaitState('S');
   EXPECT_THAT(child.Status(), HasSubstr("TracerPid:\t0"));
 }
 
@@ -98,7 +109,7 @@ TEST(HelperTest, AStoppedProcessStaysStopped) {
   const auto text = RunOne({"stacks", absl::StrCat(child.pid())});
   ASSERT_TRUE(text.ok()) << text.status().ToString();
   EXPECT_THAT(*text, HasSubstr("StandHere"));
-  EXPECT_THAT(child.Status(), HasSubstr("State:\tT"));
+  child.AwaitState('T');
 }
 
 TEST(HelperTest, WhatCannotBeLookedAtIsSaid) {
