@@ -10,10 +10,11 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 import unittest
 
 from holdfast import monitor
-from support import Place, board, communicator
+from support import DEADLINE_SECONDS, Place, board, communicator
 
 DAEMON, COMMAND = sys.argv[1:3]
 del sys.argv[1:3]
@@ -104,7 +105,10 @@ class MonitorTest(unittest.TestCase):
         self.addCleanup(trainer.stdin.close)
         self.addCleanup(trainer.stdout.close)
         self.assertEqual(trainer.stdout.readline(), "entered\n")
-        board_, = self.status(variables)
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while not (boards := self.status(variables)):  # the process does not wait for a busy agent
+            self.assertLess(time.monotonic(), deadline)
+        board_, = boards
         self.assertEqual((board_["job"], board_["rank"], board_["node"], board_["alive"],
                           board_["process_id"]), ("watched", 3, "n5", True, trainer.pid))
         trainer.send_signal(signal.SIGKILL)

@@ -144,14 +144,21 @@ class WitnessTest(unittest.TestCase):
         self.assertEqual(job["job"], "asked")
         return {witness["source"]: witness for witness in job["witnesses"]}, job["testimonies"]
 
+    def ask_until(self, words):
+        """Until the stacks' witness says so: whoever waits for a processor answers too late, and is asked again."""
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while words not in (answer := self.ask())[0]["stacks"]["why"]:
+            self.assertLess(time.monotonic(), deadline, answer)
+            time.sleep(6)  # nobody is asked twice within 5 s
+        return answer
+
     def of(self, testimonies, claim):
         return [testimony for testimony in testimonies if testimony["claim"] == claim]
 
     @unittest.skipIf(TORCH, "the part with torch")
     def test_stacks_name_the_odd_one_and_who_is_absent_is_said(self):
         self.start_ranks(PLAIN)
-        witnesses, testimonies = self.ask()
-        self.assertIn(f"Python's of {RANKS}", witnesses["stacks"]["why"])
+        witnesses, testimonies = self.ask_until(f"Python's of {RANKS}")
         odd, = self.of(testimonies, "odd-stack")
         self.assertEqual(odd["ranks"], [1])
         self.assertIn("waits_for_data", odd["sentence"])
@@ -172,9 +179,8 @@ class WitnessTest(unittest.TestCase):
     def test_a_rank_that_cannot_answer_is_named(self):
         self.start_ranks(PLAIN)
         self.ranks[2].send_signal(signal.SIGSTOP)
-        witnesses, _ = self.ask()
+        witnesses, _ = self.ask_until(f"native stacks of {RANKS} ranks, Python's of {RANKS - 1}")
         self.assertIn("rank 2: no answer within 2s", witnesses["flight-recorder"]["why"])
-        self.assertIn(f"native stacks of {RANKS} ranks, Python's of {RANKS - 1}", witnesses["stacks"]["why"])
         self.ranks[2].send_signal(signal.SIGCONT)
 
     @unittest.skipIf(TORCH, "the part with torch")
