@@ -88,8 +88,8 @@ class JobsTest(unittest.TestCase):
                          ('waiting for approval', asked.group(2), True))
         # It can be copied and run.
         self.holdfast(*shlex.split(asked.group(2))[1:])
-        _, lines = self.until_first_line(r'^RUNNING ')
-        self.assertRegex('\n'.join(lines), r'Last: rank 1 .* ago: resumed\.')
+        self.until_first_line(r'^RUNNING ')
+        wait_until(lambda: re.search(r'Last: rank 1 .* ago: resumed\.', self.holdfast()), 'the first new step')
 
         why = json.loads(self.holdfast('why', '--json'))
         self.assertEqual(len(why['incidents']), 1)

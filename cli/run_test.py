@@ -121,8 +121,11 @@ class Job:
     def rank_pid(self, rank):
         """The child of the rank's shim; of the newest launch, None while it has none."""
         for path in sorted(self.place.glob('run/*/runs/test/launch-*/rank-%d/shim' % rank))[-1:]:
-            shim = int(path.read_text())
-            children = pathlib.Path('/proc/%d/task/%d/children' % (shim, shim)).read_text().split()
+            try:
+                shim = int(path.read_text())
+                children = pathlib.Path('/proc/%d/task/%d/children' % (shim, shim)).read_text().split()
+            except (FileNotFoundError, ProcessLookupError, ValueError):  # it has gone, or is not there yet
+                return None
             return int(children[0]) if children else None
         return None
 
@@ -130,6 +133,12 @@ class Job:
 def tiny_lm(*flags, save_every=4, steps=STEPS):
     return [TINY_LM, '--corpus', CORPUS, '--check-restore', '--save-wait-ms', '20000', '--steps',
             str(steps), '--save-every', str(save_every), *flags]
+
+
+def slow_at_first(milliseconds, attempts=1):
+    """Around a command: steps that the test must not miss are slow, those of the attempts after that are not."""
+    return ('sh', '-c', 'ms=5; [ $TORCHELASTIC_RESTART_COUNT -lt %d ] && ms=%d; exec "$@" --device-ms $ms' %
+            (attempts, milliseconds), 'sh')
 
 
 def undisturbed():
@@ -253,9 +262,10 @@ class RunTest(RunCase):
     # ---- Deaths
 
     def test_a_killed_rank_costs_no_step_and_no_bit(self):
-        job = Job(self.place, '--nproc-per-node', '4', '--', *tiny_lm('--zero', '1', '--device-ms', '60'))
+        job = Job(self.place, '--nproc-per-node', '4', '--', *slow_at_first(150, 2), *tiny_lm('--zero', '1'))
         for attempt in range(2):
-            at = self.random.randrange(5, 12)
+            # From step 6 on everybody has what it was to save of step 4: it comes before the update of step 5.
+            at = self.random.randrange(6, 12)
             victim = self.random.randrange(4)
             wait_until(lambda: job.last_step(attempt) >= at * (attempt + 1), 'step %d' % at)
             os.kill(wait_until(lambda: job.rank_pid(victim), 'the rank'), signal.SIGKILL)
@@ -330,13 +340,15 @@ class RunTest(RunCase):
     def test_silence_is_found_without_the_monitor_by_the_time_out(self):
         faults = pathlib.Path(self.place, 'faults')
         faults.write_text('never-enter rank=1 from_step=30\n')
+        go = pathlib.Path(self.place, 'go')
         job = Job(self.place, '--nproc-per-node', '2', '--', 'sh', '-c',
                   'if [ $TORCHELASTIC_RESTART_COUNT = 0 ]; then exec "$@" --faults %s; fi; '
-                  'exec "$@"' % faults, 'sh', *tiny_lm('--device-ms', '20'),
-                  config=RECOVERY + 'hang_timeout = "4s"\n')
+                  'until [ -e %s ]; do sleep 0.01; done; exec "$@"' % (faults, go), 'sh',
+                  *tiny_lm('--device-ms', '20'), config=RECOVERY + 'hang_timeout = "4s"\n')
         wait_until(lambda: 'beyond the time-out of ' in job.errors.read_text(), 'the time-out')
         done = subprocess.run([HOLDFAST, '--json', 'why'], env=job.variables, capture_output=True,
                               text=True, timeout=TIMEOUT_SECONDS)
+        go.touch()
         status, _, errors = job.finish()
         self.assertEqual(status, 0, errors + job.errors_of_ranks())
         self.assertEqual(job.losses(), self.reference)
@@ -347,7 +359,7 @@ class RunTest(RunCase):
     def test_an_xid_takes_the_gpu_of_its_process_out_of_use_until_it_is_readmitted(self):
         log = pathlib.Path(self.place, 'kernel.log')
         log.write_text('')
-        job = Job(self.place, '--nproc-per-node', '2', '--', *tiny_lm('--device-ms', '40'),
+        job = Job(self.place, '--nproc-per-node', '2', '--', *slow_at_first(200), *tiny_lm(),
                   config='kernel_log = "%s"\n%scapacity_wait = "1h"\n' % (log, RECOVERY), HOLDFAST_NODE='n1')
         wait_until(lambda: job.last_step(0) >= 10, 'step 10')
         victim = wait_until(lambda: job.rank_pid(1), 'the rank')
@@ -470,7 +482,7 @@ class RunTest(RunCase):
     def test_a_signal_saves_and_ends_with_75_and_the_job_goes_on_from_there(self):
         # No save of its own would come before the end.
         job = Job(self.place, '--nproc-per-node', '2', '--',
-                  *tiny_lm('--device-ms', '40', save_every=0))
+                  *tiny_lm('--device-ms', '150', save_every=0))
         wait_until(lambda: job.last_step(0) >= 15, 'step 15')
         job.process.send_signal(signal.SIGTERM)
         status, _, errors = job.finish()
