@@ -24,18 +24,21 @@ NODES = 3
 SLOW_BITS = net.RATE_BITS // 8
 # Far more than the bursts of both queues, so that the rate decides.
 PROBE_BYTES = 1 << 20
+# No fault makes a pair faster: it is as fast as it was once. Whoever waits for a processor, as this process may, is slower.
+TRIES = 10
+PATIENCE = 60  # seconds
 
 
 def listener(network, node):
     with net.inside(network.namespace(node)):
         server = socket.create_server((network.address(node), 0))
-    server.settimeout(10)
+    server.settimeout(PATIENCE)
     return server
 
 
 def connect(network, sender, server):
     with net.inside(network.namespace(sender)):
-        return socket.create_connection(server.getsockname(), timeout=10)
+        return socket.create_connection(server.getsockname(), timeout=PATIENCE)
 
 
 def pair(network, sender, receiver):
@@ -43,7 +46,7 @@ def pair(network, sender, receiver):
     with listener(network, receiver) as server:
         near = connect(network, sender, server)
         far, _ = server.accept()
-    far.settimeout(10)
+    far.settimeout(PATIENCE)
     return near, far
 
 
@@ -64,11 +67,15 @@ def rate_bits(network, sender, receiver):
     return count * 8 / took
 
 
+def reaches(network, sender, receiver, bits):
+    return any(rate_bits(network, sender, receiver) > bits for _ in range(TRIES))
+
+
 def slow_pairs(network):
-    """The pairs that reach less than half of a healthy NIC's rate."""
+    """The pairs that never reach half of a healthy NIC's rate."""
     return {(sender, receiver)
             for sender in range(NODES) for receiver in range(NODES) if sender != receiver
-            if rate_bits(network, sender, receiver) < net.RATE_BITS / 2}
+            if not reaches(network, sender, receiver, net.RATE_BITS / 2)}
 
 
 class NetworkTest(unittest.TestCase):
@@ -89,18 +96,21 @@ class NetworkTest(unittest.TestCase):
             with self.subTest(what):
                 begin()
                 self.assertEqual(slow_pairs(self.network), expected)
-                slowest = min(rate_bits(self.network, *one) for one in expected)
-                self.assertGreater(slowest, SLOW_BITS * 0.6)  # slow, not cut
+                for one in expected:  # slow, not cut
+                    self.assertTrue(reaches(self.network, *one, SLOW_BITS * 0.6), one)
                 self.network.heal()
                 self.assertEqual(slow_pairs(self.network), set(), "healed")
 
-    def arrives(self, near, far):
+    def assert_arrives(self, near, far):
+        near.sendall(b"x")
+        self.assertEqual(far.recv(1), b"x")
+
+    def assert_does_not_arrive(self, near, far):
         near.sendall(b"x")
         far.settimeout(0.5)
-        try:
-            return far.recv(1) == b"x"
-        except TimeoutError:
-            return False
+        with self.assertRaises(TimeoutError):
+            far.recv(1)
+        far.settimeout(PATIENCE)
 
     def test_a_cut_is_one_way_or_both_and_heals(self):
         for both in (False, True):
@@ -108,15 +118,14 @@ class NetworkTest(unittest.TestCase):
                 near, far = pair(self.network, 0, 1)
                 near_of_other, far_of_other = pair(self.network, 0, 2)
                 with near, far, near_of_other, far_of_other:
-                    self.assertTrue(self.arrives(near, far))
+                    self.assert_arrives(near, far)
                     (self.network.cut_both_ways if both else self.network.cut)(0, 1)
                     # Data first in the direction that is open: once node 0 has sent what nobody
                     # acknowledges, node 1 would hear nothing either.
-                    self.assertEqual(self.arrives(far, near), not both)
-                    self.assertFalse(self.arrives(near, far))
-                    self.assertTrue(self.arrives(near_of_other, far_of_other))
+                    (self.assert_does_not_arrive if both else self.assert_arrives)(far, near)
+                    self.assert_does_not_arrive(near, far)
+                    self.assert_arrives(near_of_other, far_of_other)
                     self.network.heal()
-                    far.settimeout(20)
                     self.assertEqual(far.recv(1), b"x", "sent again once the path is whole")
 
     def test_networks_side_by_side_do_not_meet(self):
