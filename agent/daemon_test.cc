@@ -41,7 +41,7 @@ namespace {
 using nlohmann::json;
 using ::testing::HasSubstr;
 
-constexpr absl::Duration kDeadline = absl::Seconds(30);
+constexpr absl::Duration kDeadline = absl::Seconds(120);
 
 bool WaitUntil(const std::function<bool()>& holds) {
   const absl::Duration end = RealClock().Elapsed() + kDeadline;

@@ -210,9 +210,9 @@ class LocalServerTest : public ::testing::Test {
     }
   }
 
-  // Runs the loop until `holds`; false after 20 s.
+  // Runs the loop until `holds`; false after a minute.
   bool PumpUntil(const std::function<bool()>& holds) {
-    const absl::Duration end = RealClock().Elapsed() + absl::Seconds(20);
+    const absl::Duration end = RealClock().Elapsed() + absl::Seconds(60);
     while (!holds()) {
       if (RealClock().Elapsed() > end) return false;
       Pump(1);

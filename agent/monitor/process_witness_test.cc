@@ -83,7 +83,7 @@ class Child {
 };
 
 bool WaitUntil(const std::function<bool()>& holds) {
-  const absl::Duration end = RealClock().Elapsed() + absl::Seconds(20);
+  const absl::Duration end = RealClock().Elapsed() + absl::Seconds(60);
   while (!holds()) {
     if (RealClock().Elapsed() > end) return false;
     poll(nullptr, 0, 2);

@@ -34,7 +34,7 @@
 namespace holdfast {
 namespace {
 
-constexpr absl::Duration kPatience = absl::Seconds(30);
+constexpr absl::Duration kPatience = absl::Seconds(120);
 
 std::string Contents(const std::string& path) {
   std::ifstream file(path);
