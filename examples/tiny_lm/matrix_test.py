@@ -39,7 +39,7 @@ LAYOUTS = (
 class MatrixTest(unittest.TestCase):
     def run_ok(self, name, layout, steps, *flags):
         world, layout_flags = layout
-        environment = {'HOLDFAST_LINGER': '10s'}
+        environment = {'HOLDFAST_LINGER': '60s'}  # until the next run has come
         if not self.from_memory:  # no run finds the agent of the one before
             environment = {'HOLDFAST_RUNTIME_DIR': os.path.join(self.place, 'agent-of-' + name),
                            'HOLDFAST_LINGER': '0s'}

@@ -14,7 +14,7 @@ COMMUNICATOR_BYTES = 1536
 
 
 class Place:
-    """A directory with a root and a runtime directory; its agent ends soon after the last rank."""
+    """A directory with a root and a runtime directory; its agent ends with the test."""
 
     def __init__(self, add_cleanup, daemon):
         self._directory = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
@@ -33,7 +33,7 @@ class Place:
         variables.update(
             HOLDFAST_LIBRARY=os.environ["HOLDFAST_LIBRARY"], HOLDFASTD=self.daemon,
             HOLDFAST_RUNTIME_DIR=str(self.runtime), HOLDFAST_ROOT=str(self.root),
-            HOLDFAST_HOST_MEMORY="256MiB", HOLDFAST_LINGER="1s", **more)
+            HOLDFAST_HOST_MEMORY="256MiB", HOLDFAST_LINGER="60s", **more)
         return variables
 
     def use(self):
