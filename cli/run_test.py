@@ -356,6 +356,26 @@ class RunTest(RunCase):
         self.assertEqual(shown['of'], 'heartbeat')
         self.assertGreaterEqual(shown['seconds'], 4)
 
+    def test_a_stopped_rank_that_nobody_watches_is_found_by_the_silence_of_all_and_costs_no_bit(self):
+        job = Job(self.place, '--nproc-per-node', '2', '--', *tiny_lm('--device-ms', '40'),
+                  config=RECOVERY + 'hang_timeout = "3s"\nstop_wait = "500ms"\nevidence_wait = "1s"\n')
+        wait_until(lambda: job.last_step(0) >= 10, 'step 10')
+        os.kill(wait_until(lambda: job.rank_pid(1), 'the rank'), signal.SIGSTOP)
+        status, _, errors = job.finish()
+        self.assertEqual(status, 0, errors + job.errors_of_ranks())
+        self.assertEqual(job.losses(), self.reference)
+        self.assertIn(', and as long rank ', errors)
+        # Which of them stands nobody can say, and no GPU is to blame. (A machine that itself stands still for so long
+        # looks the same.)
+        shown = subprocess.run([HOLDFAST, '--json', 'why'], env=job.variables, capture_output=True, text=True,
+                               timeout=TIMEOUT_SECONDS)
+        incidents = json.loads(shown.stdout)['incidents']
+        self.assertEqual({(one['cause'], one['what'], len(one['suspects']), one['action']) for one in incidents},
+                         {('hang', 'all ranks silent', 0, 'restart in place')}, incidents)
+        self.assertEqual(incidents[-1]['outcome'], 'resumed', incidents)
+        self.assertFalse(pathlib.Path(self.place, 'state/holdfast/lemons.json').exists())
+        print(errors.splitlines()[-1])
+
     def test_an_xid_takes_the_gpu_of_its_process_out_of_use_until_it_is_readmitted(self):
         log = pathlib.Path(self.place, 'kernel.log')
         log.write_text('')

@@ -267,8 +267,12 @@ void Machine::Take(const RankExited& exited) {
 }
 
 void Machine::Take(const RankTimedOut& timed_out) {
-  RankRecord* const record = Living(timed_out.launch, timed_out.rank);
-  if (record != nullptr) record->silent_since = h_.now - std::min(h_.now, Whole(timed_out.silent));
+  const absl::Duration since = h_.now - std::min(h_.now, Whole(timed_out.silent));
+  const auto note = [&](Rank rank) {
+    if (RankRecord* const record = Living(timed_out.launch, rank)) record->silent_since = since;
+  };
+  note(timed_out.rank);
+  for (const Rank rank : timed_out.with) note(rank);
 }
 
 void Machine::Take(const RankBeats& beats) {

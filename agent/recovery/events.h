@@ -91,12 +91,16 @@ struct RankExited {
   Exit exit;
 };
 // No heartbeat, or no end of a section, within the learned time-out.
+// `with`: who has given no sign of life for about as long, whatever its own time-out; so that with
+// one rank that stands, and the others that wait for it, no moment names the one that was looked at
+// first.
 struct RankTimedOut {
   Launch launch{};
   Rank rank{};
   std::string section;  // empty: the heartbeat
   absl::Duration silent;
   absl::Duration timeout;
+  std::vector<Rank> with = {};
 };
 struct RankBeats {  // it was late, and is there again
   Launch launch{};

@@ -313,6 +313,61 @@ TEST(PolicyTable, AHeartbeatBeyondItsTimeoutNeedsNoMonitor) {
   EXPECT_THAT(Only<StopRanks>(job.Evidence()), SizeIs(1));
 }
 
+// Told in one event, or one after the other.
+TEST(PolicyTable, WhenAllRanksAreSilentNobodyIsNamedAndNoGpuIsBlamed) {
+  for (const bool at_once : {true, false}) {
+    SCOPED_TRACE(at_once);
+    TestJob job = Training();
+    for (int again = 0; again < 2; ++again) {
+      const Launch launch = job.history().launch;
+      std::vector<Action> actions;
+      RankTimedOut late{launch, Rank{0}, "", absl::Seconds(60), absl::Seconds(60), {}};
+      if (at_once) {
+        late.with = {Rank{1}, Rank{2}, Rank{3}};
+        actions = job.Tell(late);
+        const std::vector<CollectEvidence> asked = Only<CollectEvidence>(actions);
+        ASSERT_THAT(asked, SizeIs(1));
+        EXPECT_THAT(asked[0].suspects, IsEmpty());
+      } else {
+        for (uint32_t r = 0; r < 4; ++r) {
+          late.rank = Rank{r};
+          TestJob::Append(actions, job.Tell(late));
+        }
+      }
+      ASSERT_TRUE(job.history().incident.has_value());
+      const Incident& incident = *job.history().incident;
+      EXPECT_EQ(incident.cause, Cause::kHang);
+      EXPECT_THAT(incident.suspects, IsEmpty());
+      EXPECT_EQ(incident.what, "all ranks silent");
+      EXPECT_EQ(incident.sentence,
+                "All ranks are silent: no sign of life from any of 4 within the time-out.");
+      EXPECT_EQ(incident.confidence_permille, 0);
+      EXPECT_EQ(incident.action, "restart in place");
+      // However often it happens.
+      TestJob::Append(actions, job.Evidence());
+      TestJob::Append(actions, job.AllDie());
+      TestJob::Append(actions, job.Wait(absl::Minutes(10)));
+      EXPECT_THAT(Only<RecordLemon>(actions), IsEmpty());
+      const std::vector<StartRanks> starts = Only<StartRanks>(actions);
+      ASSERT_THAT(starts, SizeIs(1));
+      EXPECT_THAT(Indices(starts[0].placement), ElementsAre(0, 1, 2, 3));
+      job.ComeUp(200);
+    }
+  }
+}
+
+TEST(PolicyTable, OneRankThatIsSilentWhileTheOthersGoOnIsTheOne) {
+  TestJob job = Training();
+  job.Tell(RankTimedOut{Launch{1}, Rank{2}, "", absl::Seconds(60), absl::Seconds(60), {}});
+  ASSERT_THAT(job.history().incident->suspects, SizeIs(1));
+  EXPECT_EQ(job.history().incident->suspects[0].rank, Rank{2});
+  // With a second one it is neither.
+  job.Tell(RankTimedOut{Launch{1}, Rank{0}, "", absl::Seconds(60), absl::Seconds(60), {}});
+  EXPECT_THAT(job.history().incident->suspects, IsEmpty());
+  EXPECT_EQ(job.history().incident->sentence,
+            "No sign of life from ranks 0, 2 within the time-out.");
+}
+
 TEST(PolicyTable, AHeartbeatThatComesAfterAllEndsTheIncident) {
   TestJob job = Training();
   job.Tell(RankTimedOut{Launch{1}, Rank{3}, "", absl::Seconds(60), absl::Seconds(60)});

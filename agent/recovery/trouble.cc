@@ -252,10 +252,12 @@ void FindTimeouts(const Settings& settings, const History& history, std::vector<
   absl::Duration since = history.now;
   bool steps = history.start_time.has_value();
   std::vector<uint32_t> late;
+  size_t living = 0;
   for (uint32_t r = 0; r < history.ranks.size(); ++r) {
     const RankRecord& rank = history.ranks[r];
     steps = steps || rank.phase == RankPhase::kStepping;
     if (!IsAlive(rank)) continue;
+    ++living;
     if (rank.phase != RankPhase::kStepping) late.push_back(r);
     if (!rank.silent_since.has_value()) continue;
     silent.push_back(r);
@@ -271,12 +273,18 @@ void FindTimeouts(const Settings& settings, const History& history, std::vector<
   Trouble trouble;
   trouble.cause = Cause::kHang;
   if (!silent.empty()) {
-    trouble.what = "no heartbeat within the time-out";
-    trouble.sentence =
-        absl::StrCat("No sign of life from ", names(silent), " within the time-out.");
+    if (silent.size() == living && living > 1) {
+      trouble.what = "all ranks silent";
+      trouble.sentence = absl::StrFormat(
+          "All ranks are silent: no sign of life from any of %d within the time-out.", living);
+    } else {
+      trouble.what = "no heartbeat within the time-out";
+      trouble.sentence =
+          absl::StrCat("No sign of life from ", names(silent), " within the time-out.");
+    }
     trouble.act_at = history.now;
     trouble.onset = since;
-    // With one silent rank among several it is the one.
+    // One that is silent while the others go on (RankTimedOut) is the one.
     if (silent.size() == 1 && history.ranks.size() > 1) {
       trouble.suspects.push_back(SuspectOf(history, Rank{silent[0]}, Rank{silent[0]}));
     }

@@ -3,6 +3,7 @@
 #define HOLDFAST_AGENT_RUN_MONITOR_TOLD_H_
 
 #include <algorithm>
+#include <cstdint>
 #include <optional>
 
 #include "absl/time/time.h"
@@ -36,7 +37,9 @@ inline decltype(recovery::Event::what) ToldOf(const SilenceWatch::Said& said,
                                               recovery::Launch launch) {
   const Rank rank{said.rank};
   if (!said.is_late) return recovery::RankBeats{launch, rank};
-  return recovery::RankTimedOut{launch, rank, said.section, said.silent, said.timeout};
+  recovery::RankTimedOut late{launch, rank, said.section, said.silent, said.timeout, {}};
+  for (const uint32_t other : said.with) late.with.push_back(Rank{other});
+  return late;
 }
 
 // How much of the job the monitor sees, as far as silence is concerned; none: nobody has said.

@@ -1,10 +1,12 @@
 #include "agent/run/silence_watch.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "agent/monitor/sections.h"
 #include "agent/recovery/text.h"
 
@@ -81,40 +83,71 @@ std::vector<SilenceWatch::Said> SilenceWatch::Look(absl::Duration now,
   if (engine == Engine::kWorks || passed > thresholds_.receiver_gap_max) Forgive(passed);
   std::vector<Said> said;
   for (const Rank& rank : ranks) {
-    const auto [at, is_new] = ranks_.try_emplace(rank.rank);
-    State& state = at->second;
-    if (is_new) {
-      state.heartbeat_count = rank.heartbeat_count;
-      state.since = now;
-    }
-    bool has_come = false;
-    if (TakeSections(state, rank, now)) {
-      state.since = now;
-      has_come = true;
-    }
-    const auto pause = std::find_if(state.sections.begin(), state.sections.end(),
-                                    [](const Section& section) { return IsPause(section.name); });
-    const bool pauses = pause != state.sections.end();
-    if (rank.heartbeat_count != state.heartbeat_count) {
-      // How long the first step takes says nothing of the others.
-      const bool counts = state.is_clean && !pauses && state.heartbeat_count >= 2;
-      if (counts) heartbeats_.Add(now - state.since);
-      state.heartbeat_count = rank.heartbeat_count;
-      state.since = now;
-      state.is_clean = true;
-      has_come = true;
-    }
-    if (has_come && std::exchange(state.is_late, false))
-      said.push_back({rank.rank, false, "", {}, {}});
-    if (pauses) state.is_clean = false;
-    if (state.heartbeat_count < 2 || state.is_late) continue;
-    const absl::Duration since = pauses ? std::max(pause->since, state.since) : state.since;
-    const Timeout timeout = pauses ? OfPause(pause->name) : OfHeartbeat();
-    if (now - since < timeout.timeout) continue;
+    if (TakeSigns(rank, now)) said.push_back({rank.rank, false, "", {}, {}});
+  }
+  // Once all that they have said is known.
+  for (const Rank& rank : ranks) {
+    State& state = ranks_.at(rank.rank);
+    std::optional<Said> late = LatenessOf(rank.rank, state, now);
+    if (!late.has_value()) continue;
     state.is_late = true;
-    said.push_back({rank.rank, true, timeout.section, now - since, timeout.timeout});
+    for (const Rank& other : ranks) {
+      State& its = ranks_.at(other.rank);
+      if (its.is_late || now - its.last_sign() < late->silent / 2) continue;
+      its.is_late = true;
+      late->with.push_back(other.rank);
+    }
+    said.push_back(*std::move(late));
   }
   return said;
+}
+
+// Whether one that was late is there again.
+bool SilenceWatch::TakeSigns(const Rank& rank, absl::Duration now) {
+  const auto [at, is_new] = ranks_.try_emplace(rank.rank);
+  State& state = at->second;
+  if (is_new) {
+    state.heartbeat_count = rank.heartbeat_count;
+    state.since = now;
+  }
+  bool has_come = false;
+  if (TakeSections(state, rank, now)) {
+    state.since = now;
+    has_come = true;
+  }
+  const bool pauses = PauseOf(state) != nullptr;
+  if (rank.heartbeat_count != state.heartbeat_count) {
+    // How long the first step takes says nothing of the others.
+    const bool counts = state.is_clean && !pauses && state.heartbeat_count >= 2;
+    if (counts) heartbeats_.Add(now - state.since);
+    state.heartbeat_count = rank.heartbeat_count;
+    state.since = now;
+    state.is_clean = true;
+    has_come = true;
+  }
+  if (pauses) state.is_clean = false;
+  return has_come && std::exchange(state.is_late, false);
+}
+
+std::optional<SilenceWatch::Said> SilenceWatch::LatenessOf(uint32_t rank, const State& state,
+                                                           absl::Duration now) const {
+  if (state.heartbeat_count < 2 || state.is_late) return std::nullopt;
+  const Section* const pause = PauseOf(state);
+  const absl::Duration since = pause != nullptr ? std::max(pause->since, state.since) : state.since;
+  const Timeout timeout = pause != nullptr ? OfPause(pause->name) : OfHeartbeat();
+  if (now - since < timeout.timeout) return std::nullopt;
+  return Said{rank, true, timeout.section, now - since, timeout.timeout};
+}
+
+// The outermost; null: none.
+const SilenceWatch::Section* SilenceWatch::PauseOf(const State& state) {
+  const auto pause = std::find_if(state.sections.begin(), state.sections.end(),
+                                  [](const Section& section) { return IsPause(section.name); });
+  return pause == state.sections.end() ? nullptr : &*pause;
+}
+
+absl::Duration SilenceWatch::State::last_sign() const {
+  return sections.empty() ? since : std::max(since, sections.back().since);
 }
 
 std::vector<SilenceWatch::Timeout> SilenceWatch::timeouts() const {
@@ -133,11 +166,20 @@ std::vector<SilenceWatch::Rank> OpenRanks(const std::vector<Engine::RankProgress
 
 std::string SentenceOf(const SilenceWatch::Said& said) {
   if (!said.is_late) return absl::StrFormat("rank %d is there again", said.rank);
+  std::string others;
+  if (!said.with.empty()) {
+    constexpr size_t kNamedMax = 8;
+    const size_t named = std::min(said.with.size(), kNamedMax);
+    others = absl::StrFormat(
+        ", and as long rank%s %s%s", said.with.size() == 1 ? "" : "s",
+        absl::StrJoin(said.with.begin(), said.with.begin() + static_cast<ptrdiff_t>(named), ", "),
+        named < said.with.size() ? ", ..." : "");
+  }
   return absl::StrFormat(
-      "rank %d has been silent for %s%s, beyond the time-out of %s", said.rank,
+      "rank %d has been silent for %s%s, beyond the time-out of %s%s", said.rank,
       recovery::DurationText(said.silent),
       said.section.empty() ? "" : absl::StrCat(" in section \"", said.section, "\""),
-      recovery::DurationText(said.timeout));
+      recovery::DurationText(said.timeout), others);
 }
 
 }  // namespace holdfast

@@ -11,6 +11,10 @@
 // Where the monitor sees the job, it is given kMonitorFirst more: it has the same time-outs, comes
 // to them a little later, and says who it is.
 //
+// One that stands makes all others wait for it, and their heartbeats stop within the same step. So
+// whoever has given no sign of life in the second half of a late one's silence is late with it,
+// told at once: only a rank that is late alone is the one.
+//
 // No silence: a rank that has not yet beaten twice in its launch (it may never beat again); time
 // that the engine takes (a restore, a capture), and time in which nobody looked.
 #ifndef HOLDFAST_AGENT_RUN_SILENCE_WATCH_H_
@@ -54,6 +58,7 @@ class SilenceWatch {
     std::string section;    // of a late one: the pause; empty: no heartbeat
     absl::Duration silent;  // of a late one, as the next
     absl::Duration timeout;
+    std::vector<uint32_t> with = {};  // that are late with it
     friend bool operator==(const Said&, const Said&) = default;
   };
   // What holds for all of them.
@@ -89,8 +94,13 @@ class SilenceWatch {
     bool is_clean = false;  // no pause since the last heartbeat
     std::vector<Section> sections;
     bool is_late = false;
+    absl::Duration last_sign() const;
   };
+  // Of a rank that is not late: what is beyond its time-out.
+  std::optional<Said> LatenessOf(uint32_t rank, const State& state, absl::Duration now) const;
   void Forgive(absl::Duration passed);
+  bool TakeSigns(const Rank& rank, absl::Duration now);
+  static const Section* PauseOf(const State& state);
   bool TakeSections(State& state, const Rank& rank, absl::Duration now);
   Timeout TimeoutOf(const std::string& section, const Learned& learned) const;
   Timeout OfHeartbeat() const;

@@ -100,6 +100,84 @@ TEST(SilenceWatch, TheMonitorIsGivenTheFirstWord) {
   EXPECT_EQ(rank.watch_.timeouts()[0].timeout, timeout);
 }
 
+// Three ranks in step, until at second 100 one stands; then the others stop within a step of it.
+struct Group {
+  SilenceWatch watch{{}, absl::Seconds(10)};
+  std::vector<SilenceWatch::Rank> ranks = {{0, 0, {}}, {1, 0, {}}, {2, 0, {}}};
+
+  // `beats`: whether a rank gives a sign of life in that second. Returns what was said, and leaves
+  // the time at the first thing that was.
+  template <typename Beats>
+  std::vector<Said> Until(int end, Beats beats) {
+    for (; second < end; ++second) {
+      for (SilenceWatch::Rank& rank : ranks) rank.heartbeat_count += beats(rank.rank, second);
+      std::vector<Said> said =
+          watch.Look(absl::Seconds(second), ranks, Engine::kIdle, SilenceWatch::Monitor::kBlind);
+      if (!said.empty()) return said;
+    }
+    return {};
+  }
+  int second = 0;
+};
+
+TEST(SilenceWatch, WhenAllFallSilentNobodyIsLateFirst) {
+  // Whoever stands, and however its last heartbeat lies before those of the others.
+  for (const uint32_t stands : {0u, 1u, 2u}) {
+    for (const int ahead : {0, 1, 3}) {
+      Group group;
+      const std::vector<Said> said = group.Until(200, [&](uint32_t rank, int second) {
+        return second < (rank == stands ? 100 : 100 + ahead);
+      });
+      ASSERT_THAT(said, testing::SizeIs(1));
+      EXPECT_EQ(said[0].rank, ahead == 0 ? 0 : stands);
+      std::vector<uint32_t> others = {0, 1, 2};
+      std::erase(others, said[0].rank);
+      EXPECT_EQ(said[0].with, others);
+      // No further word, until they are there again: each of them.
+      ++group.second;
+      EXPECT_THAT(group.Until(500, [](uint32_t, int) { return false; }), IsEmpty());
+      const std::vector<Said> back = group.Until(501, [](uint32_t, int) { return true; });
+      EXPECT_EQ(back, (std::vector<Said>{
+                          {0, false, "", {}, {}}, {1, false, "", {}, {}}, {2, false, "", {}, {}}}));
+    }
+  }
+}
+
+TEST(SilenceWatch, WhoIsSilentWhileTheOthersGoOnIsLateAlone) {
+  Group group;
+  const std::vector<Said> said =
+      group.Until(200, [](uint32_t rank, int second) { return rank != 1 || second < 100; });
+  EXPECT_EQ(said, (std::vector<Said>{{1, true, "", absl::Seconds(10), absl::Seconds(10)}}));
+  EXPECT_EQ(SentenceOf(said.at(0)), "rank 1 has been silent for 10 s, beyond the time-out of 10 s");
+}
+
+// Of ranks that never tell a heartbeat nobody knows whether they go on.
+TEST(SilenceWatch, TheOnlyOneThatTellsHeartbeatsIsNotTheOne) {
+  Group group;
+  const std::vector<Said> said =
+      group.Until(200, [](uint32_t rank, int second) { return rank == 0 && second < 100; });
+  ASSERT_THAT(said, testing::SizeIs(1));
+  EXPECT_THAT(said[0].with, ElementsAre(1, 2));
+  EXPECT_EQ(SentenceOf(said[0]),
+            "rank 0 has been silent for 10 s, beyond the time-out of 10 s, and as long ranks 1, 2");
+}
+
+// It has a longer time-out of its own, and the others wait for it.
+TEST(SilenceWatch, WhoIsInAPauseIsNoReasonToNameWhoWaits) {
+  Group group;
+  EXPECT_THAT(group.Until(100, [](uint32_t, int) { return true; }), IsEmpty());
+  group.ranks[2].sections = {"evaluation"};
+  const std::vector<Said> said = group.Until(200, [](uint32_t, int) { return false; });
+  ASSERT_THAT(said, testing::SizeIs(1));
+  EXPECT_THAT(said[0].with, ElementsAre(1, 2));
+  // But a sign of life in time is one.
+  Group other;
+  EXPECT_THAT(other.Until(100, [](uint32_t, int) { return true; }), IsEmpty());
+  EXPECT_THAT(other.Until(107, [](uint32_t, int) { return false; }), IsEmpty());
+  other.ranks[2].sections = {"evaluation"};
+  EXPECT_THAT(other.Until(200, [](uint32_t, int) { return false; }).at(0).with, ElementsAre(1));
+}
+
 TEST(SilenceWatch, WhoHasNotBeatenTwiceIsNeverLate) {
   Watched rank;
   EXPECT_THAT(rank.After(absl::Hours(24)), IsEmpty());
