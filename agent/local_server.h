@@ -30,6 +30,7 @@
 namespace holdfast {
 
 class RunService;
+class Sidecar;
 
 // Threads: the event loop's.
 // Lifetime: engine, loop and listener outlive it; engine callbacks that come after it is gone are
@@ -52,6 +53,8 @@ class LocalServer {
     MonitorService* monitor_service = nullptr;
     // Who carries out kRun and kRunCommand; outlives the server. Null: kUnimplemented.
     RunService* run_service = nullptr;
+    // Who knows what happened to jobs of other launchers; outlives the server. Null: nobody.
+    const Sidecar* sidecar = nullptr;
     // Gets what launchers say of ended ranks. Empty: every kRankExit is kUnimplemented.
     std::function<void(RankExit)> take_exit = nullptr;
     // Processes that wait to be asked; outlives the server. Null: every kWitness is kUnimplemented.

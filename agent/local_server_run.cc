@@ -1,12 +1,18 @@
 // LocalServer: what concerns `holdfast run`. The command hands over what to run (kRun), hears of it
 // until it is over, and any client of the user asks and orders (kRunCommand).
+#include <algorithm>
+#include <cstdint>
 #include <memory>
+#include <string>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "agent/local_server.h"
 #include "agent/process.h"
 #include "agent/run/fields.h"
 #include "agent/run/run_service.h"
+#include "agent/run/sidecar.h"
 #include "base/status_macros.h"
 #include "checkpoint/shared_mapping.h"
 
@@ -49,7 +55,16 @@ void LocalServer::HandleRunCommand(ConnectionId id, const Packet& packet) {
     ASSIGN_OR_RETURN(const abi::RunCommand command, BodyAs<abi::RunCommand>(packet, 0));
     ASSIGN_OR_RETURN(const std::string job, TextField("job", command.job));
     ASSIGN_OR_RETURN(const std::string text, TextField("text", command.text));
-    return options_.run_service->Command(command.kind, job, command.number, text);
+    absl::StatusOr<std::string> state =
+        options_.run_service->Command(command.kind, job, command.number, text);
+    if (!absl::IsNotFound(state.status()) || options_.sidecar == nullptr) return state;
+    const Attempt of{static_cast<uint32_t>(std::min<uint64_t>(command.number, UINT32_MAX))};
+    absl::StatusOr<std::string> watched = options_.sidecar->WhyJson(job, of);
+    if (absl::IsNotFound(watched.status())) return state;
+    if (!watched.ok() || command.kind == abi::RunCommandKind::kView) return watched;
+    return absl::FailedPreconditionError(
+        absl::StrFormat("%s was started by another launcher, which alone starts and stops it",
+                        job.empty() ? "the job" : absl::StrCat("job ", job)));
   }();
   if (!answer.ok()) return AnswerError(id, packet.type, packet.request_id, answer.status());
   AnswerText(id, packet.type, packet.request_id, *answer);

@@ -259,6 +259,7 @@ absl::Status Worker::BuildEngine() {
   RETURN_IF_ERROR(MakeRunService());
   RETURN_IF_ERROR(MakeSidecar());
   server_options.run_service = run_service_.get();
+  server_options.sidecar = sidecar_.get();
   auto_saves_ = std::make_unique<AutoSaves>(
       AutoSaves::World{*loop_, clock_, [this] { return JobsNow(JobSourcesOf(EngineStatus())); },
                        [this](const std::string& job, const std::string& key) {
@@ -319,18 +320,32 @@ absl::Status Worker::MakeSidecar() {
 }
 
 // Those that have a board, and those that have only opened a job: their heartbeats are seen.
-std::vector<MonitorBoards::Process> Worker::RankProcesses() const {
-  std::vector<MonitorBoards::Process> processes = monitor_boards_->Processes();
+std::vector<Sidecar::Process> Worker::RankProcesses() const {
+  // Of whoever connected. A number that is another one's by now is not that one's any more.
+  std::map<uint32_t, int> pidfds;
+  for (const SessionId session : engine_->sessions()) {
+    const int pidfd = engine_->process_fd(session);
+    if (const pid_t number = PidOf(pidfd); number > 0) {
+      pidfds[static_cast<uint32_t>(number)] = pidfd;
+    }
+  }
+  for (const auto& board : monitor_boards_->boards()) {
+    if (board->alive) pidfds[board->offer.process_id] = board->offer.process.get();
+  }
+  std::vector<Sidecar::Process> processes;
   std::set<uint32_t> known;
-  for (const MonitorBoards::Process& process : processes) known.insert(process.process_id);
-  for (Engine::OpenSession& session : engine_->open_sessions()) {
-    if (session.process_id == 0 || !known.insert(session.process_id).second) continue;
-    processes.push_back({std::move(session.job),
-                         std::move(session.attempt_key),
-                         Value(session.rank),
-                         session.world_size,
-                         session.process_id,
-                         {}});
+  const auto add = [&](const std::string& job, const std::string& attempt_key, uint32_t rank,
+                       uint32_t world_size, uint32_t process_id) {
+    const auto pidfd = pidfds.find(process_id);
+    if (pidfd == pidfds.end() || !known.insert(process_id).second) return;
+    processes.push_back({job, attempt_key, rank, world_size, process_id, pidfd->second});
+  };
+  for (const MonitorBoards::Process& process : monitor_boards_->Processes()) {
+    add(process.job, process.attempt_key, process.rank, process.world_size, process.process_id);
+  }
+  for (const Engine::OpenSession& session : engine_->open_sessions()) {
+    add(session.job, session.attempt_key, Value(session.rank), session.world_size,
+        session.process_id);
   }
   return processes;
 }

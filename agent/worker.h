@@ -67,7 +67,7 @@ class Worker {
   absl::Status AddWitnesses(LocalServer::Options& server_options);
   absl::Status MakeRunService();
   absl::Status MakeSidecar();
-  std::vector<MonitorBoards::Process> RankProcesses() const;
+  std::vector<Sidecar::Process> RankProcesses() const;
   EvidenceWorld EvidenceSources();
   void Recovered();
   void WatchSignals();

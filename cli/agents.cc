@@ -113,6 +113,10 @@ std::string FirstLineOf(const PastJob& job) {
     return recovery::FirstLine(recovery::Settings(), job.history,
                                job.history.now - absl::Microseconds(job.history.clock_offset_us));
   }
+  // The sidecar has left it: of its attempts it says nothing (agent/run/sidecar.h).
+  if (job.history.phase == recovery::Phase::kIdle) {
+    return "NO AGENT. Another launcher's job, for which no agent answers now. You: nothing.";
+  }
   return absl::StrCat("NO AGENT. When last heard of it was ",
                       std::string(recovery::Name(job.history.state)),
                       "; no agent answers for it now. You: nothing.");

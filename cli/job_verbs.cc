@@ -40,9 +40,13 @@ struct JobOptions {
   std::string gpu;
 };
 
-// The one agent that has a run that is meant. Errors: kNotFound (none), kInvalidArgument (several:
-// they are named), kUnavailable (the one that was named does not answer).
-absl::StatusOr<std::string> FindAgent(const JobOptions& options) {
+// Jobs of another launcher can be explained, and nothing else.
+enum class Jobs { kOfRuns, kAll };
+
+// The one agent that has a job that is meant. Errors: kNotFound (none), kInvalidArgument (several:
+// they are named), kFailedPrecondition (it is another launcher's), kUnavailable (the one that was
+// named does not answer).
+absl::StatusOr<std::string> FindAgent(const JobOptions& options, Jobs which) {
   std::vector<std::string> found;
   std::vector<std::string> jobs;
   absl::Status last = absl::NotFoundError("no run of this user is under way on this machine");
@@ -55,8 +59,14 @@ absl::StatusOr<std::string> FindAgent(const JobOptions& options) {
       continue;
     }
     const nlohmann::json view = nlohmann::json::parse(*state, nullptr, false);
+    const std::string job = view.is_object() ? view.value("job", "") : "";
+    if (which == Jobs::kOfRuns && view.is_object() && !view.value("supervised", true)) {
+      last = absl::FailedPreconditionError(absl::StrFormat(
+          "job %s was started by another launcher, which alone starts and stops it", job));
+      continue;
+    }
     found.push_back(socket);
-    if (view.is_object()) jobs.push_back(view.value("job", ""));
+    jobs.push_back(job);
   }
   if (found.size() == 1) return found.front();
   if (found.empty()) return last;
@@ -66,7 +76,9 @@ absl::StatusOr<std::string> FindAgent(const JobOptions& options) {
 
 ExitCode Give(const JobOptions& options, bool as_json,
               const std::function<void(const nlohmann::json&)>& print) {
-  const absl::StatusOr<std::string> socket = FindAgent(options);
+  const bool explains = options.order.kind == abi::RunCommandKind::kView;
+  const absl::StatusOr<std::string> socket =
+      FindAgent(options, explains ? Jobs::kAll : Jobs::kOfRuns);
   if (!socket.ok()) return Report(socket.status());
   RunOrder order = options.order;
   order.job = options.choice.job;
@@ -102,7 +114,7 @@ void PrintWhy(const nlohmann::json& view) {
 
 // By the agent, or, where it is gone with its run, by what it has left on disk.
 ExitCode Why(const JobOptions& options, bool as_json) {
-  const absl::StatusOr<std::string> socket = FindAgent(options);
+  const absl::StatusOr<std::string> socket = FindAgent(options, Jobs::kAll);
   if (socket.ok()) {
     return Give(options, as_json, [](const nlohmann::json& view) {
       PrintState(view);
@@ -182,9 +194,17 @@ struct MarkOptions {
 
 // Of the checkpoints of that step that a run may go back to, the oldest first; there is one.
 absl::StatusOr<std::vector<std::string>> DirectoriesOf(const JobOptions& job, uint64_t step) {
-  ASSIGN_OR_RETURN(const std::string socket, FindAgent(job));
-  ASSIGN_OR_RETURN(const std::string state,
-                   OrderRun(socket, {abi::RunCommandKind::kView, job.choice.job, 0, ""}, kTimeout));
+  const absl::StatusOr<std::string> socket = FindAgent(job, Jobs::kOfRuns);
+  if (absl::IsFailedPrecondition(socket.status())) {
+    return absl::FailedPreconditionError(
+        absl::StrFormat("step %d: expected one of a job of `holdfast run`, or a checkpoint's "
+                        "directory: %s",
+                        step, std::string(socket.status().message())));
+  }
+  RETURN_IF_ERROR(socket.status());
+  ASSIGN_OR_RETURN(
+      const std::string state,
+      OrderRun(*socket, {abi::RunCommandKind::kView, job.choice.job, 0, ""}, kTimeout));
   const nlohmann::json view = nlohmann::json::parse(state, nullptr, false);
   if (!view.is_object()) return absl::InternalError("the agent's answer is no JSON object");
   std::vector<std::string> directories;

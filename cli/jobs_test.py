@@ -159,23 +159,60 @@ class JobsTest(unittest.TestCase):
             self.holdfast('stop', '--job', name)
             self.assertEqual(job.finish()[0], 75)
 
-    def test_a_job_of_another_launcher_has_a_screen_too(self):
+    def trainer(self, **variables):
+        """A rank that nobody has started but us: under a private agent of its own."""
         variables = dict(self.environment(), HOLDFASTD=HOLDFASTD, HOLDFAST_JOB='solo', RANK='0',
                          LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='1',
                          HOLDFAST_ROOT=self.place + '/root', HOLDFAST_MONITOR='off',
-                         HOLDFAST_HOST_MEMORY='256MiB')
+                         HOLDFAST_HOST_MEMORY='256MiB', **variables)
         with open(self.place + '/output', 'w', encoding='utf-8') as output:
             trainer = subprocess.Popen(
                 [TINY_LM, '--corpus', CORPUS, '--steps', '1000000', '--save-every', '4',
                  '--device-ms', '20'], env=variables, stdout=output, stderr=output)
         self.addCleanup(trainer.wait)
         self.addCleanup(trainer.kill)
+        return trainer
+
+    def test_a_job_of_another_launcher_has_a_screen_too(self):
+        trainer = self.trainer()
         _, lines = self.until_first_line(
             r'^RUNNING\. Step [0-9,]+\. Its own launcher restarts it\. You: nothing\.$')
         self.assertRegex(lines[1], r'^Attempt 1, 1 of 1 ranks open here; newest checkpoint: ')
         self.assertIn('The monitor is blind', lines[2])
         trainer.kill()
         self.until_first_line(r'^NOT RUNNING\. No rank is open\. You: nothing\.$')
+
+    def test_of_another_launchers_job_holdfast_explains_what_it_did_and_gives_no_orders(self):
+        configuration = self.place + '/holdfast.toml'
+        pathlib.Path(configuration).write_text('[recovery]\nhang_timeout = "5s"\nevidence_wait = "1s"\n',
+                                               encoding='utf-8')
+        variables = {'HOLDFAST_SIDECAR': 'act', 'HOLDFAST_CONFIG': configuration, 'HOLDFAST_LINGER': '1h'}
+        trainer = self.trainer(HOLDFAST_ATTEMPT_KEY='run/1', **variables)
+        self.until_first_line(r'^RUNNING\. Step [0-9,]+\. Its own launcher restarts it, after a hang because a rank is '
+                              r'killed\. You: nothing\.$')
+        wait_until(lambda: 'newest checkpoint: step' in self.holdfast(), 'a checkpoint')
+        for order in (['stop'], ['save'], ['hold', '1h'], ['approve', 'p1'], ['readmit', '0'],
+                      ['stop', '--job', 'solo']):
+            self.assertIn('job solo was started by another launcher', self.holdfast(*order, status=1))
+        self.assertIn("a checkpoint's directory", self.holdfast('mark-bad', '4', status=1))
+        os.kill(trainer.pid, signal.SIGSTOP)
+        self.assertEqual(trainer.wait(run_test.TIMEOUT_SECONDS), -signal.SIGKILL)
+        # We are the launcher.
+        self.trainer(HOLDFAST_ATTEMPT_KEY='run/2', **variables)
+
+        def resumed():
+            why = json.loads(self.holdfast('why', '--json'))
+            return why['incidents'][-1]['outcome'] == 'resumed' and why
+        why = wait_until(resumed, 'the first new step')
+        self.assertFalse(why['supervised'])
+        seconds = why['incidents'][-1]['seconds']
+        self.assertEqual([phase for phase in PHASES if seconds[phase] is None], [], seconds)
+        self.assertAlmostEqual(sum(seconds[phase] for phase in PHASES) + seconds['lost'], seconds['total'], 5)
+        text = self.holdfast('why')
+        self.assertRegex(text, r'^job solo: ')
+        self.assertRegex(text, r'\nIncident 1, attempt 1, 20.* UTC: no heartbeat within the time-out\.\n')
+        self.assertRegex(text, r'\n  Done: restart in place, from step [0-9,]+, .* done again; resumed\.\n')
+        print(text)
 
 
 if __name__ == '__main__':

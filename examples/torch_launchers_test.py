@@ -185,6 +185,11 @@ class TorchLaunchersTest(unittest.TestCase):
         self.assertEqual(list(incidents), ["1"])
         self.assertIn("Suspect: rank 0", incidents["1"])
         self.assertIn("so that its launcher restarts the job", beside.agent_log())
+        # The agent waits for the next attempt, and explains meanwhile.
+        why = beside.ask("why")
+        print("\n".join(why["downtime"]))
+        self.assertEqual([(one["outcome"], [name for name, value in one["seconds"].items() if value is None])
+                          for one in why["incidents"]], [("resumed", [])])
 
         alone = Run(place := self.place(), holdfast_run(place))
         found |= self.trouble(alone, Run.stop)

@@ -77,26 +77,7 @@ void Machine::SetClock(const Event& event) {
 }
 
 void Machine::Take(const RunBegun& begun) {
-  const std::string job = CutText(begun.job, 128);
-  History fresh;
-  fresh.job = job;
-  fresh.launch_max = std::max(h_.launch_max, h_.launch);
-  fresh.now = h_.now;
-  fresh.clock_offset_us = h_.clock_offset_us;
-  fresh.wall = h_.wall;
-  fresh.state_since = h_.now;
-  if (h_.job == job) {  // what outlives a run
-    if (h_.incident.has_value()) CloseIncident(Outcome::kEnded);
-    fresh.run_count = h_.run_count;
-    fresh.past = std::move(h_.past);
-    fresh.incident_count = h_.incident_count;
-    fresh.proposal_count = h_.proposal_count;
-    fresh.signatures = std::move(h_.signatures);
-    fresh.checkpoints = std::move(h_.checkpoints);
-    fresh.failures = h_.failures;
-    fresh.time_alive = h_.time_alive;
-  }
-  h_ = std::move(fresh);
+  h_ = Outliving(h_, CutText(begun.job, 128));
   ++h_.run_count;
   for (Incident& incident : h_.past) {
     if (incident.outcome == Outcome::kOpen) incident.outcome = Outcome::kEnded;

@@ -98,6 +98,11 @@ PlacementChoice ChoosePlacement(const Settings& settings, const History& history
 
 RestoreChoice ChooseRestore(const Settings& settings, const History& history) {
   RestoreChoice choice;
+  if (settings.launcher == Launcher::kOther) {
+    choice.rule.emplace();  // its ranks take the newest
+    if (!history.checkpoints.empty()) choice.rule->checkpoint = history.checkpoints.back().facts.id;
+    return choice;
+  }
   const auto pass_over = [&](const CheckpointRecord& record, const std::string& why) {
     absl::StrAppend(&choice.passed_over, choice.passed_over.empty() ? "" : ", ", StepText(record),
                     " (", why, ")");

@@ -347,6 +347,30 @@ std::string_view HomeOf(const History& history) {
   return history.gpus.empty() ? std::string_view() : std::string_view(history.gpus.front().node);
 }
 
+History Outliving(const History& history, std::string_view job) {
+  History kept;
+  kept.job = std::string(job);
+  kept.launch_max = std::max(history.launch_max, history.launch);
+  kept.now = history.now;
+  kept.clock_offset_us = history.clock_offset_us;
+  kept.wall = history.wall;
+  kept.state_since = history.now;
+  if (history.job != job) return kept;
+  kept.run_count = history.run_count;
+  kept.past = history.past;
+  if (history.incident.has_value()) {
+    if (kept.past.size() >= History::kIncidentsMax) kept.past.erase(kept.past.begin());
+    kept.past.push_back(*history.incident);
+  }
+  kept.incident_count = history.incident_count;
+  kept.proposal_count = history.proposal_count;
+  kept.signatures = history.signatures;
+  kept.checkpoints = history.checkpoints;
+  kept.failures = history.failures;
+  kept.time_alive = history.time_alive;
+  return kept;
+}
+
 std::string Encode(const History& history) {
   std::string bytes;
   OpenEnvelope(kEnvelope, bytes);

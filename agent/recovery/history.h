@@ -236,6 +236,11 @@ struct History {
 // The node that needs not be named: that of the first GPU.
 std::string_view HomeOf(const History& history);
 
+// What of it outlives a run: incidents (one that is open is the last of `past`, and stays open),
+// what was learned of the program and of checkpoints, numbers that are not used twice, the clock.
+// Phase::kIdle. For another job than its own only the clock and the numbers of launches.
+History Outliving(const History& history, std::string_view job);
+
 std::string Encode(const History& history);
 // kDataLoss, kInvalidArgument, kUnimplemented (another version): what was expected and found.
 absl::StatusOr<History> DecodeHistory(std::span<const std::byte> bytes);

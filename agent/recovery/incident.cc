@@ -23,14 +23,13 @@ std::optional<absl::Duration> Sum(const std::optional<absl::Duration>& a,
   return a.value_or(absl::ZeroDuration()) + b.value_or(absl::ZeroDuration());
 }
 
-std::string Cell(const std::optional<absl::Duration>& duration) {
-  return duration.has_value() ? DurationText(*duration) : "-";
-}
-
-std::string Cells(const Phases& phases) {
+// `absent`: what stands for a phase that is not there.
+std::string Cells(const Phases& phases, std::string_view absent) {
   std::string cells;
   for (const NamedPhase& one : kDowntimePhases) {
-    absl::StrAppendFormat(&cells, " %8s", Cell(phases.*one.phase));
+    const std::optional<absl::Duration>& phase = phases.*one.phase;
+    absl::StrAppendFormat(&cells, " %8s",
+                          phase.has_value() ? DurationText(*phase) : std::string(absent));
   }
   return cells;
 }
@@ -65,6 +64,8 @@ Phases PhasesOf(const Incident& incident) {
       incident.stopping.has_value() ? incident.stopping : incident.diagnosed;
   phases.wait = Sum(Between(incident.diagnosed, incident.stopping),
                     Between(incident.stopped, incident.starting));
+  // Of one that is over, a part of it says nothing.
+  if (incident.outcome == Outcome::kResumed && !incident.starting.has_value()) phases.wait.reset();
   phases.stop = Between(told, incident.stopped);
   const std::optional<absl::Duration> opened =
       incident.opened.has_value() ? incident.opened : incident.resumed;
@@ -100,7 +101,10 @@ std::vector<std::string> DowntimeTable(std::span<const Incident> incidents, std:
         absl::StrFormat("%-4d %-8s %-22s", incident.number,
                         Value(incident.attempt) == 0 ? "-" : absl::StrCat(Value(incident.attempt)),
                         std::string(Name(incident.cause)));
-    absl::StrAppend(&line, Cells(PhasesOf(incident)), "  ", incident.what);
+    // Whoever trains again has come through all of them.
+    const bool is_through = incident.outcome == Outcome::kResumed;
+    absl::StrAppend(&line, Cells(PhasesOf(incident), is_through ? "unknown" : "-"), "  ",
+                    incident.what);
     if (!incident.suspects.empty()) {
       absl::StrAppendFormat(&line, ", rank %d (%s)", Value(incident.suspects.front().rank),
                             Name(incident.suspects.front().gpu, home));
@@ -111,8 +115,8 @@ std::vector<std::string> DowntimeTable(std::span<const Incident> incidents, std:
     }
     lines.push_back(std::move(line));
   }
-  lines.push_back(
-      absl::StrCat(absl::StrFormat("%-4s %-8s %-22s", "", "", "all"), Cells(SumOf(incidents))));
+  lines.push_back(absl::StrCat(absl::StrFormat("%-4s %-8s %-22s", "", "", "all"),
+                               Cells(SumOf(incidents), "-")));
   return lines;
 }
 

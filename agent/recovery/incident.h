@@ -102,7 +102,9 @@ struct Phases {
 };
 Phases PhasesOf(const Incident& incident);
 
-// One row an incident, newest last, and the sum. Lines without their ends.
+// One row an incident, newest last, and the sum. Lines without their ends. A phase that is absent
+// is `unknown` of an incident that is over, because the job trains again: nobody saw it. Else it is
+// `-`: not reached.
 std::vector<std::string> DowntimeTable(std::span<const Incident> incidents, std::string_view home);
 
 }  // namespace holdfast::recovery

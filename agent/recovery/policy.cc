@@ -268,7 +268,9 @@ bool Machine::WriteOff(Rank rank) {
 }
 
 bool Machine::Stopping() {
-  if (!AllEnded(h_) && h_.now >= h_.kill_at + settings_.kill_wait) {
+  // Another launcher ends its ranks in its own time, and gives none of them up.
+  if (settings_.launcher == Launcher::kWe && !AllEnded(h_) &&
+      h_.now >= h_.kill_at + settings_.kill_wait) {
     for (uint32_t r = 0; r < h_.ranks.size(); ++r) {
       if (!WriteOff(Rank{r})) continue;
       Say(absl::StrFormat("rank %d does not die %s after KILL: %s is not used until it does", r,
@@ -424,6 +426,7 @@ bool Machine::WaitForPerson() {
 // The end of the pause before the next restart, or nothing: it may start now.
 std::optional<absl::Duration> Machine::PauseEnd() {
   if (!h_.incident.has_value() || h_.next_is_free) return std::nullopt;
+  if (settings_.launcher == Launcher::kOther) return std::nullopt;
   if (!h_.resume_at.has_value()) {
     absl::Duration pause = absl::ZeroDuration();
     if (h_.unhealthy_in_a_row > 0) {
@@ -551,6 +554,7 @@ void Machine::DropProposal() {
 
 std::vector<Gpu> Machine::WouldExclude() const {
   std::vector<Gpu> out;
+  if (settings_.launcher == Launcher::kOther) return out;
   const Incident& incident = *h_.incident;
   if (incident.cause != Cause::kHangNamed && incident.cause != Cause::kSlow &&
       incident.cause != Cause::kGpuFault) {
@@ -607,6 +611,7 @@ std::string Machine::PlanText() const {
 
 void Machine::Blame() {
   if (h_.blamed || settings_.mode == Mode::kObserve) return;
+  if (settings_.launcher == Launcher::kOther) return;
   const Incident& incident = *h_.incident;
   const std::vector<Gpu> excluded = WouldExclude();
   h_.blamed = true;

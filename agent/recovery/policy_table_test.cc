@@ -368,6 +368,32 @@ TEST(PolicyTable, OneRankThatIsSilentWhileTheOthersGoOnIsTheOne) {
             "No sign of life from ranks 0, 2 within the time-out.");
 }
 
+// Beside another launcher (agent/run/sidecar.h).
+TEST(PolicyTable, OfAnotherLaunchersJobNeitherGpuNorCheckpointIsChosen) {
+  Settings settings;
+  settings.launcher = Launcher::kOther;
+  TestJob job = Training(settings);
+  job.history().checkpoints.back().facts.marked_bad = true;
+  for (int again = 0; again < 4; ++again) {
+    std::vector<Action> actions = job.Tell(
+        FindingOf(job.history(), FaultClass::kGpuFault, Syndrome::kNonCommunicationHang, {2}));
+    EXPECT_EQ(job.history().incident->action, "restart in place");
+    TestJob::Append(actions, job.Evidence());
+    // Its ranks are never given up, and the next attempt waits for nothing else.
+    TestJob::Append(actions, job.Wait(absl::Hours(1)));
+    EXPECT_EQ(job.state(), State::kStopping);
+    TestJob::Append(actions, job.AllDie());
+    const std::vector<StartRanks> starts = Only<StartRanks>(actions);
+    ASSERT_THAT(starts, SizeIs(1));
+    EXPECT_THAT(Indices(starts[0].placement), ElementsAre(0, 1, 2, 3));
+    EXPECT_EQ(starts[0].restore.kind, RestoreRule::Kind::kNewest);
+    EXPECT_THAT(Only<RecordLemon>(actions), IsEmpty());
+    EXPECT_FALSE(job.history().proposal.has_value());
+    job.ComeUp(101);
+    EXPECT_EQ(job.history().past.back().outcome, Outcome::kResumed);
+  }
+}
+
 TEST(PolicyTable, AHeartbeatThatComesAfterAllEndsTheIncident) {
   TestJob job = Training();
   job.Tell(RankTimedOut{Launch{1}, Rank{3}, "", absl::Seconds(60), absl::Seconds(60)});

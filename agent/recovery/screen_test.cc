@@ -15,6 +15,7 @@
 #include <map>
 #include <regex>
 #include <set>
+#include <span>
 #include <sstream>
 
 #include "absl/strings/str_join.h"
@@ -497,6 +498,30 @@ TEST(Downtime, ThePhasesAddUpToTheTimeFromTheOnsetToTheFirstNewStep) {
   EXPECT_EQ(table[2],
             "              all                      7.00 s   2.00 s   0.00 s   3.00 s   8.00 s   "
             "4.00 s   4.00 s     23 s     51 s");
+}
+
+TEST(Downtime, WhatNobodySawOfAnIncidentThatIsOverIsUnknown) {
+  Incident incident;
+  incident.number = 1;
+  incident.cause = Cause::kHang;
+  incident.what = "all ranks silent";
+  incident.onset = absl::Seconds(1);
+  incident.detected = incident.diagnosed = incident.stopping = absl::Seconds(3);
+  incident.stopped = absl::Seconds(4);
+  incident.opened = absl::Seconds(9);
+  const auto row = [&] { return DowntimeTable(std::span(&incident, 1), "n1").at(1); };
+  EXPECT_EQ(row(),
+            "1    -        hang                     2.00 s   0.00 s   0.00 s   1.00 s        "
+            "-        -        -        -        -  all ranks silent; open");
+  incident.resumed = absl::Seconds(11);
+  incident.outcome = Outcome::kResumed;
+  EXPECT_EQ(row(),
+            "1    -        hang                     2.00 s   0.00 s  unknown   1.00 s  unknow"
+            "n  unknown   2.00 s  unknown     10 s  all ranks silent");
+  incident.starting = absl::Seconds(6);
+  EXPECT_EQ(row(),
+            "1    -        hang                     2.00 s   0.00 s   2.00 s   1.00 s   3.00 "
+            "s  unknown   2.00 s  unknown     10 s  all ranks silent");
 }
 
 TEST(Downtime, WhatWasNeverReachedIsAbsent) {

@@ -21,6 +21,11 @@ enum class Mode : uint8_t {
   kAsk,      // asks before it stops or starts anything
   kAct,      // acts by the default table (docs/RECOVERY.md), asks for the rest
 };
+// Who starts the ranks, and so chooses their GPUs and their checkpoint.
+enum class Launcher : uint8_t {
+  kWe,
+  kOther,  // agent/run/sidecar.h: nothing of that is chosen here, and no GPU excluded
+};
 enum class SlowPolicy : uint8_t { kReport, kReplaceAtCheckpoint };
 enum class LemonPolicy : uint8_t {
   kExclude,  // a GPU that an earlier job excluded is not used
@@ -38,6 +43,7 @@ struct ElasticLayout {
 
 struct Settings {
   Mode mode = Mode::kAct;
+  Launcher launcher = Launcher::kWe;  // no key: whoever asks knows
 
   // ---- How often.
   uint32_t max_restarts = 5;  // of a run; those after a healthy attempt do not count

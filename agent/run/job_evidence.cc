@@ -1,6 +1,8 @@
 // JobSupervisor: evidence of an incident, and what became of it.
 #include <unistd.h>
 
+#include <cstdint>
+#include <optional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -38,9 +40,8 @@ std::string JobSupervisor::SummaryOf(const recovery::CollectEvidence& action) co
                           recovery::Name(history_.placement.gpus[rank], node_),
                           process == processes_.end() ? std::string("has ended")
                                                       : absl::StrCat("process ", process->second));
-    const auto known = known_.find(rank);
-    if (known != known_.end() && known->second.stepped) {
-      absl::StrAppend(&summary, ", in step ", recovery::CountText(known->second.step));
+    if (const std::optional<uint64_t> step = progress_.StepOf(rank); step.has_value()) {
+      absl::StrAppend(&summary, ", in step ", recovery::CountText(*step));
     }
     absl::StrAppend(&summary, ".\n");
   }

@@ -108,9 +108,9 @@ void JobSupervisor::StartGroup(const recovery::StartRanks& action) {
   if (group_ == nullptr || group_launch_ != action.launch) {
     group_ = MakeGroup(action.launch);
     group_launch_ = action.launch;
-    known_.clear();
+    progress_.BeginLaunch(action.launch);
+    started_processes_.clear();
     processes_.clear();
-    committed_.reset();
     any_restored_ = false;
     silence_.BeginLaunch();
     engine_pause_ = EnginePause();
@@ -167,7 +167,7 @@ std::string JobSupervisor::Describe(const RankEnd& end) const {
 void JobSupervisor::RankStarted(Launch launch, uint32_t rank, int32_t process_id) {
   LogInfo(absl::StrFormat("job %s: rank %d of launch %d is process %d", spec_.job, rank,
                           Value(launch), process_id));
-  known_[rank].process_id = process_id;
+  started_processes_[rank] = process_id;
   if (recovering_) {
     recovered_.try_emplace(rank);
     processes_[rank] = process_id;

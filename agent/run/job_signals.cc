@@ -32,10 +32,9 @@ void JobSupervisor::TakeSight(const monitor::Sight& sight) {
 void JobSupervisor::TakeXid(const XidSighting& sighting) {
   const std::vector<recovery::Gpu>& gpus = history_.placement.gpus;
   if (sighting.xid.process > 0) {
-    for (const auto& [rank, known] : known_) {
-      if (known.process_id == 0 || rank >= gpus.size()) continue;
+    for (const auto& [rank, started] : started_processes_) {
       const auto process = static_cast<pid_t>(sighting.xid.process);
-      if (process != known.process_id && !IsDescendant(process, known.process_id)) continue;
+      if (rank >= gpus.size() || (process != started && !IsDescendant(process, started))) continue;
       return Take(recovery::XidSeen{gpus[rank], sighting.xid.code});
     }
   }

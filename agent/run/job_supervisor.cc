@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <utility>
+#include <variant>
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
@@ -16,6 +17,7 @@
 #include "agent/recovery/text.h"
 #include "agent/run/fields.h"
 #include "agent/run/small_files.h"
+#include "agent/run/state_files.h"
 #include "base/check.h"
 #include "base/kill_point.h"
 #include "base/status_macros.h"
@@ -26,7 +28,6 @@ namespace {
 using recovery::Launch;
 
 constexpr char kRunName[] = "run";
-constexpr char kHistoryName[] = "history";
 constexpr absl::Duration kTickEvery = absl::Seconds(1);
 // Until every rank has finished a step: the phases of a restart are measured by it.
 constexpr absl::Duration kPollStarting = absl::Milliseconds(20);
@@ -94,27 +95,12 @@ absl::StatusOr<recovery::Settings> SettingsOf(const RunSpec& spec) {
   return settings;
 }
 
-absl::StatusOr<recovery::LemonList> ReadLemons(const std::string& path) {
-  absl::StatusOr<std::string> bytes = ReadFile(path, recovery::LemonList::kFileBytesMax);
-  if (absl::IsNotFound(bytes.status())) return recovery::LemonList();
-  RETURN_IF_ERROR(bytes.status());
-  return recovery::LemonList::Decode(*bytes, path);
-}
-
-absl::StatusOr<recovery::History> ReadHistory(const std::string& path) {
-  absl::StatusOr<std::string> bytes = ReadFile(path, recovery::History::kBytesMax);
-  if (absl::IsNotFound(bytes.status())) return recovery::History();
-  RETURN_IF_ERROR(bytes.status());
-  return recovery::DecodeHistory(std::as_bytes(std::span(*bytes)));
-}
-
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<JobSupervisor>> JobSupervisor::Begin(
     Options options, World world, RunSpec spec, std::function<void()> on_change) {
   ASSIGN_OR_RETURN(recovery::Settings settings, SettingsOf(spec));
-  const std::string history_path = absl::StrCat(options.state_directory, "/", kHistoryName);
-  absl::StatusOr<recovery::History> history = ReadHistory(history_path);
+  absl::StatusOr<recovery::History> history = ReadHistory(options.state_directory);
   if (!history.ok()) {
     LogWarning(absl::StrFormat("job %s: what happened in earlier runs is lost: %s", spec.job,
                                history.status().ToString()));
@@ -153,8 +139,7 @@ absl::StatusOr<std::unique_ptr<JobSupervisor>> JobSupervisor::Recover(
     return absl::NotFoundError("the machine was started again since");
   }
   ASSIGN_OR_RETURN(recovery::Settings settings, SettingsOf(spec));
-  ASSIGN_OR_RETURN(recovery::History history,
-                   ReadHistory(absl::StrCat(options.state_directory, "/", kHistoryName)));
+  ASSIGN_OR_RETURN(recovery::History history, ReadHistory(options.state_directory));
   std::unique_ptr<JobSupervisor> supervisor(new JobSupervisor(std::move(options), std::move(world),
                                                               std::move(spec), std::move(settings),
                                                               std::move(on_change)));
@@ -175,6 +160,7 @@ absl::StatusOr<std::unique_ptr<JobSupervisor>> JobSupervisor::Recover(
   self.told_incident_ = self.history_.past.empty() ? 0 : self.history_.past.back().number;
   self.recovering_ = true;
   self.group_launch_ = self.history_.launch;
+  self.progress_.BeginLaunch(self.group_launch_);
   self.group_ = self.MakeGroup(self.group_launch_);
   self.group_->Recover();
   if (const auto port = self.PortOf(self.LaunchDirectory(self.group_launch_)); port.ok()) {
@@ -241,8 +227,8 @@ void JobSupervisor::Pump() {
     writing_ = true;
     auto written = std::make_shared<absl::Status>();
     world_.pool.Run(
-        [path = absl::StrCat(options_.state_directory, "/", kHistoryName),
-         bytes = recovery::Encode(history_), written] { *written = ReplaceFile(path, bytes); },
+        [path = HistoryPath(options_.state_directory), bytes = recovery::Encode(history_),
+         written] { *written = ReplaceFile(path, bytes); },
         [this, alive = std::weak_ptr<bool>(alive_), written, actions = std::move(actions)] {
           if (alive.expired()) return;
           writing_ = false;
@@ -418,9 +404,7 @@ void JobSupervisor::Finish() {
 absl::Duration JobSupervisor::PollEvery() const {
   // The ranks are stopped when the save is there, and train on in vain until then.
   if (history_.phase == recovery::Phase::kSaving) return kPollStarting;
-  const auto stepped = std::count_if(known_.begin(), known_.end(),
-                                     [](const auto& one) { return one.second.stepped; });
-  const bool all_step = static_cast<size_t>(stepped) >= history_.ranks.size();
+  const bool all_step = progress_.stepped_count() >= history_.ranks.size();
   // Who never tells of steps is not looked at so closely for ever.
   const bool is_new = world_.clock.Elapsed() - started_ < absl::Minutes(10);
   return is_new && !all_step ? kPollStarting : kPollRunning;
@@ -442,33 +426,14 @@ void JobSupervisor::Poll() {
 }
 
 void JobSupervisor::TakeProgress(const Engine::RankProgress& progress, absl::Duration now) {
-  Known& known = known_[Value(progress.rank)];
-  if (!std::exchange(known.opened, true)) {
-    Take(recovery::RankOpened{group_launch_, progress.rank, progress.attempt});
-  }
-  if (progress.is_restored && !std::exchange(known.restored, true)) {
+  for (ProgressWatch::Told& told : progress_.Look(progress, now)) {
     // What the attempt begins from is decided: of those before, no more will be committed.
-    if (!std::exchange(any_restored_, true)) {
+    if (std::holds_alternative<recovery::RankRestored>(told) &&
+        !std::exchange(any_restored_, true)) {
       ReadCheckpoints();
       TellIfOlder(progress.restored_from);
     }
-    Take(recovery::RankRestored{group_launch_, progress.rank, progress.restored_from});
-  }
-  // A heartbeat may stand at a step's beginning or at its end: with the second one a step is done.
-  const bool is_new = progress.heartbeat_count > 1 && Value(progress.step) != known.step;
-  if (is_new && (!known.stepped || now - known.told >= absl::Seconds(1))) {
-    known.stepped = true;
-    known.step = Value(progress.step);
-    known.told = now;
-    Take(recovery::StepDone{group_launch_, progress.rank, progress.step});
-  }
-  if (progress.committed.has_value() && (!committed_ || *committed_ < *progress.committed)) {
-    committed_ = progress.committed;
-    recovery::CheckpointCommitted committed;
-    committed.launch = group_launch_;
-    committed.facts.id = {progress.attempt, *progress.committed};
-    committed.captured_at = progress.committed_begun.value_or(now);
-    Take(std::move(committed));
+    Take(std::move(told));
   }
 }
 

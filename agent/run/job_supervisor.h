@@ -38,6 +38,7 @@
 #include "agent/recovery/history.h"
 #include "agent/recovery/settings.h"
 #include "agent/run/evidence_collector.h"
+#include "agent/run/progress_watch.h"
 #include "agent/run/rank_group.h"
 #include "agent/run/run_spec.h"
 #include "agent/run/silence_watch.h"
@@ -210,21 +211,13 @@ class JobSupervisor {
   EventLoop::TimerId kill_timer_ = 0;
 
   // Of the ranks of group_launch_.
-  struct Known {
-    bool opened = false;
-    bool restored = false;
-    bool stepped = false;
-    uint64_t step = 0;
-    absl::Duration told;     // of the last StepDone
-    int32_t process_id = 0;  // 0: not started yet. Stays when it has ended
-  };
-  std::map<uint32_t, Known> known_;
-  std::map<uint32_t, int32_t> processes_;  // by rank: those that live
+  ProgressWatch progress_;
+  std::map<uint32_t, int32_t> started_processes_;  // by rank: also those that have ended
+  std::map<uint32_t, int32_t> processes_;          // by rank: those that live
   SilenceWatch silence_;
   EnginePause engine_pause_;
   std::optional<recovery::Sight> sight_;  // as last told
   bool any_restored_ = false;
-  std::optional<Step> committed_;
   EventLoop::TimerId poll_timer_ = 0;
 
   // Until the policy was told of the run.

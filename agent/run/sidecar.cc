@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <iterator>
 #include <limits>
 #include <optional>
 #include <set>
@@ -15,6 +16,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "agent/log.h"
 #include "agent/monitor/engine_pause.h"
 #include "agent/monitor/node_aggregator.h"
@@ -23,25 +25,29 @@
 #include "agent/recovery/incident_json.h"
 #include "agent/recovery/policy.h"
 #include "agent/recovery/trouble.h"
+#include "agent/recovery/why.h"
 #include "agent/run/monitor_told.h"
+#include "agent/run/process_start.h"
+#include "agent/run/progress_watch.h"
 #include "agent/run/silence_watch.h"
 #include "agent/run/small_files.h"
+#include "agent/run/state_files.h"
 #include "io/unique_fd.h"
 #include "nlohmann/json.hpp"
 
 namespace holdfast {
 namespace {
 
+// What /proc rounds the start of a process down to.
+constexpr absl::Duration kStartTick = absl::Milliseconds(10);
+
 recovery::Settings SettingsFor(const Sidecar::Options& options) {
   recovery::Settings settings = options.settings;
   settings.mode =
       options.mode == SidecarMode::kAct ? recovery::Mode::kAct : recovery::Mode::kObserve;
-  // When the next attempt begins, where, and with how many ranks is the launcher's to say.
-  settings.pause_first = settings.pause_max = absl::ZeroDuration();
+  settings.launcher = recovery::Launcher::kOther;
   settings.max_restarts = std::numeric_limits<uint32_t>::max();  // those are counted here
   settings.slow = recovery::SlowPolicy::kReport;
-  settings.hangs_to_exclude = std::numeric_limits<uint32_t>::max();
-  settings.layouts.clear();
   return settings;
 }
 
@@ -56,6 +62,11 @@ struct Sidecar::Job {
         silence(monitor::Thresholds(), settings.hang_timeout) {}
 
   bool lives() const { return !ranks.empty(); }
+  // The one that a rank was killed of is followed until the next has come to a new step.
+  bool is_followed(absl::Duration now) const {
+    return !history.past.empty() && history.past.back().outcome == recovery::Outcome::kOpen &&
+           (lives() || now - left < kForgottenAfter);
+  }
   // Nothing more is done about this attempt.
   bool is_settled() const { return killed.has_value() || is_left_alone; }
 
@@ -63,9 +74,10 @@ struct Sidecar::Job {
   EvidenceCollector collector;
   SilenceWatch silence;
   EnginePause engine_pause;
+  ProgressWatch progress;
   recovery::History history;
-  std::optional<recovery::Sight> sight;          // as last told
-  std::map<uint32_t, uint64_t> heartbeats_told;  // by rank: their count, with the last step
+  std::vector<recovery::Incident> written;  // of the history, as it is on disk
+  std::optional<recovery::Sight> sight;     // as last told
 
   std::string attempt_key;
   struct RankProcess {
@@ -75,6 +87,9 @@ struct Sidecar::Job {
   std::map<uint32_t, RankProcess> ranks;  // all, or none
   std::optional<uint32_t> killed;         // the rank
   bool is_left_alone = false;
+  // Of the attempt that is over because one of them was killed: those that still live, by rank.
+  std::map<uint32_t, UniqueFd> ending;
+  std::optional<absl::Duration> killed_at;
   // Attempts that were watched while the next one began, as long as they live.
   std::set<std::string> former_keys;
 
@@ -101,9 +116,8 @@ void Sidecar::Start() {
 // ---- Attempts
 
 void Sidecar::Look() {
-  timer_ = world_.loop.RunAfter(options_.look_every, [this] { Look(); });
   std::map<std::string, std::map<std::string, Processes>> attempts;  // by job and key
-  for (MonitorBoards::Process& process : world_.processes()) {
+  for (Process& process : world_.processes()) {
     const std::string name = NodeAggregator::JobNamed(process.job);
     const std::string key = NodeAggregator::KeyNamed(process.attempt_key);
     if (process.rank == UINT32_MAX || world_.is_run_here(name, key)) continue;
@@ -122,14 +136,30 @@ void Sidecar::Look() {
     }
   }
   const absl::Duration now = world_.clock.Elapsed();
-  std::erase_if(jobs_, [now](const auto& entry) {
-    return !entry.second->lives() && now - entry.second->left >= kForgottenAfter;
-  });
+  for (auto at = jobs_.begin(); at != jobs_.end();) {
+    const bool is_old = !at->second->lives() && now - at->second->left >= kForgottenAfter;
+    at = is_old ? Forget(at) : std::next(at);
+  }
   for (const auto& [name, job] : jobs_) {
     const std::map<std::string, Processes>& its = attempts[name];
     std::erase_if(job->former_keys, [&](const std::string& key) { return !its.contains(key); });
     if (job->lives()) LookAt(*job);
   }
+  timer_ = world_.loop.RunAfter(LookEvery(), [this] { Look(); });
+}
+
+absl::Duration Sidecar::LookEvery() const {
+  const absl::Duration now = world_.clock.Elapsed();
+  const bool follows = std::any_of(jobs_.begin(), jobs_.end(),
+                                   [now](const auto& one) { return one.second->is_followed(now); });
+  return follows ? std::min(options_.look_every, kLookStarting) : options_.look_every;
+}
+
+// One of which no attempt lives. Returns the next.
+Sidecar::Jobs::iterator Sidecar::Forget(Jobs::iterator job) {
+  Leave(*job->second);
+  Close(*job->second);
+  return jobs_.erase(job);
 }
 
 // Null: there are too many.
@@ -140,49 +170,88 @@ Sidecar::Job* Sidecar::Place(const std::string& name) {
     const auto over = std::find_if(jobs_.begin(), jobs_.end(),
                                    [](const auto& one) { return !one.second->lives(); });
     if (over == jobs_.end()) return nullptr;
-    jobs_.erase(over);
+    Forget(over);
   }
   auto job = std::make_unique<Job>(world_.evidence, name, settings_);
-  // What an earlier worker has collected is not written over.
-  job->history.job = name;
-  job->history.incident_count =
-      NewestIncident(absl::StrCat(options_.state_directory, "/jobs/", name, "/incidents"));
+  absl::StatusOr<recovery::History> before = ReadHistory(JobDirectory(*job));
+  if (!before.ok()) {
+    LogWarning(absl::StrFormat("sidecar: job %s: what happened before is lost: %s", name,
+                               before.status().ToString()));
+    before = recovery::History();
+  }
+  job->history = recovery::Outliving(*before, name);
+  job->written = recovery::IncidentsOf(job->history, Attempt{});
+  // Evidence is not written over, whatever became of the history.
+  job->history.incident_count = std::max(
+      job->history.incident_count, NewestIncident(absl::StrCat(JobDirectory(*job), "/incidents")));
   return (jobs_[name] = std::move(job)).get();
 }
 
-// A run of the policy of which the first start has happened already.
 void Sidecar::Begin(Job& job, const std::string& attempt_key, const Processes& processes) {
   std::map<uint32_t, Job::RankProcess> ranks;
-  for (const MonitorBoards::Process& process : processes) {
-    absl::StatusOr<UniqueFd> pidfd = OpenPidfd(static_cast<pid_t>(process.process_id));
+  std::optional<absl::Duration> started;  // the first of them, by the launcher
+  bool all_started = true;
+  for (const Process& process : processes) {
+    UniqueFd pidfd = process.pidfd < 0 ? UniqueFd() : Duplicate(process.pidfd);
     // One that is gone, or two that say they are the same: looked at again.
-    if (!pidfd.ok() || process.rank >= processes.size() || ranks.contains(process.rank)) return;
-    ranks[process.rank] = {process.process_id, *std::move(pidfd)};
+    if (!pidfd || IsDead(pidfd.get()) || process.rank >= processes.size() ||
+        ranks.contains(process.rank)) {
+      return;
+    }
+    const std::optional<absl::Duration> its = StartOf(pidfd.get());
+    all_started = all_started && its.has_value();
+    if (its.has_value()) started = std::min(started.value_or(*its), *its);
+    ranks[process.rank] = {process.process_id, std::move(pidfd)};
   }
   if (job.lives()) {
-    NoteHealth(job);
     job.former_keys.insert(job.attempt_key);
-    Leave(job);
+    Ended(job);
   }
+  while (!job.ending.empty()) Gone(job, job.ending.begin()->first);
   job.attempt_key = attempt_key;
   job.ranks = std::move(ranks);
   job.killed.reset();
   job.is_left_alone = false;
   job.sight.reset();
-  job.heartbeats_told.clear();
   job.silence.BeginLaunch();
   job.engine_pause = EnginePause();
-  recovery::RunBegun begun;
-  begun.job = job.name;
-  begun.world_size = static_cast<uint32_t>(job.ranks.size());
-  for (const auto& [rank, process] : job.ranks) begun.gpus.push_back({"", rank, ""});
-  Push(job, std::move(begun));
+  const bool follows = job.history.phase == recovery::Phase::kAlive && !job.history.past.empty() &&
+                       job.history.ranks.size() == job.ranks.size();
+  if (follows) {
+    // The policy took the last one's end for the start. Who was started before the kill is one that
+    // its launcher had ready: when it was told to begin is not known.
+    recovery::Incident& last = job.history.past.back();
+    const bool is_known = all_started && *started + kStartTick >= job.killed_at.value_or(*started);
+    if (is_known) {
+      last.starting = std::max(*started + absl::Microseconds(job.history.clock_offset_us),
+                               last.stopped.value_or(absl::ZeroDuration()));
+    } else {
+      last.starting.reset();
+    }
+  } else {
+    BeginRun(job);
+  }
+  job.killed_at.reset();
+  const recovery::Launch launch = job.history.launch;
+  job.progress.BeginLaunch(launch);
   for (const auto& [rank, process] : job.ranks) {
-    Push(job, recovery::RankStarted{job.history.launch, Rank{rank}});
+    Push(job, recovery::RankStarted{launch, Rank{rank}});
     world_.loop.Watch(process.pidfd.get(), EventLoop::FdEvents::kReadable,
                       [this, &job] { Ended(job); });
   }
   Say(job, absl::StrFormat("attempt %s of %d ranks is watched", attempt_key, job.ranks.size()));
+}
+
+// Of the policy: its first start has happened already.
+void Sidecar::BeginRun(Job& job) {
+  recovery::RunBegun begun;
+  begun.job = job.name;
+  begun.world_size = static_cast<uint32_t>(job.ranks.size());
+  for (const auto& [rank, process] : job.ranks) begun.gpus.push_back({"", rank, ""});
+  for (const recovery::CheckpointRecord& record : job.history.checkpoints) {
+    begun.checkpoints.push_back(record.facts);
+  }
+  Push(job, std::move(begun));
 }
 
 // How far the ranks are, and whether one is silent.
@@ -192,12 +261,7 @@ void Sidecar::LookAt(Job& job) {
   const recovery::Launch launch = job.history.launch;
   const std::vector<Engine::RankProgress> ranks = world_.progress(job.name, job.attempt_key);
   for (const Engine::RankProgress& rank : ranks) {
-    // A heartbeat may stand at a step's beginning: with the second one a step is done. Told once:
-    // it is a sign of life.
-    uint64_t& told = job.heartbeats_told[Value(rank.rank)];
-    if (rank.heartbeat_count < 2 || rank.heartbeat_count == told) continue;
-    told = rank.heartbeat_count;
-    Push(job, recovery::StepDone{launch, rank.rank, rank.step});
+    for (ProgressWatch::Told& told : job.progress.Look(rank, now)) Push(job, std::move(told));
   }
   const bool works = job.engine_pause.Holds(world_.activity(job.name, job.attempt_key), now);
   for (const SilenceWatch::Said& said :
@@ -214,14 +278,34 @@ void Sidecar::LookAt(Job& job) {
 // start the next one, under another key, before the last of this one has gone.
 void Sidecar::Ended(Job& job) {
   NoteHealth(job);
-  const recovery::Launch launch = job.history.launch;
-  // The policy remembers what it has restarted for once it has started again.
-  const auto size = static_cast<uint32_t>(job.killed.has_value() ? job.ranks.size() : 0);
-  Leave(job);
-  for (uint32_t rank = 0; rank < size; ++rank) {
-    Push(job, recovery::RankExited{launch, Rank{rank}, {monitor::ExitKind::kKilled, SIGKILL}});
+  std::map<uint32_t, Job::RankProcess> ranks = std::exchange(job.ranks, {});
+  job.left = world_.clock.Elapsed();
+  for (const auto& [rank, process] : ranks) world_.loop.Unwatch(process.pidfd.get());
+  if (!job.killed.has_value()) return Close(job);
+  // The policy comes to its next launch when all have ended.
+  for (auto& [rank, process] : ranks) {
+    const int pidfd = (job.ending[rank] = std::move(process.pidfd)).get();
+    world_.loop.Watch(pidfd, EventLoop::FdEvents::kReadable,
+                      [this, &job, rank = rank] { Gone(job, rank); });
   }
-  if (size > 0 && !job.history.past.empty()) WriteIncident(job, job.history.past.back());
+}
+
+// No attempt follows, as far as we know. Whatever was wrong has ended with the last one.
+void Sidecar::Close(Job& job) {
+  job.history = recovery::Outliving(job.history, job.name);
+  for (recovery::Incident& incident : job.history.past) {
+    if (incident.outcome == recovery::Outcome::kOpen) incident.outcome = recovery::Outcome::kEnded;
+  }
+  Remember(job);
+}
+
+// One of an attempt that is ending has, or is taken for ended because the next has begun.
+void Sidecar::Gone(Job& job, uint32_t rank) {
+  const auto found = job.ending.find(rank);
+  world_.loop.Unwatch(found->second.get());
+  job.ending.erase(found);
+  Push(job,
+       recovery::RankExited{job.history.launch, Rank{rank}, {monitor::ExitKind::kKilled, SIGKILL}});
 }
 
 // An attempt that was not killed, and lived well to its end, ends a row of kills.
@@ -232,10 +316,9 @@ void Sidecar::NoteHealth(Job& job) const {
   }
 }
 
-void Sidecar::Leave(Job& job) {
+void Sidecar::Leave(const Job& job) {
   for (const auto& [rank, process] : job.ranks) world_.loop.Unwatch(process.pidfd.get());
-  if (job.lives()) job.left = world_.clock.Elapsed();
-  job.ranks.clear();
+  for (const auto& [rank, pidfd] : job.ending) world_.loop.Unwatch(pidfd.get());
 }
 
 // ---- Events and decisions
@@ -252,6 +335,7 @@ void Sidecar::Push(Job& job, decltype(recovery::Event::what) what) {
     }
     // Starts and ends are the launcher's, and so is which GPU is used.
   }
+  Remember(job);
 }
 
 void Sidecar::TakeFinding(const monitor::FindingRecord& record, monitor::FindingChange change) {
@@ -292,7 +376,8 @@ void Sidecar::CarryOut(Job& job, const recovery::CollectEvidence& action) {
     absl::StrAppend(&evidence.summary, "Suspect: rank ", Value(suspect), ".\n");
   }
   for (const auto& [rank, process] : job.ranks) {
-    evidence.ranks.push_back({rank, "", static_cast<pid_t>(process.process_id)});
+    // By the number that it has now: 0 if it is gone.
+    evidence.ranks.push_back({rank, "", std::max(PidOf(process.pidfd.get()), 0)});
     absl::StrAppendFormat(&evidence.summary, "Rank %d: process %d.\n", rank, process.process_id);
   }
   job.collector.Collect(std::move(evidence), job.attempt_key,
@@ -303,20 +388,34 @@ void Sidecar::CarryOut(Job& job, const recovery::CollectEvidence& action) {
                           }
                           Push(job, recovery::EvidenceCollected{incident});
                         });
-  if (job.history.incident.has_value()) WriteIncident(job, *job.history.incident);
+}
+
+std::string Sidecar::JobDirectory(const Job& job) const {
+  return absl::StrCat(options_.state_directory, "/jobs/", job.name);
 }
 
 std::string Sidecar::IncidentDirectory(const Job& job, uint32_t number) const {
-  return absl::StrCat(options_.state_directory, "/jobs/", job.name, "/incidents/", number);
+  return absl::StrCat(JobDirectory(job), "/incidents/", number);
 }
 
-void Sidecar::WriteIncident(const Job& job, const recovery::Incident& incident) const {
-  const std::string directory = IncidentDirectory(job, incident.number);
-  if (access(directory.c_str(), F_OK) != 0) return;
-  const std::string text = recovery::IncidentJson(incident).dump(
-      1, ' ', false, nlohmann::json::error_handler_t::replace);
-  const absl::Status written =
-      ReplaceFile(absl::StrCat(directory, "/", kIncidentFile), text + "\n");
+// What has changed of incidents, on disk: beside the evidence, where some was collected, and for
+// `holdfast why` once the agent has gone.
+void Sidecar::Remember(Job& job) {
+  std::vector<recovery::Incident> incidents = recovery::IncidentsOf(job.history, Attempt{});
+  if (incidents == job.written) return;
+  absl::Status written = MakeDirectories(JobDirectory(job));
+  for (const recovery::Incident& incident : incidents) {
+    const std::string directory = IncidentDirectory(job, incident.number);
+    const bool is_known =
+        std::find(job.written.begin(), job.written.end(), incident) != job.written.end();
+    if (is_known || access(directory.c_str(), F_OK) != 0) continue;
+    const std::string text = recovery::IncidentJson(incident).dump(
+        1, ' ', false, nlohmann::json::error_handler_t::replace);
+    written.Update(ReplaceFile(absl::StrCat(directory, "/", kIncidentFile), text + "\n"));
+  }
+  job.written = std::move(incidents);
+  written.Update(ReplaceFile(HistoryPath(JobDirectory(job)),
+                             recovery::Encode(recovery::Outliving(job.history, job.name))));
   if (!written.ok()) {
     LogWarning(absl::StrFormat("sidecar: job %s: %s", job.name, written.ToString()));
   }
@@ -343,7 +442,6 @@ void Sidecar::Stop(Job& job) {
   } else {
     Kill(job, incident);
   }
-  WriteIncident(job, incident);
 }
 
 // One of the ranks, the likeliest suspect. It may be stopped or stuck so that nothing but KILL ends
@@ -356,6 +454,7 @@ void Sidecar::Kill(Job& job, const recovery::Incident& incident) {
   }
   const auto& [rank, process] = *victim;
   job.killed = rank;
+  job.killed_at = world_.clock.Elapsed();
   ++job.kills;
   ++job.kills_in_a_row;
   Say(job, absl::StrFormat("%s: rank %d (process %d) is killed, so that its launcher restarts the "
@@ -400,17 +499,45 @@ Sidecar::Word Sidecar::WordOf(const std::string& name) const {
   return word;
 }
 
+absl::StatusOr<std::string> Sidecar::WhyJson(const std::string& name, Attempt of) const {
+  auto found = jobs_.find(name);
+  if (name.empty() && jobs_.size() == 1) found = jobs_.begin();
+  if (found == jobs_.end()) {
+    std::vector<std::string> names;
+    for (const auto& [one, job] : jobs_) names.push_back(one);
+    if (name.empty() && !names.empty()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("several jobs are watched: the job is one of ", absl::StrJoin(names, ", ")));
+    }
+    return absl::NotFoundError(absl::StrFormat("job %s is not watched", name));
+  }
+  const Job& job = *found->second;
+  nlohmann::ordered_json state = {{"schema_version", 1},
+                                  {"job", job.name},
+                                  {"supervised", false},
+                                  {"state", StateOf(job)},
+                                  {"attempt", Value(job.history.attempt)},
+                                  {"ranks", job.ranks.size()},
+                                  {"lines", nlohmann::ordered_json::array()}};
+  if (!job.last_said.empty()) state["lines"].push_back({{"number", 1}, {"text", job.last_said}});
+  state.update(recovery::WhyJson(job.history, of));
+  return state.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+}
+
+std::string Sidecar::StateOf(const Job& job) {
+  if (!job.lives()) return "not running";
+  if (job.killed.has_value()) return "killed";
+  if (job.is_left_alone) return "left alone";
+  return std::string(recovery::Name(job.history.state));
+}
+
 std::string Sidecar::StatusJson() const {
   nlohmann::ordered_json all = nlohmann::ordered_json::array();
   for (const auto& [name, job] : jobs_) {
-    std::string state(recovery::Name(job->history.state));
-    if (!job->lives()) state = "not running";
-    if (job->lives() && job->killed.has_value()) state = "killed";
-    if (job->lives() && job->is_left_alone) state = "left alone";
     all.push_back({{"job", name},
                    {"attempt_key", job->lives() ? job->attempt_key : ""},
                    {"ranks", job->ranks.size()},
-                   {"state", state},
+                   {"state", StateOf(*job)},
                    {"incidents", job->history.incident_count},
                    {"kills", job->kills},
                    {"kills_in_a_row", job->kills_in_a_row},

@@ -6,6 +6,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <signal.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -13,12 +14,16 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "agent/process.h"
+#include "agent/recovery/why.h"
 #include "agent/run/small_files.h"
+#include "agent/run/state_files.h"
 #include "base/clock.h"
 #include "io/epoll_loop.h"
 #include "io/thread_pool.h"
@@ -80,8 +85,40 @@ class SidecarTest : public testing::Test {
       ASSERT_GT(process, 0);
       ranks_[rank] = process;
       children_.push_back(process);
-      processes_.push_back({"job", key_, rank, world_size, static_cast<uint32_t>(process), {}});
+      AddProcess("job", rank, world_size, process);
     }
+  }
+  // As one that has connected, and left its descriptor.
+  void AddProcess(const std::string& job, uint32_t rank, uint32_t world_size, pid_t process) {
+    pidfds_.push_back(*OpenPidfd(process));
+    processes_.push_back(
+        {job, key_, rank, world_size, static_cast<uint32_t>(process), pidfds_.back().get()});
+  }
+  // What both ranks tell the engine: that they began from `from`, and have come to `step`.
+  void Progress(uint32_t attempt, std::optional<CheckpointId> from, uint64_t step,
+                std::optional<Step> committed) {
+    std::vector<Engine::RankProgress> ranks(2);
+    for (uint32_t rank = 0; rank < 2; ++rank) {
+      ranks[rank].rank = Rank{rank};
+      ranks[rank].attempt = Attempt{attempt};
+      ranks[rank].is_open = true;
+      ranks[rank].is_restored = true;
+      ranks[rank].restored_from = from;
+      ranks[rank].heartbeat_count = 2;
+      ranks[rank].step = Step{step};
+      ranks[rank].committed = committed;
+      if (committed.has_value()) ranks[rank].committed_begun = RealClock().Elapsed();
+    }
+    progress_ = [ranks] { return ranks; };
+  }
+  nlohmann::json Why(Attempt of = {}) const {
+    const absl::StatusOr<std::string> why = sidecar_->WhyJson("job", of);
+    return why.ok() ? nlohmann::json::parse(*why) : nlohmann::json::object();
+  }
+  bool Outcome(const std::string& outcome) const {
+    const nlohmann::json why = Why();
+    return !why.empty() && !why["incidents"].empty() &&
+           why["incidents"].back()["outcome"] == outcome;
   }
   // It ends what is left of it.
   void End() {
@@ -138,7 +175,8 @@ class SidecarTest : public testing::Test {
   const TemporaryDirectory place_;
   std::unique_ptr<EpollLoop> loop_ = *EpollLoop::Create(RealClock());
   std::unique_ptr<ThreadPool> pool_ = *ThreadPool::Create(*loop_, kPoolThreads);
-  std::vector<MonitorBoards::Process> processes_;
+  std::vector<UniqueFd> pidfds_;
+  std::vector<Sidecar::Process> processes_;
   std::function<std::vector<Engine::RankProgress>()> progress_;
   bool runs_here_ = false;
   std::map<uint32_t, pid_t> ranks_;  // of the newest attempt
@@ -214,12 +252,15 @@ TEST_F(SidecarTest, WhoIsSilentIsFoundWithoutTheMonitor) {
     }
     ASSERT_TRUE(Pump([&] { return sidecar_->WordOf("job").trouble != ""; }));
     ASSERT_TRUE(Look());
-    EXPECT_THAT(sidecar_->WordOf("job").trouble, HasSubstr("No sign of life"));
+    EXPECT_EQ(sidecar_->WordOf("job").trouble,
+              all ? "All ranks are silent: no sign of life from any of 2 within the time-out."
+                  : "No sign of life from rank 1 within the time-out.");
+    EXPECT_THAT(Why()["incidents"].back()["suspects"], testing::SizeIs(all ? 0 : 1));
     held.unlock();
     ASSERT_TRUE(Dies(all ? 0 : 1));
     EXPECT_TRUE(IsAlive(all ? 1 : 0));
     EXPECT_EQ(Status()["kills"], 1);
-    EXPECT_THAT(Said(), HasSubstr("No sign of life"));
+    EXPECT_THAT(Said(), HasSubstr(all ? "All ranks are silent" : "No sign of life from rank 1"));
     progress_ = nullptr;
   }
 }
@@ -294,6 +335,114 @@ TEST_F(SidecarTest, ToObserveIsToKillNobody) {
   EXPECT_FALSE(sidecar_->WordOf("job").is_handled);
   EXPECT_TRUE(IsAlive(0));
   EXPECT_TRUE(IsAlive(1));
+  EXPECT_TRUE(Outcome("open"));
+  // It ends, of whatever: nobody knows more of it.
+  End();
+  ASSERT_TRUE(Pump([&] { return Outcome("ended"); })) << Why();
+}
+
+TEST_F(SidecarTest, WhyHasEveryIncidentWithItsPhasesAlsoForWhoeverComesLater) {
+  Begin(SidecarMode::kAct);
+  EXPECT_TRUE(absl::IsNotFound(sidecar_->WhyJson("", Attempt{}).status()));
+  EXPECT_TRUE(absl::IsNotFound(sidecar_->WhyJson("job", Attempt{}).status()));
+  Launch();
+  Progress(1, std::nullopt, 7, Step{5});
+  ASSERT_TRUE(Pump([&] { return Status().value("state", "") == "running"; })) << Status();
+  Find(FaultClass::kStopped, 1);
+  ASSERT_TRUE(Dies(1));
+  EXPECT_TRUE(Outcome("open"));
+  // Not all of it has gone yet: nothing is said of what follows.
+  EXPECT_TRUE(Why()["incidents"][0]["seconds"]["stop"].is_null());
+  Launch();
+  Progress(2, CheckpointId{Attempt{1}, Step{5}}, 6, std::nullopt);
+  ASSERT_TRUE(Pump([&] { return Outcome("resumed"); })) << Why();
+  const nlohmann::json why = Why();
+  ASSERT_EQ(why["incidents"].size(), 1);
+  const nlohmann::json& incident = why["incidents"][0];
+  EXPECT_EQ(incident["attempt"], 1);
+  EXPECT_EQ(incident["action"], "restart in place");
+  EXPECT_EQ(incident["suspects"][0]["rank"], 1);
+  double sum = 0;
+  for (const char* phase :
+       {"detect", "diagnose", "wait", "stop", "start", "load", "step", "lost"}) {
+    ASSERT_TRUE(incident["seconds"][phase].is_number()) << phase << incident;
+    sum += incident["seconds"][phase].get<double>();
+  }
+  EXPECT_NEAR(sum, incident["seconds"]["total"].get<double>(), 1e-5);
+  EXPECT_EQ(why["downtime"].size(), 3);
+  EXPECT_EQ(Why(Attempt{1})["incidents"], why["incidents"]);
+  EXPECT_TRUE(Why(Attempt{2})["incidents"].empty());
+  const absl::StatusOr<std::string> only = sidecar_->WhyJson("", Attempt{});
+  ASSERT_OK(only.status());
+  EXPECT_EQ(nlohmann::json::parse(*only)["job"], "job");
+
+  // On disk, for whoever asks when the agent has gone, and for the next worker.
+  sidecar_ = nullptr;
+  const absl::StatusOr<recovery::History> history = ReadHistory(place_.Join("jobs/job"));
+  ASSERT_OK(history.status());
+  EXPECT_EQ(history->phase, recovery::Phase::kIdle);
+  EXPECT_EQ(nlohmann::json(recovery::WhyJson(*history, Attempt{}))["incidents"], why["incidents"]);
+  Begin(SidecarMode::kAct);
+  ASSERT_TRUE(Pump([&] { return WatchesAttempt(); }));
+  EXPECT_EQ(Why()["incidents"], why["incidents"]);
+  Find(FaultClass::kStopped, 0);
+  ASSERT_TRUE(Dies(0));
+  ASSERT_EQ(Why()["incidents"].size(), 2);
+  EXPECT_EQ(Why()["incidents"][1]["number"], 2);
+  EXPECT_GT(Why()["incidents"][1]["launch"], incident["launch"]);
+}
+
+// A launcher may hold processes ready. When it was told to begin is then not to be had.
+TEST_F(SidecarTest, AnAttemptOfProcessesThatWereThereBeforeHasNoKnownStart) {
+  Begin(SidecarMode::kAct);
+  std::map<uint32_t, pid_t> spares;
+  for (uint32_t rank = 0; rank < 2; ++rank) {
+    const pid_t process = fork();
+    if (process == 0) {
+      prctl(PR_SET_PDEATHSIG, SIGKILL);
+      while (true) pause();
+    }
+    spares[rank] = process;
+  }
+  const absl::Duration forked = RealClock().Elapsed();
+  Launch();
+  Progress(1, std::nullopt, 7, Step{5});
+  // Later than the tick of /proc in which they were started.
+  ASSERT_TRUE(Pump([&] {
+    return Status().value("state", "") == "running" &&
+           RealClock().Elapsed() > forked + absl::Milliseconds(50);
+  }));
+  Find(FaultClass::kStopped, 1);
+  ASSERT_TRUE(Dies(1));
+  End();
+  key_ = "spares";
+  for (const auto& [rank, process] : spares) {
+    ranks_[rank] = process;
+    children_.push_back(process);
+    AddProcess("job", rank, 2, process);
+  }
+  Progress(2, CheckpointId{Attempt{1}, Step{5}}, 6, std::nullopt);
+  ASSERT_TRUE(Pump([&] { return Outcome("resumed"); })) << Why();
+  const nlohmann::json seconds = Why()["incidents"][0]["seconds"];
+  EXPECT_TRUE(seconds["wait"].is_null() && seconds["start"].is_null()) << seconds;
+  EXPECT_TRUE(seconds["stop"].is_number() && seconds["total"].is_number()) << seconds;
+  EXPECT_THAT(Why()["downtime"][1], HasSubstr("unknown"));
+}
+
+TEST_F(SidecarTest, WhoeverHasTheNumberOfARankIsNoRank) {
+  Begin(SidecarMode::kAct);
+  Launch();
+  // Both ranks are known by the other one's number, as if numbers had been given anew.
+  std::swap(processes_[0].process_id, processes_[1].process_id);
+  ASSERT_TRUE(Pump([&] { return WatchesAttempt(); }));
+  Find(FaultClass::kStopped, 1);
+  ASSERT_TRUE(Dies(1));
+  EXPECT_TRUE(IsAlive(0));
+  // Without a descriptor nobody knows who it is.
+  Launch();
+  processes_[1].pidfd = -1;
+  ASSERT_TRUE(Look());
+  EXPECT_TRUE(WatchesNone());
 }
 
 TEST_F(SidecarTest, ANewAttemptBesideWhatIsLeftOfTheLastOneIsTheOneThatIsWatched) {
@@ -345,22 +494,19 @@ TEST_F(SidecarTest, JobsThatAreOverMakeRoom) {
   Launch();
   ASSERT_TRUE(Pump([&] { return WatchesAttempt(); }));
   // One lives, and more come and go than there is room for.
-  const MonitorBoards::Process living[] = {processes_[0], processes_[1]};
+  const Sidecar::Process living[] = {processes_[0], processes_[1]};
   for (size_t i = 0; i < Sidecar::kJobsMax; ++i) {
     processes_ = {living[0], living[1]};
-    MonitorBoards::Process other = living[0];
-    other.job = absl::StrCat("other-", i);
-    other.world_size = 1;
+    const std::string other = absl::StrCat("other-", i);
     const pid_t process = fork();
     if (process == 0) {
       while (true) pause();
     }
-    other.process_id = static_cast<uint32_t>(process);
-    processes_.push_back(other);
-    ASSERT_TRUE(Pump([&] { return sidecar_->WordOf(other.job).next != ""; })) << other.job;
+    AddProcess(other, 0, 1, process);
+    ASSERT_TRUE(Pump([&] { return sidecar_->WordOf(other).next != ""; })) << other;
     kill(process, SIGKILL);
     waitpid(process, nullptr, 0);
-    ASSERT_TRUE(Pump([&] { return sidecar_->WordOf(other.job).next == ""; })) << other.job;
+    ASSERT_TRUE(Pump([&] { return sidecar_->WordOf(other).next == ""; })) << other;
   }
   EXPECT_NE(sidecar_->WordOf("job").next, "");
 }
