@@ -76,6 +76,10 @@ class JobsTest(unittest.TestCase):
         job = Job(self.place, *NEVER_ENDS, config=ASK)
         _, lines = self.until_first_line(r'^RUNNING [0-9].*\. Step [0-9,]+\. You: nothing\.$')
         self.assertEqual(lines[-1], 'Job test.')
+        for slip, why in ((['approve', 'p9'], "now nothing, found 'p9'"), (['veto', ''], "found ''"),
+                          (['hold', '721h'], 'at most 720h'), (['hold', 'soon'], 'soon'),
+                          (['readmit', '7'], '(GPU 0, GPU 1), or one that was excluded, found GPU 7')):
+            self.assertIn(why, self.holdfast(*slip, status=2))
         wait_until(lambda: 'newest checkpoint: step' in self.holdfast(), 'a checkpoint')
         os.kill(wait_until(lambda: job.rank_pid(1), 'the rank'), signal.SIGKILL)
         # State, suspect, loss and human step stand in the first line.
@@ -86,6 +90,7 @@ class JobsTest(unittest.TestCase):
         shown = json.loads(self.holdfast('--json'))['jobs'][0]
         self.assertEqual((shown['state'], shown['you'], shown['supervised']),
                          ('waiting for approval', asked.group(2), True))
+        self.assertIn(asked.group(2).split()[2] + ' (Restart in place? ', self.holdfast('veto', 'p77', status=2))
         # It can be copied and run.
         self.holdfast(*shlex.split(asked.group(2))[1:])
         self.until_first_line(r'^RUNNING ')

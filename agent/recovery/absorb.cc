@@ -20,7 +20,6 @@ using monitor::ExitKind;
 
 constexpr absl::Duration kClockMax = absl::Hours(24 * 365 * 50);
 constexpr absl::Duration kWallMax = absl::Hours(24 * 365 * 130);
-constexpr absl::Duration kHoldMax = absl::Hours(24 * 30);
 constexpr uint32_t kPermilleMax = 1'000'000;
 // Numbers of launches that no job comes to: what is said of them does not count.
 constexpr uint32_t kLaunchMax = uint32_t{1} << 31;

@@ -168,7 +168,8 @@ struct Approve {
 struct Veto {
   std::string id;
 };
-// Nothing is stopped or started for so long. Zero ends a hold.
+// Nothing is stopped or started for so long, at most kHoldMax. Zero ends a hold.
+inline constexpr absl::Duration kHoldMax = absl::Hours(24 * 30);
 struct Hold {
   absl::Duration duration;
   std::string reason;

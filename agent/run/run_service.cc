@@ -14,6 +14,7 @@
 #include "agent/recovery/why.h"
 #include "agent/run/monitor_told.h"
 #include "agent/run/small_files.h"
+#include "agent/run/state_files.h"
 #include "base/status_macros.h"
 #include "format/checkpoint_names.h"
 #include "nlohmann/json.hpp"
@@ -21,13 +22,41 @@
 namespace holdfast {
 namespace {
 
-// A node that no GPU of the job is on is a slip: nothing would be taken off the list.
-absl::Status CheckNode(const JobSupervisor& supervisor, const std::string& node) {
+// Of a slip nothing would come, and nobody would say so.
+absl::Status CheckGpu(const JobSupervisor& supervisor, const recovery::Gpu& gpu,
+                      const std::string& lemons_path) {
+  const recovery::History& history = supervisor.view().history;
   std::set<std::string> nodes = {supervisor.node()};
-  for (const recovery::Gpu& gpu : supervisor.view().history.gpus) nodes.insert(gpu.node);
-  if (nodes.contains(node)) return absl::OkStatus();
+  for (const recovery::Gpu& its : history.gpus) {
+    if (recovery::IsSame(its, gpu)) return absl::OkStatus();
+    nodes.insert(its.node);
+  }
+  if (!nodes.contains(gpu.node)) {
+    return absl::InvalidArgumentError(
+        absl::StrFormat("readmit: expected a node of the job (%s), found %s",
+                        absl::StrJoin(nodes, ", "), gpu.node));
+  }
+  // Another job may have had it. What cannot be read may list it.
+  const absl::StatusOr<recovery::LemonList> lemons = ReadLemons(lemons_path);
+  if (!lemons.ok() || lemons->Find(gpu) != nullptr) return absl::OkStatus();
+  constexpr size_t kNamedMax = 16;
+  std::vector<std::string> names;
+  for (const recovery::Gpu& its : history.gpus) {
+    if (names.size() < kNamedMax) names.push_back(recovery::Name(its, recovery::HomeOf(history)));
+  }
+  if (names.size() < history.gpus.size()) names.push_back("...");
   return absl::InvalidArgumentError(absl::StrFormat(
-      "readmit: expected a node of the job (%s), found %s", absl::StrJoin(nodes, ", "), node));
+      "readmit: expected one of the job's GPUs (%s), or one that was excluded, found %s",
+      absl::StrJoin(names, ", "), recovery::Name(gpu, recovery::HomeOf(history))));
+}
+
+absl::Status CheckQuestion(const JobSupervisor& supervisor, const std::string& id) {
+  const std::optional<recovery::Proposal>& asked = supervisor.view().history.proposal;
+  if (asked.has_value() && asked->id == id) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrFormat(
+      "expected the ID of what is asked, %s, found '%s'",
+      asked.has_value() ? absl::StrFormat("%s (%s)", asked->id, asked->question) : "now nothing",
+      id));
 }
 
 }  // namespace
@@ -150,20 +179,27 @@ absl::StatusOr<std::string> RunService::Command(abi::RunCommandKind kind, const 
       supervisor.Take(recovery::Save{});
       break;
     case Kind::kApprove:
+      RETURN_IF_ERROR(CheckQuestion(supervisor, text));
       supervisor.Take(recovery::Approve{text});
       break;
     case Kind::kVeto:
+      RETURN_IF_ERROR(CheckQuestion(supervisor, text));
       supervisor.Take(recovery::Veto{text});
       break;
     case Kind::kHold:
-      supervisor.Take(
-          recovery::Hold{absl::Seconds(std::min<uint64_t>(number, 365 * 86'400)), text});
+      if (number > static_cast<uint64_t>(absl::ToInt64Seconds(recovery::kHoldMax))) {
+        return absl::InvalidArgumentError(absl::StrFormat("hold: expected at most %s, found %d s",
+                                                          absl::FormatDuration(recovery::kHoldMax),
+                                                          number));
+      }
+      supervisor.Take(recovery::Hold{absl::Seconds(number), text});
       break;
     case Kind::kReadmit: {
       recovery::Readmit readmit;
       readmit.gpu.node = text.empty() ? supervisor.node() : text;
       readmit.gpu.index = static_cast<uint32_t>(std::min<uint64_t>(number, UINT32_MAX));
-      RETURN_IF_ERROR(CheckNode(supervisor, readmit.gpu.node));
+      RETURN_IF_ERROR(CheckGpu(supervisor, readmit.gpu,
+                               absl::StrCat(options_.state_directory, "/lemons.json")));
       supervisor.Take(std::move(readmit));
       break;
     }
