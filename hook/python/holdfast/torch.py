@@ -275,10 +275,9 @@ def _watch_buffers(model: torch.nn.parallel.DistributedDataParallel,
 
     def watched(tensors: Any, buffer_size: int, authoritative_rank: int = 0) -> None:
         nbytes = sum(tensor.nbytes for tensor in tensors)
-        operation = Operation(communicator, Kind.BROADCAST, nbytes, authoritative_rank)
-        operation.start()
-        broadcast(tensors, buffer_size, authoritative_rank)
-        operation.end()  # one that has failed never ends, on the board
+        # One that has failed is over, too: nobody stands in it, and the program may go on.
+        with communicator.operation(Kind.BROADCAST, nbytes, authoritative_rank):
+            broadcast(tensors, buffer_size, authoritative_rank)
 
     model._distributed_broadcast_coalesced = watched
 

@@ -330,6 +330,35 @@ class TorchCheckpointerTest(unittest.TestCase):
         self.assertEqual(operations(data, index, Kind.ALL_REDUCE), enqueued - 3)
         self.assertGreaterEqual(enqueued, 6)
 
+    def test_a_broadcast_that_fails_is_over_on_the_board(self):
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+        self.addCleanup(distributed.destroy_process_group)
+        model = nn.parallel.DistributedDataParallel(new_model())
+        broadcast = model._distributed_broadcast_coalesced
+        failures = [None, RuntimeError("connection closed by peer"), None]
+
+        def fails(*arguments):
+            failure = failures.pop(0)
+            if failure is not None:
+                raise failure
+            broadcast(*arguments)
+
+        model._distributed_broadcast_coalesced = fails
+        holdfast.torch.watch(model, id=903)
+        data = torch.randn(4, 6)
+        model(data).square().sum().backward()
+        with self.assertRaisesRegex(RuntimeError, "connection closed by peer"):
+            model(data)
+        index, (enqueued, started, finished) = communicator(board(), 903)
+        self.assertEqual((started, finished), (enqueued, enqueued))
+        self.assertEqual(operations(board(), index, Kind.BROADCAST), 2)
+        # The program may go on.
+        model(data).square().sum().backward()
+        self.assertEqual(failures, [])
+        _, (enqueued, started, finished) = communicator(board(), 903)
+        self.assertEqual((started, finished), (enqueued, enqueued))
+        self.assertEqual(operations(board(), index, Kind.BROADCAST), 3)
+
     def test_buffers_that_are_not_broadcast_are_no_operation(self):
         distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
         self.addCleanup(distributed.destroy_process_group)
