@@ -5,11 +5,27 @@
 #include "absl/strings/str_format.h"
 
 namespace holdfast {
+namespace {
+
+// Of which pickles what is reserved at once, and how many of its bytes there are for each node and
+// for each child: a checkpoint's metadata has one for about as many.
+constexpr size_t kReservedFromBytes = size_t{1} << 20;
+constexpr size_t kBytesOfNode = 8;
+constexpr size_t kBytesOfChild = 4;
+
+}  // namespace
 
 PickleBuilder::PickleBuilder(PickleDocument& document, const PickleOptions& options)
     : document_(document),
       values_max_(std::min(options.values_max, size_t{1} << 28)),
-      depth_max_(options.depth_max) {}
+      depth_max_(options.depth_max) {
+  known_integers_.fill(kNoNode);
+  const size_t bytes = document.text_.size();
+  if (bytes < kReservedFromBytes) return;
+  document.nodes_.reserve(std::min(bytes / kBytesOfNode, values_max_));
+  document.children_.reserve(bytes / kBytesOfChild);
+  dense_memo_.reserve(std::min(bytes / kBytesOfNode, values_max_));
+}
 
 void PickleBuilder::Fail(absl::StatusCode code, std::string_view what) {
   if (status_.ok())
@@ -27,9 +43,11 @@ uint32_t PickleBuilder::Make(const Node& node) {
   return static_cast<uint32_t>(document_.nodes_.size() - 1);
 }
 
-void PickleBuilder::Push(const Node& node) {
+// Its number; kNoNode after an error.
+uint32_t PickleBuilder::Push(const Node& node) {
   const uint32_t made = Make(node);
   if (made != kNoNode) stack_.push_back(made);
+  return made;
 }
 
 void PickleBuilder::PushEmpty(Type type) {
@@ -38,11 +56,29 @@ void PickleBuilder::PushEmpty(Type type) {
   Push(node);
 }
 
-void PickleBuilder::PushInteger(int64_t value, Type type) {
+void PickleBuilder::PushEmptyTuple() {
+  if (empty_tuple_ != kNoNode) return PushAgain(empty_tuple_);
   Node node;
-  node.type = type;
-  node.integer = value;
+  node.type = Type::kTuple;
+  empty_tuple_ = Push(node);
+}
+
+void PickleBuilder::PushBool(bool value) {
+  Node node;
+  node.type = Type::kBool;
+  node.integer = value ? 1 : 0;
   Push(node);
+}
+
+void PickleBuilder::PushInteger(int64_t value) {
+  // Fibonacci hashing: numbers in a row, and multiples of one, fall apart.
+  const uint64_t hash = static_cast<uint64_t>(value) * 0x9E3779B97F4A7C15;
+  uint32_t& known = known_integers_[hash >> (64 - kKnownIntegersBits)];
+  if (known != kNoNode && At(known).integer == value) return PushAgain(known);
+  Node node;
+  node.type = Type::kInteger;
+  node.integer = value;
+  known = Push(node);
 }
 
 void PickleBuilder::PushDouble(double value) {
@@ -55,8 +91,7 @@ void PickleBuilder::PushDouble(double value) {
 void PickleBuilder::PushPlace(Type type, size_t offset, size_t length) {
   Node node;
   node.type = type;
-  node.integer = static_cast<int64_t>(offset);
-  node.length = static_cast<uint32_t>(length);
+  node.range = {static_cast<uint32_t>(offset), static_cast<uint32_t>(length)};
   Push(node);
 }
 
@@ -118,25 +153,26 @@ bool PickleBuilder::HasRoom(size_t count) {
 void PickleBuilder::MoveTop(uint32_t container, size_t count) {
   Node& node = At(container);
   std::vector<uint32_t>& children = document_.children_;
-  const size_t length = node.length + count;
-  if (length > node.capacity) {
-    if (!HasRoom(node.length + 2 * length)) return;
-    if (node.begin + size_t{node.capacity} != children.size()) {
+  PickleDocument::Range& range = node.range;
+  const size_t length = range.length + count;
+  if (length > node.more) {
+    if (!HasRoom(range.length + 2 * length)) return;
+    if (range.begin + size_t{node.more} != children.size()) {
       const size_t begin = children.size();
-      for (size_t i = 0; i < node.length; ++i) {
-        const uint32_t child = children[node.begin + i];
+      for (size_t i = 0; i < range.length; ++i) {
+        const uint32_t child = children[range.begin + i];
         children.push_back(child);
       }
-      node.begin = static_cast<uint32_t>(begin);
+      range.begin = static_cast<uint32_t>(begin);
     }
     // A first filling is mostly the only one.
-    node.capacity = static_cast<uint32_t>(
-        node.length == 0 ? length : std::max(length, size_t{node.capacity} * 2));
-    children.resize(node.begin + size_t{node.capacity}, kNoNode);
+    node.more =
+        static_cast<uint32_t>(range.length == 0 ? length : std::max(length, size_t{node.more} * 2));
+    children.resize(range.begin + size_t{node.more}, kNoNode);
   }
   std::copy(stack_.end() - static_cast<ptrdiff_t>(count), stack_.end(),
-            children.begin() + node.begin + node.length);
-  node.length = static_cast<uint32_t>(length);
+            children.begin() + range.begin + range.length);
+  range.length = static_cast<uint32_t>(length);
   stack_.resize(stack_.size() - count);
 }
 
@@ -166,21 +202,40 @@ void PickleBuilder::MakeFromMark(Type type) {
 // What the values at the top are added to: the container below them, or, of an object, its list
 // of items or dict of entries, made at the first time. kNoNode after an error.
 uint32_t PickleBuilder::Receiver(Type type, uint32_t below) {
-  const Node node = At(below);
-  if (node.type == type) return below;
-  if (node.type != Type::kObject) {
+  const Type found = At(below).type;
+  if (found == type) return below;
+  if (found != Type::kObject) {
     Refuse(absl::StrFormat("expected %s to add to, found %s",
                            type == Type::kList ? "a list" : "a dict", DescribeOf(below)));
     return kNoNode;
   }
-  const size_t slot =
-      node.begin + (type == Type::kList ? PickleDocument::kItems : PickleDocument::kEntries);
-  if (document_.children_[slot] == kNoNode) {
+  if (!Extend(below)) return kNoNode;
+  uint32_t& part =
+      ExtensionOf(below, type == Type::kList ? PickleDocument::kItems : PickleDocument::kEntries);
+  if (part == kNoNode) {
     Node made;
     made.type = type;
-    document_.children_[slot] = Make(made);
+    part = Make(made);
   }
-  return document_.children_[slot];
+  return part;
+}
+
+// Makes room for all parts of an object; false and an error if there is none.
+bool PickleBuilder::Extend(uint32_t object) {
+  Node& node = At(object);
+  if (node.is_extended) return true;
+  if (!HasRoom(PickleDocument::kExtensionLength)) return false;
+  const uint32_t state = node.more;
+  node.more = static_cast<uint32_t>(document_.children_.size());
+  node.is_extended = true;
+  document_.children_.resize(node.more + PickleDocument::kExtensionLength, kNoNode);
+  ExtensionOf(object, PickleDocument::kState) = state;
+  ExtensionOf(object, PickleDocument::kBuilds) = state == kNoNode ? 0 : 1;
+  return true;
+}
+
+uint32_t& PickleBuilder::ExtensionOf(uint32_t object, PickleDocument::Part part) {
+  return document_.children_[At(object).more + size_t{part} - PickleDocument::kKwargs];
 }
 
 void PickleBuilder::AddBelow(Type type, size_t count, size_t marks) {
@@ -220,21 +275,6 @@ void PickleBuilder::AddToSet() {
   Refuse("expected a set to add to");
 }
 
-// Pushes a node with the given slots; the rest of an object's are absent.
-void PickleBuilder::PushSlots(Type type, Making making, std::initializer_list<uint32_t> slots,
-                              size_t count) {
-  Node node;
-  node.type = type;
-  node.making = making;
-  node.begin = static_cast<uint32_t>(document_.children_.size());
-  if (!HasRoom(count)) return;
-  const uint32_t made = Make(node);
-  if (made == kNoNode) return;
-  document_.children_.insert(document_.children_.end(), slots);
-  document_.children_.resize(node.begin + count, kNoNode);
-  stack_.push_back(made);
-}
-
 void PickleBuilder::MakeObject(Making making, Kwargs given) {
   const bool has_kwargs = given == Kwargs::kTopmost;
   if (!HasValues(has_kwargs ? 3 : 2)) return;
@@ -252,19 +292,32 @@ void PickleBuilder::MakeObject(Making making, Kwargs given) {
   if (has_kwargs && At(kwargs).type != Type::kDict) {
     return Refuse(absl::StrFormat("expected a dict of arguments, found %s", DescribeOf(kwargs)));
   }
-  PushSlots(Type::kObject, making, {callee, args, kwargs}, PickleDocument::kSlotCount);
+  Node node;
+  node.type = Type::kObject;
+  node.making = making;
+  node.call = {callee, args};
+  node.more = kNoNode;
+  const uint32_t made = Push(node);
+  if (made == kNoNode || !has_kwargs || !Extend(made)) return;
+  ExtensionOf(made, PickleDocument::kKwargs) = kwargs;
 }
 
 void PickleBuilder::Build() {
   if (!HasValues(2)) return;
   const uint32_t state = Pop();
-  Node& object = At(stack_.back());
-  if (object.type != Type::kObject) {
-    return Refuse(absl::StrFormat("expected an object to give a state to, found %s",
-                                  DescribeOf(stack_.back())));
+  const uint32_t object = stack_.back();
+  Node& node = At(object);
+  if (node.type != Type::kObject) {
+    return Refuse(
+        absl::StrFormat("expected an object to give a state to, found %s", DescribeOf(object)));
   }
-  document_.children_[object.begin + PickleDocument::kState] = state;
-  if (object.length < UINT32_MAX) ++object.length;
+  if (!node.is_extended && node.more == kNoNode) {
+    node.more = state;
+    return;
+  }
+  if (!Extend(object)) return;
+  ExtensionOf(object, PickleDocument::kState) = state;
+  ++ExtensionOf(object, PickleDocument::kBuilds);  // of at most 2^30 opcodes
 }
 
 void PickleBuilder::PushGlobal(Place module, Place name) {
@@ -273,11 +326,11 @@ void PickleBuilder::PushGlobal(Place module, Place name) {
   }
   Node node;
   node.type = Type::kGlobal;
-  node.integer = static_cast<int64_t>(module.offset);
-  node.length = static_cast<uint32_t>(module.length);
-  node.begin = static_cast<uint32_t>(name.offset);
-  node.capacity = static_cast<uint32_t>(name.length);
-  Push(node);
+  node.range = {static_cast<uint32_t>(module.offset), static_cast<uint32_t>(module.length)};
+  node.more = static_cast<uint32_t>(document_.names_.size());
+  if (Push(node) == kNoNode) return;
+  document_.names_.push_back(
+      {static_cast<uint32_t>(name.offset), static_cast<uint32_t>(name.length)});
 }
 
 std::optional<std::pair<PickleBuilder::Place, PickleBuilder::Place>> PickleBuilder::TakeNames() {
@@ -288,13 +341,15 @@ std::optional<std::pair<PickleBuilder::Place, PickleBuilder::Place>> PickleBuild
     Refuse("expected module and name as strings");
     return std::nullopt;
   }
-  return std::pair{Place{static_cast<size_t>(module.integer), module.length},
-                   Place{static_cast<size_t>(name.integer), name.length}};
+  return std::pair{Place{module.range.begin, module.range.length},
+                   Place{name.range.begin, name.range.length}};
 }
 
 void PickleBuilder::BinPersid() {
-  const uint32_t id = Pop();
-  if (id != kNoNode) PushSlots(Type::kPersistent, Making::kReduce, {id}, 1);
+  Node node;
+  node.type = Type::kPersistent;
+  node.id = Pop();
+  if (node.id != kNoNode) Push(node);
 }
 
 void PickleBuilder::Remember(uint64_t key) {

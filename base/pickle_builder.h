@@ -6,15 +6,17 @@
 // values are. Every opcode takes at least one byte and makes at most one node (an object that is
 // given its first item or entry: one more), so nodes, stack, marks and memo are bounded by the
 // bytes, and by values_max besides. Children move to the end of their array when their container
-// has outgrown its room, and take twice of it there: three times what they need in all.
+// has outgrown its room, and take twice of it there: three times what they need in all. The arrays
+// of a large pickle begin as large as pickles of many small objects need them: growing would copy
+// them, and what is reserved and not used is never touched.
 //
 // After the first error every call may do anything but crash; status() has that error.
 #ifndef HOLDFAST_BASE_PICKLE_BUILDER_H_
 #define HOLDFAST_BASE_PICKLE_BUILDER_H_
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
-#include <initializer_list>
 #include <map>
 #include <optional>
 #include <string>
@@ -45,8 +47,10 @@ class PickleBuilder {
   void Forbid(std::string_view what) { Fail(absl::StatusCode::kPermissionDenied, what); }
   void Fail(absl::StatusCode code, std::string_view what);
 
-  void PushEmpty(Type type);  // None, and containers without values
-  void PushInteger(int64_t value, Type type = Type::kInteger);
+  void PushEmpty(Type type);  // None, and containers without values; tuples: PushEmptyTuple
+  void PushEmptyTuple();
+  void PushBool(bool value);
+  void PushInteger(int64_t value);
   void PushDouble(double value);
   // A text that stands in the document's at this place.
   void PushPlace(Type type, size_t offset, size_t length);
@@ -85,9 +89,10 @@ class PickleBuilder {
   using Node = PickleDocument::Node;
 
   uint32_t Make(const Node& node);
-  void Push(const Node& node);
+  uint32_t Push(const Node& node);
   void PushAgain(uint32_t number);
-  void PushSlots(Type type, Making making, std::initializer_list<uint32_t> slots, size_t count);
+  bool Extend(uint32_t object);
+  uint32_t& ExtensionOf(uint32_t object, PickleDocument::Part part);
   std::string DescribeOf(uint32_t number) const;
   Node& At(uint32_t number);
 
@@ -109,6 +114,10 @@ class PickleBuilder {
   std::vector<uint32_t> dense_memo_;
   std::map<uint64_t, uint32_t> sparse_memo_;
   size_t memo_count_ = 0;
+  // Values that are pushed again instead of made anew: integers by a hash, the last one of each.
+  static constexpr int kKnownIntegersBits = 10;
+  std::array<uint32_t, size_t{1} << kKnownIntegersBits> known_integers_;
+  uint32_t empty_tuple_ = kNoNode;
   size_t begun_ = 0;
   bool stopped_ = false;
   absl::Status status_;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <bit>
 #include <charconv>
+#include <cstring>
 #include <optional>
 #include <span>
 
@@ -90,6 +91,8 @@ std::string BytesOfDecimal(std::string_view digits, bool negative) {
 
 }  // namespace
 
+static_assert(std::endian::native == std::endian::little);
+
 // Decodes the opcodes, one after the other.
 class PickleMachine {
  public:
@@ -139,20 +142,21 @@ class PickleMachine {
                 "truncated");
   }
 
-  // `count` bytes from here, as a little-endian number; 0 after an error.
-  uint64_t Number(size_t count) {
-    if (end_ - at_ < count) {
+  // The next bytes, as a little-endian number of this width; 0 after an error.
+  template <typename T>
+  T Number() {
+    if (end_ - at_ < sizeof(T)) {
       Truncated();
       return 0;
     }
-    uint64_t value = 0;
-    for (size_t i = count; i-- > 0;) value = value << 8 | Byte(at_ + i);
-    at_ += count;
+    T value = 0;
+    std::memcpy(&value, text_.data() + at_, sizeof(T));
+    at_ += sizeof(T);
     return value;
   }
   // A length in four bytes that have a sign.
   uint64_t SignedLength() {
-    const uint64_t length = Number(4);
+    const uint64_t length = Number<uint32_t>();
     if (length > INT32_MAX) build_.Refuse("expected a length that is not negative");
     return length;
   }
@@ -228,7 +232,7 @@ class PickleMachine {
     if (!line.has_value()) return;
     std::string_view text = Text(*line);
     if (!is_long && (text == "00" || text == "01")) {
-      return build_.PushInteger(text == "01" ? 1 : 0, Type::kBool);
+      return build_.PushBool(text == "01");
     }
     if (is_long && text.ends_with('L')) text.remove_suffix(1);
     const bool negative = text.starts_with('-');
@@ -260,7 +264,7 @@ class PickleMachine {
   }
   void BinFloat() {
     uint64_t bits = 0;  // big-endian, as nothing else is
-    for (int i = 0; i < 8; ++i) bits = bits << 8 | Number(1);
+    for (int i = 0; i < 8; ++i) bits = bits << 8 | Number<uint8_t>();
     build_.PushDouble(std::bit_cast<double>(bits));
   }
 
@@ -300,7 +304,8 @@ class PickleMachine {
     build_.Begin(at_);
     if (at_ == end_) return Truncated();
     const uint8_t opcode = Byte(at_++);
-    if (ConstantStep(opcode) || ContainerStep(opcode) || MemoStep(opcode)) return;
+    // Most opcodes of a large pickle remember and recall.
+    if (MemoStep(opcode) || ConstantStep(opcode) || ContainerStep(opcode)) return;
     if (opaque_ && ClassStep(opcode)) return;
     if (opcode == 'S' || opcode == 'V' || (opcode == 'P' && !has_header_)) return RefuseProtocol0();
     if (const std::string_view name = NameIn(kRefusedOpcodes, opcode); !name.empty()) {
@@ -321,19 +326,19 @@ class PickleMachine {
         break;
       case 0x88:
       case 0x89:
-        build_.PushInteger(opcode == 0x88 ? 1 : 0, Type::kBool);
+        build_.PushBool(opcode == 0x88);
         break;
       case 'J':  // BININT: the only signed one
-        build_.PushInteger(static_cast<int32_t>(Number(4)));
+        build_.PushInteger(Number<int32_t>());
         break;
       case 'K':
-        build_.PushInteger(static_cast<int64_t>(Number(1)));
+        build_.PushInteger(Number<uint8_t>());
         break;
       case 'M':
-        build_.PushInteger(static_cast<int64_t>(Number(2)));
+        build_.PushInteger(Number<uint16_t>());
         break;
       case 0x8a:
-        Long(Number(1));
+        Long(Number<uint8_t>());
         break;
       case 0x8b:
         Long(SignedLength());
@@ -349,31 +354,31 @@ class PickleMachine {
         BinFloat();
         break;
       case 'X':
-        String(Number(4));
+        String(Number<uint32_t>());
         break;
       case 0x8c:
-        String(Number(1));
+        String(Number<uint8_t>());
         break;
       case 0x8d:
-        String(Number(8));
+        String(Number<uint64_t>());
         break;
       case 'T':
         OldString(SignedLength());
         break;
       case 'U':
-        OldString(Number(1));
+        OldString(Number<uint8_t>());
         break;
       case 'B':
-        Bytes(Type::kBytes, Number(4));
+        Bytes(Type::kBytes, Number<uint32_t>());
         break;
       case 'C':
-        Bytes(Type::kBytes, Number(1));
+        Bytes(Type::kBytes, Number<uint8_t>());
         break;
       case 0x8e:
-        Bytes(Type::kBytes, Number(8));
+        Bytes(Type::kBytes, Number<uint64_t>());
         break;
       case 0x96:
-        Bytes(Type::kByteArray, Number(8));
+        Bytes(Type::kByteArray, Number<uint64_t>());
         break;
       default:
         return false;
@@ -399,7 +404,7 @@ class PickleMachine {
         build_.PushEmpty(Type::kList);
         break;
       case ')':
-        build_.PushEmpty(Type::kTuple);
+        build_.PushEmptyTuple();
         break;
       case '}':
         build_.PushEmpty(Type::kDict);
@@ -448,26 +453,26 @@ class PickleMachine {
   bool MemoStep(uint8_t opcode) {
     switch (opcode) {
       case 'q':
-        build_.Remember(Number(1));
+        build_.Remember(Number<uint8_t>());
         break;
       case 'r':
-        build_.Remember(Number(4));
+        build_.Remember(Number<uint32_t>());
         break;
       case 0x94:
         build_.RememberNext();
         break;
       case 'h':
-        build_.Recall(Number(1));
+        build_.Recall(Number<uint8_t>());
         break;
       case 'j':
-        build_.Recall(Number(4));
+        build_.Recall(Number<uint32_t>());
         break;
       case 'p':
       case 'g':
         DecimalMemo(opcode == 'p');
         break;
       case 0x95:  // FRAME: how much to read ahead
-        if (Number(8) > end_ - at_) Truncated();
+        if (Number<uint64_t>() > end_ - at_) Truncated();
         break;
       case '.':
         build_.Stop();

@@ -11,10 +11,11 @@
 // file). A dict is what Python would make of it: the last value of a key counts, at the place of
 // the first.
 //
-// Memory is bounded by a small multiple of the bytes. Values may be shared (a memo, exponentially:
+// Memory is bounded by a small multiple of the bytes: a value takes 16 bytes, a container 4 more
+// for each value in it, and texts stay where they are. Values may be shared (a memo, exponentially:
 // forty levels of lists that hold the one below ten times), and a list may even hold itself:
 // whoever walks a document does so by a form of known depth, or by PickleDocument::Walk, which sees
-// each value once.
+// each value once. Equal integers, and empty tuples, may be one value, as they are in Python.
 #ifndef HOLDFAST_BASE_PICKLE_READER_H_
 #define HOLDFAST_BASE_PICKLE_READER_H_
 
@@ -136,7 +137,7 @@ class PickleValue {
  private:
   friend class PickleDocument;
   PickleValue(const PickleDocument* document, uint32_t node) : document_(document), node_(node) {}
-  PickleValue Part(size_t slot) const;
+  PickleValue PartAt(uint8_t part) const;
 
   const PickleDocument* document_ = nullptr;
   uint32_t node_ = 0;
@@ -168,29 +169,44 @@ class PickleDocument {
   friend class PickleBuilder;
   friend class PickleMachine;
 
+  struct Range {
+    uint32_t begin;
+    uint32_t length;
+  };
+  struct Call {
+    uint32_t callee;
+    uint32_t args;
+  };
   struct Node {
     union {
-      int64_t integer = 0;  // kBool, kInteger; texts and globals: offset in text_
-      double real;          // kFloat
+      Range range = {0, 0};  // of texts and modules in text_; of what containers hold in children_
+      int64_t integer;       // kBool, kInteger
+      double real;           // kFloat
+      Call call;             // kObject
+      uint32_t id;           // kPersistent
     };
-    // Containers: place of the children in children_, and room there. A dict's are key, value, key,
-    // value ...; an object's are its slots. Globals: offset and length of the name.
-    uint32_t begin = 0;
-    uint32_t capacity = 0;
-    uint32_t length = 0;  // texts: bytes; containers: children; kObject: BUILDs
+    // Containers: the room in children_, where a dict's are key, value, key, value ...; kGlobal:
+    // the name's number in names_; kObject: the state, or, if it is extended, where in children_
+    // its parts stand from kKwargs on.
+    uint32_t more = 0;
     PickleValue::Type type{};
     PickleValue::Making making{};
+    bool is_extended = false;
   };
-  static_assert(sizeof(Node) == 24);
+  static_assert(sizeof(Node) == 16);
 
-  // The slots of an object; kPersistent has the first only, which is the id.
-  enum Slot : uint8_t { kCallee, kArgs, kKwargs, kState, kItems, kEntries, kSlotCount };
+  // Parts of an object. Most have the first two and a state; those with others are extended. The
+  // last one is the number of BUILDs.
+  enum Part : uint8_t { kCallee, kArgs, kKwargs, kState, kItems, kEntries, kBuilds, kPartCount };
+  static constexpr size_t kExtensionLength = kPartCount - kKwargs;
   static constexpr uint32_t kNoNode = UINT32_MAX;
 
   PickleDocument() = default;
   PickleValue ValueAt(uint32_t number) const { return PickleValue(this, number); }
   std::string_view TextOf(const Node& node) const;
+  uint32_t PartOf(const Node& object, Part part) const;
   void MakeDictsUnique();
+  bool HasFewDifferentStrings(const Node& dict) const;
   void MakeDictUnique(uint32_t dict);
   int CompareKeys(uint32_t a, uint32_t b) const;
   uint32_t FindEntry(uint32_t dict, std::string_view key) const;
@@ -199,6 +215,7 @@ class PickleDocument {
   size_t consumed_bytes_ = 0;
   std::vector<Node> nodes_;
   std::vector<uint32_t> children_;
+  std::vector<Range> names_;  // of globals, in text_
   // Of dicts with many entries: places of the string keys in children_, sorted by key.
   std::unordered_map<uint32_t, std::vector<uint32_t>> sorted_keys_;
   uint32_t root_ = 0;

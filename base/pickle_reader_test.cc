@@ -3,6 +3,7 @@
 // in tests/fuzz/.
 #include "base/pickle_reader.h"
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <utility>
@@ -279,6 +280,144 @@ TEST(PickleReader, ManyKeysAreFoundByName) {
   }
   EXPECT_FALSE(document->root().Find("key500").present());
   EXPECT_EQ(*document->root().Key(0).String(), "key499");  // the place of the first
+}
+
+// Every number of entries, and any two of the keys equal: strings, written twice or remembered, and
+// objects, which are equal to themselves only, in the order in which they were made and in the
+// opposite one, and both in turns.
+TEST(PickleReader, TwoEqualKeysAreOneEntryHoweverManyThereAre) {
+  const auto number = [](size_t n) { return absl::StrCat("I", n, "\n"); };
+  const auto text = [](size_t n) {
+    const std::string key = absl::StrCat("key", n);
+    return absl::StrCat("U", std::string(1, static_cast<char>(key.size())), key);
+  };
+  const auto recalled = [](size_t n) { return std::string{'h', static_cast<char>(n)}; };
+  for (size_t count = 1; count <= 20; ++count) {
+    // What is remembered as 0 to count - 1: first texts, then objects.
+    std::string texts;
+    std::string objects;
+    std::string both;
+    for (size_t i = 0; i < count; ++i) {
+      const std::string remember = {'q', static_cast<char>(i), '0'};
+      texts += text(i) + remember;
+      objects += "cm\nC\n)\x81" + remember;
+      both += (i % 2 == 0 ? text(i) : "cm\nC\n)\x81") + remember;
+    }
+    for (size_t first = 0; first < count; ++first) {
+      for (size_t second = first; second < count; ++second) {
+        const auto key_of = [&](size_t i) { return i == second ? first : i; };
+        std::string bodies[5] = {"}(", texts + "}(", objects + "}(", objects + "}(", both + "}("};
+        for (size_t i = 0; i < count; ++i) {
+          bodies[0] += text(key_of(i)) + number(i);
+          bodies[1] += recalled(key_of(i)) + number(i);
+          bodies[2] += recalled(key_of(i)) + number(i);
+          bodies[3] += recalled(count - 1 - key_of(i)) + number(i);
+          bodies[4] += recalled(count - 1 - key_of(i)) + number(i);
+        }
+        for (const std::string& body : bodies) {
+          const auto document = MustParseOpaque(body + "u.");
+          const PickleValue root = document->root();
+          ASSERT_EQ(*root.EntryCount(), first == second ? count : count - 1);
+          for (size_t i = 0; i < count; ++i) {
+            if (i == second && first != second) continue;
+            const size_t entry = i > second ? i - (first != second ? 1 : 0) : i;
+            const size_t value = i == first ? second : i;
+            ASSERT_EQ(*root.Entry(entry).Uint64(), value);
+            if (&body > &bodies[1]) continue;
+            ASSERT_EQ(*root.Key(entry).String(), absl::StrCat("key", i));
+            ASSERT_EQ(*root.Find(absl::StrCat("key", i)).Uint64(), value);
+          }
+        }
+      }
+    }
+  }
+}
+
+// All sequences of what an object can be given, up to four of them: with and without keyword
+// arguments. Walk finds each part.
+TEST(PickleReader, ObjectsKeepWhateverTheyAreGivenInAnyOrder) {
+  for (const bool has_kwargs : {false, true}) {
+    for (size_t sequence = 0; sequence < 4 * 4 * 4 * 4; ++sequence) {
+      std::string body = "cm\nC\n(I7\nt";
+      body += has_kwargs ? "}U\x01kI8\ns\x92" : "\x81";
+      size_t states = 0;
+      size_t items = 0;
+      size_t entries = 0;
+      for (size_t rest = sequence; rest > 0; rest /= 4) {
+        switch (rest % 4) {
+          case 1:
+            body += absl::StrCat("(I", ++states, "\ntb");
+            break;
+          case 2:
+            body += absl::StrCat("I", items++, "\na");
+            break;
+          case 3:
+            body += absl::StrCat("I", entries++, "\nNs");
+            break;
+          default:
+            break;
+        }
+      }
+      const auto document = MustParseOpaque(body + ".");
+      const PickleValue object = document->root();
+      ASSERT_TRUE(object.IsCallOf("m", "C"));
+      ASSERT_EQ(*object.args()[0].Int64(), 7);
+      ASSERT_EQ(object.kwargs().present(), has_kwargs);
+      if (has_kwargs) {
+        ASSERT_EQ(*object.kwargs().Find("k").Int64(), 8);
+      }
+      ASSERT_EQ(object.state_count(), states);
+      ASSERT_EQ(object.state().present(), states > 0);
+      if (states > 0) {
+        ASSERT_EQ(*object.state()[0].Uint64(), states);
+      }
+      ASSERT_EQ(object.items().present(), items > 0);
+      for (size_t i = 0; i < items; ++i) ASSERT_EQ(*object.items()[i].Uint64(), i);
+      ASSERT_EQ(object.entries().present(), entries > 0);
+      for (size_t i = 0; i < entries; ++i) ASSERT_EQ(*object.entries().Key(i).Uint64(), i);
+      size_t containers = 0;
+      document->Walk([&containers](PickleValue value) {
+        containers += value.Is(PickleValue::Type::kTuple) || value.Is(PickleValue::Type::kList) ||
+                      value.Is(PickleValue::Type::kDict);
+        return PickleDocument::Step::kInto;
+      });
+      ASSERT_EQ(containers, 1u + has_kwargs + (states > 0) + (items > 0) + (entries > 0));
+    }
+  }
+}
+
+// What is one object in Python is one value here, and no other is.
+TEST(PickleReader, EqualIntegersMayBeOneValueAndNothingElse) {
+  const auto document = MustParseOpaque("(K\x05I5\n\x88\x89K\x01))]]}}NN(t(tF5\nt.");
+  const PickleValue root = document->root();
+  const size_t count = *root.ArraySize();
+  ASSERT_EQ(count, 16u);
+  EXPECT_EQ(root[0].number(), root[1].number());  // 5
+  EXPECT_EQ(root[5].number(), root[6].number());  // ()
+  std::vector<uint32_t> numbers;
+  for (size_t i = 0; i < count; ++i) {
+    if (i != 1 && i != 6) numbers.push_back(root[i].number());
+  }
+  std::sort(numbers.begin(), numbers.end());
+  EXPECT_EQ(std::unique(numbers.begin(), numbers.end()), numbers.end());
+}
+
+// Above a megabyte memory is reserved ahead, for fewer values than there are here, and for more.
+TEST(PickleReader, LargePicklesReadAsSmallOnesDo) {
+  std::string body = "]";
+  constexpr int kCount = 400'000;
+  for (int i = 0; i < kCount; ++i) {
+    if (i % 1000 == 0) body += '(';
+    body += absl::StrCat("]\x94I", i, "\na");
+    if (i % 1000 == 999) body += 'e';
+  }
+  const auto document = MustParse(body + ".");
+  ASSERT_EQ(*document->root().ArraySize(), size_t{kCount});
+  for (int i = 0; i < kCount; i += 7) ASSERT_EQ(*document->root()[i][0].Int64(), i);
+  const auto text = MustParse(absl::StrCat("](", "K\x01X", Raw("\x00\x00\x20\x00"),
+                                           std::string(size_t{2} << 20, 'x'), "K\x02\x65."));
+  EXPECT_EQ(text->root()[1].String()->size(), size_t{2} << 20);
+  EXPECT_EQ(*text->root()[2].Int64(), 2);
 }
 
 // Forty levels of lists that hold the one below ten times, and a list that holds itself.

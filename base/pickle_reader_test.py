@@ -44,6 +44,7 @@ class Machine:
 
     def __init__(self, data):
         self.stack, self.memo, self.data = [], {}, data
+        self.empty_tuple = Node("tuple")  # Python has one
         self.has_header = data[:1] == b"\x80"
 
     def run(self):
@@ -110,6 +111,8 @@ class Machine:
                 push(raw)
         elif name in ("NONE", "NEWTRUE", "NEWFALSE"):
             push({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
+        elif name == "EMPTY_TUPLE":
+            push(self.empty_tuple)
         elif name.startswith("EMPTY_"):
             push(Node(name[6:].lower()))
         elif name == "MARK":

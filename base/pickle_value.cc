@@ -21,6 +21,8 @@ using Type = PickleValue::Type;
 
 // From so many entries on a dict is searched through its sorted keys.
 constexpr size_t kSortedFrom = 16;
+// Up to so many, strings are compared each with each.
+constexpr size_t kFewEntries = 8;
 constexpr size_t kShownBytes = 200;  // of a name in an error
 
 constexpr std::array<std::string_view, 16> kTypeNames = {
@@ -38,10 +40,24 @@ bool HasText(Type type) {
          type == Type::kBigInteger;
 }
 
+// Containers and objects as keys are equal to themselves only.
+bool IsEqualByValue(Type type) {
+  return HasText(type) || type == Type::kNone || type == Type::kBool || type == Type::kInteger ||
+         type == Type::kFloat;
+}
+
 }  // namespace
 
 std::string_view PickleDocument::TextOf(const Node& node) const {
-  return std::string_view(text_).substr(static_cast<size_t>(node.integer), node.length);
+  return std::string_view(text_).substr(node.range.begin, node.range.length);
+}
+
+// kNoNode if the object has none.
+uint32_t PickleDocument::PartOf(const Node& object, Part part) const {
+  if (part == kCallee) return object.call.callee;
+  if (part == kArgs) return object.call.args;
+  if (object.is_extended) return children_[object.more + size_t{part} - kKwargs];
+  return part == kState ? object.more : kNoNode;
 }
 
 void PickleDocument::MakeDictsUnique() {
@@ -50,13 +66,28 @@ void PickleDocument::MakeDictsUnique() {
   }
 }
 
+// Whether the keys are few, strings, and all different: the state of an object, mostly.
+bool PickleDocument::HasFewDifferentStrings(const Node& dict) const {
+  const size_t entries = dict.range.length / 2;
+  if (entries > kFewEntries) return false;
+  std::array<std::string_view, kFewEntries> keys;
+  for (size_t i = 0; i < entries; ++i) {
+    const Node& key = nodes_[children_[dict.range.begin + 2 * i]];
+    if (key.type != Type::kString) return false;
+    keys[i] = TextOf(key);
+    if (std::find(keys.begin(), keys.begin() + i, keys[i]) != keys.begin() + i) return false;
+  }
+  return true;
+}
+
 // Python's rule for what is one key: 1, 1.0 and True are; 'a' and b'a' are not. Keys that are
 // containers or objects are only equal to themselves, and so is NaN. By sorting, not by hashing:
 // whoever made the bytes could choose keys with equal hashes.
 void PickleDocument::MakeDictUnique(uint32_t dict) {
   Node& node = nodes_[dict];
-  const uint32_t entries = node.length / 2;
-  if (entries < 2) return;
+  const uint32_t entries = node.range.length / 2;
+  if (entries < 2 || HasFewDifferentStrings(node)) return;
+  const uint32_t begin = node.range.begin;
   struct Place {
     uint32_t key;  // a node
     uint32_t first;
@@ -65,7 +96,7 @@ void PickleDocument::MakeDictUnique(uint32_t dict) {
   // The same key often: first by its number, so that long texts are compared once each.
   std::vector<Place> places;
   places.reserve(entries);
-  for (uint32_t i = 0; i < entries; ++i) places.push_back({children_[node.begin + 2 * i], i, i});
+  for (uint32_t i = 0; i < entries; ++i) places.push_back({children_[begin + 2 * i], i, i});
   const auto merge = [&places](auto equal) {
     size_t kept = 0;
     for (size_t i = 1; i < places.size(); ++i) {
@@ -78,35 +109,37 @@ void PickleDocument::MakeDictUnique(uint32_t dict) {
     }
     places.resize(kept + 1);
   };
-  std::sort(places.begin(), places.end(),
-            [](const Place& a, const Place& b) { return a.key < b.key; });
+  if (!std::ranges::is_sorted(places, {}, &Place::key)) std::ranges::sort(places, {}, &Place::key);
   merge([](uint32_t a, uint32_t b) { return a == b; });
 
-  const auto less = [this](uint32_t a, uint32_t b) { return CompareKeys(a, b) < 0; };
-  std::sort(places.begin(), places.end(),
-            [&less](const Place& a, const Place& b) { return less(a.key, b.key); });
-  merge([&less](uint32_t a, uint32_t b) { return !less(a, b); });
+  const auto compared_end =
+      std::partition(places.begin(), places.end(),
+                     [this](const Place& place) { return IsEqualByValue(nodes_[place.key].type); });
+  std::sort(places.begin(), compared_end,
+            [this](const Place& a, const Place& b) { return CompareKeys(a.key, b.key) < 0; });
+  merge([this](uint32_t a, uint32_t b) { return CompareKeys(a, b) == 0; });
 
   std::vector<uint32_t> sorted;  // string keys, by the numbers of their first entries
   for (const Place& place : places) {
     if (nodes_[place.key].type == Type::kString) sorted.push_back(place.first);
   }
-  std::sort(places.begin(), places.end(),
-            [](const Place& a, const Place& b) { return a.first < b.first; });
-  std::vector<uint32_t> kept;
-  kept.reserve(2 * places.size());
-  for (const Place& place : places) {
-    kept.push_back(children_[node.begin + 2 * place.first]);
-    kept.push_back(children_[node.begin + 2 * place.last + 1]);
+  if (places.size() < entries) {
+    std::ranges::sort(places, {}, &Place::first);
+    std::vector<uint32_t> kept;
+    kept.reserve(2 * places.size());
+    for (const Place& place : places) {
+      kept.push_back(children_[begin + 2 * place.first]);
+      kept.push_back(children_[begin + 2 * place.last + 1]);
+    }
+    std::copy(kept.begin(), kept.end(), children_.begin() + begin);
+    node.range.length = static_cast<uint32_t>(kept.size());
+    for (uint32_t& first : sorted) {  // becomes the number of its entry now
+      const auto place = std::ranges::lower_bound(places, first, {}, &Place::first);
+      first = static_cast<uint32_t>(place - places.begin());
+    }
   }
-  std::copy(kept.begin(), kept.end(), children_.begin() + node.begin);
-  node.length = static_cast<uint32_t>(kept.size());
   if (places.size() < kSortedFrom) return;
-  for (uint32_t& first : sorted) {
-    const auto place = std::lower_bound(places.begin(), places.end(), first,
-                                        [](const Place& a, uint32_t b) { return a.first < b; });
-    first = static_cast<uint32_t>(node.begin + 2 * (place - places.begin()));
-  }
+  for (uint32_t& entry : sorted) entry = begin + 2 * entry;
   sorted_keys_.emplace(dict, std::move(sorted));
 }
 
@@ -140,7 +173,10 @@ int PickleDocument::CompareKeys(uint32_t a, uint32_t b) const {
 }
 
 uint32_t PickleDocument::FindEntry(uint32_t dict, std::string_view key) const {
-  if (const auto sorted = sorted_keys_.find(dict); sorted != sorted_keys_.end()) {
+  const Node& node = nodes_[dict];
+  if (node.range.length >= 2 * kSortedFrom) {
+    const auto sorted = sorted_keys_.find(dict);
+    CHECK(sorted != sorted_keys_.end());
     const auto found = std::lower_bound(sorted->second.begin(), sorted->second.end(), key,
                                         [this](uint32_t at, std::string_view text) {
                                           return TextOf(nodes_[children_[at]]) < text;
@@ -148,8 +184,7 @@ uint32_t PickleDocument::FindEntry(uint32_t dict, std::string_view key) const {
     const bool is_there = found != sorted->second.end() && TextOf(nodes_[children_[*found]]) == key;
     return is_there ? children_[*found + size_t{1}] : kNoNode;
   }
-  const Node& node = nodes_[dict];
-  for (size_t i = node.begin; i < size_t{node.begin} + node.length; i += 2) {
+  for (size_t i = node.range.begin; i < size_t{node.range.begin} + node.range.length; i += 2) {
     const Node& found = nodes_[children_[i]];
     if (found.type == Type::kString && TextOf(found) == key) return children_[i + 1];
   }
@@ -167,14 +202,18 @@ void PickleDocument::Walk(absl::FunctionRef<Step(PickleValue)> visit) const {
     const Step step = visit(PickleValue(this, number));
     if (step == Step::kStop) return;
     if (step == Step::kSkip) continue;
-    const Node& node = nodes_[number];
-    size_t count = 0;
-    if (HasSequence(node.type) || node.type == Type::kDict) count = node.length;
-    if (node.type == Type::kObject) count = kSlotCount;
-    if (node.type == Type::kPersistent) count = 1;
-    for (size_t i = count; i-- > 0;) {
-      const uint32_t child = children_[node.begin + i];
+    const auto add = [&](uint32_t child) {
       if (child != kNoNode && !seen[child]) open.push_back(child);
+    };
+    const Node& node = nodes_[number];
+    if (HasSequence(node.type) || node.type == Type::kDict) {
+      for (size_t i = node.range.length; i-- > 0;) add(children_[node.range.begin + i]);
+    } else if (node.type == Type::kObject) {
+      for (const Part part : {kEntries, kItems, kState, kKwargs, kArgs, kCallee}) {
+        add(PartOf(node, part));
+      }
+    } else if (node.type == Type::kPersistent) {
+      add(node.id);
     }
   }
 }
@@ -251,14 +290,14 @@ absl::StatusOr<std::string_view> PickleValue::BigInteger() const {
 
 absl::StatusOr<size_t> PickleValue::ArraySize() const {
   if (!present() || !HasSequence(type())) return Mismatch("a list or tuple");
-  return document_->nodes_[node_].length;
+  return document_->nodes_[node_].range.length;
 }
 
 PickleValue PickleValue::operator[](size_t index) const {
   CHECK(HasSequence(type()));
   const PickleDocument::Node& node = document_->nodes_[node_];
-  CHECK(index < node.length);
-  return PickleValue(document_, document_->children_[node.begin + index]);
+  CHECK(index < node.range.length);
+  return PickleValue(document_, document_->children_[node.range.begin + index]);
 }
 
 PickleValue PickleValue::Find(std::string_view key) const {
@@ -271,7 +310,7 @@ absl::StatusOr<std::vector<std::string_view>> PickleValue::Keys() const {
   if (!Is(Type::kDict)) return Mismatch("a dict");
   std::vector<std::string_view> keys;
   const PickleDocument::Node& node = document_->nodes_[node_];
-  for (size_t i = 0; i < node.length / 2; ++i) {
+  for (size_t i = 0; i < node.range.length / 2; ++i) {
     if (Key(i).type() == Type::kString) keys.push_back(*Key(i).String());
   }
   return keys;
@@ -279,19 +318,19 @@ absl::StatusOr<std::vector<std::string_view>> PickleValue::Keys() const {
 
 absl::StatusOr<size_t> PickleValue::EntryCount() const {
   if (!Is(Type::kDict)) return Mismatch("a dict");
-  return document_->nodes_[node_].length / 2;
+  return document_->nodes_[node_].range.length / 2;
 }
 
 PickleValue PickleValue::Key(size_t index) const {
   const PickleDocument::Node& node = document_->nodes_[node_];
-  CHECK(node.type == Type::kDict && index < node.length / 2);
-  return PickleValue(document_, document_->children_[node.begin + 2 * index]);
+  CHECK(node.type == Type::kDict && index < node.range.length / 2);
+  return PickleValue(document_, document_->children_[node.range.begin + 2 * index]);
 }
 
 PickleValue PickleValue::Entry(size_t index) const {
   const PickleDocument::Node& node = document_->nodes_[node_];
-  CHECK(node.type == Type::kDict && index < node.length / 2);
-  return PickleValue(document_, document_->children_[node.begin + 2 * index + 1]);
+  CHECK(node.type == Type::kDict && index < node.range.length / 2);
+  return PickleValue(document_, document_->children_[node.range.begin + 2 * index + 1]);
 }
 
 std::string_view PickleValue::module() const {
@@ -300,30 +339,34 @@ std::string_view PickleValue::module() const {
 
 std::string_view PickleValue::name() const {
   if (!Is(Type::kGlobal)) return {};
-  const PickleDocument::Node& node = document_->nodes_[node_];
-  return std::string_view(document_->text_).substr(node.begin, node.capacity);
+  const PickleDocument::Range name = document_->names_[document_->nodes_[node_].more];
+  return std::string_view(document_->text_).substr(name.begin, name.length);
 }
 
 bool PickleValue::IsGlobal(std::string_view module_name, std::string_view global_name) const {
   return Is(Type::kGlobal) && module() == module_name && name() == global_name;
 }
 
-PickleValue PickleValue::Part(size_t slot) const {
+PickleValue PickleValue::PartAt(uint8_t part) const {
   if (!Is(Type::kObject)) return {};
-  const uint32_t part = document_->children_[document_->nodes_[node_].begin + slot];
-  return part == PickleDocument::kNoNode ? PickleValue() : PickleValue(document_, part);
+  const uint32_t found =
+      document_->PartOf(document_->nodes_[node_], static_cast<PickleDocument::Part>(part));
+  return found == PickleDocument::kNoNode ? PickleValue() : PickleValue(document_, found);
 }
 
 PickleValue::Making PickleValue::making() const { return document_->nodes_[node_].making; }
-PickleValue PickleValue::callee() const { return Part(PickleDocument::kCallee); }
-PickleValue PickleValue::args() const { return Part(PickleDocument::kArgs); }
-PickleValue PickleValue::kwargs() const { return Part(PickleDocument::kKwargs); }
-PickleValue PickleValue::state() const { return Part(PickleDocument::kState); }
-PickleValue PickleValue::items() const { return Part(PickleDocument::kItems); }
-PickleValue PickleValue::entries() const { return Part(PickleDocument::kEntries); }
+PickleValue PickleValue::callee() const { return PartAt(PickleDocument::kCallee); }
+PickleValue PickleValue::args() const { return PartAt(PickleDocument::kArgs); }
+PickleValue PickleValue::kwargs() const { return PartAt(PickleDocument::kKwargs); }
+PickleValue PickleValue::state() const { return PartAt(PickleDocument::kState); }
+PickleValue PickleValue::items() const { return PartAt(PickleDocument::kItems); }
+PickleValue PickleValue::entries() const { return PartAt(PickleDocument::kEntries); }
 
 size_t PickleValue::state_count() const {
-  return Is(Type::kObject) ? document_->nodes_[node_].length : 0;
+  if (!Is(Type::kObject)) return 0;
+  const PickleDocument::Node& node = document_->nodes_[node_];
+  if (node.is_extended) return document_->PartOf(node, PickleDocument::kBuilds);
+  return node.more == PickleDocument::kNoNode ? 0 : 1;
 }
 
 bool PickleValue::IsCallOf(std::string_view module_name, std::string_view global_name) const {
@@ -332,7 +375,7 @@ bool PickleValue::IsCallOf(std::string_view module_name, std::string_view global
 
 PickleValue PickleValue::persistent_id() const {
   if (!Is(Type::kPersistent)) return {};
-  return PickleValue(document_, document_->children_[document_->nodes_[node_].begin]);
+  return PickleValue(document_, document_->nodes_[node_].id);
 }
 
 }  // namespace holdfast
