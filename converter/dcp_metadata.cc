@@ -1,6 +1,7 @@
 #include "converter/dcp_metadata.h"
 
 #include <algorithm>
+#include <array>
 #include <numeric>
 #include <optional>
 #include <unordered_map>
@@ -276,6 +277,7 @@ class MetadataParser {
     if (count >= kNoItem)
       return absl::ResourceExhaustedError(
           absl::StrFormat("%s: expected fewer than %d items, found %d", name_, kNoItem, count));
+    metadata_.items.reserve(count);
     for (size_t i = 0; i < count; ++i) {
       ASSIGN_OR_RETURN(const PickleValue index,
                        StateOf(storage.Key(i), Kind::kIndex, "MetadataIndex"));
@@ -351,8 +353,10 @@ class MetadataParser {
     } else {
       metadata_.numbers.resize(begin + dims);  // none: the whole tensor
     }
-    const std::vector<uint64_t> offset(
-        metadata_.numbers.begin() + static_cast<std::ptrdiff_t>(begin), metadata_.numbers.end());
+    std::array<uint64_t, kTensorDimsMax> numbers;
+    const std::span offset = std::span(numbers).first(dims);
+    std::copy_n(metadata_.numbers.begin() + static_cast<std::ptrdiff_t>(begin), dims,
+                offset.begin());
     metadata_.numbers.resize(begin);
     DcpChunk* const chunks = metadata_.chunks.data() + tensor.chunks_begin;
     const auto at = [&](size_t i) { return metadata_.OffsetsOf(tensor, chunks[i]); };

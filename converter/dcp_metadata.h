@@ -30,9 +30,9 @@ inline constexpr size_t kDcpMetadataBytesMax = size_t{512} << 20;
 
 // Where an item lies: a box of a tensor, or an object.
 struct DcpItem {
-  uint32_t file = 0;  // index into DcpMetadata::files
   uint64_t offset_bytes = 0;
   uint64_t stored_bytes = 0;
+  uint32_t file = 0;        // index into DcpMetadata::files
   uint32_t transforms = 0;  // index into DcpMetadata::transforms
 };
 

@@ -32,10 +32,10 @@ DcpMetadata Sample() {
   metadata.chunks = {
       {.offsets = 0, .item = 0}, {.offsets = 4, .item = 1}, {.offsets = 8, .item = 2}};
   metadata.items = {
-      {.file = 0, .offset_bytes = 100, .stored_bytes = 1577},
-      {.file = 1, .offset_bytes = 0, .stored_bytes = uint64_t{1} << 40},
-      {.file = 1, .offset_bytes = uint64_t{1} << 40, .stored_bytes = 7, .transforms = 1},
-      {.file = 0, .offset_bytes = 0, .stored_bytes = 100}};
+      {.offset_bytes = 100, .stored_bytes = 1577, .file = 0},
+      {.offset_bytes = 0, .stored_bytes = uint64_t{1} << 40, .file = 1},
+      {.offset_bytes = uint64_t{1} << 40, .stored_bytes = 7, .file = 1, .transforms = 1},
+      {.offset_bytes = 0, .stored_bytes = 100, .file = 0}};
   metadata.tensors = {
       {.key = "model.a.weight",
        .path = {"model", "a.weight"},
@@ -128,8 +128,10 @@ TEST(DcpMetadata, RandomMetadataReadsTheSame) {
     }
     const auto item = [&]() -> uint32_t {
       if (below(8) == 0) return kNoItem;
-      metadata.items.push_back({static_cast<uint32_t>(below(metadata.files.size())), random() >> 1,
-                                below(100'000), static_cast<uint32_t>(below(2))});
+      metadata.items.push_back({.offset_bytes = random() >> 1,
+                                .stored_bytes = below(100'000),
+                                .file = static_cast<uint32_t>(below(metadata.files.size())),
+                                .transforms = static_cast<uint32_t>(below(2))});
       return static_cast<uint32_t>(metadata.items.size() - 1);
     };
     for (uint64_t i = 0, tensors = below(6); i < tensors; ++i) {

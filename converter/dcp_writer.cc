@@ -130,7 +130,7 @@ uint32_t DcpPlanBuilder::Add(DcpPlannedItem item) {
   }
   DcpPlan::File& file = plan_.files.back();
   item.file = static_cast<uint32_t>(plan_.files.size() - 1);
-  metadata_.items.push_back({.file = item.file, .offset_bytes = file.bytes, .stored_bytes = bytes});
+  metadata_.items.push_back({.offset_bytes = file.bytes, .stored_bytes = bytes, .file = item.file});
   plan_.items.push_back(item);
   file.bytes += bytes;
   plan_.bytes += bytes;

@@ -44,7 +44,7 @@ class DistFile {
     metadata.transforms.emplace_back();
     metadata.files = {"__0_0.distcp"};
     const auto item = [&metadata](uint64_t offset, uint64_t bytes) {
-      metadata.items.push_back({.file = 0, .offset_bytes = offset, .stored_bytes = bytes});
+      metadata.items.push_back({.offset_bytes = offset, .stored_bytes = bytes});
       return static_cast<uint32_t>(metadata.items.size() - 1);
     };
     for (const auto& [key, of] : keys_) {
