@@ -1,19 +1,41 @@
 #include "converter/deepspeed_experts.h"
 
 #include <algorithm>
+#include <functional>
+#include <map>
 #include <optional>
 #include <utility>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "base/check.h"
 #include "base/status_macros.h"
+#include "converter/decimal.h"
 #include "converter/deepspeed_model.h"
 
 namespace holdfast::converter {
 namespace {
 
-constexpr uint64_t kExpertsMax = 1'000'000;
+// A name without its numbers, and these.
+struct NumberedName {
+  std::string text;
+  std::vector<uint64_t> numbers;
+  explicit NumberedName(std::string_view name) {
+    for (size_t at = 0; at < name.size();) {
+      const size_t begin = at;
+      while (at < name.size() && absl::ascii_isdigit(static_cast<unsigned char>(name[at]))) ++at;
+      const auto number = ParseDecimal(name.substr(begin, at - begin));
+      if (number.has_value()) {
+        numbers.push_back(*number);
+        text += '#';
+      } else {  // no digit, or more of them than a number has
+        at = std::max(at, begin + 1);
+        text.append(name.substr(begin, at - begin));
+      }
+    }
+  }
+};
 
 }  // namespace
 
@@ -27,6 +49,7 @@ absl::StatusOr<DeepSpeedExperts> DeepSpeedExperts::Create(const DeepSpeedOutput&
 }
 
 absl::Status DeepSpeedExperts::Collect() {
+  std::vector<std::map<uint64_t, std::vector<uint32_t>>> found;  // of layers, by number
   for (const uint32_t weight : output_.weights()) {
     const TensorState& state = output_.index().tensor_states[weight];
     const std::optional<ExpertName> name = ParseExpertName(state.tensor);
@@ -42,11 +65,16 @@ absl::Status DeepSpeedExperts::Collect() {
           "no optimizer states",
           Describe(state)));
     }
-    const auto [at, is_new] = layer_of_.emplace(std::string(name->prefix), layers_.size());
-    if (is_new) layers_.emplace_back();
-    Layer& layer = layers_[at->second];
-    if (layer.size() <= name->number) layer.resize(name->number + 1);
-    layer[name->number].push_back(weight);
+    const auto [at, is_new] = layer_of_.emplace(std::string(name->prefix), found.size());
+    if (is_new) found.emplace_back();
+    found[at->second][name->number].push_back(weight);
+  }
+  for (auto& experts : found) {
+    Layer& layer = layers_.emplace_back();
+    for (auto& [number, weights] : experts) {
+      if (number != layer.size()) break;  // a gap, which is refused below
+      layer.push_back(std::move(weights));
+    }
   }
   if (layers_.empty() && grid_.expert_ranks > 1) {
     return absl::FailedPreconditionError(
@@ -56,15 +84,45 @@ absl::Status DeepSpeedExperts::Collect() {
   }
   for (const auto& [prefix, number] : layer_of_) {
     const Layer& layer = layers_[number];
-    const bool whole = std::ranges::all_of(layer, [&](const std::vector<uint32_t>& weights) {
-      return weights.size() == layer.front().size();
-    });
+    const bool whole = layer.size() == found[number].size() &&
+                       std::ranges::all_of(layer, [&](const std::vector<uint32_t>& weights) {
+                         return weights.size() == layer.front().size();
+                       });
     if (whole && layer.size() % grid_.expert_ranks == 0) continue;
     return absl::FailedPreconditionError(absl::StrFormat(
         "--to ep=%d: \"%s<number>\": expected as many tensors of each expert, and a "
         "number of experts that %d ranks divide, found %d experts",
-        grid_.expert_ranks, prefix, grid_.expert_ranks, layer.size()));
+        grid_.expert_ranks, prefix, grid_.expert_ranks, found[number].size()));
   }
+  return OrderLayers();
+}
+
+// The files count layers in the order of the model's modules. Those of as many experts may change
+// places: DeepSpeed loads them all, by the names in them.
+absl::Status DeepSpeedExperts::OrderLayers() {
+  const std::vector<uint64_t> counts = Counts();
+  if (std::ranges::adjacent_find(counts, std::not_equal_to<>()) == counts.end()) {
+    return absl::OkStatus();
+  }
+  if (counts == output_.expert_counts()) return absl::OkStatus();  // as the source had them
+  std::vector<std::pair<NumberedName, std::string>> names;
+  for (const auto& [prefix, number] : layer_of_) names.emplace_back(NumberedName(prefix), prefix);
+  for (const auto& [name, prefix] : names) {
+    if (name.text == names.front().first.text) continue;
+    return absl::FailedPreconditionError(absl::StrFormat(
+        "\"%s<number>\" and \"%s<number>\": layers of different numbers of experts are written in "
+        "the order of the model's modules, and neither the source (num_experts) nor numbers in "
+        "the names say which comes first",
+        names.front().second, prefix));
+  }
+  std::ranges::sort(names, {}, [](const auto& each) { return each.first.numbers; });
+  std::vector<Layer> in_order;
+  for (const auto& [name, prefix] : names) {
+    size_t& number = layer_of_.at(prefix);
+    in_order.push_back(std::move(layers_[number]));
+    number = in_order.size() - 1;
+  }
+  layers_ = std::move(in_order);
   return absl::OkStatus();
 }
 

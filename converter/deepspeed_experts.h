@@ -29,7 +29,8 @@ class DeepSpeedExperts {
  public:
   // Errors: kFailedPrecondition that names what does not fit: numbers of experts that the ranks do
   // not divide, or with gaps; experts that are not trained, or not in groups of their own (`moe`);
-  // experts where there are none (expert_ranks above 1).
+  // experts where there are none (expert_ranks above 1); layers of different numbers of experts
+  // whose order nobody tells.
   static absl::StatusOr<DeepSpeedExperts> Create(const DeepSpeedOutput& output,
                                                  const ExpertGrid& grid);
 
@@ -52,6 +53,7 @@ class DeepSpeedExperts {
   DeepSpeedExperts(const DeepSpeedOutput& output, const ExpertGrid& grid)
       : output_(output), grid_(grid) {}
   absl::Status Collect();
+  absl::Status OrderLayers();
   absl::Status CheckGroups() const;
 
   const DeepSpeedOutput& output_;

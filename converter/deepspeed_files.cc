@@ -268,7 +268,7 @@ absl::StatusOr<DeepSpeedFiles> FindDeepSpeedFiles(const ForeignFolder& folder,
         files.experts[{.layer = name->layer, .expert = name->expert, .mp = name->mp}] = file;
         break;
       case DeepSpeedFileName::Role::kExpertOptimizer:
-        files.not_read.push_back(folder.files()[file].path);
+        files.expert_optimizers[{.mp = name->mp, .dp = name->dp}] = file;
         break;
     }
   }

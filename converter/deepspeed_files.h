@@ -65,7 +65,8 @@ struct DeepSpeedFiles {
   std::map<RankKey, uint32_t> optimizers;
   std::map<LayerKey, uint32_t> layers;
   std::map<ExpertKey, uint32_t> experts;
-  std::vector<std::string> not_read;  // files of this checkpoint whose content has no reader here
+  // Of an optimizer without ZeRO, by mp and expert-parallel rank (`dp`): no reader knows them.
+  std::map<RankKey, uint32_t> expert_optimizers;
 
   // Ranks 0..n-1 of a map's keys, all of them there; kDataLoss names the first that is missing.
   static absl::StatusOr<RankKey> Counts(const std::map<RankKey, uint32_t>& files,

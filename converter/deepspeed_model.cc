@@ -18,13 +18,6 @@
 namespace holdfast::converter {
 namespace {
 
-constexpr std::string_view kExperts = "deepspeed_experts.";
-
-absl::Status NotEverywhere(const std::string& name, uint32_t tensor_ranks) {
-  return absl::DataLossError(absl::StrFormat(
-      "\"%s\": expected it on all %d tensor-parallel ranks, found it on some", name, tensor_ranks));
-}
-
 // Of an expert, what comes before its number; of all else nothing.
 std::string_view PrefixOf(std::string_view name) {
   const auto expert = ParseExpertName(name);
@@ -39,22 +32,6 @@ struct TiedModule {
 };
 
 }  // namespace
-
-std::optional<ExpertName> ParseExpertName(std::string_view name) {
-  const size_t at = name.find(kExperts);
-  if (at == std::string_view::npos || (at > 0 && name[at - 1] != '.')) return std::nullopt;
-  const size_t begin = at + kExperts.size();
-  size_t end = begin;
-  while (end < name.size() && absl::ascii_isdigit(static_cast<unsigned char>(name[end]))) ++end;
-  ExpertName expert{.prefix = name.substr(0, begin), .number = 0, .suffix = name.substr(end)};
-  if (end == begin || end - begin > 7 || expert.suffix.empty() || expert.suffix[0] != '.') {
-    return std::nullopt;
-  }
-  for (char digit : name.substr(begin, end - begin)) {
-    expert.number = expert.number * 10 + static_cast<uint64_t>(digit - '0');
-  }
-  return expert;
-}
 
 absl::StatusOr<DeepSpeedModel> DeepSpeedModel::Read(const ForeignFolder& folder,
                                                     const DeepSpeedFiles& files,
@@ -125,15 +102,28 @@ absl::StatusOr<DeepSpeedModel> DeepSpeedModel::Read(const ForeignFolder& folder,
   return model;
 }
 
+absl::Status DeepSpeedModel::NotEverywhere(const std::string& name) const {
+  return absl::DataLossError(
+      absl::StrFormat("\"%s\": expected it on all %d tensor-parallel ranks, found it on some", name,
+                      tensor_ranks_));
+}
+
 // With the padded size of a vocabulary that the shards show: a job that is written for as many
 // ranks has it.
 void DeepSpeedModel::AddParallelFacts(const ParallelInfo& told) {
   ParallelInfo info = told;
   for (const auto& [name, by_stage] : shapes_) {
     if (!rules_->IsVocabulary(name)) continue;
-    uint64_t rows = 0;
-    for (const std::optional<Shape>& shape : by_stage.begin()->second) {
-      if (shape.has_value() && !shape->empty()) rows += std::min(shape->front(), kTensorBytesMax);
+    const std::vector<std::optional<Shape>>& shards = by_stage.begin()->second;
+    if (!shards.front().has_value() || shards.front()->empty()) break;
+    const absl::StatusOr<ParameterCut> cut = rules_->HowToCut(name, *shards.front());
+    if (!cut.ok()) break;
+    uint64_t rows = shards.front()->front();
+    if (cut->kind != ParameterCut::Kind::kReplicated && cut->dimension == 0) {
+      rows = 0;
+      for (const std::optional<Shape>& shape : shards) {
+        if (shape.has_value() && !shape->empty()) rows += std::min(shape->front(), kTensorBytesMax);
+      }
     }
     info.padded_vocabulary = rows;
     break;
@@ -257,31 +247,12 @@ absl::StatusOr<const ShardMap*> DeepSpeedModel::ExpertShard(const std::string& l
   }
   std::vector<Shape> shapes;
   for (const std::optional<Shape>& shape : found->second.at(stage)) {
-    if (!shape.has_value()) return NotEverywhere(local, tensor_ranks_);
+    if (!shape.has_value()) return NotEverywhere(local);
     shapes.push_back(*shape);
   }
   ASSIGN_OR_RETURN(std::vector<ShardMap> maps, rules_->Resolve(OwnerOf(local), shapes));
   const auto [made, inserted] = shards_.emplace(std::pair(global, stage), std::move(maps));
   return &made->second[TensorRank(mp)];
-}
-
-std::string DeepSpeedModel::GlobalExpertName(const std::string& local, uint32_t mp,
-                                             uint32_t expert_rank) const {
-  const auto expert = ParseExpertName(local);
-  if (!expert.has_value()) return local;
-  const auto count = local_experts_[mp].find(expert->prefix);
-  CHECK(count != local_experts_[mp].end());
-  return absl::StrCat(std::string(expert->prefix), expert->number + expert_rank * count->second,
-                      std::string(expert->suffix));
-}
-
-uint64_t DeepSpeedModel::ExpertRanks(std::string_view local, uint32_t mp) const {
-  const auto expert = ParseExpertName(local);
-  if (!expert.has_value()) return 1;
-  const auto all = experts_.find(expert->prefix);
-  const auto here = local_experts_[mp].find(expert->prefix);
-  if (all == experts_.end() || here == local_experts_[mp].end()) return 1;
-  return std::max<uint64_t>(all->second / here->second, 1);
 }
 
 std::string DeepSpeedModel::OwnerOf(const std::string& name) const {
@@ -321,13 +292,14 @@ void DeepSpeedModel::NameParameterGroups() {
   // By number of the flat buffer, which param_shapes counts too; of all pipeline stages.
   std::vector<std::vector<std::string>> names(states_.front().param_shapes.size());
   std::set<std::string, std::less<>> seen;
+  size_t bytes = 0;
   for (uint32_t mp = 0; mp < ranks(); ++mp) {
     const ModelStates& states = states_[mp];
     for (size_t g = 0; g < std::min(names.size(), states.param_shapes.size()); ++g) {
       const std::vector<NamedShape>& flat = states.param_shapes[g];
       uint64_t expert_ranks = 1;
       for (const NamedShape& entry : flat) {
-        expert_ranks = std::max(expert_ranks, ExpertRanks(entry.name, mp));
+        expert_ranks = std::max(expert_ranks, ExpertRanks(entry.name, mp, g));
       }
       // Round-robin gradients: param_shapes has the order of the flat buffer.
       const uint64_t sharers = states.dp_world_size / expert_ranks;
@@ -341,12 +313,13 @@ void DeepSpeedModel::NameParameterGroups() {
       }
       // A job has the experts of one layer together, whatever its ranks: layer by layer.
       for (size_t begin = 0, end = 0; begin < in_order.size(); begin = end) {
-        const uint64_t sharing = ExpertRanks(in_order[begin], mp);
+        const uint64_t sharing = ExpertRanks(in_order[begin], mp, g);
         const auto layer = PrefixOf(in_order[begin]);
         while (end < in_order.size() && PrefixOf(in_order[end]) == layer) ++end;
         for (uint32_t expert_rank = 0; expert_rank < sharing; ++expert_rank) {
           for (size_t i = begin; i < end; ++i) {
             std::string name = GlobalExpertName(in_order[i], mp, expert_rank);
+            if ((bytes += name.size()) > kTextBytesMax) return;  // nor would the fact have room
             if (seen.insert(name).second) names[g].push_back(std::move(name));
           }
         }
@@ -536,7 +509,7 @@ absl::Status DeepSpeedModel::AddLayers() {
           }
         }
       }
-      if (tensors.size() != tensor_ranks_) return NotEverywhere(name, tensor_ranks_);
+      if (tensors.size() != tensor_ranks_) return NotEverywhere(name);
       ASSIGN_OR_RETURN(const std::vector<ShardMap> maps, rules_->Resolve(name, shapes));
       ASSIGN_OR_RETURN(const uint32_t state,
                        table_.State(name, "param", entry.tensor.dtype, maps[0].shape));
@@ -546,59 +519,6 @@ absl::Status DeepSpeedModel::AddLayers() {
     }
   }
   NameMissingLayers(used);
-  return absl::OkStatus();
-}
-
-absl::Status DeepSpeedModel::AddExperts() {
-  struct Found {
-    std::vector<std::optional<StoredTensor>> tensors;  // by tensor-parallel rank
-  };
-  for (auto at = files_.experts.begin(); at != files_.experts.end();) {
-    const auto [layer, expert, unused] = at->first;
-    std::map<std::pair<std::string, uint32_t>, Found> by_name;  // and pipeline stage
-    for (; at != files_.experts.end() && at->first.layer == layer && at->first.expert == expert;
-         ++at) {
-      if (at->first.mp >= ranks()) {
-        return absl::DataLossError(absl::StrFormat("%s: expected files of %d model-parallel ranks",
-                                                   folder_.files()[at->second].path, ranks()));
-      }
-      ASSIGN_OR_RETURN(std::vector<NamedTensor> tensors,
-                       ReadStateDict(folder_, at->second, table_));
-      for (NamedTensor& entry : tensors) {
-        Found& found = by_name[{entry.name, at->first.mp / tensor_ranks_}];
-        found.tensors.resize(tensor_ranks_);
-        found.tensors[TensorRank(at->first.mp)] = std::move(entry.tensor);
-      }
-    }
-    for (const auto& [key, found] : by_name) {
-      const std::string& name = key.first;
-      if (const auto parsed = ParseExpertName(name); parsed.has_value()) {
-        uint64_t& count = experts_[std::string(parsed->prefix)];
-        count = std::max(count, parsed->number + 1);
-        // buffer_names has local numbers, and every rank has a number 0.
-        if (buffers_.contains(
-                absl::StrCat(std::string(parsed->prefix), "0", std::string(parsed->suffix)))) {
-          if (!found.tensors.front().has_value()) return NotEverywhere(name, tensor_ranks_);
-          const StoredTensor& tensor = *found.tensors.front();
-          ASSIGN_OR_RETURN(const uint32_t state,
-                           table_.State(name, "buffer", tensor.dtype, tensor.shape));
-          RETURN_IF_ERROR(table_.AddWhole(state, tensor));
-          continue;
-        }
-      }
-      std::vector<Shape> shapes;
-      for (const std::optional<StoredTensor>& tensor : found.tensors) {
-        if (!tensor.has_value()) return NotEverywhere(name, tensor_ranks_);
-        shapes.push_back(tensor->shape);
-      }
-      ASSIGN_OR_RETURN(const std::vector<ShardMap> maps, rules_->Resolve(name, shapes));
-      ASSIGN_OR_RETURN(const uint32_t state,
-                       table_.State(name, "param", found.tensors[0]->dtype, maps[0].shape));
-      for (uint32_t tp = 0; tp < tensor_ranks_; ++tp) {
-        RETURN_IF_ERROR(table_.AddShard(state, maps[tp], *found.tensors[tp]));
-      }
-    }
-  }
   return absl::OkStatus();
 }
 
@@ -645,6 +565,8 @@ absl::Status DeepSpeedModel::AddWeights() {
   RETURN_IF_ERROR(AddLayers());
   AddPipelineFacts();
   RETURN_IF_ERROR(AddExperts());
+  NameMissingExperts();
+  NameMissingExpertOptimizers();
   return AddFrozenFragments();
 }
 

@@ -28,6 +28,7 @@ struct ExpertName {
   std::string_view suffix;
 };
 std::optional<ExpertName> ParseExpertName(std::string_view name);
+inline constexpr uint64_t kExpertsMax = 1'000'000;  // of one layer
 
 // Threads: one. Lifetime: folder and files outlive it.
 class DeepSpeedModel {
@@ -58,6 +59,9 @@ class DeepSpeedModel {
   // The same of an expert's parameter by its local name on this rank.
   absl::StatusOr<const ShardMap*> ExpertShard(const std::string& local, const std::string& global,
                                               uint32_t mp);
+  // So many expert-parallel ranks share the flat buffers of the group: what NameParameterGroups
+  // goes by. Of groups that nobody says it of, the files of experts tell.
+  void SetExpertRanks(uint32_t mp, size_t group, uint64_t expert_ranks);
   // The global name of an expert's parameter on a rank of its expert-parallel group.
   std::string GlobalExpertName(const std::string& local, uint32_t mp, uint32_t expert_rank) const;
 
@@ -69,7 +73,8 @@ class DeepSpeedModel {
   bool IsOptimized(std::string_view parameter) const { return optimized_.contains(parameter); }
 
   // Weights and buffers as the files have them: states `param` and `buffer`. Of ZeRO-3 only
-  // buffers and frozen parameters: the rest is in the optimizer's files.
+  // buffers and frozen parameters: the rest is in the optimizer's files. Files of layers and of
+  // experts that are not there are losses, or where masters have their weights repairs.
   absl::Status AddWeights();
   // State `param` of a parameter (and its aliases) of which only the master weights, state `fp32`,
   // are in the files: those, rounded to the model's dtype. Nothing where it is there already, or
@@ -85,14 +90,19 @@ class DeepSpeedModel {
   DeepSpeedModel(const ForeignFolder& folder, const DeepSpeedFiles& files, PieceTable& table)
       : folder_(folder), files_(files), table_(table) {}
 
+  // What only some tensor-parallel ranks of this model have.
+  absl::Status NotEverywhere(const std::string& name) const;
   absl::Status FindDegrees();
   absl::Status CollectShapes();
   absl::Status AddModule(uint32_t mp);
   void NameMissingLayers(const std::set<std::string>& found_tied);
   absl::Status AddLayers();
+  absl::Status CheckExpertFiles() const;
+  void NameMissingExperts();
+  void NameMissingExpertOptimizers();
   absl::Status AddExperts();
   // How many ranks share the experts of this parameter; 1 of what is none.
-  uint64_t ExpertRanks(std::string_view local, uint32_t mp) const;
+  uint64_t ExpertRanks(std::string_view local, uint32_t mp, size_t group) const;
   absl::Status AddFrozenFragments();
   void AddParallelFacts(const ParallelInfo& told);
   void AddPipelineFacts();
@@ -116,8 +126,9 @@ class DeepSpeedModel {
   std::map<std::string, std::vector<std::string>> aliases_;  // by owner
   std::set<std::string, std::less<>> buffers_;
   std::set<std::string, std::less<>> optimized_;
-  std::map<std::string, std::vector<uint64_t>> tied_layers_;  // that have files, by key
-  std::map<std::string, uint64_t, std::less<>> experts_;      // of all ranks, by prefix
+  std::map<std::string, std::vector<uint64_t>> tied_layers_;        // that have files, by key
+  std::map<std::string, std::set<uint64_t>, std::less<>> experts_;  // that have files, by prefix
+  std::map<std::pair<uint32_t, size_t>, uint64_t> expert_ranks_;    // by mp and group
   // Local experts of every prefix, by mp.
   std::vector<std::map<std::string, uint64_t, std::less<>>> local_experts_;
 };

@@ -245,6 +245,15 @@ bool DeepSpeedOutput::round_robin() const {
   return IsTrue(Configuration(0)["zero_optimization"], "round_robin_gradients");
 }
 
+std::vector<uint64_t> DeepSpeedOutput::expert_counts() const {
+  std::vector<uint64_t> counts;
+  for (const Json& count : FactOr(kExpertCounts, Json::array())) {
+    if (!count.is_number_unsigned()) return {};
+    counts.push_back(count.get<uint64_t>());
+  }
+  return counts;
+}
+
 uint64_t DeepSpeedOutput::sub_group_elements() const {
   const Json zero = Configuration(0)["zero_optimization"];
   const auto found = zero.find("sub_group_size");

@@ -78,6 +78,8 @@ class DeepSpeedOutput {
   bool round_robin() const;
   bool data_before_experts() const;
   uint64_t sub_group_elements() const;
+  // Of every layer with experts, as the source said (`num_experts`); empty: it did not.
+  std::vector<uint64_t> expert_counts() const;
 
   std::string version() const;  // DeepSpeed's, that the files say they are of
 

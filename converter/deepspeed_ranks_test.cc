@@ -17,9 +17,11 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_replace.h"
 #include "converter/deepspeed_writer.h"
 #include "converter/foreign_testing.h"
 #include "converter/optimizer_groups.h"
+#include "converter/parallel_facts.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "io/posix_file_system.h"
@@ -135,6 +137,24 @@ TEST_F(DeepSpeedRanksTest, WhatIsCutIsReadBack) {
     EXPECT_THAT(back.index.layout, Contains(degree("dp", each.dp)));
     EXPECT_THAT(back.index.layout, Contains(degree("tp", each.tensor)));
     EXPECT_THAT(back.index.layout, Contains(degree("pp", each.pipeline)));
+    ConversionSource again(*back.folder, std::move(back.index));
+    EXPECT_EQ(RecordsOf(again), expected_);
+  }
+}
+
+// Ranks have a part of a vocabulary each, or all of it.
+TEST_F(DeepSpeedRanksTest, TheRowsOfAPaddedVocabularyAreReadBack) {
+  for (const char* cut : {"0", "\"replicated\""}) {
+    SCOPED_TRACE(cut);
+    DeepSpeedWriteOptions options{.stage = 1, .dp = 1};
+    options.degrees = {
+        .tensor = 7,
+        .layout = absl::StrReplaceAll(
+            kLayout, {{"\"cut\": 0, \"rows\"", absl::StrCat("\"cut\": ", cut, ", \"rows\"")}})};
+    ASSERT_OK(Write(*source_, options));
+    ASSERT_OK_AND_ASSIGN(Opened back, OpenCheckpoint(*file_system_, out_));
+    ASSERT_OK_AND_ASSIGN(const ParallelInfo info, ParallelInfoOf(back.index));
+    EXPECT_EQ(info.padded_vocabulary, 14u);
     ConversionSource again(*back.folder, std::move(back.index));
     EXPECT_EQ(RecordsOf(again), expected_);
   }
@@ -349,6 +369,124 @@ TEST(DeepSpeedExpertsTest, AreSharedByTheirRanks) {
       }
     }
   }
+}
+
+// Writes a checkpoint with experts, to be broken.
+class ExpertFilesTest : public ::testing::Test {
+ protected:
+  void Write(ForeignIndex index, const DeepSpeedWriteOptions& options) {
+    const std::string empty = directory_.Join("empty");
+    fs::create_directories(empty);
+    fs::remove_all(out_);
+    fs::create_directory(out_);
+    ASSERT_OK_AND_ASSIGN(const auto folder, ForeignFolder::Open(*file_system_, empty));
+    ConversionSource source(*folder, std::move(index));
+    ASSERT_OK_AND_ASSIGN(const TorchFilesPlan plan, PlanDeepSpeed(source, options));
+    ASSERT_OK(WriteTorchFiles(*file_system_, out_, source, plan, nullptr));
+    expected_ = RecordsOf(source);
+  }
+  // Those whose names have this in them, in order.
+  std::vector<fs::path> Files(const std::string& part) const {
+    std::vector<fs::path> files;
+    for (const auto& entry : fs::recursive_directory_iterator(out_)) {
+      if (entry.path().filename().string().find(part) != std::string::npos) files.push_back(entry);
+    }
+    std::ranges::sort(files);
+    return files;
+  }
+
+  const std::unique_ptr<FileSystem> file_system_ = NewPosixFileSystem();
+  TemporaryDirectory directory_{Scratch()};
+  const std::string out_ = directory_.Join("out");
+  Records expected_;
+};
+
+// What an expert's file has is in the masters, too; DeepSpeed looks for the file all the same.
+TEST_F(ExpertFilesTest, EachThatIsMissingIsNamed) {
+  Write(Experts(false), {.stage = 1, .dp = 4, .ep = 2});
+  ASSERT_EQ(Files("_expert_").size(), 8u);
+  const fs::path away = directory_.Join("away");
+  for (const fs::path& path : Files("_expert_")) {
+    SCOPED_TRACE(path);
+    const std::string name = path.filename().string();
+    const std::string words = absl::StrCat("layer ", name.substr(6, 1),
+                                           " with experts: expected a "
+                                           "file of each of its 4, found none of expert ",
+                                           name.substr(15, 1), ";");
+    fs::rename(path, away);
+    ASSERT_OK_AND_ASSIGN(Opened back, OpenCheckpoint(*file_system_, out_));
+    EXPECT_THAT(back.index.repairs, ElementsAre(HasSubstr(words)));
+    EXPECT_THAT(back.index.losses, IsEmpty());
+    ConversionSource again(*back.folder, std::move(back.index));
+    EXPECT_EQ(RecordsOf(again), expected_);
+    fs::rename(away, path);
+  }
+  for (const fs::path& path : Files("_expert_")) fs::remove(path);
+  ASSERT_OK_AND_ASSIGN(Opened back, OpenCheckpoint(*file_system_, out_));
+  EXPECT_THAT(back.index.repairs, ElementsAre(HasSubstr("none of expert 0 and 3 others"),
+                                              HasSubstr("none of expert 0 and 3 others")));
+  ASSERT_OK_AND_ASSIGN(const auto groups, OptimizerGroupsOf(back.index));
+  EXPECT_EQ(groups.back().parameters.size(), 16u);
+  for (const fs::path& path : Files("optim_states")) fs::remove(path);
+  ASSERT_OK_AND_ASSIGN(const Opened bare, OpenCheckpoint(*file_system_, out_));
+  EXPECT_THAT(bare.index.losses,
+              ElementsAre(HasSubstr("layer 0 with experts"), HasSubstr("no file has masters")));
+}
+
+TEST_F(ExpertFilesTest, NumbersThatCannotBeAreRefused) {
+  Write(Experts(false), {.stage = 1, .dp = 2, .ep = 2});
+  const fs::path last = Files("layer_1_expert_3_").front();
+  for (const char* name : {"layer_1_expert_4_mp_rank_00_model_states.pt",
+                           "layer_1_expert_9999999_mp_rank_00_model_states.pt",
+                           "layer_2_expert_0_mp_rank_00_model_states.pt",
+                           "layer_9999999_expert_0_mp_rank_00_model_states.pt",
+                           "layer_1_expert_3_mp_rank_01_model_states.pt"}) {
+    const fs::path other = last.parent_path() / name;
+    fs::rename(last, other);
+    EXPECT_THAT(OpenCheckpoint(*file_system_, out_),
+                StatusIs(absl::StatusCode::kDataLoss, HasSubstr(name)));
+    fs::rename(other, last);
+  }
+  // Whose contents are another expert's.
+  const fs::path first = Files("layer_1_expert_0_").front();
+  fs::copy_file(first, last, fs::copy_options::overwrite_existing);
+  EXPECT_THAT(OpenCheckpoint(*file_system_, out_),
+              StatusIs(absl::StatusCode::kDataLoss, HasSubstr("expected tensors of expert 3")));
+}
+
+// Layers of different numbers of experts have the order of the modules.
+ForeignIndex Pyramid(const std::vector<std::pair<std::string, int>>& layers) {
+  MadeCheckpoint made;
+  for (const auto& [layer, experts] : layers) {
+    for (int expert = 0; expert < experts; ++expert) {
+      made.Add(absl::StrCat(layer, ".deepspeed_experts.", expert, ".up"), "param", {2});
+    }
+  }
+  return made.Take();
+}
+
+TEST_F(ExpertFilesTest, LayersAreNumberedByTheirNamesOrAsTheSourceHadThem) {
+  const auto counts = [&] {
+    std::vector<size_t> found;
+    for (const char* layer : {"layer_0_", "layer_1_", "layer_2_"}) {
+      found.push_back(Files(layer).size());
+    }
+    return found;
+  };
+  Write(Pyramid({{"h.10.moe", 8}, {"h.2.moe", 2}, {"h.9.moe", 4}}), {.stage = 1, .dp = 1});
+  EXPECT_THAT(counts(), ElementsAre(2u, 4u, 8u));
+  ASSERT_OK_AND_ASSIGN(Opened back, OpenCheckpoint(*file_system_, out_));
+  EXPECT_THAT(back.index.losses, IsEmpty());
+  ForeignIndex mixed = Pyramid({{"encoder.moe", 4}, {"decoder.moe", 2}, {"end.moe", 1}});
+  ForeignIndex said = mixed;
+  said.scalars.push_back({"num_experts", "[4, 2, 1]"});
+  Write(std::move(said), {.stage = 1, .dp = 1});
+  EXPECT_THAT(counts(), ElementsAre(4u, 2u, 1u));
+  ASSERT_OK_AND_ASSIGN(const auto folder, ForeignFolder::Open(*file_system_, out_));
+  ConversionSource source(*folder, std::move(mixed));
+  EXPECT_THAT(PlanDeepSpeed(source, {.stage = 1, .dp = 1}),
+              StatusIs(absl::StatusCode::kFailedPrecondition,
+                       HasSubstr("in the order of the model's modules")));
 }
 
 TEST(DeepSpeedExpertsTest, WhatDoesNotFitIsRefused) {

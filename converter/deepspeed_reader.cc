@@ -132,6 +132,7 @@ class ZeroReader {
     ASSIGN_OR_RETURN(const std::vector<std::vector<uint32_t>> buffers,
                      Members(ranks[0].groups[g], parameters, ranks.size()));
     expert_ranks_ = std::max<uint64_t>(expert_ranks_, buffers.size());
+    model_.SetExpertRanks(mp, g, buffers.size());
     for (uint32_t expert_rank = 0; expert_rank < buffers.size(); ++expert_rank) {
       FlatParameters flat;
       for (const NamedShape& entry : parameters) {
@@ -431,9 +432,10 @@ absl::StatusOr<ForeignIndex> ReadNative(const ForeignFolder& folder, const DeepS
     reader.TakeWeightsInFiles();
     RETURN_IF_ERROR(reader.Read());
   }
-  for (const std::string& path : files.not_read) {
+  for (const auto& [rank, file] : files.expert_optimizers) {
     table.index().unreadable.push_back(
-        {path, "is the optimizer state of experts without ZeRO, which no reader here knows"});
+        {folder.files()[file].path,
+         "is the optimizer state of experts without ZeRO, which no reader here knows"});
   }
   model.AddAliases();
   model.NameParameterGroups();

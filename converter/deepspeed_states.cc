@@ -366,6 +366,10 @@ absl::StatusOr<ModelStates> ReadModel(const TorchFile& torch, uint32_t file, Sho
     if (pp.has_value() && tp.has_value()) states.parallel_degrees = std::pair(*pp, *tp);
   }
   ASSIGN_OR_RETURN(states.global_steps, OptionalNumber(root.Find("global_steps")));
+  // Old ones have one number there, and anything may be of client_state.
+  if (const TorchValue experts = root.Find("num_experts"); experts.Is(TorchValue::Kind::kList)) {
+    states.expert_counts = experts.Uint64s().value_or(std::vector<uint64_t>());
+  }
   ReadConfiguration(root.Find("ds_config"), states);
   if (const TorchValue info = root.Find("universal_checkpoint_info");
       info.Is(TorchValue::Kind::kDict)) {

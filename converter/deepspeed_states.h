@@ -52,6 +52,8 @@ struct ModelStates {
   uint64_t mp_world_size = 0;
   std::optional<std::pair<uint64_t, uint64_t>> parallel_degrees;  // pipeline, tensor
   std::optional<uint64_t> global_steps;
+  std::vector<uint64_t>
+      expert_counts;  // `num_experts`, of every layer with experts; empty: not said
   // Of ds_config, where it says so.
   std::string weight_dtype;  // "bfloat16", "float16", "float32"; empty: not said
   bool round_robin = false;

@@ -184,6 +184,32 @@ TEST(DeepSpeedTest, WhatAUniversalFolderLacksIsLost) {
   }
 }
 
+// An optimizer's options may differ by group, and so may its states.
+TEST(DeepSpeedTest, WhatNoParameterOfAGroupHasIsNotLost) {
+  const std::unique_ptr<FileSystem> file_system = NewPosixFileSystem();
+  const TemporaryDirectory directory;
+  fs::copy(kSource / "tests/data/deepspeed/universal_zero3/ckpt", directory.path(),
+           fs::copy_options::recursive);
+  std::map<std::string, fs::path> files;
+  for (const auto& entry : fs::recursive_directory_iterator(directory.path())) {
+    if (entry.path().filename() != "exp_avg.pt") continue;
+    files[entry.path().parent_path().filename().string()] = entry.path();
+  }
+  const auto losses_without = [&](const std::vector<std::string>& parameters) {
+    for (const std::string& parameter : parameters) EXPECT_TRUE(fs::remove(files.at(parameter)));
+    const auto folder = ForeignFolder::Open(*file_system, directory.path());
+    EXPECT_THAT(folder, IsOk());
+    const auto index = ReadCheckpoint(**folder);
+    EXPECT_THAT(index, IsOk());
+    return index.ok() ? index->losses : std::vector<std::string>();
+  };
+  EXPECT_THAT(losses_without({"up.bias", "still.bias", "norm.weight"}), testing::SizeIs(3));
+  EXPECT_THAT(losses_without({"norm.bias"}), testing::IsEmpty());  // the last of its group
+  // Alone in its group, it is compared with all.
+  EXPECT_THAT(losses_without({"down.weight"}),
+              testing::ElementsAre(HasSubstr("zero/down.weight: expected exp_avg.pt")));
+}
+
 TEST(DeepSpeedTest, FixturesAreWhatTrainingHeld) {
   if (!fs::exists(kShared)) GTEST_SKIP() << "no ../shared/fixtures";
   const std::vector<fs::path> cases = Cases({kShared / "deepspeed", kShared / "ucp"});

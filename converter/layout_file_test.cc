@@ -185,7 +185,7 @@ TEST(LayoutFile, TheExamplesOfItsDocumentsAreSuch) {
       ++examples;
     }
   }
-  EXPECT_EQ(examples, 5);
+  EXPECT_EQ(examples, 6);
 }
 
 }  // namespace

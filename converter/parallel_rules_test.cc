@@ -217,6 +217,16 @@ TEST(ParallelRulesTest, WhatNobodyNamesIsNotCut) {
   const std::vector<Shape> shards(2, {2, 2});
   EXPECT_THAT(rules.Resolve("model.adapter.weight", shards),
               StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("preset does not know")));
+  // Nor are the fused experts of transformers 5, of which no pattern could say it.
+  ASSERT_OK_AND_ASSIGN(const ParallelInfo mixtral, ParallelPreset("mixtral"));
+  const ParallelRules of_mixtral = RulesOf(mixtral);
+  for (const char* name :
+       {"model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"}) {
+    EXPECT_THAT(of_mixtral.Cut(name, {2, 8, 4}, 2),
+                StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("nothing says how")));
+    EXPECT_THAT(of_mixtral.Resolve(name, std::vector<Shape>(2, {2, 4, 4})),
+                StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr(name)));
+  }
   EXPECT_THAT(RulesOf({}).Cut("model.layers.0.mlp.up_proj.weight", {4, 2}, 2),
               StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("nothing says how")));
   EXPECT_OK(RulesOf({}).Cut("anything", {4, 2}, 1));

@@ -74,25 +74,49 @@ class UniversalReader {
     return states.size() > 1 || model_ == nullptr || model_->IsOptimized(name);
   }
 
+  using Keys = std::set<std::string>;
+
+  // The optimizer's group of every parameter that shares one with others: of the model's files.
+  std::map<std::string_view, size_t> SharedGroups() const {
+    std::map<std::string_view, size_t> groups;
+    for (uint32_t mp = 0; model_ != nullptr && mp < model_->ranks(); ++mp) {
+      const std::vector<std::vector<NamedShape>>& shapes = model_->states(mp).param_shapes;
+      for (size_t g = 0; g < shapes.size(); ++g) {
+        if (shapes[g].size() < 2) continue;
+        for (const NamedShape& entry : shapes[g]) groups.emplace(entry.name, g);
+      }
+    }
+    return groups;
+  }
+
   // A file that is not there leaves no hole that anybody could see. But the optimizer has the same
-  // states of all parameters of a kind, so none has fewer than another one.
+  // states of all parameters of a kind, so none has fewer than another one of its group (an
+  // optimizer's options may differ by group: momentum, amsgrad), or if it is alone, than any.
   void NameLostFiles() {
-    std::set<std::set<std::string>> kinds;
+    const std::map<std::string_view, size_t> groups = SharedGroups();
+    const auto group_of = [&](const std::string& name) {
+      const auto group = groups.find(name);
+      return group == groups.end() ? std::nullopt : std::optional<size_t>(group->second);
+    };
+    std::map<std::optional<size_t>, std::set<Keys>> kinds;  // by group; those of all
     const auto keys_of = [](const StateFiles& states) {
-      std::set<std::string> keys;
+      Keys keys;
       for (const auto& [key, file] : states) keys.insert(key);
       return keys;
     };
     for (const auto& [name, states] : parameters_) {
-      if (IsMaster(name, states)) kinds.insert(keys_of(states));
+      if (!IsMaster(name, states)) continue;
+      const Keys keys = keys_of(states);
+      kinds[std::nullopt].insert(keys);
+      if (const auto group = group_of(name); group.has_value()) kinds[group].insert(keys);
     }
-    if (kinds.size() > kKindsMax) kinds.clear();  // of no optimizer
+    if (kinds[std::nullopt].size() > kKindsMax) kinds.clear();  // of no optimizer
     for (const auto& [name, states] : parameters_) {
       // Without the model's files nothing tells a lone rounded weight from a master.
       if (!IsMaster(name, states) || (model_ == nullptr && states.size() == 1)) continue;
-      const std::set<std::string> keys = keys_of(states);
-      std::set<std::string> lost;
-      for (const std::set<std::string>& kind : kinds) {
+      const Keys keys = keys_of(states);
+      Keys lost;
+      for (const Keys& kind : kinds[group_of(name)]) {
         if (std::ranges::includes(kind, keys)) lost.insert(kind.begin(), kind.end());
       }
       for (const std::string& key : keys) lost.erase(key);
