@@ -204,9 +204,14 @@ class Drawing {
   // waiter's first does not count, and one report of it is not enough. Of two that are a threshold
   // apart the second was taken behind the waiter's first, so that the waiter was not the one ahead.
   absl::Duration Both(Rank waiter, const CommunicatorTrack& c, Rank awaited) const {
-    const absl::Duration later = state_.StillSince(awaited, c.now.id, c.still_since_tick);
+    absl::Duration later = state_.StillSince(awaited, c.now.id, c.still_since_tick);
     // Receipts are kept for a while only; that much of no progress is enough to be sure of it.
     if (later >= absl::Seconds(20)) return Still(waiter, c);
+    // Where it stands in another communicator for less, it may soon be seen to wait for somebody.
+    for (const CommunicatorTrack& other : state_.ranks()[Value(awaited)].communicators) {
+      const absl::Duration there = Still(awaited, other);
+      if (other.IsOpen() && there > absl::ZeroDuration()) later = std::min(later, there);
+    }
     return std::min(Still(waiter, c), later);
   }
 

@@ -110,6 +110,26 @@ TEST(RobustnessTest, LostLateAndShuffledSummariesNeverTurnAVerdict) {
   EXPECT_EQ(verdicts, runs);
 }
 
+// In a pipeline a rank may have stood in one communicator for longer than in the one in which it
+// waits for the culprit: until that shows, it seems to wait for nobody.
+TEST(RobustnessTest, AVictimThatMovedLaterElsewhereIsNotSuspected) {
+  for (uint32_t rank = 0; rank < 12; ++rank) {
+    WorldOptions options;
+    options.seed = 50'015;
+    options.compute_noise = 0.01;
+    options.data_parallel = 4;
+    options.stages = 3;
+    options.loss = 0.01;
+    options.lateness = 0.01;
+    options.clock_drift = 1e-4;
+    options.faults = {FaultOf(FaultKind::kGpuHang, rank, 0)};
+    const Outcome outcome = Observe(options, kOnset + absl::Seconds(15));
+    SCOPED_TRACE(testing::Message() << "rank " << rank << ": " << Describe(outcome));
+    ASSERT_EQ(outcome.told.size(), 1u);
+    EXPECT_TRUE(Touches(outcome.told[0].finding, rank));
+  }
+}
+
 // With a plugin on 80% of the ranks: what is told of the others comes from their agents.
 TEST(RobustnessTest, RanksWithoutPluginNeverTurnAVerdict) {
   constexpr uint32_t kSeed = 99;
