@@ -231,7 +231,9 @@ TEST(ShimTest, AnExitThatCannotBeRecordedIsKeptByTheShim) {
 TEST(ShimTest, WithARecordOnDiskItWaitsForNobodyLongerThanItShould) {
   TestShim shim;
   shim.spec_.linger_seconds = 0;
-  shim.Start("exit 4");
+  ASSERT_EQ(mkfifo(shim.place_.Join("go").c_str(), 0600), 0);
+  shim.Start("read line <$PLACE/go; exit 4");  // not before we are connected
+  ASSERT_EQ(system(absl::StrCat("echo >", shim.place_.Join("go")).c_str()), 0);
   EXPECT_TRUE(WaitUntilDead(shim.child_.pidfd.get(), kPatience));
   EXPECT_EQ(ReadExitRecord(shim.spec_.directory)->wait_status, 4 << 8);
 }
