@@ -24,7 +24,7 @@ inline constexpr uint32_t kNodeCountMax = 10'000;
 
 // What a node may take alone besides its measuring: touching memory, the last transfers of its
 // disk.
-inline constexpr absl::Duration kAlonePatience = absl::Seconds(15);
+inline constexpr absl::Duration kAlonePatience = absl::Seconds(60);
 
 struct CoordinatorOptions {
   uint32_t node_count = 1;
