@@ -207,7 +207,8 @@ struct Outcome {
   std::vector<std::string> left_out;
   std::vector<std::string> casts;
   std::vector<std::string> repairs;  // of the source, which the framework's tools do not make
-  uint64_t became_infinite = 0;      // by casts
+  std::vector<std::string> notes;
+  uint64_t became_infinite = 0;  // by casts
   std::string first_infinite;
   uint64_t peak_memory_bytes = 0;  // of this process
 };
@@ -412,6 +413,7 @@ class Conversion {
 
   absl::Status ToTorchFiles(const absl::StatusOr<converter::TorchFilesPlan>& plan) {
     RETURN_IF_ERROR(plan.status());
+    outcome_.notes = plan->notes;
     for (const converter::PlannedFile& file : plan->files) {
       outcome_.files.push_back({file.path, file.bytes});
     }
@@ -476,6 +478,7 @@ class Conversion {
       outcome_.files.push_back({plan.prefix + file.name, file.bytes});
     }
     outcome_.files.push_back({plan.prefix + ".metadata", plan.sharded.metadata.size()});
+    outcome_.notes = plan.others.notes;
     for (const converter::PlannedFile& file : plan.others.files) {
       outcome_.files.push_back({file.path, file.bytes});
     }
@@ -587,6 +590,7 @@ ExitCode Run(Invocation& invocation, const Options& options) {
                                    {"left_out", outcome->left_out},
                                    {"cast", outcome->casts},
                                    {"repaired", outcome->repairs},
+                                   {"notes", outcome->notes},
                                    {"became_infinite", outcome->became_infinite},
                                    {"peak_memory_bytes", outcome->peak_memory_bytes}};
     for (const Outcome::File& file : outcome->files) {
@@ -604,20 +608,18 @@ ExitCode Run(Invocation& invocation, const Options& options) {
       std::printf("  %s, %s\n", Printable(file.name).c_str(), HumanBytes(file.bytes).c_str());
     }
   }
-  for (const std::string& each : outcome->casts) {
-    std::printf("  cast: %s\n", Printable(each).c_str());
-  }
+  const auto print = [](const char* what, const std::vector<std::string>& lines) {
+    for (const std::string& each : lines) std::printf("  %s: %s\n", what, Printable(each).c_str());
+  };
+  print("cast", outcome->casts);
   if (outcome->became_infinite > 0) {
     std::printf("  cast: %llu finite numbers became infinite, the first in %s\n",
                 static_cast<unsigned long long>(outcome->became_infinite),
                 Printable(outcome->first_infinite).c_str());
   }
-  for (const std::string& each : outcome->repairs) {
-    std::printf("  repaired: %s\n", Printable(each).c_str());
-  }
-  for (const std::string& each : outcome->left_out) {
-    std::printf("  left out: %s\n", Printable(each).c_str());
-  }
+  print("repaired", outcome->repairs);
+  print("left out", outcome->left_out);
+  print("note", outcome->notes);
   return kExitOk;
 }
 

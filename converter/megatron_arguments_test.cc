@@ -9,11 +9,14 @@
 #include <nlohmann/json.hpp>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "converter/conversion_source.h"
 #include "converter/foreign_testing.h"
+#include "converter/megatron_dist_writer.h"
 #include "converter/megatron_legacy_writer.h"
 #include "converter/megatron_sample.h"
+#include "converter/selection.h"
 #include "converter/torch_output.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
@@ -36,16 +39,20 @@ constexpr char kLlama[] = R"({"num_attention_heads": 8, "num_key_value_heads": 2
 
 class MegatronArgumentsTest : public testing::Test {
  protected:
-  // Writes the sample, without its arguments, as a checkpoint of these degrees.
-  absl::Status Convert(const MegatronSampleConfig& sample, const MegatronDegrees& degrees,
-                       const std::string& config) {
+  absl::StatusOr<Opened> Open(const MegatronSampleConfig& sample) {
     const std::string root = directory_.Join("source");
     fs::remove_all(root);
     for (const auto& [path, bytes] : MegatronSample(sample).Legacy()) {
       fs::create_directories((fs::path(root) / path).parent_path());
       std::ofstream(fs::path(root) / path, std::ios::binary) << bytes;
     }
-    absl::StatusOr<Opened> opened = OpenCheckpoint(*file_system_, root);
+    return OpenCheckpoint(*file_system_, root);
+  }
+
+  // Writes the sample, without its arguments, as a checkpoint of these degrees.
+  absl::Status Convert(const MegatronSampleConfig& sample, const MegatronDegrees& degrees,
+                       const std::string& config) {
+    absl::StatusOr<Opened> opened = Open(sample);
     if (!opened.ok()) return opened.status();
     opened->index.blobs.clear();
     opened->index.scalars.clear();
@@ -150,6 +157,28 @@ TEST_F(MegatronArgumentsTest, AreNoneWhereNothingSaysHowManyHeadsThereAre) {
     EXPECT_EQ(Arguments(), nullptr);
     EXPECT_THAT(Convert({}, {.tensor = 2}, config),
                 StatusIs(StatusCode::kFailedPrecondition, HasSubstr("or --model DIR")));
+  }
+}
+
+// Megatron-LM ends where it is to load an optimizer and finds no schedule of learning rates.
+TEST_F(MegatronArgumentsTest, AScheduleThatIsNotThereIsMissedAloud) {
+  for (const bool has_schedule : {false, true}) {
+    for (const bool has_states : {false, true}) {
+      ASSERT_OK_AND_ASSIGN(Opened opened, Open({}));
+      SelectionRequest request;
+      if (!has_states) request.drop = {"fp32", "exp_avg", "exp_avg_sq", "step"};
+      ASSERT_OK_AND_ASSIGN(Selection selection, Select(std::move(opened.index), request));
+      if (!has_schedule) selection.index.blobs.clear();
+      ConversionSource source(*opened.folder, std::move(selection));
+      const auto expect = [&](const std::vector<std::string>& notes) {
+        EXPECT_EQ(notes.size(), has_states && !has_schedule ? 1u : 0u);
+        for (const std::string& note : notes) EXPECT_THAT(note, HasSubstr("opt_param_scheduler"));
+      };
+      ASSERT_OK_AND_ASSIGN(const TorchFilesPlan legacy, PlanMegatronLegacy(source, {}, ""));
+      expect(legacy.notes);
+      ASSERT_OK_AND_ASSIGN(const MegatronDistPlan dist, PlanMegatronDist(source, {}, ""));
+      expect(dist.others.notes);
+    }
   }
 }
 

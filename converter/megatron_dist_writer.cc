@@ -92,6 +92,7 @@ class Planner {
     plan.others.AddText("latest_checkpointed_iteration.txt",
                         released ? "release" : absl::StrCat(index_.step));
     plan.others.left_out = tensors_.left_out();
+    plan.others.notes = tensors_.Notes();
     return plan;
   }
 

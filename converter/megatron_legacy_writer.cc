@@ -64,6 +64,7 @@ class Planner {
                   released ? "release" : absl::StrCat(index_.step));
     plan_.tensor_count = index_.tensor_states.size();
     plan_.left_out = tensors_.left_out();
+    plan_.notes = tensors_.Notes();
     if (!HasRandomStates() && tensors_.state().random().present()) {
       plan_.left_out.push_back(
           "random states, which are those of ranks of other degrees: load with --no-load-rng");

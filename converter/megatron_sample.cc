@@ -390,6 +390,10 @@ std::string MegatronSample::ModelFile(uint32_t stage, uint32_t tensor, uint32_t 
   pickle.String("args");
   Arguments(pickle);
   Entry(pickle, "iteration", 7);
+  pickle.String("opt_param_scheduler");
+  BeginDict(pickle);
+  Entry(pickle, "num_steps", 56);
+  pickle.SetItems();
   for (uint32_t chunk = 0; chunk < config_.vpp; ++chunk) {
     pickle.String(config_.vpp > 1 ? absl::StrCat("model", chunk) : "model");
     // One storage per buffer: of dense parameters, and of experts where they are parallel.

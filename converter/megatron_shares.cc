@@ -1,7 +1,9 @@
 #include "converter/megatron_shares.h"
 
 #include <algorithm>
+#include <array>
 #include <span>
+#include <string_view>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
@@ -15,6 +17,10 @@ namespace {
 
 constexpr std::string_view kEmbedding = "embedding.word_embeddings.weight";
 constexpr std::string_view kOutput = "output_layer.weight";
+// Modules whose rows are those of attention heads.
+constexpr std::array<const char*, 7> kOfHeads = {
+    ".linear_qkv.",    ".query_key_value.",  ".linear_q.",         ".linear_kv.",
+    ".linear_q_proj.", ".linear_q_up_proj.", ".linear_kv_up_proj."};
 
 bool IsEmbedding(std::string_view name) {
   return name.starts_with("embedding.") || name.find(".embedding.") != std::string_view::npos;
@@ -67,12 +73,13 @@ absl::Status MegatronShares::CheckDegrees() const {
   return absl::OkStatus();
 }
 
-// Queries, keys and values lie group by group: a rank has whole groups.
+// Queries, keys and values lie group by group, or head by head: a rank has whole groups. Those of
+// multi-latent attention, too, whose projections up from the latent are cut by heads.
 absl::Status MegatronShares::CheckHeads() const {
   if (degrees_.tensor == 1) return absl::OkStatus();
   const auto has_attention = [](const auto& entry) {
-    return absl::StrContains(entry.first, ".linear_qkv.") ||
-           absl::StrContains(entry.first, ".query_key_value.");
+    return std::ranges::any_of(
+        kOfHeads, [&](const char* module) { return absl::StrContains(entry.first, module); });
   };
   if (std::ranges::none_of(tensors_->weights(), has_attention)) return absl::OkStatus();
   if (!arguments_.query_groups.has_value()) {

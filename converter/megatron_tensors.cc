@@ -356,4 +356,18 @@ absl::Status MegatronTensors::PushGroups(uint32_t optimizer, std::optional<Part>
   return absl::OkStatus();
 }
 
+// Megatron-LM's load_checkpoint (training/checkpointing.py) takes "opt_param_scheduler", or the
+// older "lr_scheduler", whenever it loads an optimizer, and ends where neither is there. Numbers
+// that were made up here would be taken for the checkpoint's own with
+// --use-checkpoint-opt-param-scheduler.
+std::vector<std::string> MegatronTensors::Notes() const {
+  if (!has_optimizer_ || state_->Common("opt_param_scheduler").present() ||
+      state_->Common("lr_scheduler").present()) {
+    return {};
+  }
+  return {
+      "opt_param_scheduler: the source has no schedule of Megatron's, without which Megatron-LM "
+      "loads no optimizer states: use --no-load-optim, or add it as the manual says"};
+}
+
 }  // namespace holdfast::converter

@@ -54,6 +54,8 @@ class MegatronTensors {
   }
   // What has no place, in words.
   const std::vector<std::string>& left_out() const { return left_out_; }
+  // What Megatron-LM looks for when it loads, and nobody but a source of its own has.
+  std::vector<std::string> Notes() const;
 
   // Pushes what both of Megatron's forms of a chained optimizer begin with, into the open dict:
   // "optimizer" with its groups, and the scaler that was kept. Groups are a list of dicts: those of

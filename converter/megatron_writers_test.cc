@@ -631,6 +631,19 @@ TEST_F(Refusals, OfLegacyFilesNameWhatDegreesDoNotDivide) {
               StatusIs(StatusCode::kFailedPrecondition, HasSubstr("a divisor of the 3 layers")));
   EXPECT_THAT(refused({.tensor = 3}, nothing),
               StatusIs(StatusCode::kFailedPrecondition, HasSubstr("4 groups of attention heads")));
+  // Of multi-latent attention and of cross attention, too.
+  for (const char* module :
+       {"linear_q_up_proj", "linear_kv_up_proj", "linear_q_proj", "linear_q", "linear_kv"}) {
+    EXPECT_THAT(refused({.tensor = 3},
+                        [&](ForeignIndex& index) {
+                          for (TensorState& state : index.tensor_states) {
+                            const size_t at = state.tensor.find("linear_qkv");
+                            if (at != std::string::npos) state.tensor.replace(at, 10, module);
+                          }
+                        }),
+                StatusIs(StatusCode::kFailedPrecondition, HasSubstr("4 groups of attention heads")))
+        << module;
+  }
   EXPECT_THAT(refused({.tensor = 2},
                       [](ForeignIndex& index) {
                         for (TensorState& state : index.tensor_states) {

@@ -58,6 +58,7 @@ struct PlannedFile {
 struct TorchFilesPlan {
   std::vector<PlannedFile> files;     // in the order of writing; what announces the others is last
   std::vector<std::string> left_out;  // what the format has no place for, in words
+  std::vector<std::string> notes;     // what the framework wants besides, and the source has not
   uint64_t tensor_count = 0;          // tensor states that are in some file
   uint64_t bytes = 0;                 // of all files
 
