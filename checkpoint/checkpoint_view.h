@@ -19,6 +19,8 @@ struct ViewRequest {
   std::string name;
   enum class Paths { kAbsolute, kRelative } paths = Paths::kAbsolute;
   std::string writer;  // as PublishOptions::writer
+  // Of a file that has the name: kReplace is for files only, and at no time is neither there.
+  enum class Existing { kRefuse, kReplace } existing = Existing::kRefuse;
 };
 
 struct ViewMade {
@@ -33,9 +35,14 @@ struct ViewMade {
 // whole, its name not known to be durable. `entry` was read from an absolute path without links.
 // Errors: kNotFound (not committed), kDataLoss (INDEX, a cover with gaps or overlaps, an image that
 // is missing or has another size: named), kInvalidArgument (absolute paths, and a directory deeper
-// than kViewDepthMax), kAlreadyExists, those of BuildTensorView, the FileSystem's.
+// than kViewDepthMax), kAlreadyExists, kFailedPrecondition (kReplace, and the name is that of the
+// checkpoint or in it), those of BuildTensorView, the FileSystem's.
 absl::StatusOr<ViewMade> MakeView(FileSystem& file_system, const CatalogEntry& entry,
                                   const ViewRequest& request);
+
+// kFailedPrecondition if the view would replace `source`, an absolute path without links, or what
+// is in it: what it shall show.
+absl::Status CheckViewReplacesNotItsSource(const ViewRequest& request, const std::string& source);
 
 // The last step of it alone, for bytes that somebody else has made (converter/foreign_view.h); all
 // that is said of the file after OK and after an error holds here too.

@@ -208,7 +208,7 @@ absl::StatusOr<converter::ForeignSource> LookAtForeign(Invocation& invocation,
           options.tag, path, source->index.format));
     }
   }
-  if (options.memory_bytes > 0 && absl::IsResourceExhausted(source.status())) {
+  if (options.memory_bytes > 0 && converter::IsOutOfMemory(source.status())) {
     return absl::InvalidArgumentError(
         absl::StrFormat("--memory: expected more than %d bytes to read this checkpoint with: %s",
                         options.memory_bytes, source.status().message()));

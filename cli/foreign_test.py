@@ -116,6 +116,23 @@ class ForeignTest(unittest.TestCase):
         self.assertEqual((code, out), (4, ""))
         self.assertIn("data", err)
 
+    def test_what_is_no_checkpoint_is_said_so(self):
+        data = self.write("data/__0_0.distcp", b"PK")
+        for verb in (("verify", data.parent), ("convert", data.parent, self.path / "out", "--format", "torch"),
+                     ("diff", data.parent, data.parent), ("view", data.parent, self.path / "view.h5")):
+            code, _, err = run(*verb)
+            self.assertEqual(code, 4, err)
+            self.assertIn("expected .metadata beside __0_0.distcp", err)
+        (self.path / "links").mkdir()
+        (self.path / "links" / "model.safetensors").symlink_to("/etc/hostname")
+        for verb in ("inspect", "verify"):
+            code, _, err = run(verb, self.path / "links")
+            self.assertEqual(code, 6, err)
+            self.assertIn("model.safetensors: a symbolic link out of the folder", err)
+        code, out, err = run("inspct", data)
+        self.assertEqual((code, out), (2, ""))
+        self.assertIn('expected a verb, found "inspct"; did you mean "inspect"?', err)
+
     def test_verify_names_what_is_wrong(self):
         good = self.write("good.safetensors", safetensors(self.tensors))
         code, out, _ = run("verify", good, "--json")

@@ -72,6 +72,7 @@ absl::Status Run(Invocation& invocation, const std::string& path, const std::str
                       ? absl::StrFormat("%s/%s", root, source.folder->files().front().path)
                       : root;
   wanted.prefix = paths.parts;
+  RETURN_IF_ERROR(CheckViewReplacesNotItsSource(request, wanted.source));
   ASSIGN_OR_RETURN(const converter::ForeignView made,
                    converter::BuildForeignView(source.index, wanted));
   RETURN_IF_ERROR(PublishView(invocation.file_system, request, made.bytes));

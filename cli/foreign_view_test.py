@@ -305,6 +305,25 @@ class ForeignViewTest(unittest.TestCase):
         self.assertEqual(sorted(path.name for path in self.place.iterdir()), before)
         self.assertEqual(taken.read_bytes(), b"mine")
 
+    def test_force_replaces_a_file_and_nothing_of_the_checkpoint(self):
+        good = self.write(self.place / "model.safetensors")
+        folder = self.place / "folder"
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        self.write(folder / "model.safetensors")
+        taken = self.place / "taken.h5"
+        taken.write_bytes(b"mine")
+        for checkpoint in (good, folder, good):
+            self.assertGreater(self.view(checkpoint, "--force", at=taken)[0]["tensors"], 0)
+        held = good.read_bytes()
+        for checkpoint, out, part in ((good, good, "is the checkpoint"),
+                                      (folder, folder / "model.safetensors", "is in the checkpoint"),
+                                      (folder, folder / "view.h5", "is in the checkpoint")):
+            code, _, err = run("view", checkpoint, out, "--force")
+            self.assertEqual(code, 1, err)
+            self.assertIn(part, err)
+        self.assertEqual((good.read_bytes(), (folder / "model.safetensors").read_bytes()), (held, held))
+
 
 if __name__ == "__main__":
     unittest.main(argv=sys.argv)

@@ -6,9 +6,11 @@
 #include <cstring>
 #include <exception>
 #include <memory>
+#include <string>
 #include <string_view>
 #include <vector>
 
+#include "base/suggestion.h"
 #include "cli/foreign.h"
 #include "cli/foreign_map.h"
 #include "cli/incident.h"
@@ -30,16 +32,33 @@ int CommandMark(int argc, char** argv) {
   return mark;
 }
 
-// Whether the words name no verb and no help: `holdfast`, `holdfast --json`, `holdfast --job X`.
-bool IsBare(int argc, char** argv) {
+// The first word that is no option of `holdfast` itself, nor the value of one; null: there is none.
+const char* FirstWord(int argc, char** argv) {
   for (int i = 1; i < argc; ++i) {
     const std::string_view word = argv[i];
     if (word == "--socket" || word == "--job" || word == "--state-directory") {
       ++i;  // its value
     } else if (!word.starts_with("-") || word == "-h" || word == "--help" || word == "--version") {
-      return false;
+      return argv[i];
     }
   }
+  return nullptr;
+}
+
+// Whether the words name no verb and no help: `holdfast`, `holdfast --json`, `holdfast --job X`.
+bool IsBare(int argc, char** argv) { return FirstWord(argc, argv) == nullptr; }
+
+// The parser takes an unknown verb for a value that nobody wants, and says that there is no verb.
+bool NamesUnknownVerb(const CLI::App& app, const char* word) {
+  if (word == nullptr || word[0] == '-') return false;
+  std::vector<std::string> names;
+  for (const CLI::App* verb : app.get_subcommands([](const CLI::App*) { return true; })) {
+    if (verb->check_name(word)) return false;
+    names.push_back(verb->get_name());
+  }
+  const std::vector<std::string_view> known(names.begin(), names.end());
+  std::fprintf(stderr, "holdfast: expected a verb, found \"%s\"%s\nRun with --help for the list.\n",
+               holdfast::cli::Printable(word).c_str(), holdfast::DidYouMean(word, known).c_str());
   return true;
 }
 
@@ -83,6 +102,9 @@ int main(int argc, char** argv) {
     if (IsBare(argc, argv)) words.insert(words.begin() + 1, kJobsVerb);
     app.parse(static_cast<int>(words.size()), words.data());
   } catch (const CLI::ParseError& error) {
+    if (error.get_exit_code() != 0 && NamesUnknownVerb(app, FirstWord(argc, argv))) {
+      return kExitUsage;
+    }
     return app.exit(error) == 0 ? kExitOk : kExitUsage;
   }
   try {

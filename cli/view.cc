@@ -25,6 +25,7 @@ struct Options {
   std::string checkpoint;
   std::string view;
   bool relative = false;
+  bool force = false;
   ForeignOptions foreign;
 };
 
@@ -38,6 +39,7 @@ absl::StatusOr<ViewRequest> RequestOf(const Options& options) {
   ASSIGN_OR_RETURN(request.directory, DirectoryOf(options.view));
   request.name = path.filename().string();
   request.paths = options.relative ? ViewRequest::Paths::kRelative : ViewRequest::Paths::kAbsolute;
+  if (options.force) request.existing = ViewRequest::Existing::kReplace;
   request.writer = absl::StrFormat("%016x", RandomBits());
   return request;
 }
@@ -84,9 +86,10 @@ void AddView(CLI::App& app, Invocation& invocation) {
           "checkpoint", options->checkpoint,
           "Its directory, or ROOT/JOB for the newest, or another framework's file or folder")
       ->required();
-  verb->add_option("view", options->view, "The HDF5 file to make; it must not exist")->required();
+  verb->add_option("view", options->view, "The HDF5 file to make")->required();
   verb->add_flag("--relative", options->relative,
                  "Name what it reads from relative to the view: both may be moved together");
+  verb->add_flag("--force", options->force, "Replace the file that is there");
   AddForeignOptions(*verb, options->foreign);
   verb->footer(kExitCodesHelp);
   verb->callback([&invocation, options] {

@@ -374,6 +374,22 @@ with h5py.File(view) as file:
         (self.place / "link.h5").symlink_to("nothing")
         self.expect_refused(1, "link.h5 exists", checkpoint, self.place / "link.h5")
 
+    def test_force_replaces_a_file_and_nothing_of_the_checkpoint(self):
+        checkpoint = made(self.place, cut_over(2))
+        images = Images(checkpoint)
+        view = self.place / "view.h5"
+        view.write_bytes(b"mine")
+        for _ in range(2):
+            self.expect_whole(self.view(checkpoint, "--force"), images)
+        (self.place / "link.h5").symlink_to("view.h5")
+        (self.place / "folder.h5").mkdir()
+        for name in ("link.h5", "folder.h5"):
+            self.expect_refused(1, "is no file", checkpoint, self.place / name, "--force")
+        held = {path.name: path.read_bytes() for path in pathlib.Path(checkpoint).iterdir()}
+        for name in [*held, "new.h5"]:
+            self.expect_refused(1, "is in the checkpoint", checkpoint, pathlib.Path(checkpoint) / name, "--force")
+        self.assertEqual({path.name: path.read_bytes() for path in pathlib.Path(checkpoint).iterdir()}, held)
+
     def test_an_absolute_view_below_more_directories_than_it_goes_up_is_refused(self):
         checkpoint = made(self.place, cut_over(2))
         images = Images(checkpoint)

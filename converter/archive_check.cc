@@ -11,13 +11,13 @@
 #include "base/status_macros.h"
 #include "converter/byte_source.h"
 #include "converter/dcp_metadata.h"
+#include "converter/dcp_names.h"
 #include "converter/sandbox.h"
 #include "converter/zip_reader.h"
 
 namespace holdfast::converter {
 namespace {
 
-constexpr std::string_view kMetadata = ".metadata";
 constexpr uint64_t kMetadataBytesMax = uint64_t{4} << 30;
 // Of processor time: a checkpoint may have terabytes.
 constexpr uint64_t kSecondsMax = 24 * 3600;
@@ -37,7 +37,8 @@ class ArchiveChecker {
   absl::StatusOr<std::vector<std::string>> Run() {
     for (uint32_t number = 0; number < folder_.files().size(); ++number) {
       const FolderFile& file = folder_.files()[number];
-      if (file.path.ends_with(kMetadata)) RETURN_IF_ERROR(CheckItems(number));
+      const std::string_view name = std::string_view(file.path).substr(file.path.rfind('/') + 1);
+      if (IsDcpMetadataName(name)) RETURN_IF_ERROR(CheckItems(number));
     }
     for (const uint32_t file : files_) {
       if (of_items_.contains(file)) continue;

@@ -16,6 +16,7 @@
 #include "base/status_macros.h"
 #include "converter/dcp_items.h"
 #include "converter/dcp_metadata.h"
+#include "converter/dcp_names.h"
 #include "converter/dcp_shards.h"
 #include "converter/decimal.h"
 #include "converter/flat_parameters.h"
@@ -27,7 +28,6 @@
 namespace holdfast::converter {
 namespace {
 
-constexpr std::string_view kMetadata = ".metadata";
 // A pickled object that is no tensor, at most.
 constexpr uint64_t kObjectBytesMax = uint64_t{64} << 20;
 // Of what is shown of it.
@@ -50,23 +50,16 @@ std::optional<uint64_t> TrailingNumber(std::string_view name) {
   return ParseDecimal(name.substr(TrailingDigits(name)));
 }
 
-// "__3.metadata": rank 3.
-std::optional<uint64_t> RankOfMetadata(std::string_view name) {
-  if (!name.starts_with("__") || !name.ends_with(kMetadata) || name.size() < 2 + kMetadata.size())
-    return std::nullopt;
-  return ParseDecimal(name.substr(2, name.size() - 2 - kMetadata.size()));
-}
-
 // The metadata files of a DCP folder: one, or one per rank, in the order of the ranks.
 std::vector<uint32_t> MetadataIn(const ForeignFolder& folder, std::string_view directory) {
-  if (const auto whole = folder.Find(Join(directory, kMetadata)); whole.has_value()) {
+  if (const auto whole = folder.Find(Join(directory, kDcpMetadataName)); whole.has_value()) {
     return {*whole};
   }
   std::map<uint64_t, uint32_t> by_rank;
   for (const uint32_t file : folder.FilesIn(directory)) {
     const std::string_view path = folder.files()[file].path;
     const std::string_view name = path.substr(directory.empty() ? 0 : directory.size() + 1);
-    if (const auto rank = RankOfMetadata(name); rank.has_value()) by_rank[*rank] = file;
+    if (const auto rank = RankOfDcpMetadata(name); rank.has_value()) by_rank[*rank] = file;
   }
   std::vector<uint32_t> files;
   for (const auto& [rank, file] : by_rank) files.push_back(file);
@@ -143,7 +136,7 @@ class Reader {
       index_.losses.push_back(
           absl::StrFormat("%s: expected %s, without which nobody knows what is "
                           "in it, found none",
-                          directory, kMetadata));
+                          directory, kDcpMetadataName));
     }
     if (!parts.tag.empty()) index_.layout.push_back({"tag", JsonQuote(parts.tag)});
     RETURN_IF_ERROR(AddStates());

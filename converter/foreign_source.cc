@@ -2,10 +2,12 @@
 
 #include <vector>
 
+#include "absl/strings/cord.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "base/status_macros.h"
+#include "converter/dcp_names.h"
 
 namespace holdfast::converter {
 namespace {
@@ -19,7 +21,10 @@ absl::StatusOr<std::string> ReadAndEncode(const ForeignFolder& folder, const Rea
 }
 
 absl::Status Named(const std::string& path, const absl::Status& status) {
-  return absl::Status(status.code(), absl::StrCat(path, ": ", status.message()));
+  absl::Status named(status.code(), absl::StrCat(path, ": ", status.message()));
+  status.ForEachPayload(
+      [&](absl::string_view type, const absl::Cord& payload) { named.SetPayload(type, payload); });
+  return named;
 }
 
 }  // namespace
@@ -46,12 +51,25 @@ absl::StatusOr<ForeignSource> OpenForeignSource(FileSystem& file_system, const s
 }
 
 absl::Status NotRecognized(const std::string& path, const ForeignSource& source) {
+  const ForeignFolder& folder = *source.folder;
+  for (const FolderFile& file : folder.files()) {
+    if (folder.single_file() || !file.path.ends_with(".distcp")) continue;
+    return absl::DataLossError(
+        absl::StrFormat("%s: expected %s beside %s, without which nobody knows what is in it, "
+                        "found none",
+                        path, std::string(kDcpMetadataName), file.path));
+  }
+  if (folder.files().empty() && !folder.refused().empty()) {
+    return absl::PermissionDeniedError(absl::StrFormat(
+        "%s: found nothing in it that may be read; %s", path, folder.refused().front()));
+  }
   std::vector<std::string> names;
   for (const FormatReader& each : FormatReaders()) names.emplace_back(each.name);
   return absl::NotFoundError(absl::StrFormat(
       "%s: expected a checkpoint's directory, or ROOT/JOB, or a checkpoint of one of the formats "
-      "%s; found %d files of none of them",
-      path, absl::StrJoin(names, ", "), source.folder->files().size()));
+      "%s; found %d files of none of them%s",
+      path, absl::StrJoin(names, ", "), folder.files().size(),
+      folder.refused().empty() ? "" : absl::StrCat(", and ", folder.refused().front())));
 }
 
 }  // namespace holdfast::converter

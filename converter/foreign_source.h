@@ -29,7 +29,9 @@ absl::StatusOr<ForeignSource> OpenForeignSource(FileSystem& file_system, const s
                                                 const ReadOptions& options,
                                                 const SandboxLimits& limits = {});
 
-// kNotFound, with the formats that were looked for: for those to whom nothing less is of use.
+// For those to whom nothing less is of use: kNotFound, with the formats that were looked for;
+// kDataLoss (files of a DCP folder without the one that says what is in them), kPermissionDenied
+// (nothing in the folder but what it refuses).
 absl::Status NotRecognized(const std::string& path, const ForeignSource& source);
 
 }  // namespace holdfast::converter

@@ -33,6 +33,7 @@
 #include <span>
 #include <utility>
 
+#include "absl/strings/cord.h"
 #include "absl/strings/str_format.h"
 #include "base/byte_codec.h"
 #include "base/status_macros.h"
@@ -49,6 +50,7 @@ constexpr uint8_t kNoLandlock = 1;
 constexpr uint8_t kNoSeccomp = 2;
 constexpr uint8_t kNoLimits = 4;
 constexpr int kNoMemoryExit = 3;
+constexpr char kOutOfMemory[] = "holdfast/sandbox-out-of-memory";  // a payload of that error
 constexpr int kSeals = F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE;
 
 // What the child hands over, in both directions of base/byte_codec.h.
@@ -290,10 +292,12 @@ absl::StatusOr<std::string> RunSandboxed(const std::string& readable_directory,
     if (errno != EINTR) return ErrnoStatus(errno, "wait for", "the process that reads");
   }
   if (WIFEXITED(status) && WEXITSTATUS(status) == kNoMemoryExit) {
-    return absl::ResourceExhaustedError(
+    absl::Status exhausted = absl::ResourceExhaustedError(
         absl::StrFormat("the process that reads it expected more than the %d bytes of memory that "
                         "it may have",
                         limits.memory_bytes));
+    exhausted.SetPayload(kOutOfMemory, absl::Cord());
+    return exhausted;
   }
   if (!WIFEXITED(status) || WEXITSTATUS(status) != 0) return Killed(status);
   absl::StatusOr<Result> taken = TakeResult(memory.get());
@@ -304,6 +308,10 @@ absl::StatusOr<std::string> RunSandboxed(const std::string& readable_directory,
   if (taken->code != 0)
     return absl::Status(static_cast<absl::StatusCode>(taken->code), taken->text);
   return std::move(taken->text);
+}
+
+bool IsOutOfMemory(const absl::Status& status) {
+  return status.GetPayload(kOutOfMemory).has_value();
 }
 
 }  // namespace holdfast::converter

@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 
 namespace holdfast::converter {
@@ -39,6 +40,10 @@ absl::StatusOr<std::string> RunSandboxed(const std::string& readable_directory,
                                          const SandboxLimits& limits,
                                          const std::function<absl::StatusOr<std::string>()>& work,
                                          SandboxReport* report);
+
+// Whether an error of RunSandboxed says that the child wanted more than limits.memory_bytes, and
+// not that some other limit was met.
+bool IsOutOfMemory(const absl::Status& status);
 
 }  // namespace holdfast::converter
 

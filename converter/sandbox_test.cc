@@ -26,7 +26,9 @@
 namespace holdfast::converter {
 namespace {
 
+using testing::AllOf;
 using testing::HasSubstr;
+using testing::ResultOf;
 
 bool Lacks(const SandboxReport& report, const std::string& layer) {
   return std::find(report.missing.begin(), report.missing.end(), layer) != report.missing.end();
@@ -72,7 +74,15 @@ TEST_F(SandboxTest, TooLittleMemoryIsSaidAndAnExceptionEndsTheChildAlone) {
   EXPECT_THAT(
       Run([]() -> absl::StatusOr<std::string> { throw std::bad_alloc(); },
           {.memory_bytes = 64 << 20}),
-      StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("67108864 bytes of memory")));
+      AllOf(StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("67108864 bytes of memory")),
+            ResultOf([](const auto& result) { return IsOutOfMemory(result.status()); }, true)));
+  // Another limit is not that of memory.
+  EXPECT_THAT(
+      Run([]() -> absl::StatusOr<std::string> {
+        return absl::ResourceExhaustedError("too many groups");
+      }),
+      AllOf(StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("groups")),
+            ResultOf([](const auto& result) { return IsOutOfMemory(result.status()); }, false)));
   const pid_t parent = getpid();
   EXPECT_THAT(Run([]() -> absl::StatusOr<std::string> {
                 signal(SIGABRT, SIG_DFL);
