@@ -398,9 +398,9 @@ Seeds DcpMetadataFiles() {
   metadata.files = {"__0_0.distcp", "__1_0.distcp"};
   metadata.numbers = {0, 0, 2, 3, 2, 0, 2, 3};
   metadata.chunks = {{.offsets = 0, .item = 0}, {.offsets = 4, .item = 1}};
-  metadata.items = {{.file = 0, .offset_bytes = 100, .stored_bytes = 1577},
-                    {.file = 1, .offset_bytes = 0, .stored_bytes = 7, .transforms = 1},
-                    {.file = 0, .offset_bytes = 0, .stored_bytes = 100}};
+  metadata.items = {{.offset_bytes = 100, .stored_bytes = 1577, .file = 0},
+                    {.offset_bytes = 0, .stored_bytes = 7, .file = 1, .transforms = 1},
+                    {.offset_bytes = 0, .stored_bytes = 100, .file = 0}};
   metadata.tensors = {{.key = "model.w",
                        .path = {"model", "w"},
                        .dtype = "bfloat16",
