@@ -286,7 +286,7 @@ void Sidecar::Ended(Job& job) {
   for (auto& [rank, process] : ranks) {
     const int pidfd = (job.ending[rank] = std::move(process.pidfd)).get();
     world_.loop.Watch(pidfd, EventLoop::FdEvents::kReadable,
-                      [this, &job, rank = rank] { Gone(job, rank); });
+                      [this, &job, ended = rank] { Gone(job, ended); });
   }
 }
 
