@@ -75,7 +75,8 @@ class Keeper {
   const KeeperLimits limits_;
   const Clock& clock_;
   ServiceManager service_manager_;
-  // In the order in which they came, which the next worker must know (ServiceManager).
+  // In the order in which they came to this keeper, which the next worker must know
+  // (ServiceManager).
   struct Held {
     uint64_t order = 0;
     UniqueFd fd;

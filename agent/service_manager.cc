@@ -126,7 +126,8 @@ void TakeDescriptors(const std::string& count_text, const std::string& names_tex
                                  std::string(fits.message()))});
     }
   }
-  // systemd gives the newest first.
+  // systemd gives the newest first; after a daemon-reload the other way round, which matters where
+  // the store is full only, and shows nowhere.
   std::reverse(start.descriptors.begin(), start.descriptors.end());
 }
 

@@ -10,6 +10,7 @@ namespace {
 // Of which pickles what is reserved at once, and how many of its bytes there are for each node and
 // for each child: a checkpoint's metadata has one for about as many.
 constexpr size_t kReservedFromBytes = size_t{1} << 20;
+constexpr size_t kReservedForBytesMax = size_t{32} << 20;
 constexpr size_t kBytesOfNode = 8;
 constexpr size_t kBytesOfChild = 4;
 
@@ -20,7 +21,9 @@ PickleBuilder::PickleBuilder(PickleDocument& document, const PickleOptions& opti
       values_max_(std::min(options.values_max, size_t{1} << 28)),
       depth_max_(options.depth_max) {
   known_integers_.fill(kNoNode);
-  const size_t bytes = document.text_.size();
+  // Address space may be limited, used or not (RLIMIT_AS of the sandbox), and a text may be all
+  // bytes.
+  const size_t bytes = std::min(document.text_.size(), kReservedForBytesMax);
   if (bytes < kReservedFromBytes) return;
   document.nodes_.reserve(std::min(bytes / kBytesOfNode, values_max_));
   document.children_.reserve(bytes / kBytesOfChild);

@@ -48,7 +48,8 @@ struct RankTrack {
   bool IsBlind() const { return !seen || report.level == TelemetryLevel::kNone; }
   const Section* InnermostSection() const;
   bool InPause() const;
-  // A pause whose length is not told by the report.
+  // A pause whose length is not told by the report. (What our engine does beside the training loop,
+  // as flushing and copying, holds nobody up, and what it costs counts as the rank's own.)
   bool InUntoldPause() const;
   const CommunicatorTrack* Find(uint64_t communicator) const;
 

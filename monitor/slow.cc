@@ -104,7 +104,10 @@ void SlowSearch::Look(const JobState& state, Candidates& out) {
     if (!track.seen || track.IsBlind()) continue;
     RankWindow& window = windows_[r];
     if (!window.begun) Begin(state, Rank{r});
-    window.spoilt |= track.InUntoldPause() || track.observer_late;
+    const std::optional<uint64_t>& held_us = track.report.held_us;
+    const bool begins_anew = held_us.has_value() != window.held_us.has_value() ||
+                             held_us.value_or(0) < window.held_us.value_or(0);
+    window.spoilt |= track.InUntoldPause() || track.observer_late || begins_anew;
   }
   if (IsDue(state)) {
     Close(state);
@@ -196,10 +199,9 @@ void SlowSearch::MeasureRanks(const JobState& state) {
     ranks_[r].starved.Add(ranks_[r].run_delay_share > t.starved_share, t);
     all.push_back(&ranks_[r].starved);
     const RankPlace& place = state.shape().ranks[r];
-    // In its operations, or held up by ourselves. (Known since the middle of the window: nothing.)
-    const bool tells = window.held_us.has_value() && now.held_us.has_value();
-    const uint64_t busy_before = window.operation_us + (tells ? *window.held_us : 0);
-    const uint64_t busy_now = now.operation_us + (tells ? *now.held_us : 0);
+    // In its operations, or held up by ourselves.
+    const uint64_t busy_before = window.operation_us + window.held_us.value_or(0);
+    const uint64_t busy_now = now.operation_us + now.held_us.value_or(0);
     groups[{place.stage, place.tensor_position}].push_back(
         {Rank{r}, 1 - share(busy_before, busy_now), share(window.data_us, now.data_us)});
   }

@@ -182,7 +182,8 @@ struct RankReport {
   uint64_t operation_us = 0;
   uint64_t data_us = 0;  // total time in sections of kind data, as sampled every 100 ms
   // Total time that calls of our own library (saves, restores, waiting for either) have held up its
-  // training loop. Nothing: not known (it does not use the library), or of an older recording.
+  // training loop; begins anew with a job that is opened again. Nothing: not known (it does not use
+  // the library), or of an older recording.
   std::optional<uint64_t> held_us;
   // Total time its proxy threads were runnable and did not run; of those that waited the longest.
   uint64_t run_delay_us = 0;

@@ -207,7 +207,9 @@ class Drawing {
     absl::Duration later = state_.StillSince(awaited, c.now.id, c.still_since_tick);
     // Receipts are kept for a while only; that much of no progress is enough to be sure of it.
     if (later >= absl::Seconds(20)) return Still(waiter, c);
-    // Where it stands in another communicator for less, it may soon be seen to wait for somebody.
+    // Where it stands in another communicator for less, it may soon be seen to wait for somebody;
+    // who goes on moving there is no less the one that is awaited here.
+    if (later >= 2 * state_.thresholds().hang_suspicion) return std::min(Still(waiter, c), later);
     for (const CommunicatorTrack& other : state_.ranks()[Value(awaited)].communicators) {
       const absl::Duration there = Still(awaited, other);
       if (other.IsOpen() && there > absl::ZeroDuration()) later = std::min(later, there);

@@ -326,11 +326,13 @@ void NodeAggregator::Report() {
   DropEnded(now);
 }
 
-// The total begins anew with a session, and may fall by a call: what is told never does.
+// The total may fall by a call that is just ending, which is not told; by much more with a session
+// that is a new one, of the same process.
 void NodeAggregator::TakeHeld(const Group& group, RankReport& report) {
   const auto found = group.held.find(Value(report.rank));
   if (found == group.held.end()) return;
   const auto held_us = static_cast<uint64_t>(absl::ToInt64Microseconds(found->second));
+  if (report.held_us.has_value() && held_us < *report.held_us / 2) report.held_us.reset();
   report.held_us = std::max(report.held_us.value_or(0), held_us);
 }
 

@@ -407,7 +407,7 @@ TEST_F(NodeAggregatorTest, WhatTheEngineDoesInBetweenIsAPause) {
   EXPECT_FALSE(Next().engine_paused);
 }
 
-TEST_F(NodeAggregatorTest, WhatOurOwnCallsHoldUpIsToldOfEachRankAndNeverFalls) {
+TEST_F(NodeAggregatorTest, WhatOurOwnCallsHoldUpIsToldOfEachRank) {
   Join(Named(0));
   Join(Named(2));
   EXPECT_EQ(Next().ranks.at(0).held_us, std::nullopt) << "it does not use the library";
@@ -421,6 +421,8 @@ TEST_F(NodeAggregatorTest, WhatOurOwnCallsHoldUpIsToldOfEachRankAndNeverFalls) {
   EXPECT_EQ(Next().ranks.at(1).held_us, 1'600'000u);
   activity_.held.clear();  // between two sessions
   EXPECT_EQ(Next().ranks.at(1).held_us, 1'600'000u);
+  activity_.held = {{Rank{2}, absl::Milliseconds(5)}};  // the job was opened anew
+  EXPECT_EQ(Next().ranks.at(1).held_us, 5'000u);
 }
 
 TEST_F(NodeAggregatorTest, ConnectionsServedByAnotherProcessBelongToTheirOwner) {

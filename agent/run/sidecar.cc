@@ -40,6 +40,8 @@ namespace {
 
 // What /proc rounds the start of a process down to.
 constexpr absl::Duration kStartTick = absl::Milliseconds(10);
+// An attempt that has come to no new step by then is looked at as seldom as any other.
+constexpr absl::Duration kFollowedFor = absl::Minutes(10);
 
 recovery::Settings SettingsFor(const Sidecar::Options& options) {
   recovery::Settings settings = options.settings;
@@ -65,7 +67,12 @@ struct Sidecar::Job {
   // The one that a rank was killed of is followed until the next has come to a new step.
   bool is_followed(absl::Duration now) const {
     return !history.past.empty() && history.past.back().outcome == recovery::Outcome::kOpen &&
-           (lives() || now - left < kForgottenAfter);
+           (lives() ? now - begun < kFollowedFor : now - left < kForgottenAfter);
+  }
+  // Of what happened before, what outlives a run.
+  void Take(const recovery::History& before) {
+    history = recovery::Outliving(before, name);
+    written = recovery::IncidentsOf(history, Attempt{});
   }
   // Nothing more is done about this attempt.
   bool is_settled() const { return killed.has_value() || is_left_alone; }
@@ -93,7 +100,8 @@ struct Sidecar::Job {
   // Attempts that were watched while the next one began, as long as they live.
   std::set<std::string> former_keys;
 
-  absl::Duration left{};  // when its last attempt was over
+  absl::Duration begun{};  // when the attempt that is watched was first seen
+  absl::Duration left{};   // when its last attempt was over
 
   uint32_t kills = 0;
   uint32_t kills_in_a_row = 0;
@@ -179,8 +187,7 @@ Sidecar::Job* Sidecar::Place(const std::string& name) {
                                before.status().ToString()));
     before = recovery::History();
   }
-  job->history = recovery::Outliving(*before, name);
-  job->written = recovery::IncidentsOf(job->history, Attempt{});
+  job->Take(*before);
   // Evidence is not written over, whatever became of the history.
   job->history.incident_count = std::max(
       job->history.incident_count, NewestIncident(absl::StrCat(JobDirectory(*job), "/incidents")));
@@ -209,12 +216,17 @@ void Sidecar::Begin(Job& job, const std::string& attempt_key, const Processes& p
   }
   while (!job.ending.empty()) Gone(job, job.ending.begin()->first);
   job.attempt_key = attempt_key;
+  job.begun = world_.clock.Elapsed();
   job.ranks = std::move(ranks);
   job.killed.reset();
   job.is_left_alone = false;
   job.sight.reset();
   job.silence.BeginLaunch();
   job.engine_pause = EnginePause();
+  // Another run of the job may have been here since.
+  const absl::StatusOr<recovery::History> there = ReadHistory(JobDirectory(job));
+  const bool overtaken = there.ok() && there->incident_count > job.history.incident_count;
+  if (overtaken) job.Take(*there);
   const bool follows = job.history.phase == recovery::Phase::kAlive && !job.history.past.empty() &&
                        job.history.ranks.size() == job.ranks.size();
   if (follows) {
@@ -414,11 +426,22 @@ void Sidecar::Remember(Job& job) {
     written.Update(ReplaceFile(absl::StrCat(directory, "/", kIncidentFile), text + "\n"));
   }
   job.written = std::move(incidents);
+  if (!IsOurs(job)) return;
   written.Update(ReplaceFile(HistoryPath(JobDirectory(job)),
                              recovery::Encode(recovery::Outliving(job.history, job.name))));
   if (!written.ok()) {
     LogWarning(absl::StrFormat("sidecar: job %s: %s", job.name, written.ToString()));
   }
+}
+
+// Whether nobody has gone on with the history since: a `holdfast run` of that name, of this agent
+// or of another one with the same state directory, has its own in the same place.
+bool Sidecar::IsOurs(const Job& job) const {
+  const absl::StatusOr<recovery::History> there = ReadHistory(JobDirectory(job));
+  if (!there.ok()) return true;
+  const bool runs =
+      there->phase != recovery::Phase::kIdle && there->phase != recovery::Phase::kOver;
+  return !runs && there->incident_count <= job.history.incident_count;
 }
 
 // ---- What is done

@@ -124,6 +124,7 @@ class Sidecar {
   Jobs::iterator Forget(Jobs::iterator job);
   Job* Place(const std::string& name);
   void Begin(Job& job, const std::string& attempt_key, const Processes& processes);
+  bool IsOurs(const Job& job) const;
   void BeginRun(Job& job);
   void LookAt(Job& job);
   void Push(Job& job, decltype(recovery::Event::what) what);

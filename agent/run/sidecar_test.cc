@@ -392,6 +392,35 @@ TEST_F(SidecarTest, WhyHasEveryIncidentWithItsPhasesAlsoForWhoeverComesLater) {
   EXPECT_GT(Why()["incidents"][1]["launch"], incident["launch"]);
 }
 
+// A `holdfast run` of the same name, here or under another agent, has its history in the same
+// place.
+TEST_F(SidecarTest, TheHistoryOfARunThatHasBegunSinceIsNotWrittenOver) {
+  Begin(SidecarMode::kAct);
+  Launch();
+  ASSERT_TRUE(Pump([&] { return WatchesAttempt(); }));
+  Find(FaultClass::kStopped, 1);
+  ASSERT_TRUE(Dies(1));
+  const std::string directory = place_.Join("jobs/job");
+  recovery::History run;
+  run.job = "job";
+  run.phase = recovery::Phase::kDown;
+  run.incident_count = 1;
+  ASSERT_OK(ReplaceFile(HistoryPath(directory), recovery::Encode(run)));
+  End();
+  ASSERT_TRUE(Pump([&] { return Why()["incidents"][0]["seconds"]["stop"].is_number(); })) << Why();
+  EXPECT_EQ(ReadHistory(directory)->phase, recovery::Phase::kDown);
+  // What it has counted, before it was over, is not counted again.
+  run.phase = recovery::Phase::kOver;
+  run.incident_count = 5;
+  ASSERT_OK(ReplaceFile(HistoryPath(directory), recovery::Encode(run)));
+  Launch();
+  ASSERT_TRUE(Pump([&] { return WatchesAttempt(); }));
+  Find(FaultClass::kStopped, 0);
+  ASSERT_TRUE(Dies(0));
+  EXPECT_NE(Summary(6), "");
+  EXPECT_EQ(ReadHistory(directory)->incident_count, 6u);
+}
+
 // A launcher may hold processes ready. When it was told to begin is then not to be had.
 TEST_F(SidecarTest, AnAttemptOfProcessesThatWereThereBeforeHasNoKnownStart) {
   Begin(SidecarMode::kAct);

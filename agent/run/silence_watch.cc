@@ -85,6 +85,7 @@ std::vector<SilenceWatch::Said> SilenceWatch::Look(absl::Duration now,
   for (const Rank& rank : ranks) {
     if (TakeSigns(rank, now)) said.push_back({rank.rank, false, "", {}, {}});
   }
+  if (!said.empty()) ForgiveFollowers(ranks, now, said);
   // Once all that they have said is known.
   for (const Rank& rank : ranks) {
     State& state = ranks_.at(rank.rank);
@@ -100,6 +101,17 @@ std::vector<SilenceWatch::Said> SilenceWatch::Look(absl::Duration now,
     said.push_back(*std::move(late));
   }
   return said;
+}
+
+// Whoever was late only with one that is there again is not late by itself.
+void SilenceWatch::ForgiveFollowers(const std::vector<Rank>& ranks, absl::Duration now,
+                                    std::vector<Said>& said) {
+  for (const Rank& rank : ranks) {
+    State& state = ranks_.at(rank.rank);
+    if (!std::exchange(state.is_late, false)) continue;
+    state.is_late = LatenessOf(rank.rank, state, now).has_value();
+    if (!state.is_late) said.push_back({rank.rank, false, "", {}, {}});
+  }
 }
 
 // Whether one that was late is there again.

@@ -100,6 +100,8 @@ class SilenceWatch {
   std::optional<Said> LatenessOf(uint32_t rank, const State& state, absl::Duration now) const;
   void Forgive(absl::Duration passed);
   bool TakeSigns(const Rank& rank, absl::Duration now);
+  void ForgiveFollowers(const std::vector<Rank>& ranks, absl::Duration now,
+                        std::vector<Said>& said);
   static const Section* PauseOf(const State& state);
   bool TakeSections(State& state, const Rank& rank, absl::Duration now);
   Timeout TimeoutOf(const std::string& section, const Learned& learned) const;

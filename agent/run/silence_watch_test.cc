@@ -162,6 +162,24 @@ TEST(SilenceWatch, TheOnlyOneThatTellsHeartbeatsIsNotTheOne) {
             "rank 0 has been silent for 10 s, beyond the time-out of 10 s, and as long ranks 1, 2");
 }
 
+// Who was late only with one that has come back is told to be there, too, though it never says so.
+TEST(SilenceWatch, WhoWasLateWithOneThatComesBackIsNotLeftBehind) {
+  Group group;
+  ASSERT_THAT(group.Until(200, [](uint32_t rank, int second) { return rank == 0 && second < 100; }),
+              testing::SizeIs(1));
+  ++group.second;
+  EXPECT_EQ(
+      group.Until(300, [](uint32_t rank, int) { return rank == 0; }),
+      (std::vector<Said>{{0, false, "", {}, {}}, {1, false, "", {}, {}}, {2, false, "", {}, {}}}));
+  // Who is late by itself stays so.
+  Group other;
+  const auto none_but_2 = [](uint32_t rank, int second) { return second < 100 || rank == 2; };
+  ASSERT_THAT(other.Until(150, [](uint32_t, int second) { return second < 100; }),
+              testing::SizeIs(1));
+  ++other.second;
+  EXPECT_EQ(other.Until(200, none_but_2), (std::vector<Said>{{2, false, "", {}, {}}}));
+}
+
 // It has a longer time-out of its own, and the others wait for it.
 TEST(SilenceWatch, WhoIsInAPauseIsNoReasonToNameWhoWaits) {
   Group group;
