@@ -133,11 +133,10 @@ void NodeAggregator::Look() {
 }
 
 void NodeAggregator::SampleEngine(const GroupKey& key, Group& group, absl::Duration now) {
-  const Engine::Activity activity = activity_of_(std::get<0>(key), std::get<1>(key));
+  Engine::Activity activity = activity_of_(std::get<0>(key), std::get<1>(key));
   group.attempt = std::max(group.attempt, activity.attempt);
   group.engine_paused |= group.engine_pause.Holds(activity, now);
-  group.held.clear();
-  for (const auto& [rank, held] : activity.held) group.held.emplace(Value(rank), held);
+  group.held = std::move(activity.held);
 }
 
 // ---- Boards and processes
@@ -329,7 +328,8 @@ void NodeAggregator::Report() {
 // The total may fall by a call that is just ending, which is not told; by much more with a session
 // that is a new one, of the same process.
 void NodeAggregator::TakeHeld(const Group& group, RankReport& report) {
-  const auto found = group.held.find(Value(report.rank));
+  const auto found = std::find_if(group.held.begin(), group.held.end(),
+                                  [&](const auto& one) { return one.first == report.rank; });
   if (found == group.held.end()) return;
   const auto held_us = static_cast<uint64_t>(absl::ToInt64Microseconds(found->second));
   if (report.held_us.has_value() && held_us < *report.held_us / 2) report.held_us.reset();

@@ -132,10 +132,10 @@ class NodeAggregator {
   struct Group {
     uint64_t incarnation = 0;
     uint64_t sequence = 0;
-    absl::Duration last_alive{};              // or the last word of an end
-    std::map<uint32_t, uint64_t> of;          // by rank: first board of the process that counts
-    bool engine_paused = false;               // in this window
-    std::map<uint32_t, absl::Duration> held;  // Engine::Activity::held, of the last look
+    absl::Duration last_alive{};      // or the last word of an end
+    std::map<uint32_t, uint64_t> of;  // by rank: first board of the process that counts
+    bool engine_paused = false;       // in this window
+    std::vector<std::pair<Rank, absl::Duration>> held;  // Engine::Activity::held, of the last look
     EnginePause engine_pause;
     Attempt attempt{};
     uint32_t world_size = 0;
