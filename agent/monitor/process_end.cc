@@ -7,12 +7,13 @@
 #include <unistd.h>
 
 #include <cstdint>
-#include <string_view>
+#include <string>
 #include <vector>
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_split.h"
+#include "absl/strings/string_view.h"
+#include "agent/proc_stat.h"
 #include "agent/process.h"
 #include "io/unique_fd.h"
 
@@ -53,17 +54,10 @@ std::optional<int> StatusOfZombie(int pidfd) {
   if (readlinkat(directory.get(), "cwd", target, sizeof(target)) < 0 && errno != ENOENT) {
     return std::nullopt;
   }
-  const UniqueFd file(openat(directory.get(), "stat", O_RDONLY | O_CLOEXEC));
-  char text[4096];
-  const ssize_t length = file ? read(file.get(), text, sizeof(text)) : -1;
-  // It has this number still, so that all of it was its own.
-  if (length <= 0 || PidOf(pidfd) != number) return std::nullopt;
-  const std::string_view line(text, static_cast<size_t>(length));
-  const size_t end = line.rfind(')');  // of the name, which may hold anything
-  if (end == std::string_view::npos || end + 2 >= line.size()) return std::nullopt;
-  const std::vector<absl::string_view> fields = absl::StrSplit(
-      absl::string_view(line.data() + end + 2, line.size() - end - 2), absl::ByAnyChar(" \n"));
-  constexpr size_t kExitCode = 49;  // field 52 of the line (proc(5)), of which the first is field 3
+  // What can be read of it under this number is still its own, so the directory was, too.
+  const std::string line = ReadStat(pidfd);
+  const std::vector<absl::string_view> fields = FieldsOfStat(line);
+  constexpr size_t kExitCode = 49;  // field 52 of the line
   int status = 0;
   if (fields.size() <= kExitCode || fields[0] != "Z" ||
       !absl::SimpleAtoi(fields[kExitCode], &status)) {

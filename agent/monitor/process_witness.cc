@@ -11,6 +11,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
+#include "agent/proc_stat.h"
 #include "agent/process.h"
 
 namespace holdfast {
@@ -77,12 +78,8 @@ std::string ReadAt(int directory, const std::string& name) {
 }  // namespace
 
 std::optional<ProcessTestimony> ParseStat(std::string_view line, uint64_t ticks_per_second) {
-  // The name is in brackets and may hold any: what counts lies behind the last one.
-  const size_t end = line.rfind(')');
-  if (end == std::string_view::npos || end + 2 >= line.size() || ticks_per_second == 0) {
-    return std::nullopt;
-  }
-  const std::vector<absl::string_view> fields = absl::StrSplit(View(line.substr(end + 2)), ' ');
+  if (ticks_per_second == 0) return std::nullopt;
+  const std::vector<absl::string_view> fields = FieldsOfStat(line);
   constexpr size_t kUserTime = 11, kSystemTime = 12;  // fields 14 and 15 of the line
   uint64_t user = 0, system = 0;
   if (fields.size() <= kSystemTime || fields[0].size() != 1 || !Number(fields[kUserTime], &user) ||
